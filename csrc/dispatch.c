@@ -1,0 +1,80 @@
+/* What the entries run on: one row of kernels for the CPU at hand, and the host's threads. */
+#include "kernels.h"
+
+#include <stddef.h>
+#include <string.h>
+
+static const ocs_kernels kernels_ref = {
+    .isa = "ref",
+    .abs_max = ocs_abs_max_ref,
+    .scaled_max = ocs_scaled_max_ref,
+    .channel_max = ocs_channel_max_ref,
+    .histogram = ocs_histogram_ref,
+    .quantize_row = ocs_quantize_row_ref,
+    .fold_row = ocs_fold_row_ref,
+    .squared_error = ocs_squared_error_ref,
+    .quantize = ocs_quantize_ref,
+    .dequantize = ocs_dequantize_ref,
+    .fake_quantize = ocs_fake_quantize_ref,
+};
+
+/* Best first; a row is usable when the build and the CPU have it. */
+static const ocs_kernels *usable(int row) {
+    switch (row) {
+#if defined(__x86_64__)
+    case 0: return __builtin_cpu_supports("avx2") ? &ocs_kernels_avx2 : NULL;
+#endif
+    case 1: return &kernels_ref;
+    default: return NULL;
+    }
+}
+enum { ROWS = 2 };
+
+static const ocs_kernels *chosen;
+
+const ocs_kernels *ocs_kernel_table(void) {
+    if (chosen == NULL) {
+        (void)ocs_set_isa("auto");
+    }
+    return chosen;
+}
+
+const char *ocs_isa(void) {
+    return ocs_kernel_table()->isa;
+}
+
+ocs_status ocs_set_isa(const char *name) {
+    for (int row = 0; row < ROWS; ++row) {
+        const ocs_kernels *kernels = usable(row);
+        if (kernels != NULL && (strcmp(name, "auto") == 0 || strcmp(name, kernels->isa) == 0)) {
+            chosen = kernels;
+            return OCS_OK;
+        }
+    }
+    return OCS_BAD_ISA;
+}
+
+static void run_serially(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
+    (void)grain;
+    if (n > 0) {
+        fn(0, n, ctx);
+    }
+}
+
+void (*ocs_parallel_for)(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) = run_serially;
+
+const char *ocs_status_text(ocs_status status) {
+    switch (status) {
+    case OCS_OK: return "no error";
+    case OCS_NO_MEMORY: return "out of memory";
+    case OCS_BAD_BITS: return "bits must be 2 to 8";
+    case OCS_BAD_SCALE: return "every scale must be a positive finite number";
+    case OCS_BAD_BINS: return "bins must be 1 to 2^24, and the limit finite and not negative";
+    case OCS_BAD_SHAPE: return "sizes must not be negative, and groups must divide the output channels";
+    case OCS_BAD_PLAN: return "source, depth and offset are no split plan of this shape";
+    case OCS_NOT_FINITE: return "the values hold NaN or Inf";
+    case OCS_TOO_LARGE: return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep";
+    case OCS_BAD_ISA: return "this build or CPU does not have that instruction set";
+    }
+    return "unknown status";
+}

@@ -1,0 +1,151 @@
+/* Where the outliers are: maxima and the histogram of absolute values. Shapes as in ocs.h. */
+#include "kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* --- Plain kernels ------------------------------------------------------------------------------------------------ */
+
+/* The bits of |x|: for non-negative floats they order as the values do, with Inf and NaN above all numbers. */
+static uint32_t abs_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x7fffffffu;
+}
+
+static float larger_abs(float max, float x) {
+    return abs_bits(x) > abs_bits(max) ? fabsf(x) : max;
+}
+
+float ocs_abs_max_ref(const float *x, int64_t N) {
+    float max = 0.0f;
+    for (int64_t i = 0; i < N; ++i) {
+        max = larger_abs(max, x[i]);
+    }
+    return max;
+}
+
+float ocs_scaled_max_ref(const float *x, const float *factor, int64_t N) {
+    float max = 0.0f;
+    for (int64_t i = 0; i < N; ++i) {
+        max = larger_abs(max, x[i] * factor[i]);
+    }
+    return max;
+}
+
+void ocs_channel_max_ref(float *channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride) {
+    for (int64_t c = 0; c < C; ++c) {
+        channel_max[c] = 0.0f;
+        for (int64_t o = 0; o < O; ++o) {
+            channel_max[c] = larger_abs(channel_max[c], ocs_abs_max_ref(w + o * stride + c * K, K));
+        }
+    }
+}
+
+void ocs_histogram_ref(uint32_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
+    for (int64_t i = 0; i < N; ++i) {
+        float position = fabsf(x[i]) / limit * (float)bins;
+        int64_t bin = position < (float)(bins - 1) ? (int64_t)position : bins - 1;
+        counts[bin] += 1;
+    }
+}
+
+/* --- Entries ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const ocs_kernels *kernels;
+    const float *x;
+    uint32_t max_bits;
+} abs_max_job;
+
+static void abs_max_range(int64_t begin, int64_t end, void *ctx) {
+    abs_max_job *job = ctx;
+    uint32_t bits = abs_bits(job->kernels->abs_max(job->x + begin, end - begin));
+    uint32_t seen = __atomic_load_n(&job->max_bits, __ATOMIC_RELAXED);
+    while (seen < bits &&
+           !__atomic_compare_exchange_n(&job->max_bits, &seen, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+}
+
+float ocs_abs_max_f32(const float *x, int64_t N) {
+    abs_max_job job = {ocs_kernel_table(), x, 0};
+    ocs_parallel_for(N, OCS_GRAIN, abs_max_range, &job);
+    float max;
+    memcpy(&max, &job.max_bits, sizeof max);
+    return max;
+}
+
+typedef struct {
+    const ocs_kernels *kernels;
+    float *channel_max;
+    const float *w;
+    const ocs_shape *shape;
+} channel_max_job;
+
+/* Items are input channels over all groups. */
+static void channel_max_range(int64_t begin, int64_t end, void *ctx) {
+    const channel_max_job *job = ctx;
+    const int64_t C = job->shape->C, K = job->shape->K, rows = job->shape->O / job->shape->G;
+    while (begin < end) {
+        int64_t g = begin / C, c = begin % C;
+        int64_t count = end - begin < C - c ? end - begin : C - c;
+        const float *w = job->w + g * rows * C * K + c * K;
+        job->kernels->channel_max(job->channel_max + begin, w, rows, count, K, C * K);
+        begin += count;
+    }
+}
+
+ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape) {
+    ocs_status status = ocs_check_shape(shape);
+    if (status == OCS_OK) {
+        channel_max_job job = {ocs_kernel_table(), channel_max, w, shape};
+        int64_t grain = ocs_grain(shape->O / shape->G * shape->K);
+        ocs_parallel_for(shape->G * shape->C, grain, channel_max_range, &job);
+    }
+    return status;
+}
+
+typedef struct {
+    const ocs_kernels *kernels;
+    int64_t *counts;
+    const float *x;
+    int64_t bins;
+    float limit;
+    bool failed;
+} histogram_job;
+
+/* Counts a range into four histograms of its own, then adds them up: sums of integers come out the same in any order. */
+static void histogram_range(int64_t begin, int64_t end, void *ctx) {
+    histogram_job *job = ctx;
+    const int64_t bins = job->bins, piece = INT64_C(1) << 30;
+    uint32_t *own = malloc((size_t)bins * 4 * sizeof *own);
+    if (own == NULL) {
+        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
+        return;
+    }
+    for (; begin < end; begin += piece) {
+        int64_t N = end - begin < piece ? end - begin : piece;
+        memset(own, 0, (size_t)bins * 4 * sizeof *own);
+        job->kernels->histogram(own, job->x + begin, N, bins, job->limit);
+        for (int64_t i = 0; i < bins; ++i) {
+            int64_t sum = (int64_t)own[i] + own[bins + i] + own[2 * bins + i] + own[3 * bins + i];
+            __atomic_fetch_add(&job->counts[i], sum, __ATOMIC_RELAXED);
+        }
+    }
+    free(own);
+}
+
+ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
+    if (bins < 1 || bins > INT64_C(1) << 24 || !isfinite(limit) || limit < 0.0f) {
+        return OCS_BAD_BINS;
+    }
+    memset(counts, 0, (size_t)bins * sizeof *counts);
+    if (limit == 0.0f) {
+        counts[0] = N;
+        return OCS_OK;
+    }
+    histogram_job job = {ocs_kernel_table(), counts, x, bins, limit, false};
+    /* A range is worth its own counts only where it has many more elements than they have. */
+    ocs_parallel_for(N, bins > OCS_GRAIN / 16 ? 16 * bins : OCS_GRAIN, histogram_range, &job);
+    return job.failed ? OCS_NO_MEMORY : OCS_OK;
+}

@@ -1,0 +1,268 @@
+/* The AVX2 variants: eight floats at a time, the rest by the plain kernels, every result equal to theirs bit for bit.
+
+   Only the functions below are compiled for AVX2; the build needs no flags, and the table in dispatch.c keeps other CPUs
+   away from them. */
+#if defined(__x86_64__)
+#include "kernels.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+#define AVX2 __attribute__((target("avx2")))
+
+/* --- Maxima ------------------------------------------------------------------------------------------------------- */
+
+AVX2 static inline __m256i load_abs_bits(const float *x) {
+    return _mm256_and_si256(_mm256_loadu_si256((const __m256i *)x), _mm256_set1_epi32(0x7fffffff));
+}
+
+AVX2 static inline float largest_lane(__m256i max) {
+    float lanes[8];
+    _mm256_storeu_si256((__m256i *)lanes, max);
+    return ocs_abs_max_ref(lanes, 8);
+}
+
+static float larger(float a, float b) {
+    const float pair[2] = {a, b};
+    return ocs_abs_max_ref(pair, 2);
+}
+
+AVX2 static float abs_max_avx2(const float *x, int64_t N) {
+    __m256i max[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t i = 0;
+    for (; i + 32 <= N; i += 32) {
+        for (int j = 0; j < 4; ++j) {
+            max[j] = _mm256_max_epu32(max[j], load_abs_bits(x + i + 8 * j));
+        }
+    }
+    max[0] = _mm256_max_epu32(_mm256_max_epu32(max[0], max[1]), _mm256_max_epu32(max[2], max[3]));
+    return larger(largest_lane(max[0]), ocs_abs_max_ref(x + i, N - i));
+}
+
+AVX2 static float scaled_max_avx2(const float *x, const float *factor, int64_t N) {
+    __m256i max = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 8 <= N; i += 8) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(factor + i));
+        max = _mm256_max_epu32(max, _mm256_and_si256(_mm256_castps_si256(scaled), _mm256_set1_epi32(0x7fffffff)));
+    }
+    return larger(largest_lane(max), ocs_scaled_max_ref(x + i, factor + i, N - i));
+}
+
+/* max[i] = the larger of max[i] and |w[i]|, i < columns. */
+AVX2 static void max_into(float *max, const float *w, int64_t columns) {
+    int64_t i = 0;
+    for (; i + 8 <= columns; i += 8) {
+        const __m256i so_far = _mm256_loadu_si256((const __m256i *)(max + i));
+        _mm256_storeu_si256((__m256i *)(max + i), _mm256_max_epu32(so_far, load_abs_bits(w + i)));
+    }
+    for (; i < columns; ++i) {
+        max[i] = larger(max[i], w[i]);
+    }
+}
+
+/* The rows are reduced first, column by column in a tile that stays in the L1 cache, then the K columns of a channel. */
+AVX2 static void channel_max_avx2(float *channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride) {
+    enum { TILE = 4096 };
+    float max[TILE];
+    memset(channel_max, 0, (size_t)C * sizeof *channel_max);
+    for (int64_t begin = 0; begin < C * K; begin += TILE) {
+        const int64_t columns = C * K - begin < TILE ? C * K - begin : TILE;
+        memset(max, 0, (size_t)columns * sizeof *max);
+        for (int64_t o = 0; o < O; ++o) {
+            max_into(max, w + o * stride + begin, columns);
+        }
+        for (int64_t i = 0; i < columns; ++i) {
+            float *of_channel = &channel_max[(begin + i) / K];
+            *of_channel = larger(*of_channel, max[i]);
+        }
+    }
+}
+
+/* --- Histogram ---------------------------------------------------------------------------------------------------- */
+
+/* Neighbours are counted in different histograms, so that an increment need not wait for the one before it. */
+AVX2 static void histogram_avx2(uint32_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
+    const __m256 all = _mm256_set1_ps((float)bins), last = _mm256_set1_ps((float)(bins - 1));
+    const __m256 width = _mm256_set1_ps(limit);
+    uint32_t *const own[4] = {counts, counts + bins, counts + 2 * bins, counts + 3 * bins};
+    int64_t i = 0;
+    for (; i + 8 <= N; i += 8) {
+        const __m256 magnitude = _mm256_castsi256_ps(load_abs_bits(x + i));
+        const __m256 position = _mm256_mul_ps(_mm256_div_ps(magnitude, width), all);
+        uint32_t bin[8]; /* NaN takes the second operand: the last bin */
+        _mm256_storeu_si256((__m256i *)bin, _mm256_cvttps_epi32(_mm256_min_ps(position, last)));
+        for (int lane = 0; lane < 8; ++lane) {
+            own[lane % 4][bin[lane]] += 1;
+        }
+    }
+    ocs_histogram_ref(counts, x + i, N - i, bins, limit);
+}
+
+/* --- Weights ------------------------------------------------------------------------------------------------------ */
+
+/* Eight columns of a split row as 32-bit integers, not yet clamped: ocs_grid2, then one addition and one shift. */
+AVX2 static inline __m256i split_columns(__m256 w, __m256 scale, const int32_t *addend, const int32_t *shift) {
+    const __m256 limit = _mm256_set1_ps(OCS_GRID_LIMIT);
+    const __m256 u = _mm256_div_ps(w, scale);
+    __m256 u2 = _mm256_floor_ps(_mm256_add_ps(u, u));
+    u2 = _mm256_max_ps(_mm256_min_ps(u2, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
+    const __m256i sum = _mm256_add_epi32(_mm256_cvttps_epi32(u2), _mm256_loadu_si256((const __m256i *)addend));
+    return _mm256_srav_epi32(sum, _mm256_loadu_si256((const __m256i *)shift));
+}
+
+/* Four vectors of 32-bit integers as 32 saturated bytes, in order. */
+AVX2 static inline __m256i pack_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+AVX2 static inline void store_clamped(int8_t *q, __m256i bytes, int32_t qmax) {
+    const __m256i most = _mm256_set1_epi8((char)qmax), least = _mm256_set1_epi8((char)-qmax);
+    _mm256_storeu_si256((__m256i *)q, _mm256_max_epi8(_mm256_min_epi8(bytes, most), least));
+}
+
+AVX2 static void quantize_row_avx2(int8_t *q, const float *w, const ocs_columns *columns, float scale, int32_t qmax) {
+    const int64_t N = columns->N, M = columns->M;
+    const int32_t *addend = columns->addend, *shift = columns->shift, *index = columns->index;
+    const __m256 scales = _mm256_set1_ps(scale);
+    __m256i four[4];
+    int64_t m = 0;
+    for (; m + 32 <= N; m += 32) {
+        for (int j = 0; j < 4; ++j) {
+            const int64_t at = m + 8 * j;
+            four[j] = split_columns(_mm256_loadu_ps(w + at), scales, addend + at, shift + at);
+        }
+        store_clamped(q + m, pack_bytes(four[0], four[1], four[2], four[3]), qmax);
+    }
+    for (; m < N; ++m) {
+        q[m] = ocs_split_column(ocs_grid2(w[m], scale), addend[m], shift[m], qmax);
+    }
+    for (; m + 32 <= M; m += 32) {
+        for (int j = 0; j < 4; ++j) {
+            const int64_t at = m + 8 * j;
+            const __m256i from = _mm256_loadu_si256((const __m256i *)(index + at - N));
+            four[j] = split_columns(_mm256_i32gather_ps(w, from, 4), scales, addend + at, shift + at);
+        }
+        store_clamped(q + m, pack_bytes(four[0], four[1], four[2], four[3]), qmax);
+    }
+    for (; m < M; ++m) {
+        q[m] = ocs_split_column(ocs_grid2(w[index[m - N]], scale), addend[m], shift[m], qmax);
+    }
+}
+
+AVX2 static inline __m256 load_bytes(const void *q, bool is_signed) {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)q);
+    return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+}
+
+AVX2 static void dequantize_avx2(float *x, const uint8_t *q, int64_t N, float scale, bool is_signed) {
+    const __m256 scales = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 8 <= N; i += 8) {
+        _mm256_storeu_ps(x + i, _mm256_mul_ps(load_bytes(q + i, is_signed), scales));
+    }
+    ocs_dequantize_ref(x + i, q + i, N - i, scale, is_signed);
+}
+
+AVX2 static void fold_row_avx2(float *w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale) {
+    dequantize_avx2(w_hat, (const uint8_t *)q, N, M > N ? 1.0f : scale, true);
+    if (M == N) {
+        return;
+    }
+    for (int64_t m = N; m < M; ++m) {
+        w_hat[index[m - N]] += (float)q[m];
+    }
+    const __m256 scales = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 8 <= N; i += 8) {
+        _mm256_storeu_ps(w_hat + i, _mm256_mul_ps(_mm256_loadu_ps(w_hat + i), scales));
+    }
+    for (; i < N; ++i) {
+        w_hat[i] *= scale;
+    }
+}
+
+/* sum[0], sum[1]: lanes 0 .. 3 and 4 .. 7 of the eight partial sums, in double. */
+AVX2 static inline void add_squares(__m256d sum[2], __m256 x) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+    sum[0] = _mm256_add_pd(sum[0], _mm256_mul_pd(low, low));
+    sum[1] = _mm256_add_pd(sum[1], _mm256_mul_pd(high, high));
+}
+
+AVX2 static void squared_error_avx2(double error[2], const float *x, const float *y, int64_t N) {
+    __m256d signal[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    __m256d noise[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    for (int64_t i = 0; i < N; i += 8) {
+        float x8[8] = {0.0f}, y8[8] = {0.0f}; /* a short rest is filled with zeros, which add nothing */
+        const bool whole = i + 8 <= N;
+        if (!whole) {
+            memcpy(x8, x + i, (size_t)(N - i) * sizeof *x);
+            memcpy(y8, y + i, (size_t)(N - i) * sizeof *y);
+        }
+        const __m256 xs = _mm256_loadu_ps(whole ? x + i : x8), ys = _mm256_loadu_ps(whole ? y + i : y8);
+        add_squares(signal, xs);
+        add_squares(noise, _mm256_sub_ps(xs, ys));
+    }
+    double lanes[2][8];
+    for (int half = 0; half < 2; ++half) {
+        _mm256_storeu_pd(lanes[0] + 4 * half, signal[half]);
+        _mm256_storeu_pd(lanes[1] + 4 * half, noise[half]);
+    }
+    for (int lane = 0; lane < 8; ++lane) {
+        error[0] += lanes[0][lane];
+        error[1] += lanes[1][lane];
+    }
+}
+
+/* --- Any array ---------------------------------------------------------------------------------------------------- */
+
+/* min and max return the second operand where one is NaN, so that NaN stays; adding 0 turns -0 into +0. */
+AVX2 static inline __m256 to_grid(__m256 x, __m256 scale, __m256 qmin, __m256 qmax) {
+    const __m256 q = _mm256_round_ps(_mm256_div_ps(x, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_add_ps(_mm256_max_ps(qmin, _mm256_min_ps(qmax, q)), _mm256_setzero_ps());
+}
+
+AVX2 static void fake_quantize_avx2(float *x_hat, const float *x, int64_t N, float scale, float qmin, float qmax) {
+    const __m256 scales = _mm256_set1_ps(scale), least = _mm256_set1_ps(qmin), most = _mm256_set1_ps(qmax);
+    int64_t i = 0;
+    for (; i + 8 <= N; i += 8) {
+        const __m256 q = to_grid(_mm256_loadu_ps(x + i), scales, least, most);
+        _mm256_storeu_ps(x_hat + i, _mm256_mul_ps(q, scales));
+    }
+    ocs_fake_quantize_ref(x_hat + i, x + i, N - i, scale, qmin, qmax);
+}
+
+AVX2 static void quantize_avx2(uint8_t *q, const float *x, int64_t N, float scale, float qmin, float qmax) {
+    const __m256 scales = _mm256_set1_ps(scale), least = _mm256_set1_ps(qmin), most = _mm256_set1_ps(qmax);
+    const __m256i low_byte = _mm256_set1_epi32(0xff);
+    __m256i four[4];
+    int64_t i = 0;
+    for (; i + 32 <= N; i += 32) {
+        for (int j = 0; j < 4; ++j) {
+            const __m256 on_grid = to_grid(_mm256_loadu_ps(x + i + 8 * j), scales, least, most);
+            const __m256 number = _mm256_cmp_ps(on_grid, on_grid, _CMP_ORD_Q);
+            four[j] = _mm256_and_si256(_mm256_cvttps_epi32(_mm256_and_ps(on_grid, number)), low_byte);
+        }
+        const __m256i words01 = _mm256_packus_epi32(four[0], four[1]), words23 = _mm256_packus_epi32(four[2], four[3]);
+        const __m256i bytes = _mm256_packus_epi16(words01, words23);
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256((__m256i *)(q + i), _mm256_permutevar8x32_epi32(bytes, order));
+    }
+    ocs_quantize_ref(q + i, x + i, N - i, scale, qmin, qmax);
+}
+
+const ocs_kernels ocs_kernels_avx2 = {
+    .isa = "avx2",
+    .abs_max = abs_max_avx2,
+    .scaled_max = scaled_max_avx2,
+    .channel_max = channel_max_avx2,
+    .histogram = histogram_avx2,
+    .quantize_row = quantize_row_avx2,
+    .fold_row = fold_row_avx2,
+    .squared_error = squared_error_avx2,
+    .quantize = quantize_avx2,
+    .dequantize = dequantize_avx2,
+    .fake_quantize = fake_quantize_avx2,
+};
+#endif

@@ -1,0 +1,481 @@
+/* ocs._C: the kernels on numpy arrays, through CPython's limited API and numpy's C API.
+
+   Every function checks its arguments, allocates the result and calls one entry of ocs.h with the GIL released. Argument
+   order and names are those of torch.ops.ocs (torch_shim.cpp). What is wrong with an argument is a TypeError or
+   ValueError that starts with the function's name. */
+#define PY_SSIZE_T_CLEAN
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#include <Python.h>
+
+#include <numpy/arrayobject.h>
+
+#include "ocs.h"
+
+#include <stdlib.h>
+
+/* --- Arguments and results ------------------------------------------------------------------------------------------ */
+
+/* The exception for a status; NULL, so that a caller can return it. */
+static PyObject *fail(const char *function, ocs_status status) {
+    PyObject *type = status == OCS_NO_MEMORY ? PyExc_MemoryError : PyExc_ValueError;
+    return PyErr_Format(type, "%s: %s", function, ocs_status_text(status));
+}
+
+/* A new reference to a C-contiguous array of `type`, converted if need be: floats to float32, integers as they are. */
+static PyArrayObject *input(const char *function, const char *name, PyObject *object, int type, int min_rank) {
+    if (!PyArray_Check(object)) {
+        return (PyArrayObject *)PyErr_Format(PyExc_TypeError, "%s: %s must be a numpy array", function, name);
+    }
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (type == NPY_FLOAT32 ? !PyArray_ISFLOAT(array) : PyArray_TYPE(array) != type) {
+        PyObject *wanted = (PyObject *)PyArray_DescrFromType(type);
+        PyErr_Format(PyExc_TypeError, "%s: %s must hold %S%s, not %S", function, name, wanted,
+                     type == NPY_FLOAT32 ? " (or another float type)" : "", PyArray_DESCR(array));
+        Py_XDECREF(wanted);
+        return NULL;
+    }
+    if (PyArray_NDIM(array) < min_rank) {
+        return (PyArrayObject *)PyErr_Format(PyExc_ValueError, "%s: %s must have at least %d dimensions, not %d", function,
+                                             name, min_rank, PyArray_NDIM(array));
+    }
+    int flags = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | NPY_ARRAY_NOTSWAPPED | NPY_ARRAY_FORCECAST;
+    return (PyArrayObject *)PyArray_FromAny(object, PyArray_DescrFromType(type), 0, 0, flags, NULL);
+}
+
+static PyArrayObject *output(int rank, const npy_intp *dims, int type) {
+    return (PyArrayObject *)PyArray_SimpleNew(rank, (npy_intp *)dims, type);
+}
+
+/* Returns the result and drops what was taken; on a bad status, or where no result could be made, the exception. */
+static PyObject *finish(const char *function, ocs_status status, PyArrayObject *result, PyArrayObject *const *taken,
+                        int count) {
+    for (int i = 0; i < count; ++i) {
+        Py_XDECREF((PyObject *)taken[i]);
+    }
+    if (status != OCS_OK && !PyErr_Occurred()) {
+        fail(function, status);
+    }
+    if (PyErr_Occurred()) {
+        Py_XDECREF((PyObject *)result);
+        return NULL;
+    }
+    return (PyObject *)result;
+}
+#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
+
+/* O, C and K of a weight or of expanded integers [O, C, ...]. */
+static bool read_shape(const char *function, PyArrayObject *w, long long groups, ocs_shape *shape) {
+    const npy_intp *dims = PyArray_DIMS(w);
+    *shape = (ocs_shape){.G = groups, .O = dims[0], .C = dims[1], .K = 1};
+    for (int i = 2; i < PyArray_NDIM(w); ++i) {
+        shape->K *= dims[i];
+    }
+    if (groups < 1 || shape->O % groups != 0) {
+        PyErr_Format(PyExc_ValueError, "%s: groups=%lld must divide the %lld output channels", function, groups,
+                     (long long)shape->O);
+        return false;
+    }
+    return true;
+}
+
+/* S from the length of a plan's array. */
+static bool read_splits(const char *function, PyArrayObject *source, ocs_shape *shape) {
+    npy_intp length = PyArray_SIZE(source);
+    shape->S = length / shape->G - shape->C;
+    if (length % shape->G != 0 || shape->S < 0) {
+        PyErr_Format(PyExc_ValueError, "%s: a source of %lld channels does not fit %lld groups of %lld", function,
+                     (long long)length, (long long)shape->G, (long long)shape->C);
+        return false;
+    }
+    return true;
+}
+
+/* 0 where one scale serves all, 1 where each output channel has its own, -1 with an exception otherwise. */
+static int read_stride(const char *function, PyArrayObject *scale, npy_intp rows) {
+    if (PyArray_NDIM(scale) == 0) {
+        return 0;
+    }
+    if (PyArray_NDIM(scale) == 1 && PyArray_SIZE(scale) == rows) {
+        return 1;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: scale must have no dimension, or one of the %lld output channels", function,
+                 (long long)rows);
+    return -1;
+}
+
+static PyObject *one_value(const char *function, PyObject *object, float *value) {
+    *value = (float)PyFloat_AsDouble(object);
+    return PyErr_Occurred() ? PyErr_Format(PyExc_TypeError, "%s: scale must be one number", function) : object;
+}
+
+/* --- Where the outliers are ------------------------------------------------------------------------------------------ */
+
+static PyObject *py_abs_max(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *x_object;
+    if (!PyArg_ParseTuple(args, "O:abs_max", &x_object)) {
+        return NULL;
+    }
+    PyArrayObject *x = input("abs_max", "x", x_object, NPY_FLOAT32, 0);
+    PyArrayObject *result = x == NULL ? NULL : output(0, NULL, NPY_FLOAT32);
+    if (result != NULL) {
+        float *max = PyArray_DATA(result);
+        Py_BEGIN_ALLOW_THREADS;
+        *max = ocs_abs_max_f32(PyArray_DATA(x), PyArray_SIZE(x));
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("abs_max", OCS_OK, result, &x, 1);
+}
+
+static PyObject *py_histogram(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *x_object;
+    long long bins;
+    double limit;
+    if (!PyArg_ParseTuple(args, "OLd:histogram", &x_object, &bins, &limit)) {
+        return NULL;
+    }
+    if (bins < 1 || bins > 1 << 24) {
+        return fail("histogram", OCS_BAD_BINS);
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *x = input("histogram", "x", x_object, NPY_FLOAT32, 0);
+    PyArrayObject *counts = x == NULL ? NULL : output(1, (npy_intp[]){(npy_intp)bins}, NPY_INT64);
+    if (counts != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_histogram_f32(PyArray_DATA(counts), PyArray_DATA(x), PyArray_SIZE(x), bins, (float)limit);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("histogram", status, counts, &x, 1);
+}
+
+static PyObject *py_channel_max(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *w_object;
+    ocs_shape shape;
+    long long groups;
+    if (!PyArg_ParseTuple(args, "OL:channel_max", &w_object, &groups)) {
+        return NULL;
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *result = NULL, *w = input("channel_max", "w", w_object, NPY_FLOAT32, 2);
+    if (w != NULL && read_shape("channel_max", w, groups, &shape)) {
+        result = output(1, (npy_intp[]){(npy_intp)(shape.G * shape.C)}, NPY_FLOAT32);
+    }
+    if (result != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_channel_max_f32(PyArray_DATA(result), PyArray_DATA(w), &shape);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("channel_max", status, result, &w, 1);
+}
+
+/* --- Which channels to split ----------------------------------------------------------------------------------------- */
+
+static PyObject *py_split_plan(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *max_object;
+    long long groups, splits;
+    if (!PyArg_ParseTuple(args, "OLL:split_plan", &max_object, &groups, &splits)) {
+        return NULL;
+    }
+    PyArrayObject *max = input("split_plan", "channel_max", max_object, NPY_FLOAT32, 1);
+    if (max == NULL) {
+        return NULL;
+    }
+    const npy_intp size = PyArray_SIZE(max);
+    if (groups < 1 || size % groups != 0 || splits < 0 || splits > size / groups) {
+        Py_DECREF((PyObject *)max);
+        return PyErr_Format(PyExc_ValueError, "split_plan: groups=%lld must divide the %lld channels, and splits=%lld be at "
+                            "most their number in a group", groups, (long long)size, splits);
+    }
+    const ocs_shape shape = {.G = groups, .C = size / groups, .S = splits};
+    const npy_intp expanded = size + (npy_intp)(groups * splits);
+    ocs_status status = OCS_OK;
+    PyArrayObject *source = output(1, &expanded, NPY_INT64), *depth = output(1, &expanded, NPY_INT32);
+    PyArrayObject *offset = output(1, &expanded, NPY_INT32), *split_max = output(1, &expanded, NPY_FLOAT32);
+    if (source != NULL && depth != NULL && offset != NULL && split_max != NULL) {
+        const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), PyArray_DATA(offset)};
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_split_plan(&plan, PyArray_DATA(split_max), PyArray_DATA(max), &shape);
+        Py_END_ALLOW_THREADS;
+    }
+    if (status != OCS_OK) {
+        fail("split_plan", status);
+    }
+    PyObject *result = PyErr_Occurred() ? NULL : Py_BuildValue("(OOOO)", source, depth, offset, split_max);
+    PyArrayObject *taken[] = {max, source, depth, offset, split_max};
+    finish("split_plan", OCS_OK, NULL, taken, COUNT(taken));
+    return result;
+}
+
+static PyObject *py_output_max(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *w_object, *source_object, *depth_object;
+    ocs_shape shape;
+    long long groups;
+    if (!PyArg_ParseTuple(args, "OOOL:output_max", &w_object, &source_object, &depth_object, &groups)) {
+        return NULL;
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *result = NULL, *taken[3] = {
+        input("output_max", "w", w_object, NPY_FLOAT32, 2),
+        input("output_max", "source", source_object, NPY_INT64, 1),
+        input("output_max", "depth", depth_object, NPY_INT32, 1),
+    };
+    PyArrayObject *w = taken[0], *source = taken[1], *depth = taken[2];
+    if (w != NULL && source != NULL && depth != NULL && read_shape("output_max", w, groups, &shape) &&
+        read_splits("output_max", source, &shape)) {
+        status = PyArray_SIZE(depth) == PyArray_SIZE(source) ? OCS_OK : OCS_BAD_PLAN;
+        result = output(1, (npy_intp[]){(npy_intp)shape.O}, NPY_FLOAT32);
+    }
+    if (result != NULL && status == OCS_OK) {
+        const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), NULL};
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_output_max_f32(PyArray_DATA(result), PyArray_DATA(w), &plan, &shape);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("output_max", status, result, taken, COUNT(taken));
+}
+
+/* --- Weights to integers and back --------------------------------------------------------------------------------------- */
+
+/* An array shaped like w [O, C, ...] but with `channels` on the second axis. */
+static PyArrayObject *output_like(PyArrayObject *w, int64_t channels, int type) {
+    npy_intp dims[64]; /* numpy's own limit on dimensions */
+    for (int i = 0; i < PyArray_NDIM(w); ++i) {
+        dims[i] = i == 1 ? (npy_intp)channels : PyArray_DIM(w, i);
+    }
+    return output(PyArray_NDIM(w), dims, type);
+}
+
+static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
+    (void)self;
+    const char *name = "quantize_weight";
+    PyObject *w_object, *scale_object, *source_object, *depth_object, *offset_object;
+    ocs_shape shape;
+    long long groups;
+    int bits, quantization_aware, stride = -1;
+    if (!PyArg_ParseTuple(args, "OOOOOLip:quantize_weight", &w_object, &scale_object, &source_object, &depth_object,
+                          &offset_object, &groups, &bits, &quantization_aware)) {
+        return NULL;
+    }
+    PyArrayObject *ints = NULL, *taken[5] = {
+        input(name, "w", w_object, NPY_FLOAT32, 2),         input(name, "scale", scale_object, NPY_FLOAT32, 0),
+        input(name, "source", source_object, NPY_INT64, 1), input(name, "depth", depth_object, NPY_INT32, 1),
+        input(name, "offset", offset_object, NPY_INT32, 1),
+    };
+    PyArrayObject *w = taken[0], *scale = taken[1], *source = taken[2], *depth = taken[3], *offset = taken[4];
+    ocs_status status = OCS_OK;
+    if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
+        (stride = read_stride(name, scale, shape.O)) >= 0) {
+        const npy_intp size = PyArray_SIZE(source);
+        status = PyArray_SIZE(depth) == size && PyArray_SIZE(offset) == size ? OCS_OK : OCS_BAD_PLAN;
+        ints = output_like(w, shape.C + shape.S, NPY_INT8);
+    }
+    if (ints != NULL && status == OCS_OK) {
+        const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), PyArray_DATA(offset)};
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_quantize_weight_f32(PyArray_DATA(ints), PyArray_DATA(w), &plan, PyArray_DATA(scale), stride, &shape,
+                                         bits, quantization_aware);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish(name, status, ints, taken, COUNT(taken));
+}
+
+static PyObject *py_fold(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *ints_object, *scale_object, *source_object;
+    ocs_shape shape;
+    long long groups, channels;
+    int stride = -1;
+    if (!PyArg_ParseTuple(args, "OOOLL:fold", &ints_object, &scale_object, &source_object, &groups, &channels)) {
+        return NULL;
+    }
+    PyArrayObject *w_hat = NULL, *taken[3] = {
+        input("fold", "ints", ints_object, NPY_INT8, 2),
+        input("fold", "scale", scale_object, NPY_FLOAT32, 0),
+        input("fold", "source", source_object, NPY_INT64, 1),
+    };
+    PyArrayObject *ints = taken[0], *scale = taken[1], *source = taken[2];
+    ocs_status status = OCS_OK;
+    if (!PyErr_Occurred() && read_shape("fold", ints, groups, &shape) &&
+        (stride = read_stride("fold", scale, shape.O)) >= 0) {
+        const int64_t expanded = shape.C;
+        shape.C = channels;
+        shape.S = expanded - channels;
+        bool fits = channels >= 0 && shape.S >= 0 && PyArray_SIZE(source) == groups * expanded;
+        status = fits ? OCS_OK : OCS_BAD_PLAN;
+        w_hat = fits ? output_like(ints, channels, NPY_FLOAT32) : NULL;
+    }
+    if (w_hat != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_fold_f32(PyArray_DATA(w_hat), PyArray_DATA(ints), PyArray_DATA(source), PyArray_DATA(scale), stride,
+                              &shape);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("fold", status, w_hat, taken, COUNT(taken));
+}
+
+static PyObject *py_weight_error(PyObject *self, PyObject *args) {
+    (void)self;
+    const char *name = "weight_error";
+    PyObject *w_object, *ints_object, *scale_object, *source_object;
+    ocs_shape shape;
+    long long groups;
+    int stride = -1;
+    if (!PyArg_ParseTuple(args, "OOOOL:weight_error", &w_object, &ints_object, &scale_object, &source_object, &groups)) {
+        return NULL;
+    }
+    PyArrayObject *error = NULL, *taken[4] = {
+        input(name, "w", w_object, NPY_FLOAT32, 2),
+        input(name, "ints", ints_object, NPY_INT8, 2),
+        input(name, "scale", scale_object, NPY_FLOAT32, 0),
+        input(name, "source", source_object, NPY_INT64, 1),
+    };
+    PyArrayObject *w = taken[0], *ints = taken[1], *scale = taken[2], *source = taken[3];
+    ocs_status status = OCS_OK;
+    if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
+        (stride = read_stride(name, scale, shape.O)) >= 0) {
+        status = PyArray_SIZE(ints) == shape.O * (shape.C + shape.S) * shape.K ? OCS_OK : OCS_BAD_PLAN;
+        error = output(1, (npy_intp[]){2}, NPY_FLOAT64);
+    }
+    if (error != NULL && status == OCS_OK) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_weight_error_f32(PyArray_DATA(error), PyArray_DATA(w), PyArray_DATA(ints), PyArray_DATA(source),
+                                      PyArray_DATA(scale), stride, &shape);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish(name, status, error, taken, COUNT(taken));
+}
+
+/* --- Any array to the grid and back ------------------------------------------------------------------------------------- */
+
+static PyObject *py_quantize(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *x_object, *scale_object;
+    int bits, is_signed;
+    float scale;
+    if (!PyArg_ParseTuple(args, "OOip:quantize", &x_object, &scale_object, &bits, &is_signed) ||
+        one_value("quantize", scale_object, &scale) == NULL) {
+        return NULL;
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *q = NULL, *x = input("quantize", "x", x_object, NPY_FLOAT32, 0);
+    if (x != NULL) {
+        q = output(PyArray_NDIM(x), PyArray_DIMS(x), is_signed ? NPY_INT8 : NPY_UINT8);
+    }
+    if (q != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_quantize_f32(PyArray_DATA(q), PyArray_DATA(x), PyArray_SIZE(x), scale, bits, is_signed);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("quantize", status, q, &x, 1);
+}
+
+static PyObject *py_dequantize(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *q_object, *scale_object;
+    if (!PyArg_ParseTuple(args, "OO:dequantize", &q_object, &scale_object)) {
+        return NULL;
+    }
+    bool is_signed = !(PyArray_Check(q_object) && PyArray_TYPE((PyArrayObject *)q_object) == NPY_UINT8);
+    PyArrayObject *x = NULL, *taken[2] = {
+        input("dequantize", "q", q_object, is_signed ? NPY_INT8 : NPY_UINT8, 0),
+        input("dequantize", "scale", scale_object, NPY_FLOAT32, 0),
+    };
+    PyArrayObject *q = taken[0], *scale = taken[1];
+    ocs_status status = OCS_OK;
+    int stride = -1;
+    int64_t rows = 1;
+    if (!PyErr_Occurred()) {
+        rows = PyArray_NDIM(q) > 0 ? PyArray_DIM(q, 0) : 1;
+        stride = read_stride("dequantize", scale, rows);
+    }
+    if (stride >= 0) {
+        x = output(PyArray_NDIM(q), PyArray_DIMS(q), NPY_FLOAT32);
+    }
+    if (x != NULL) {
+        int64_t size = PyArray_SIZE(q), row = rows > 0 ? size / rows : 0;
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_dequantize_f32(PyArray_DATA(x), PyArray_DATA(q), PyArray_DATA(scale), stride, rows, row, is_signed);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("dequantize", status, x, taken, COUNT(taken));
+}
+
+static PyObject *py_fake_quantize(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *x_object, *scale_object;
+    int bits, is_signed;
+    float scale;
+    if (!PyArg_ParseTuple(args, "OOip:fake_quantize", &x_object, &scale_object, &bits, &is_signed) ||
+        one_value("fake_quantize", scale_object, &scale) == NULL) {
+        return NULL;
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *x_hat = NULL, *x = input("fake_quantize", "x", x_object, NPY_FLOAT32, 0);
+    if (x != NULL) {
+        x_hat = output(PyArray_NDIM(x), PyArray_DIMS(x), NPY_FLOAT32);
+    }
+    if (x_hat != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_fake_quantize_f32(PyArray_DATA(x_hat), PyArray_DATA(x), PyArray_SIZE(x), scale, bits, is_signed);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("fake_quantize", status, x_hat, &x, 1);
+}
+
+/* --- The module --------------------------------------------------------------------------------------------------------- */
+
+static PyObject *py_isa(PyObject *self, PyObject *args) {
+    (void)self, (void)args;
+    return PyUnicode_FromString(ocs_isa());
+}
+
+static PyObject *py_set_isa(PyObject *self, PyObject *args) {
+    (void)self;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s:set_isa", &name)) {
+        return NULL;
+    }
+    if (ocs_set_isa(name) != OCS_OK) {
+        return PyErr_Format(PyExc_ValueError, "set_isa: %s: '%s'; use 'auto', 'avx2' or 'ref'", ocs_status_text(OCS_BAD_ISA),
+                            name);
+    }
+    return Py_NewRef(Py_None);
+}
+
+static PyMethodDef methods[] = {
+    {"abs_max", py_abs_max, METH_VARARGS, "abs_max(x) -> float32 []"},
+    {"histogram", py_histogram, METH_VARARGS, "histogram(x, bins, limit) -> int64 [bins]"},
+    {"channel_max", py_channel_max, METH_VARARGS, "channel_max(w, groups) -> float32 [C]"},
+    {"split_plan", py_split_plan, METH_VARARGS,
+     "split_plan(channel_max, groups, splits) -> (source, depth, offset, split_max)"},
+    {"output_max", py_output_max, METH_VARARGS, "output_max(w, source, depth, groups) -> float32 [O]"},
+    {"quantize_weight", py_quantize_weight, METH_VARARGS,
+     "quantize_weight(w, scale, source, depth, offset, groups, bits, quantization_aware) -> int8 [O, C + n, ...]"},
+    {"fold", py_fold, METH_VARARGS, "fold(ints, scale, source, groups, channels) -> float32 [O, C, ...]"},
+    {"weight_error", py_weight_error, METH_VARARGS,
+     "weight_error(w, ints, scale, source, groups) -> float64 [2]: sums of w^2 and of (w - w_hat)^2"},
+    {"quantize", py_quantize, METH_VARARGS, "quantize(x, scale, bits, signed) -> int8 or uint8"},
+    {"dequantize", py_dequantize, METH_VARARGS, "dequantize(q, scale) -> float32"},
+    {"fake_quantize", py_fake_quantize, METH_VARARGS, "fake_quantize(x, scale, bits, signed) -> float32"},
+    {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set in use"},
+    {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): 'auto', 'avx2' or 'ref'"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The kernels of ocs on numpy arrays.", -1, methods,
+                                    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__C(void) {
+    import_array();
+    const char *isa = getenv("OCS_ISA");
+    if (isa != NULL && *isa != '\0' && ocs_set_isa(isa) != OCS_OK) {
+        PyErr_Format(PyExc_ImportError, "OCS_ISA=%s: %s; use 'auto', 'avx2' or 'ref', or unset it", isa,
+                     ocs_status_text(OCS_BAD_ISA));
+        return NULL;
+    }
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,145 @@
+/* ocs: outlier channel splitting and linear quantization on float32 arrays.
+ *
+ * Zhao et al., "Improving Neural Network Quantization without Retraining using Outlier Channel Splitting", ICML 2019,
+ * arXiv 1901.09504 ("the paper"). This header is the whole C API; it knows neither Python nor torch.
+ *
+ *     ocs_shape shape = {.G = 1, .O = O, .C = C, .K = K, .S = splits};
+ *     ocs_channel_max_f32(channel_max, w, &shape);                       where the outliers are
+ *     ocs_split_plan(&plan, split_max, channel_max, &shape);             which channels to split, how often
+ *     float scale = largest(split_max) / ocs_qmax(bits);
+ *     ocs_quantize_weight_f32(ints, w, &plan, &scale, 0, &shape, bits, true);
+ *     ocs_fold_f32(w_hat, ints, plan.source, &scale, 0, &shape);         what the integers stand for
+ *
+ * Shapes. A weight is [O, C, K], C-contiguous; all sizes may be 0.
+ *     G  groups of a grouped convolution, 1 otherwise; divides O
+ *     O  output channels, of all groups together
+ *     C  input channels of one group
+ *     K  elements of one filter (height x width; 1 for a linear layer)
+ *     S  splits, hence copies, in one group (n = ceil(r C) in the paper)
+ *     N  elements of a plain array
+ * An expanded weight is [O, C + S, K]: each group's own channels, then its copies. Channel numbers in `source` count
+ * over all groups: group g owns channels gC .. gC + C - 1 and the expanded channels g(C + S) .. (g + 1)(C + S) - 1.
+ *
+ * Numbers. k bits are the integers -qmax .. qmax, qmax = 2^(k-1) - 1, or 0 .. 2^k - 1 where unsigned; x^ = q * scale.
+ * x / scale is a true division, rounded once to float32; all that decides an integer after it is exact. The results do
+ * not depend on the instruction set or on the number of threads. No input is written to; outputs must not overlap them.
+ *
+ * Threads. An entry cuts its work by ocs_parallel_for, which runs it serially until a host sets another.
+ */
+#ifndef OCS_H
+#define OCS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+    OCS_OK = 0,
+    OCS_NO_MEMORY,  /* scratch memory could not be allocated */
+    OCS_BAD_BITS,   /* bits outside 2 .. 8 */
+    OCS_BAD_SCALE,  /* a scale that is not a positive finite number */
+    OCS_BAD_BINS,   /* bins outside 1 .. 2^24, or a limit that is negative or not finite */
+    OCS_BAD_SHAPE,  /* a negative size, or G that does not divide O */
+    OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
+    OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
+    OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than 22 deep */
+    OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
+} ocs_status;
+
+/* One sentence for a status, without a full stop. */
+const char *ocs_status_text(ocs_status status);
+
+/* --- Host ----------------------------------------------------------------------------------------------------- */
+
+/* A piece of work: items begin .. end - 1 of what ctx describes. */
+typedef void (*ocs_range_fn)(int64_t begin, int64_t end, void *ctx);
+
+/* Runs fn over 0 .. n - 1 in disjoint ranges of at least `grain` items (the last may be smaller), possibly at once.
+   Set it before the first call of an entry. */
+extern void (*ocs_parallel_for)(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx);
+
+/* The instruction set in use, "avx2" or "ref": the best that the CPU has, unless set. */
+const char *ocs_isa(void);
+
+/* Chooses the instruction set by name; "auto" takes the best. OCS_BAD_ISA changes nothing. */
+ocs_status ocs_set_isa(const char *name);
+
+/* --- Where the outliers are (histogram.c) ------------------------------------------------------------------------ */
+
+typedef struct {
+    int64_t G, O, C, K, S;
+} ocs_shape;
+
+/* max |x|; 0 for N = 0. NaN or Inf in x gives NaN or Inf. */
+float ocs_abs_max_f32(const float *x, int64_t N);
+
+/* counts[i] of the |x| in [i, i + 1) * limit / bins, all that is beyond in the last bin.
+
+   The bin of x is floor(|x| / limit * bins), each step rounded to float32. limit = 0 puts everything into the first bin;
+   NaN counts as beyond the limit. */
+ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit);
+
+/* channel_max [G C]: max |w| of each input channel; NaN or Inf in a channel gives NaN or Inf there. */
+ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape);
+
+/* --- Which channels to split (split.c), section 3.2 ----------------------------------------------------------------- */
+
+/* A split plan; every array is [G (C + S)], over expanded channels.
+
+   source: the original channel. depth m: how often this copy was halved, so that its weights are about w / 2^m.
+   offset i in 0 .. 2^m - 1: which of the 2^m parts it is in quantization-aware splitting. */
+typedef struct {
+    int64_t *source;
+    int32_t *depth;
+    int32_t *offset;
+} ocs_plan;
+
+/* Fills the plan and split_max [G (C + S)], the max |w| of each expanded channel, from channel_max [G C].
+
+   In each group, S times: the channel with the largest maximum (copies included, lowest index on ties) is halved into
+   itself and a copy at the end. O(S log C). */
+ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *channel_max, const ocs_shape *shape);
+
+/* output_max [O]: max |w| of each output channel after splitting, for one threshold per output channel. */
+ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape);
+
+/* --- Weights to integers and back (quantize.c) ---------------------------------------------------------------------- */
+
+/* 2^(bits - 1) - 1: 1 at 2 bits, 127 at 8. */
+int32_t ocs_qmax(int bits);
+
+/* ints [O, C + S, K] of the split weight, in [-qmax, qmax].
+
+   scale: one for all (scale_stride 0) or one per output channel (scale_stride 1). In grid units u = w / scale, a channel
+   becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where quantization_aware (eq. 6), by u / 2 both where not
+   (eq. 5), again for each further split, and rounds as floor(u + 1/2). */
+ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
+                                   int64_t scale_stride, const ocs_shape *shape, int bits, bool quantization_aware);
+
+/* w_hat [O, C, K] = scale * (sum of the integers of a channel and its copies): what the expanded weight computes. */
+ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, const float *scale,
+                        int64_t scale_stride, const ocs_shape *shape);
+
+/* error[0] = sum of w^2, error[1] = sum of (w - w_hat)^2 with ocs_fold_f32's w_hat; in double, in a fixed order. */
+ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,
+                                const float *scale, int64_t scale_stride, const ocs_shape *shape);
+
+/* --- Any array to the grid and back (quantize.c) -------------------------------------------------------------------- */
+
+/* q = clamp(round_half_even(x / scale)); int8 where is_signed, else uint8. NaN gives 0. */
+ocs_status ocs_quantize_f32(void *q, const float *x, int64_t N, float scale, int bits, bool is_signed);
+
+/* x [O, N] = q * scale, q int8 where is_signed, else uint8; one scale, or one per row (scale_stride 1). */
+ocs_status ocs_dequantize_f32(float *x, const void *q, const float *scale, int64_t scale_stride, int64_t O, int64_t N,
+                              bool is_signed);
+
+/* x_hat = scale * clamp(round_half_even(x / scale)). Inf saturates, NaN stays NaN, zero comes out as +0. */
+ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float scale, int bits, bool is_signed);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,250 @@
+/* Which channels to split, how often, and what each copy is of its original (section 3.2 of the paper).
+
+   Splitting is simulated on the maxima alone: a copy of depth m is an affine image of the original channel, so nothing is
+   moved until the integers are written. Shapes as in ocs.h. */
+#include "kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_DEPTH = 22 }; /* keeps ocs_split_column inside 32 bits */
+
+ocs_status ocs_check_shape(const ocs_shape *shape) {
+    bool valid = shape->G >= 1 && shape->O >= 0 && shape->C >= 0 && shape->K >= 0 && shape->S >= 0 &&
+                 shape->O % shape->G == 0 && (shape->C > 0 || shape->S == 0);
+    return valid ? OCS_OK : OCS_BAD_SHAPE;
+}
+
+/* --- The plan ----------------------------------------------------------------------------------------------------- */
+
+/* A binary heap of expanded channels, the one to split next on top. */
+typedef struct {
+    const float *max;
+    int64_t *channel;
+    int64_t size;
+} heap;
+
+static bool before(const heap *h, int64_t a, int64_t b) {
+    return h->max[a] > h->max[b] || (h->max[a] == h->max[b] && a < b);
+}
+
+static void sift_down(heap *h, int64_t at) {
+    const int64_t moved = h->channel[at];
+    for (int64_t child; (child = 2 * at + 1) < h->size; at = child) {
+        if (child + 1 < h->size && before(h, h->channel[child + 1], h->channel[child])) {
+            ++child;
+        }
+        if (!before(h, h->channel[child], moved)) {
+            break;
+        }
+        h->channel[at] = h->channel[child];
+    }
+    h->channel[at] = moved;
+}
+
+static void push(heap *h, int64_t pushed) {
+    int64_t at = h->size++;
+    for (int64_t parent; at > 0 && before(h, pushed, h->channel[parent = (at - 1) / 2]); at = parent) {
+        h->channel[at] = h->channel[parent];
+    }
+    h->channel[at] = pushed;
+}
+
+/* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i into i and i + 2^m. */
+static void split_top(heap *h, const ocs_plan *plan, float *split_max, int64_t copy) {
+    const int64_t top = h->channel[0];
+    const int32_t m = plan->depth[top]++;
+    split_max[top] *= 0.5f;
+    plan->source[copy] = plan->source[top];
+    plan->depth[copy] = plan->depth[top];
+    plan->offset[copy] = plan->offset[top] + (INT32_C(1) << m);
+    split_max[copy] = split_max[top];
+    sift_down(h, 0);
+    push(h, copy);
+}
+
+/* One group: its arrays start at the plan's pointers, its channels at number `first`. */
+static ocs_status plan_group(const ocs_plan *plan, float *split_max, const float *channel_max, int64_t *scratch,
+                             int64_t C, int64_t S, int64_t first) {
+    heap h = {split_max, scratch, C};
+    for (int64_t c = 0; c < C; ++c) {
+        plan->source[c] = first + c;
+        plan->depth[c] = plan->offset[c] = 0;
+        split_max[c] = channel_max[c];
+        h.channel[c] = c;
+        if (!isfinite(channel_max[c])) {
+            return OCS_NOT_FINITE;
+        }
+    }
+    for (int64_t at = C / 2 - 1; at >= 0; --at) {
+        sift_down(&h, at);
+    }
+    for (int64_t s = 0; s < S; ++s) {
+        if (plan->depth[h.channel[0]] == MAX_DEPTH) {
+            return OCS_TOO_LARGE;
+        }
+        split_top(&h, plan, split_max, C + s);
+    }
+    return OCS_OK;
+}
+
+ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *channel_max, const ocs_shape *shape) {
+    const int64_t C = shape->C, S = shape->S;
+    ocs_status status = ocs_check_shape(shape);
+    int64_t *scratch = status == OCS_OK ? malloc((size_t)(C + S + 1) * sizeof *scratch) : NULL;
+    if (status == OCS_OK && scratch == NULL) {
+        status = OCS_NO_MEMORY;
+    }
+    for (int64_t g = 0; g < shape->G && status == OCS_OK; ++g) {
+        const int64_t at = g * (C + S);
+        const ocs_plan part = {plan->source + at, plan->depth + at, plan->offset + at};
+        status = plan_group(&part, split_max + at, channel_max + g * C, scratch, C, S, g * C);
+    }
+    free(scratch);
+    return status;
+}
+
+/* --- The plan, column by column ------------------------------------------------------------------------------------- */
+
+/* The plan of expanded channel j of group g is possible: it may come from a stranger's file. */
+static bool entry_valid(const ocs_plan *plan, const ocs_shape *shape, int64_t g, int64_t j) {
+    const int64_t at = g * (shape->C + shape->S) + j;
+    const int64_t c = plan->source[at] - g * shape->C;
+    if (c < 0 || c >= shape->C || (j < shape->C && c != j)) {
+        return false;
+    }
+    if (plan->depth == NULL) {
+        return true;
+    }
+    if (plan->depth[at] < 0 || plan->depth[at] > MAX_DEPTH) {
+        return false;
+    }
+    return plan->offset == NULL || (plan->offset[at] >= 0 && plan->offset[at] < INT32_C(1) << plan->depth[at]);
+}
+
+/* How expanded channel `at` follows from floor(2 u): see ocs_columns. */
+static int32_t addend_of(const ocs_plan *plan, int64_t at) {
+    return plan->offset == NULL ? INT32_C(1) << plan->depth[at] : 2 * plan->offset[at] + 1;
+}
+
+static ocs_status fill_columns(ocs_columns *columns, const ocs_plan *plan, const ocs_shape *shape, int64_t g) {
+    const ocs_columns group = ocs_columns_group(columns, g);
+    const int64_t C = shape->C, K = shape->K, E = C + shape->S;
+    for (int64_t j = 0; j < E; ++j) {
+        if (!entry_valid(plan, shape, g, j)) {
+            return OCS_BAD_PLAN;
+        }
+        const int64_t at = g * E + j, c = plan->source[at] - g * C;
+        for (int64_t k = 0; k < K; ++k) {
+            if (j >= C) {
+                group.index[(j - C) * K + k] = (int32_t)(c * K + k);
+            }
+            if (plan->depth != NULL) {
+                group.addend[j * K + k] = addend_of(plan, at);
+                group.shift[j * K + k] = plan->depth[at] + 1;
+            }
+        }
+    }
+    return OCS_OK;
+}
+
+ocs_status ocs_columns_make(ocs_columns *columns, const ocs_plan *plan, const ocs_shape *shape) {
+    const int64_t G = shape->G, E = shape->C + shape->S;
+    *columns = (ocs_columns){0};
+    ocs_status status = ocs_check_shape(shape);
+    if (status != OCS_OK) {
+        return status;
+    }
+    if (shape->K > 0 && E > INT32_MAX / shape->K) {
+        return OCS_TOO_LARGE;
+    }
+    const int64_t N = shape->C * shape->K, M = E * shape->K;
+    const int64_t copies = G * (M - N), all = plan->depth == NULL ? 0 : G * M;
+    int32_t *memory = malloc((size_t)(copies + 2 * all + 1) * sizeof *memory);
+    if (memory == NULL) {
+        return OCS_NO_MEMORY;
+    }
+    *columns = (ocs_columns){N, M, memory, NULL, NULL};
+    if (plan->depth != NULL) {
+        columns->addend = memory + copies;
+        columns->shift = columns->addend + all;
+    }
+    for (int64_t g = 0; g < G && status == OCS_OK; ++g) {
+        status = fill_columns(columns, plan, shape, g);
+    }
+    if (status != OCS_OK) {
+        ocs_columns_free(columns);
+    }
+    return status;
+}
+
+ocs_columns ocs_columns_group(const ocs_columns *columns, int64_t g) {
+    const int64_t N = columns->N, M = columns->M;
+    ocs_columns group = {N, M, columns->index + g * (M - N), NULL, NULL};
+    if (columns->addend != NULL) {
+        group.addend = columns->addend + g * M;
+        group.shift = columns->shift + g * M;
+    }
+    return group;
+}
+
+void ocs_columns_free(ocs_columns *columns) {
+    free(columns->index);
+    *columns = (ocs_columns){0};
+}
+
+/* --- One threshold per output channel -------------------------------------------------------------------------------- */
+
+typedef struct {
+    const ocs_kernels *kernels;
+    float *output_max;
+    const float *w;
+    const float *factor; /* [G C K]: 2^-depth of the shallowest copy of each column */
+    const ocs_shape *shape;
+} output_max_job;
+
+static void output_max_range(int64_t begin, int64_t end, void *ctx) {
+    const output_max_job *job = ctx;
+    const int64_t N = job->shape->C * job->shape->K, rows = job->shape->O / job->shape->G;
+    for (int64_t o = begin; o < end; ++o) {
+        job->output_max[o] = job->kernels->scaled_max(job->w + o * N, job->factor + o / rows * N, N);
+    }
+}
+
+/* Of all copies of a channel, the one halved least has the largest weights. */
+static ocs_status fill_factors(float *factor, const ocs_plan *plan, const ocs_shape *shape) {
+    const int64_t C = shape->C, K = shape->K, E = C + shape->S;
+    memset(factor, 0, (size_t)(shape->G * C * K) * sizeof *factor);
+    for (int64_t g = 0; g < shape->G; ++g) {
+        for (int64_t j = 0; j < E; ++j) {
+            if (!entry_valid(plan, shape, g, j)) {
+                return OCS_BAD_PLAN;
+            }
+            const float halved = ldexpf(1.0f, -plan->depth[g * E + j]);
+            float *of_source = factor + plan->source[g * E + j] * K;
+            for (int64_t k = 0; k < K; ++k) {
+                of_source[k] = of_source[k] < halved ? halved : of_source[k];
+            }
+        }
+    }
+    return OCS_OK;
+}
+
+ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
+    ocs_status status = ocs_check_shape(shape);
+    if (status != OCS_OK) {
+        return status;
+    }
+    const int64_t N = shape->C * shape->K;
+    float *factor = malloc((size_t)(shape->G * N + 1) * sizeof *factor);
+    if (factor == NULL) {
+        return OCS_NO_MEMORY;
+    }
+    status = fill_factors(factor, plan, shape);
+    if (status == OCS_OK) {
+        output_max_job job = {ocs_kernel_table(), output_max, w, factor, shape};
+        ocs_parallel_for(shape->O, ocs_grain(N), output_max_range, &job);
+    }
+    free(factor);
+    return status;
+}

@@ -1,0 +1,334 @@
+// torch.ops.ocs: the kernels on CPU tensors, registered through libtorch's stable ABI.
+//
+// The only C++ file. It takes nothing from libtorch but C shims that torch 2.10 has, so that one build serves every later
+// torch (tests/test_build.py reads the symbol table). Argument order and names are those of ocs._C (module.c). The stable
+// ABI of 2.10 can throw nothing but RuntimeError; ocs/functional.py checks first and raises better ones. Nothing throws
+// inside parallel_for.
+#include "ocs.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void fail(const char *op, const std::string &what) {
+    throw std::runtime_error(std::string("ocs::") + op + ": " + what);
+}
+
+void check(const char *op, ocs_status status) {
+    if (status != OCS_OK) {
+        fail(op, ocs_status_text(status));
+    }
+}
+
+bool is_float(const Tensor &t) {
+    const auto type = t.scalar_type();
+    return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+           type == ScalarType::BFloat16;
+}
+
+// Without a trip through the dispatcher where there is nothing to do.
+Tensor as_contiguous(const Tensor &t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// A float tensor as contiguous float32.
+Tensor floats(const char *op, const char *name, const Tensor &t, int64_t min_rank = 0) {
+    if (!is_float(t)) {
+        fail(op, std::string(name) + " must be a float tensor");
+    }
+    if (t.dim() < min_rank) {
+        fail(op, std::string(name) + " must have at least " + std::to_string(min_rank) + " dimensions");
+    }
+    return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
+
+Tensor integers(const char *op, const char *name, const Tensor &t, ScalarType type, int64_t min_rank = 1) {
+    if (t.scalar_type() != type || t.dim() < min_rank) {
+        fail(op, std::string(name) + " has the wrong dtype or too few dimensions");
+    }
+    return as_contiguous(t);
+}
+
+Tensor empty(const Tensor &like, std::vector<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(like, sizes, type);
+}
+
+template <class T> T *write(const Tensor &t) {
+    return static_cast<T *>(t.mutable_data_ptr());
+}
+template <class T> const T *read(const Tensor &t) {
+    return static_cast<const T *>(t.const_data_ptr());
+}
+
+std::vector<int64_t> sizes_of(const Tensor &t) {
+    return {t.sizes().begin(), t.sizes().end()};
+}
+
+// O, C and K of a weight or of expanded integers [O, C, ...].
+ocs_shape shape_of(const char *op, const Tensor &w, int64_t groups) {
+    ocs_shape shape = {groups, w.size(0), w.size(1), 1, 0};
+    for (int64_t i = 2; i < w.dim(); ++i) {
+        shape.K *= w.size(i);
+    }
+    if (groups < 1 || shape.O % groups != 0) {
+        fail(op, "groups must divide the output channels");
+    }
+    return shape;
+}
+
+// S from the length of a plan's array.
+void set_splits(const char *op, const Tensor &source, ocs_shape *shape) {
+    shape->S = source.numel() / shape->G - shape->C;
+    if (source.numel() % shape->G != 0 || shape->S < 0) {
+        fail(op, "source does not fit the groups and channels of the weight");
+    }
+}
+
+void check_numel(const char *op, const Tensor &t, int64_t numel) {
+    if (t.numel() != numel) {
+        fail(op, ocs_status_text(OCS_BAD_PLAN));
+    }
+}
+
+// 0 where one scale serves all, 1 where each output channel has its own.
+int64_t stride_of(const char *op, const Tensor &scale, int64_t rows) {
+    if (scale.dim() != 0 && (scale.dim() != 1 || scale.numel() != rows)) {
+        fail(op, "scale must have no dimension, or one of the output channels");
+    }
+    return scale.dim();
+}
+
+// --- Where the outliers are ------------------------------------------------------------------------------------------
+
+Tensor abs_max(const Tensor &x_any) {
+    const Tensor x = floats("abs_max", "x", x_any);
+    Tensor max = empty(x, {}, ScalarType::Float);
+    *write<float>(max) = ocs_abs_max_f32(read<float>(x), x.numel());
+    return max;
+}
+
+Tensor histogram(const Tensor &x_any, int64_t bins, double limit) {
+    const Tensor x = floats("histogram", "x", x_any);
+    if (bins < 1 || bins > 1 << 24) {
+        check("histogram", OCS_BAD_BINS);
+    }
+    Tensor counts = empty(x, {bins}, ScalarType::Long);
+    check("histogram", ocs_histogram_f32(write<int64_t>(counts), read<float>(x), x.numel(), bins, (float)limit));
+    return counts;
+}
+
+Tensor channel_max(const Tensor &w_any, int64_t groups) {
+    const Tensor w = floats("channel_max", "w", w_any, 2);
+    const ocs_shape shape = shape_of("channel_max", w, groups);
+    Tensor max = empty(w, {shape.G * shape.C}, ScalarType::Float);
+    check("channel_max", ocs_channel_max_f32(write<float>(max), read<float>(w), &shape));
+    return max;
+}
+
+// --- Which channels to split -----------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> split_plan(const Tensor &max_any, int64_t groups, int64_t splits) {
+    const Tensor max = floats("split_plan", "channel_max", max_any, 1);
+    if (groups < 1 || max.numel() % groups != 0 || splits < 0 || splits > max.numel() / groups) {
+        fail("split_plan", "groups must divide the channels, and splits be at most their number in a group");
+    }
+    const ocs_shape shape = {groups, 0, max.numel() / groups, 0, splits};
+    const int64_t expanded = groups * (shape.C + splits);
+    Tensor source = empty(max, {expanded}, ScalarType::Long), depth = empty(max, {expanded}, ScalarType::Int);
+    Tensor offset = empty(max, {expanded}, ScalarType::Int), split_max = empty(max, {expanded}, ScalarType::Float);
+    const ocs_plan plan = {write<int64_t>(source), write<int32_t>(depth), write<int32_t>(offset)};
+    check("split_plan", ocs_split_plan(&plan, write<float>(split_max), read<float>(max), &shape));
+    return {source, depth, offset, split_max};
+}
+
+Tensor output_max(const Tensor &w_any, const Tensor &source_any, const Tensor &depth_any, int64_t groups) {
+    const char *op = "output_max";
+    const Tensor w = floats(op, "w", w_any, 2), source = integers(op, "source", source_any, ScalarType::Long);
+    const Tensor depth = integers(op, "depth", depth_any, ScalarType::Int);
+    ocs_shape shape = shape_of(op, w, groups);
+    set_splits(op, source, &shape);
+    check_numel(op, depth, source.numel());
+    Tensor max = empty(w, {shape.O}, ScalarType::Float);
+    const ocs_plan plan = {const_cast<int64_t *>(read<int64_t>(source)), const_cast<int32_t *>(read<int32_t>(depth)),
+                           nullptr};
+    check(op, ocs_output_max_f32(write<float>(max), read<float>(w), &plan, &shape));
+    return max;
+}
+
+// --- Weights to integers and back ------------------------------------------------------------------------------------
+
+Tensor quantize_weight(const Tensor &w_any, const Tensor &scale_any, const Tensor &source_any, const Tensor &depth_any,
+                       const Tensor &offset_any, int64_t groups, int64_t bits, bool quantization_aware) {
+    const char *op = "quantize_weight";
+    const Tensor w = floats(op, "w", w_any, 2), scale = floats(op, "scale", scale_any);
+    const Tensor source = integers(op, "source", source_any, ScalarType::Long);
+    const Tensor depth = integers(op, "depth", depth_any, ScalarType::Int);
+    const Tensor offset = integers(op, "offset", offset_any, ScalarType::Int);
+    ocs_shape shape = shape_of(op, w, groups);
+    set_splits(op, source, &shape);
+    check_numel(op, depth, source.numel());
+    check_numel(op, offset, source.numel());
+    auto sizes = sizes_of(w);
+    sizes[1] = shape.C + shape.S;
+    Tensor ints = empty(w, sizes, ScalarType::Char);
+    const ocs_plan plan = {const_cast<int64_t *>(read<int64_t>(source)), const_cast<int32_t *>(read<int32_t>(depth)),
+                           const_cast<int32_t *>(read<int32_t>(offset))};
+    check(op, ocs_quantize_weight_f32(write<int8_t>(ints), read<float>(w), &plan, read<float>(scale),
+                                      stride_of(op, scale, shape.O), &shape, (int)std::clamp<int64_t>(bits, 0, 99),
+                                      quantization_aware));
+    return ints;
+}
+
+Tensor fold(const Tensor &ints_any, const Tensor &scale_any, const Tensor &source_any, int64_t groups,
+            int64_t channels) {
+    const Tensor ints = integers("fold", "ints", ints_any, ScalarType::Char, 2);
+    const Tensor scale = floats("fold", "scale", scale_any);
+    const Tensor source = integers("fold", "source", source_any, ScalarType::Long);
+    ocs_shape shape = shape_of("fold", ints, groups);
+    check_numel("fold", source, groups * shape.C);
+    if (channels < 0 || channels > shape.C) {
+        fail("fold", "channels must be 0 to the number of expanded channels in a group");
+    }
+    shape.S = shape.C - channels;
+    shape.C = channels;
+    auto sizes = sizes_of(ints);
+    sizes[1] = channels;
+    Tensor w_hat = empty(ints, sizes, ScalarType::Float);
+    check("fold", ocs_fold_f32(write<float>(w_hat), read<int8_t>(ints), read<int64_t>(source), read<float>(scale),
+                               stride_of("fold", scale, shape.O), &shape));
+    return w_hat;
+}
+
+Tensor weight_error(const Tensor &w_any, const Tensor &ints_any, const Tensor &scale_any, const Tensor &source_any,
+                    int64_t groups) {
+    const char *op = "weight_error";
+    const Tensor w = floats(op, "w", w_any, 2), ints = integers(op, "ints", ints_any, ScalarType::Char, 2);
+    const Tensor scale = floats(op, "scale", scale_any), source = integers(op, "source", source_any, ScalarType::Long);
+    ocs_shape shape = shape_of(op, w, groups);
+    set_splits(op, source, &shape);
+    check_numel(op, ints, shape.O * (shape.C + shape.S) * shape.K);
+    Tensor error = empty(w, {2}, ScalarType::Double);
+    check(op, ocs_weight_error_f32(write<double>(error), read<float>(w), read<int8_t>(ints), read<int64_t>(source),
+                                   read<float>(scale), stride_of(op, scale, shape.O), &shape));
+    return error;
+}
+
+// --- Any array to the grid and back ----------------------------------------------------------------------------------
+
+float one_value(const char *op, const Tensor &scale_any) {
+    if (scale_any.numel() != 1) {
+        fail(op, "scale must be one number");
+    }
+    return *read<float>(floats(op, "scale", scale_any));
+}
+
+Tensor quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, bool is_signed) {
+    const Tensor x = floats("quantize", "x", x_any);
+    Tensor q = empty(x, sizes_of(x), is_signed ? ScalarType::Char : ScalarType::Byte);
+    check("quantize", ocs_quantize_f32(q.mutable_data_ptr(), read<float>(x), x.numel(), one_value("quantize", scale),
+                                       (int)std::clamp<int64_t>(bits, 0, 99), is_signed));
+    return q;
+}
+
+Tensor dequantize(const Tensor &q_any, const Tensor &scale_any) {
+    const bool is_signed = q_any.scalar_type() == ScalarType::Char;
+    const Tensor q = integers("dequantize", "q", q_any, is_signed ? ScalarType::Char : ScalarType::Byte, 0);
+    const Tensor scale = floats("dequantize", "scale", scale_any);
+    const int64_t rows = q.dim() > 0 ? q.size(0) : 1;
+    Tensor x = empty(q, sizes_of(q), ScalarType::Float);
+    check("dequantize", ocs_dequantize_f32(write<float>(x), q.const_data_ptr(), read<float>(scale),
+                                           stride_of("dequantize", scale, rows), rows, rows ? q.numel() / rows : 0,
+                                           is_signed));
+    return x;
+}
+
+// Whether the elements fill their memory without gaps, in whatever order (channels-last, transposed ...).
+bool is_dense(const Tensor &x) {
+    if (x.is_contiguous()) {
+        return true;
+    }
+    std::vector<std::pair<int64_t, int64_t>> axes; // stride, size
+    for (int64_t i = 0; i < x.dim(); ++i) {
+        if (x.size(i) != 1) {
+            axes.emplace_back(x.stride(i), x.size(i));
+        }
+    }
+    std::sort(axes.begin(), axes.end());
+    int64_t expected = 1;
+    for (const auto &[stride, size] : axes) {
+        if (stride != expected) {
+            return false;
+        }
+        expected *= size;
+    }
+    return true;
+}
+
+// In the dtype and, where it is dense, the memory order of x.
+Tensor fake_quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, bool is_signed) {
+    if (!is_float(x_any)) {
+        fail("fake_quantize", "x must be a float tensor");
+    }
+    const bool converted = x_any.scalar_type() != ScalarType::Float;
+    Tensor x = converted ? torch::stable::to(x_any, ScalarType::Float) : x_any;
+    Tensor x_hat = torch::stable::empty_like(x);
+    if (!is_dense(x)) {
+        x = torch::stable::copy_(x_hat, x);
+    }
+    check("fake_quantize",
+          ocs_fake_quantize_f32(write<float>(x_hat), read<float>(x), x.numel(), one_value("fake_quantize", scale),
+                                (int)std::clamp<int64_t>(bits, 0, 99), is_signed));
+    return converted ? torch::stable::to(x_hat, x_any.scalar_type()) : x_hat;
+}
+
+// --- Threads ---------------------------------------------------------------------------------------------------------
+
+void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
+    if (n > 0) {
+        torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { fn(begin, end, ctx); });
+    }
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY(ocs, m) {
+    ocs_parallel_for = run_in_torch_threads;
+    m.def("abs_max(Tensor x) -> Tensor");
+    m.def("histogram(Tensor x, int bins, float limit) -> Tensor");
+    m.def("channel_max(Tensor w, int groups) -> Tensor");
+    m.def("split_plan(Tensor channel_max, int groups, int splits) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("output_max(Tensor w, Tensor source, Tensor depth, int groups) -> Tensor");
+    m.def("quantize_weight(Tensor w, Tensor scale, Tensor source, Tensor depth, Tensor offset, int groups, int bits, "
+          "bool quantization_aware) -> Tensor");
+    m.def("fold(Tensor ints, Tensor scale, Tensor source, int groups, int channels) -> Tensor");
+    m.def("weight_error(Tensor w, Tensor ints, Tensor scale, Tensor source, int groups) -> Tensor");
+    m.def("quantize(Tensor x, Tensor scale, int bits, bool signed) -> Tensor");
+    m.def("dequantize(Tensor q, Tensor scale) -> Tensor");
+    m.def("fake_quantize(Tensor x, Tensor scale, int bits, bool signed) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ocs, CPU, m) {
+    m.impl("abs_max", TORCH_BOX(&abs_max));
+    m.impl("histogram", TORCH_BOX(&histogram));
+    m.impl("channel_max", TORCH_BOX(&channel_max));
+    m.impl("split_plan", TORCH_BOX(&split_plan));
+    m.impl("output_max", TORCH_BOX(&output_max));
+    m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+    m.impl("fold", TORCH_BOX(&fold));
+    m.impl("weight_error", TORCH_BOX(&weight_error));
+    m.impl("quantize", TORCH_BOX(&quantize));
+    m.impl("dequantize", TORCH_BOX(&dequantize));
+    m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
+}
