@@ -1,0 +1,8 @@
+"""Post-training quantization of PyTorch models by outlier channel splitting (Zhao et al., ICML 2019)."""
+
+from ocs import functional, nn
+from ocs.quantize import FIRST_LAYER, quantize
+from ocs.report import LayerReport, Report
+
+__version__ = "0.1.0"
+__all__ = ["FIRST_LAYER", "LayerReport", "Report", "functional", "nn", "quantize"]

@@ -1,0 +1,153 @@
+"""The kernels in torch operations, for tensors on devices that have no C kernels: the same values, more passes.
+
+Two traps on GPUs: dividing by a Python number or by a CPU scalar multiplies by its reciprocal there, which can round
+another way, so every divisor below is a tensor on the device of the dividend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+KERNELS = (
+    "abs_max",
+    "histogram",
+    "channel_max",
+    "split_plan",
+    "output_max",
+    "quantize_weight",
+    "fold",
+    "weight_error",
+    "quantize",
+    "dequantize",
+    "fake_quantize",
+)
+GRID_LIMIT = 2.0**30
+
+
+def abs_max(x: Tensor) -> Tensor:
+    """max|x| as float32 [], 0 for an empty tensor."""
+    return x.float().abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
+
+
+def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
+    """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
+    if not 1 <= bins <= 2**24 or not 0 <= limit < math.inf:
+        raise RuntimeError("ocs::histogram: bins must be 1 to 2^24, and the limit finite and not negative")
+    if limit == 0:
+        return torch.cat([x.new_full((1,), x.numel(), dtype=torch.int64), x.new_zeros(bins - 1, dtype=torch.int64)])
+    position = x.float().abs().flatten() / _full_like(x, limit) * bins
+    return torch.bincount(torch.nan_to_num(position, nan=bins).clamp(max=bins - 1).long(), minlength=bins)
+
+
+def channel_max(w: Tensor, groups: int) -> Tensor:
+    """max|w| of each input channel [groups C]."""
+    grouped = _grouped(w.float().abs(), groups)
+    if 0 in grouped.shape:
+        return w.new_zeros(groups * w.shape[1], dtype=torch.float32)
+    return grouped.amax((1, 3)).flatten()
+
+
+def split_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The C kernel on a CPU copy: a few numbers, and a heap is nothing for a GPU."""
+    plan = torch.ops.ocs.split_plan(channel_max.cpu(), groups, splits)
+    return tuple(part.to(channel_max.device, copy=True) for part in plan)
+
+
+def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
+    """max|w| of each output channel after splitting [O]."""
+    halved = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    expanded = _gather(w.float(), source, groups) * halved.reshape(groups, 1, -1, 1)
+    if 0 in expanded.shape:
+        return w.new_zeros(w.shape[0], dtype=torch.float32)
+    return expanded.abs().amax((2, 3)).flatten()
+
+
+def quantize_weight(
+    w: Tensor,
+    scale: Tensor,
+    source: Tensor,
+    depth: Tensor,
+    offset: Tensor,
+    groups: int,
+    bits: int,
+    quantization_aware: bool,
+) -> Tensor:
+    """Integers int8 [O, C + n, ...] of the split weight, by one addition and one shift each (csrc/kernels.h)."""
+    qmax = grid(bits, True)[1]
+    u = w.float() / _per_row(scale, w)
+    u2 = torch.floor(2 * u).clamp(-GRID_LIMIT, GRID_LIMIT).int()
+    addend = 2 * offset + 1 if quantization_aware else torch.ones_like(depth) << depth
+    split = (_gather(u2, source, groups) + addend.reshape(groups, 1, -1, 1)) >> (depth + 1).reshape(groups, 1, -1, 1)
+    ints = split.clamp(-qmax, qmax).to(torch.int8)
+    return ints.reshape(w.shape[0], source.numel() // groups, *w.shape[2:])
+
+
+def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:
+    """float32 [O, channels, ...]: scale times the sum of each channel's integers and its copies'."""
+    grouped = _grouped(ints.float(), groups)
+    total = grouped.new_zeros((*grouped.shape[:2], channels, grouped.shape[3]))
+    index = _within_group(source, groups, channels).reshape(groups, 1, -1, 1).expand(grouped.shape)
+    folded = total.scatter_add(2, index, grouped).reshape(ints.shape[0], channels, *ints.shape[2:])
+    return folded * _per_row(scale, folded)
+
+
+def weight_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int) -> Tensor:
+    """Sums float64 [2] of w^2 and of (w - w_hat)^2; the order of summation is the device's."""
+    difference = w.float() - fold(ints, scale, source, groups, w.shape[1])
+    return torch.stack([w.double().square().sum(), difference.double().square().sum()])
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """clamp(round_half_even(x / scale)) as int8 or uint8; NaN gives 0."""
+    return torch.nan_to_num(_to_grid(x, scale, bits, signed), nan=0.0).to(torch.int8 if signed else torch.uint8)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """Q * scale, with one scale or one per entry of the first axis."""
+    return q.float() * _per_row(scale, q)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """Scale * clamp(round_half_even(x / scale)) in the dtype of x; NaN stays, zero comes out as +0."""
+    return ((_to_grid(x, scale, bits, signed) + 0.0) * scale.to(x.device, torch.float32)).to(x.dtype)
+
+
+def grid(bits: int, signed: bool) -> tuple[int, int]:
+    """The smallest and largest integer of k bits: -qmax .. qmax, or 0 .. 2^k - 1."""
+    if not 2 <= bits <= 8:
+        raise RuntimeError(f"bits={bits}: use 2 to 8")
+    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def _to_grid(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    on_device = scale.to(x.device, torch.float32).reshape(())
+    return torch.round(x.float() / on_device).clamp(*grid(bits, signed))
+
+
+def _full_like(x: Tensor, value: float) -> Tensor:
+    return x.new_full((), value, dtype=torch.float32)
+
+
+def _per_row(scale: Tensor, w: Tensor) -> Tensor:
+    """Scale [] or [O] so that it broadcasts over w [O, ...]."""
+    scale = scale.to(w.device, torch.float32)
+    return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
+
+
+def _grouped(w: Tensor, groups: int) -> Tensor:
+    """View of w as [groups, O / groups, C, K]."""
+    return w.reshape(groups, w.shape[0] // groups, w.shape[1], math.prod(w.shape[2:]))
+
+
+def _within_group(source: Tensor, groups: int, channels: int) -> Tensor:
+    return source.reshape(groups, -1) - torch.arange(groups, device=source.device)[:, None] * channels
+
+
+def _gather(w: Tensor, source: Tensor, groups: int) -> Tensor:
+    """[groups, O / groups, C + n, K]: each expanded channel's original weights."""
+    grouped = _grouped(w, groups)
+    index = _within_group(source, groups, w.shape[1]).reshape(groups, 1, -1, 1)
+    return grouped.gather(2, index.expand(*grouped.shape[:2], -1, grouped.shape[3]))

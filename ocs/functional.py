@@ -1,0 +1,290 @@
+"""Tensor-level API: split, clip and quantize one weight, fake-quantize one activation.
+
+Every function takes numpy arrays or torch tensors of float32, float64, float16 or bfloat16, any layout and device,
+computes in float32 and returns the same kind. k bits are the integers -qmax .. qmax, qmax = 2^(k - 1) - 1. "The paper" is
+Zhao et al., ICML 2019, arXiv 1901.09504.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ocs.ops import StraightThrough, kernels
+
+Array = np.ndarray | Tensor
+Granularity = Literal["tensor", "channel"]
+Split = Literal["qa", "naive"]
+Rounding = Literal["nearest"]
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class SplitPlan(NamedTuple):
+    """Which channels to split (section 3.2), over C + n expanded channels, group by group."""
+
+    source: Array  # int64: the original channel
+    depth: Array  # int32: how often this copy was halved
+    offset: Array  # int32: which of the 2^depth parts it is in quantization-aware splitting
+    split_max: Array  # float32: max|w| after splitting
+    channel_max: Array  # float32 [C]: max|w| of the original channels
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight as k-bit integers: w is about scale * ints, a channel's integers and its copies' added up."""
+
+    ints: Array  # int8 [O, C + n, ...]
+    scale: Array  # float32 [], or [O] per output channel; always positive
+    source: Array  # int64 [C + n]: the original channel of each expanded one, 0 .. C - 1 first (per group)
+    threshold: Array  # float32, shaped like scale: the largest magnitude on the grid
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+def quantize_weight(
+    w: Array,
+    bits: int,
+    r: float = 0.0,
+    clip: str | float = "none",
+    granularity: Granularity = "tensor",
+    split: Split = "qa",
+    rounding: Rounding = "nearest",
+    groups: int = 1,
+) -> QuantizedWeight:
+    """Split the outlier channels of a weight and quantize it (sections 3.2 and 3.3 of the paper).
+
+    Args:
+        w: [O, C, ...], C the input channels (of one group).
+        bits: 2 to 8.
+        r: expand ratio in [0, 1]; each group's C channels get n = ceil(r C) splits (depthwise weights none).
+        clip: "none", or the fraction in (0, 1] of the largest split |w| that is kept.
+        granularity: one scale per "tensor", or per output "channel".
+        split: "qa" (quantization-aware, eq. 6, exact) or "naive" (halves, eq. 5).
+        rounding: "nearest": floor(w / scale + 1/2).
+        groups: of a grouped convolution; divides O.
+
+    Raises:
+        TypeError: w is no float array or tensor.
+        ValueError: w has fewer than two dimensions or holds NaN or Inf, or an option is out of range.
+    """
+    w = check_array("w", w, min_rank=2)
+    check_bits("bits", bits)
+    check_ratio("r", r)
+    check_choice("split", split, get_args(Split))
+    check_choice("rounding", rounding, get_args(Rounding))
+    if not isinstance(groups, int) or groups < 1 or w.shape[0] % groups:
+        raise ValueError(f"groups={groups!r}: use a positive integer that divides the {w.shape[0]} output channels")
+    plan = plan_splits(w, r, groups)
+    threshold = weight_threshold(w, plan, clip, granularity, groups)
+    return quantize_split(w, plan, threshold, bits, split, groups)
+
+
+def plan_splits(w: Array, r: float, groups: int = 1) -> SplitPlan:
+    """Step 1: which channels to split; see quantize_weight for w [O, C, ...], r and groups."""
+    channel_max = kernels(w).channel_max(w, groups)
+    infinite = (~np.isfinite(_numpy(channel_max))).nonzero()[0]
+    if infinite.size:
+        raise ValueError(f"w holds NaN or Inf (in input channel {infinite[0]}): repair the weights before quantizing")
+    plan = kernels(w).split_plan(channel_max, groups, splits_for(r, w.shape[1], groups))
+    return SplitPlan(*plan, channel_max)
+
+
+def splits_for(r: float, channels: int, groups: int) -> int:
+    """Splits in each group, ceil(r C) with C the channels of a group; none where each group is one channel of several.
+
+    The product is taken a little short, so that 0.07 * 100 = 7.000000000000001 gives 7.
+    """
+    depthwise = groups > 1 and channels == 1
+    return 0 if depthwise else math.ceil(r * channels * (1 - 1e-12))
+
+
+def weight_threshold(
+    w: Array, plan: SplitPlan, clip: str | float, granularity: Granularity, groups: int = 1
+) -> Array:
+    """Step 2: the clip threshold float32 [] or [O] of the split weight ("OCS followed by clipping", section 5.2)."""
+    check_choice("granularity", granularity, get_args(Granularity))
+    if granularity == "channel":
+        largest = kernels(w).output_max(w, plan.source, plan.depth, groups)
+    else:
+        largest = kernels(plan.split_max).abs_max(plan.split_max)
+    fraction = clip_fraction(clip)
+    return largest if fraction == 1 else largest * _like(largest, fraction)
+
+
+def quantize_split(
+    w: Array, plan: SplitPlan, threshold: Array, bits: int, split: Split = "qa", groups: int = 1
+) -> QuantizedWeight:
+    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where that is 0)."""
+    scale = threshold / _like(threshold, 2 ** (bits - 1) - 1)
+    if isinstance(scale, Tensor):
+        scale = scale.masked_fill(scale <= 0, 1.0)
+    else:
+        scale = np.where(scale > 0, scale, np.float32(1))
+    ints = kernels(w).quantize_weight(w, scale, plan.source, plan.depth, plan.offset, groups, bits, split == "qa")
+    return QuantizedWeight(ints, scale, plan.source, threshold)
+
+
+def fold(quantized: QuantizedWeight, channels: int, groups: int = 1) -> Array:
+    """float32 [O, C, ...]: the copies' dequantized weights added back onto their source channel.
+
+    channels: C, the original input channels (of one group). The folded weight computes what the expanded one does.
+    """
+    return kernels(quantized.ints).fold(quantized.ints, quantized.scale, quantized.source, groups, channels)
+
+
+def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1) -> tuple[float, float]:
+    """Signal and noise of a quantized weight: the sums of w^2 and of (w - w_hat)^2."""
+    signal, noise = kernels(w).weight_error(w, quantized.ints, quantized.scale, quantized.source, groups).tolist()
+    return signal, noise
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal-to-quantization-noise ratio in dB; inf where there is no noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+# --- Clipping ---------------------------------------------------------------------------------------------------------
+
+
+def clip_threshold(x: Array, bits: int, method: str | float) -> float:
+    """The clip threshold t of x: values beyond +-t saturate (section 4 of the paper); at most max|x|.
+
+    bits: 2 to 8. method: "none" (max|x|), or a number in (0, 1], that fraction of max|x|.
+    """
+    check_bits("bits", bits)
+    return float(_finite_max(check_array("x", x))) * clip_fraction(method)
+
+
+def clip_fraction(clip: str | float) -> float:
+    """The part of the largest magnitude that a clip method keeps."""
+    if clip == "none":
+        return 1.0
+    if isinstance(clip, Real) and not isinstance(clip, bool) and 0 < clip <= 1:
+        return float(clip)
+    raise ValueError(f'clip={clip!r}: use "none", or a number in (0, 1], the fraction of the largest |w| to keep')
+
+
+def histogram(x: Array, bins: int) -> tuple[Array, float]:
+    """Counts int64 [bins] of |x| over [0, limit], and limit = max|x|.
+
+    Bin i counts floor(|x| / limit * bins) = i in float32; max|x| itself is in the last bin. bins: 1 to 2^24.
+    """
+    x = check_array("x", x)
+    if not isinstance(bins, int) or not 1 <= bins <= 2**24:
+        raise ValueError(f"bins={bins!r}: use an integer from 1 to {2**24}")
+    limit = float(_finite_max(x))
+    return kernels(x).histogram(x, bins, limit), limit
+
+
+def _finite_max(x: Array) -> Array:
+    largest = kernels(x).abs_max(x)
+    if not math.isfinite(largest):
+        raise ValueError("x holds NaN or Inf")
+    return largest
+
+
+# --- Activations ------------------------------------------------------------------------------------------------------
+
+
+def fake_quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:
+    """scale * clamp(round_half_even(x / scale)), shaped like x and of its dtype.
+
+    scale: one positive finite number (a float or a 0-d float32 array). signed: integers -qmax .. qmax, else
+    0 .. 2^k - 1. Inf saturates, NaN stays NaN. The gradient is 1 where x rounds to the grid, 0 where it is clipped.
+    """
+    if isinstance(x, Tensor):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return StraightThrough.apply(check_array("x", x, detach=False), *_grid(x, scale, bits), signed)
+        return torch.ops.ocs.fake_quantize(check_array("x", x), *_grid(x, scale, bits), signed)
+    return kernels(x).fake_quantize(check_array("x", x), *_grid(x, scale, bits), signed).astype(x.dtype, copy=False)
+
+
+def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:
+    """clamp(round_half_even(x / scale)) as int8, or uint8 where not signed; see fake_quantize. NaN is refused."""
+    x = check_array("x", x)
+    if math.isnan(kernels(x).abs_max(x)):
+        raise ValueError("x holds NaN, which no integer stands for")
+    return kernels(x).quantize(x, *_grid(x, scale, bits), signed)
+
+
+def dequantize(q: Array, scale: float | Array) -> Array:
+    """Float32 q * scale, shaped like q (int8 or uint8); one scale, or one per entry of the first axis."""
+    if not isinstance(q, Array) or str(q.dtype).removeprefix("torch.") not in ("int8", "uint8"):
+        raise TypeError(f"q must be an int8 or uint8 array or tensor, not {_kind(q)}")
+    scale = _as_scale(q, scale)
+    if scale.ndim > 0 and (q.ndim == 0 or tuple(scale.shape) != (q.shape[0],)):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}: use one number, or one per entry of q's first axis")
+    return kernels(q).dequantize(q, scale)
+
+
+def _grid(x: Array, scale: float | Array, bits: int) -> tuple[Array, int]:
+    check_bits("bits", bits)
+    scale = _as_scale(x, scale)
+    if math.prod(scale.shape) != 1:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}: use one number")
+    return scale, bits
+
+
+def _as_scale(x: Array, scale: float | Array) -> Array:
+    """Scale as the kind of array that x is. A tensor's value is checked by the kernel, a number's here."""
+    if isinstance(scale, Tensor) and isinstance(x, Tensor):
+        return scale
+    value = np.asarray(scale.detach().cpu() if isinstance(scale, Tensor) else scale)
+    if value.dtype.kind not in "fiu" or not (np.isfinite(value) & (value > 0)).all():
+        raise ValueError(f"scale={scale!r}: use a positive finite number")
+    value = value.astype(np.float32)
+    return torch.from_numpy(value).to(x.device) if isinstance(x, Tensor) else value
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_array(name: str, x: Any, min_rank: int = 0, *, detach: bool = True) -> Array:
+    """The array as the kernels take it, or a TypeError or ValueError that says what it is instead."""
+    if not isinstance(x, Array) or str(x.dtype).removeprefix("torch.") not in FLOATS:
+        raise TypeError(f"{name} must be a numpy array or torch tensor of {', '.join(FLOATS)}, not {_kind(x)}")
+    if isinstance(x, Tensor) and x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not {x.layout}: call .to_dense() first")
+    if x.ndim < min_rank:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: at least {min_rank} dimensions are needed, [O, C, ...]")
+    if isinstance(x, Tensor):
+        return x.detach() if detach else x
+    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
+
+
+def check_bits(name: str, bits: Any) -> None:
+    """An integer from 2 to 8."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise ValueError(f"{name}={bits!r}: use an integer from 2 to 8")
+
+
+def check_ratio(name: str, r: Any) -> None:
+    """A number in [0, 1]."""
+    if not isinstance(r, Real) or isinstance(r, bool) or not 0 <= r <= 1:
+        raise ValueError(f"{name}={r!r}: use a number from 0 (no splits) to 1 (as many splits as channels)")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of the strings."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, choices))}")
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__name__} of {x.dtype}" if isinstance(x, Array) else type(x).__name__
+
+
+def _numpy(x: Array) -> np.ndarray:
+    return x.cpu().numpy() if isinstance(x, Tensor) else x
+
+
+def _like(x: Array, value: float) -> Array:
+    """The number as an array of x's kind and shape; see ocs.composite on why divisors are arrays."""
+    return torch.full_like(x, value) if isinstance(x, Tensor) else np.full_like(x, value)

@@ -1,0 +1,192 @@
+"""What quantize() did to each layer: a table to print, HTML for notebooks, a dict and JSON for programs."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["quantized", "skipped", "float"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. `skipped` layers were left out on request, `float` ones could not be quantized; `reason` says why.
+
+    Everything from `bits` on is None or empty unless the layer was quantized.
+    """
+
+    name: str
+    kind: str  # the float layer's class
+    shape: tuple[int, ...]  # of the float weight [O, C, ...], () where the layer has several
+    status: Status
+    reason: str = ""
+    float_bytes: int = 0  # of the float weight
+    bits: int | None = None
+    granularity: str | None = None
+    channels: int | None = None  # C over all groups
+    splits: int | None = None  # n over all groups
+    sources: tuple[int, ...] = ()  # the channel that each copy came from, in the order of splitting
+    threshold: float | tuple[float, ...] | None = None  # per output channel where the granularity is "channel"
+    scale: float | tuple[float, ...] | None = None
+    max_before: float | None = None  # max|w|
+    max_after: float | None = None  # max|w| of the split weight
+    sqnr_db: float | None = None  # 10 log10(sum w^2 / sum (w - w_hat)^2); inf where exact
+    packed_bytes: int | None = None  # k-bit integers of the expanded weight, scales, and sources of the copies
+
+    @property
+    def weights(self) -> int:
+        """Elements of the float weight."""
+        return math.prod(self.shape)
+
+    @property
+    def expanded_weights(self) -> int:
+        """Elements of the expanded weight."""
+        return self.weights * (self.channels + self.splits) // self.channels if self.channels else self.weights
+
+
+@dataclass(frozen=True)
+class Report:
+    """Layer by layer in the model's order, with the settings that were used and the seconds that it took."""
+
+    layers: tuple[LayerReport, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The layers that were quantized."""
+        return tuple(layer for layer in self.layers if layer.status == "quantized")
+
+    @property
+    def relative_size(self) -> float:
+        """Weights of the quantized layers with their copies over those without: the paper's Table 5."""
+        before = sum(layer.weights for layer in self.quantized)
+        return sum(layer.expanded_weights for layer in self.quantized) / before if before else 1.0
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the quantized layers' float weights."""
+        return sum(layer.float_bytes for layer in self.quantized)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the same weights as packed integers."""
+        return sum(layer.packed_bytes for layer in self.quantized)
+
+    @property
+    def mean_sqnr_db(self) -> float:
+        """Mean over the quantized layers of the weights' signal-to-noise ratio in dB, exact layers left out."""
+        values = [layer.sqnr_db for layer in self.quantized if math.isfinite(layer.sqnr_db)]
+        return sum(values) / len(values) if values else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts; inf appears as None."""
+        totals = {
+            "quantized_layers": len(self.quantized),
+            "relative_size": self.relative_size,
+            "float_bytes": self.float_bytes,
+            "packed_bytes": self.packed_bytes,
+            "mean_sqnr_db": self.mean_sqnr_db,
+            "seconds": self.seconds,
+        }
+        content = {"settings": self.settings, "totals": totals, "layers": [asdict(layer) for layer in self.layers]}
+        return _plain(content)
+
+    def to_json(self) -> str:
+        """to_dict() as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report: JSON where the path ends in .json, a page where it ends in .html."""
+        writers = {".json": self.to_json, ".html": self.to_html}
+        suffix = Path(path).suffix
+        if suffix not in writers:
+            raise ValueError(f"path={str(path)!r}: end it in .json or .html")
+        Path(path).write_text(writers[suffix](), encoding="utf-8")
+
+    def to_html(self) -> str:
+        """A page of its own."""
+        head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ocs report</title></head>'
+        return f'{head}<body style="font-family:sans-serif">{self._repr_html_()}</body></html>\n'
+
+    def __str__(self) -> str:
+        rows = [HEADER, *(_cells(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+        lines = ["  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        return "\n".join([*(line.rstrip() for line in lines), self._summary()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in HEADER)
+        body = "".join(_html_row(layer) for layer in self.layers)
+        return (
+            f'<table style="border-collapse:collapse" border="1" cellpadding="4"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table><p>{html.escape(self._summary())}</p>"
+        )
+
+    def _summary(self) -> str:
+        left = len(self.layers) - len(self.quantized)
+        text = f"{len(self.quantized)} layers quantized, {left} left float, in {self.seconds:.2f} s"
+        if not self.quantized:
+            return text
+        saving = self.float_bytes / self.packed_bytes if self.packed_bytes else math.inf
+        return (
+            f"{text}: weights x{self.relative_size:.3f} with their copies, {_size(self.float_bytes)} -> "
+            f"{_size(self.packed_bytes)} packed ({saving:.1f}x smaller), mean SQNR {self.mean_sqnr_db:.1f} dB"
+        )
+
+
+HEADER = ("layer", "kind", "weight", "bits", "splits", "max |w|", "once split", "clip at", "SQNR dB", "packed", "")
+_TEXT_COLUMNS = (0, 1, 2, len(HEADER) - 1)
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    shape = "x".join(map(str, layer.shape))
+    if layer.status != "quantized":
+        return (layer.name, layer.kind, shape, *[""] * (len(HEADER) - 4), f"{layer.status}: {layer.reason}")
+    clip = layer.threshold if isinstance(layer.threshold, float) else max(layer.threshold, default=0.0)
+    return (
+        layer.name,
+        layer.kind,
+        shape,
+        str(layer.bits),
+        f"+{layer.splits}",
+        f"{layer.max_before:.3g}",
+        f"{layer.max_after:.3g}",
+        f"{clip:.3g}" + ("" if isinstance(layer.threshold, float) else " max"),
+        f"{layer.sqnr_db:.1f}",
+        _size(layer.packed_bytes),
+        layer.reason,
+    )
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column in _TEXT_COLUMNS else cell.rjust(width)
+
+
+def _html_row(layer: LayerReport) -> str:
+    style = "" if layer.status == "quantized" else ' style="color:#777"'
+    aligned = ("" if i in _TEXT_COLUMNS else ' style="text-align:right"' for i in range(len(HEADER)))
+    cells = zip(aligned, _cells(layer), strict=True)
+    return f"<tr{style}>" + "".join(f"<td{align}>{html.escape(cell)}</td>" for align, cell in cells) + "</tr>"
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
