@@ -1,0 +1,102 @@
+"""Fashion-MNIST and the ResNet-20 trained on it: the model and data that the demo, tests and benchmarks share.
+
+The images are the data set's own idx files, padded from 28 x 28 to 32 x 32 with the black background, so that the
+network is He et al.'s CIFAR form (arXiv 1512.03385, section 4.2) with one input channel instead of three.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist"
+WEIGHTS = ASSETS / "resnet20.safetensors"
+CLASSES = 10
+MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a parameter-free shortcut (He et al.'s option A)."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.stride = channels // in_channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, self.stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.stride > 1:  # subsample, and fill the new channels with zeros
+            new = y.shape[1] - x.shape[1]
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, new // 2, new - new // 2))
+        return F.relu(y + x)
+
+
+class ResNet20(nn.Module):
+    """16-32-64 channels, three blocks each: 19 convolutions and one linear layer, 0.27 million weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16), BasicBlock(16, 16))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32), BasicBlock(32, 32), BasicBlock(32, 32))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64), BasicBlock(64, 64), BasicBlock(64, 64))
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def read_idx(path: str | Path) -> Tensor:
+    """The uint8 tensor in a gzipped idx file: images [N, 28, 28] or labels [N]."""
+    data = gzip.decompress(Path(path).read_bytes())
+    rank = data[3]
+    if data[:3] != b"\0\0\x08" or not 1 <= rank <= 4:
+        raise ValueError(f"{path}: not an idx file of unsigned bytes (starts with {data[:4].hex()})")
+    shape = np.frombuffer(data, ">i4", rank, offset=4).tolist()
+    if len(data) != 4 + 4 * rank + int(np.prod(shape)):
+        raise ValueError(f"{path}: {len(data)} bytes do not hold the {shape} that its header promises")
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape).copy())
+
+
+def load(split: str, folder: Path = ASSETS) -> tuple[Tensor, Tensor]:
+    """Images, normalized float32 [N, 1, 32, 32] in channels-last, and labels int64 [N].
+
+    split: the file prefix: "t10k" (test), "calibration" (512 training images) or "train" (not shipped).
+    """
+    images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
+    return normalize(F.pad(images, (2, 2, 2, 2))), labels.long()
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [N, H, W] -> float32 [N, 1, H, W] with zero mean and unit variance over the training set."""
+    x = images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def load_model(weights: Path = WEIGHTS) -> ResNet20:
+    """The trained float model, in eval mode and channels-last."""
+    from safetensors.torch import load_file
+
+    model = ResNet20()
+    model.load_state_dict(load_file(weights))
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def count_correct(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> int:
+    """How many of the images the model puts in the right class (top-1)."""
+    pairs = zip(images.split(batch), labels.split(batch), strict=True)
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs)
