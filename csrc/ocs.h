@@ -100,7 +100,7 @@ typedef struct {
 /* Fills the plan and split_max [G (C + S)], the max |w| of each expanded channel, from channel_max [G C].
 
    In each group, S times: the channel with the largest maximum (copies included, lowest index on ties) is halved into
-   itself and a copy at the end. O(S log C). */
+   itself and a copy at the end, or copied as it is where its maximum is 0. O(S log C). */
 ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *channel_max, const ocs_shape *shape);
 
 /* output_max [O]: max |w| of each output channel after splitting, for one threshold per output channel. */

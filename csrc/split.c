@@ -50,15 +50,16 @@ static void push(heap *h, int64_t pushed) {
     h->channel[at] = pushed;
 }
 
-/* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i into i and i + 2^m. */
+/* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i into i and i + 2^m. Zeros are
+   copied without counting as halved, however often they come up: all their integers are 0 anyway. */
 static void split_top(heap *h, const ocs_plan *plan, float *split_max, int64_t copy) {
     const int64_t top = h->channel[0];
-    const int32_t m = plan->depth[top]++;
-    split_max[top] *= 0.5f;
+    const bool halved = split_max[top] > 0.0f;
+    const int32_t m = plan->depth[top];
     plan->source[copy] = plan->source[top];
-    plan->depth[copy] = plan->depth[top];
-    plan->offset[copy] = plan->offset[top] + (INT32_C(1) << m);
-    split_max[copy] = split_max[top];
+    plan->offset[copy] = plan->offset[top] + (halved ? INT32_C(1) << m : 0);
+    plan->depth[copy] = plan->depth[top] = m + halved;
+    split_max[copy] = split_max[top] *= 0.5f;
     sift_down(h, 0);
     push(h, copy);
 }
@@ -80,7 +81,7 @@ static ocs_status plan_group(const ocs_plan *plan, float *split_max, const float
         sift_down(&h, at);
     }
     for (int64_t s = 0; s < S; ++s) {
-        if (plan->depth[h.channel[0]] == MAX_DEPTH) {
+        if (plan->depth[h.channel[0]] == MAX_DEPTH && split_max[h.channel[0]] > 0.0f) {
             return OCS_TOO_LARGE;
         }
         split_top(&h, plan, split_max, C + s);

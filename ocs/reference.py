@@ -54,8 +54,9 @@ def split_plan(channel_max: Floats, groups: int, splits: int) -> Plan:
         for _ in range(splits):
             c = int(np.argmax(split_max))
             source.append(source[c])
-            offset.append(offset[c] + 2 ** depth[c])
-            depth[c] += 1
+            halved = split_max[c] > 0  # zeros are copied without counting as halved
+            offset.append(offset[c] + halved * 2 ** depth[c])
+            depth[c] += halved
             depth.append(depth[c])
             split_max[c] = split_max[c] * np.float32(0.5)
             split_max.append(split_max[c])
@@ -64,19 +65,28 @@ def split_plan(channel_max: Floats, groups: int, splits: int) -> Plan:
     return source.astype(np.int64), depth.astype(np.int32), offset.astype(np.int32), split_max.astype(np.float32)
 
 
-def split_weight(w: NDArray, splits: int, *, quantization_aware: bool | None = None) -> tuple[NDArray, NDArray[np.int64]]:
-    """The paper's procedure as written, on one group: the split weight [O, C + splits, ...] and its source channels.
+def pick_channels(w: NDArray, splits: int) -> list[int]:
+    """The paper's procedure as written, on one group: look at the whole tensor for its largest |w|, halve, repeat.
 
-    Each split looks at the whole tensor for its largest |w|, then halves that channel into itself and a copy:
-    (w - 1/2) / 2 and (w + 1/2) / 2 where quantization_aware (eq. 6, w in grid units), w / 2 both where False (eq. 5).
+    Returns the expanded channels that were split, in order; split_channels(w, picks, False) is the split weight.
+    """
+    picks = []
+    for _ in range(splits):
+        axes = tuple(i for i in range(w.ndim) if i != 1)
+        picks.append(int(np.argmax(np.abs(w).max(axis=axes))))
+        w, _ = split_channels(w, picks[-1:], False)
+    return picks
+
+
+def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tuple[NDArray, NDArray[np.int64]]:
+    """The weight [O, C + n, ...] with each picked channel halved into itself and a copy at the end, and the source [C + n].
+
+    (w - 1/2) / 2 and (w + 1/2) / 2 where quantization_aware (eq. 6, w in grid units), w / 2 both where not (eq. 5).
     """
     half = 0.5 if quantization_aware else 0.0
     source = np.arange(w.shape[1])
-    for _ in range(splits):
-        axes = tuple(i for i in range(w.ndim) if i != 1)
-        c = int(np.argmax(np.abs(w).max(axis=axes)))
-        copy = (w[:, c : c + 1] + half) / 2
-        w = np.concatenate([w, copy], axis=1)
+    for c in picks:
+        w = np.concatenate([w, (w[:, c : c + 1] + half) / 2], axis=1)
         w[:, c] = (w[:, c] - half) / 2
         source = np.append(source, source[c])
     return w, source
@@ -84,12 +94,12 @@ def split_weight(w: NDArray, splits: int, *, quantization_aware: bool | None = N
 
 def output_max(w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int) -> Floats:
     """max|w| of each output channel after splitting [O]."""
-    expanded = _gather(w, source, groups)
+    expanded = gather(w, source, groups)
     halved = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
     return np.abs(expanded * halved).max(axis=(2, 3), initial=np.float32(0)).ravel()
 
 
-def _gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
+def gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
     """[groups, O / groups, C + n, K]: each expanded channel's original weights."""
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * w.shape[1]
     return np.stack([part[:, columns] for part, columns in zip(_grouped(w, groups), within, strict=True)])
@@ -116,7 +126,7 @@ def quantize_weight(
     """Integers int8 [O, C + n, ...] of the split weight: the halvings in grid units one by one, in double."""
     qmax = 2 ** (bits - 1) - 1
     scales = np.broadcast_to(scale, w.shape[:1]).reshape(-1, *[1] * (w.ndim - 1))
-    u = _gather((w / scales).astype(np.float32), source, groups).astype(np.float64)
+    u = gather((w / scales).astype(np.float32), source, groups).astype(np.float64)
     depth, offset = (part.reshape(groups, 1, -1, 1) for part in (depth, offset))
     for level in range(int(depth.max(initial=0))):
         half = np.where((offset >> level) & 1, 0.5, -0.5) if quantization_aware else 0.0

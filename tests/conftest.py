@@ -1,0 +1,72 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ocs import ops
+
+
+def available_isas() -> list[str]:
+    """The instruction sets of this build and CPU, plain first."""
+    best = ops.isa()
+    return ["ref"] if best == "ref" else ["ref", best]
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with each instruction set."""
+    before = ops.isa()
+    ops.set_isa(request.param)
+    yield request.param
+    ops.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs a test with different numbers of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class SmallNet(nn.Module):
+    """Every kind of layer that is quantized, with outliers to split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 16, 3, padding=1, stride=2, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=4, padding_mode="reflect"),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        )
+        self.head = nn.Linear(16, 5)
+        with torch.no_grad():
+            for layer in (self.stem, self.body[0], self.body[3], self.body[5], self.head):
+                layer.weight[:, 0] *= 6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, 3, H, W] -> [N, 5]."""
+        return self.head(self.body(self.stem(x).relu()).mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> SmallNet:
+    """A fresh SmallNet with the same weights each time, in eval mode."""
+    torch.manual_seed(0)
+    return SmallNet().eval()
+
+
+def outlier_weight(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Heavy-tailed float32 weights, as trained layers have."""
+    return np.random.default_rng(seed).standard_t(2.5, shape).astype(np.float32)
