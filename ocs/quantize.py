@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
@@ -148,16 +148,21 @@ def _overrides_forward(module: nn.Module) -> bool:
 # --- Which settings: skip and overrides -------------------------------------------------------------------------------
 
 
-def apply_skip(layers: list[_Layer], skip: Selector | Iterable[Selector] | None) -> None:
+def apply_skip(layers: list[_Layer], skip: Selector | Collection[Selector] | None) -> None:
     """Mark what the user leaves out. A name or pattern that fits no layer is a ValueError."""
-    single = isinstance(skip, str | _FirstLayer) or callable(skip)
-    for selector in [skip] if single else list(skip or ()):
+    for selector in _selectors(skip):
         chosen = [layer for layer in layers if _selects(selector, layer, layers)]
         if isinstance(selector, str) and not chosen:
             raise ValueError(f"skip={selector!r}: no layer has that name; the layers are {_names(layers)}")
         for layer in chosen:
             if layer.status == "quantized":
                 layer.leave("skipped", "first convolution" if selector is FIRST_LAYER else f"skip={_show(selector)}")
+
+
+def _selectors(skip: Selector | Collection[Selector] | None) -> list[Selector]:
+    if skip is None:
+        return []
+    return list(skip) if isinstance(skip, list | tuple | set) else [skip]
 
 
 def _selects(selector: Selector, layer: _Layer, layers: list[_Layer]) -> bool:
@@ -285,7 +290,7 @@ def quantize(
     granularity: Granularity = "tensor",
     split: Split = "qa",
     rounding: Rounding = "nearest",
-    skip: Selector | Iterable[Selector] | None = FIRST_LAYER,
+    skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
     progress: bool | None = None,
@@ -363,10 +368,9 @@ def swap(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
 
 
 def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
-    skipped = skip if isinstance(skip, list | tuple | set) else [] if skip is None else [skip]
     return {
         **asdict(options),
-        "skip": [_show(selector) for selector in skipped],
+        "skip": [_show(selector) for selector in _selectors(skip)],
         "overrides": {pattern: dict(changes) for pattern, changes in (overrides or {}).items()},
     }
 

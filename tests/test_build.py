@@ -1,0 +1,96 @@
+"""The one shared object: what it needs from torch and Python, and the wheel that holds it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ocs import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The C shims of libtorch that the extension may use: all of them are in torch 2.10.
+TORCH_2_10 = {
+    "aoti_torch_abi_version", "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object",
+    "aoti_torch_get_dim", "aoti_torch_get_dtype", "aoti_torch_get_numel", "aoti_torch_get_size", "aoti_torch_get_sizes",
+    "aoti_torch_get_stride", "aoti_torch_is_contiguous", "aoti_torch_library_def", "aoti_torch_library_init_def",
+    "aoti_torch_library_init_impl", "aoti_torch_new_tensor_handle", "torch_call_dispatcher", "torch_delete_list",
+    "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_library_impl", "torch_list_push_back",
+    "torch_new_list_reserve_size", "torch_parallel_for",
+}  # fmt: skip
+ENUMS = re.compile(r"aoti_torch_(device_type|dtype|layout|memory_format)_\w+")  # one function for each constant
+NEWER = {"aoti_torch_dtype_float8_e8m0fnu", "aoti_torch_dtype_float4_e2m1fn_x2"}
+
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+
+
+def undefined_symbols() -> set[str]:
+    listing = subprocess.run(["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True)
+    return {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
+
+
+@needs_nm
+def test_only_c_shims_of_torch_2_10() -> None:
+    symbols = undefined_symbols()
+    of_torch = {name for name in symbols if name.startswith(("aoti_", "torch_"))}
+    assert of_torch >= {"torch_parallel_for", "torch_library_impl"}
+    assert {name for name in of_torch if not ENUMS.fullmatch(name)} <= TORCH_2_10
+    assert not of_torch & NEWER
+    mangled = [name for name in symbols if name.startswith("_Z") and re.search(r"2at|3c10|5torch|6caffe2", name)]
+    assert mangled == []
+
+
+@needs_nm
+def test_only_the_limited_python_api() -> None:
+    private = {name for name in undefined_symbols() if name.startswith("_Py")}
+    stable = {"_PyArg_ParseTuple_SizeT", "_Py_BuildValue_SizeT", "_Py_Dealloc", "_Py_NoneStruct", "_Py_RefTotal"}
+    assert private <= stable
+    assert Path(_C.__file__).name == "_C.abi3.so"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    sources = tmp_path_factory.mktemp("sources")
+    for name in ("ocs", "csrc"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", out, sources]
+    subprocess.run(command, check=True, env={**os.environ, "OCS_WERROR": "1"})
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_serves_every_python(wheel: Path) -> None:
+    name, version, *tags = wheel.stem.split("-")
+    assert (name, version) == ("torch_ocs", __import__("ocs").__version__)
+    assert tags[:2] == ["cp311", "abi3"]
+    files = [name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("torch_ocs-")]
+    assert sorted(files) == sorted(f"ocs/{path.name}" for path in (ROOT / "ocs").iterdir() if path.suffix in (".py", ".so"))
+
+
+def test_wheel_quantizes_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:
+    """The demo's quantize step, from the installed wheel alone."""
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True)
+    shutil.copy(ROOT / "examples" / "fashion_mnist.py", tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(site)!r})
+from pathlib import Path
+import ocs
+from fashion_mnist import load_model
+assert ocs.__file__.startswith({str(site)!r}), ocs.__file__
+print(ocs.quantize(load_model(Path({str(ROOT)!r}) / "assets/fashion-mnist/resnet20.safetensors"), wbits=5, r=0.02))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", "import sys; sys.path.insert(0, '.')" + code], cwd=tmp_path,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert "19 layers quantized, 1 left float" in done.stdout

@@ -1,0 +1,207 @@
+"""Quantized layers: expanded and folded agree with each other and with the float layer, and travel as modules do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import SmallNet, outlier_weight
+from torch import nn
+
+import ocs
+from ocs import reference
+from ocs.functional import QuantizedWeight, plan_splits, quantize_weight
+from ocs.nn import REPLACEMENTS, QuantizedLayer
+
+# layer, input shape
+LAYERS = {
+    "linear": (lambda: nn.Linear(30, 7), (4, 30)),
+    "linear, no bias, any rank": (lambda: nn.Linear(30, 7, bias=False), (2, 3, 4, 30)),
+    "linear, vector": (lambda: nn.Linear(30, 7), (30,)),
+    "conv1d": (lambda: nn.Conv1d(10, 6, 5, padding="same"), (3, 10, 20)),
+    "conv2d": (lambda: nn.Conv2d(10, 6, 3, stride=2, padding=1, bias=False), (2, 10, 9, 9)),
+    "conv2d, unbatched": (lambda: nn.Conv2d(10, 6, 3), (10, 9, 9)),
+    "conv2d, grouped": (lambda: nn.Conv2d(12, 6, 3, groups=3, dilation=2), (2, 12, 9, 9)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(12, 24, 3, groups=12), (2, 12, 9, 9)),
+    "conv2d, circular": (lambda: nn.Conv2d(10, 6, 3, padding=1, padding_mode="circular"), (2, 10, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(10, 6, 3, padding=(1, 0, 1)), (2, 10, 5, 5, 5)),
+}
+
+
+def make(name: str) -> tuple[nn.Module, torch.Tensor]:
+    build, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = build()
+    layer.weight.data = torch.from_numpy(outlier_weight(tuple(layer.weight.shape)))
+    return layer, torch.randn(shape)
+
+
+def quantized(layer: nn.Module, *, expand: bool, bits: int = 5, r: float = 0.2, granularity: str = "tensor"):
+    weight = quantize_weight(layer.weight, bits, r, granularity=granularity, groups=getattr(layer, "groups", 1))
+    return REPLACEMENTS[type(layer)](layer, weight, bits, expand)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_expanded_and_folded_agree(name: str, granularity: str) -> None:
+    """The same sums in another order: a few float32 roundings of the largest output apart."""
+    layer, x = make(name)
+    expanded, folded = (quantized(layer, expand=e, granularity=granularity) for e in (True, False))
+    assert folded.weight.shape == layer.weight.shape
+    assert expanded.weight.shape[1] == layer.weight.shape[1] + expanded.splits // getattr(layer, "groups", 1)
+    a, b = expanded(x).detach(), folded(x).detach()
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_folded_runs_the_dequantized_weight(name: str) -> None:
+    layer, x = make(name)
+    folded = quantized(layer, expand=False, bits=8, r=0.2)
+    plain = copy.deepcopy(layer)
+    plain.weight.data = folded.weight
+    assert torch.equal(folded(x), plain(x))
+    step = float(folded.scale)
+    assert float((folded.weight - layer.weight.detach()).abs().max()) <= step / 2 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("naive", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_splitting_alone_changes_nothing(name: str, naive: bool) -> None:
+    """Functional equivalence before rounding (eq. 5 and 6): split the float weight, gather the input, same output."""
+    layer, x = make(name)
+    groups = getattr(layer, "groups", 1)
+    plan = plan_splits(layer.weight.detach(), 0.5, groups)
+    unit = 0.1
+    parts = []
+    for w in (layer.weight.detach().numpy() / unit).reshape(groups, -1, *layer.weight.shape[1:]).astype("f8"):
+        splits = plan.source.numel() // groups - w.shape[1]
+        parts.append(reference.split_channels(w, reference.pick_channels(w, splits), not naive)[0] * unit)
+    split = torch.cat([torch.from_numpy(part) for part in parts]).float()
+    expanded = quantized(layer, expand=True, r=0.5)
+    expanded.weight = split
+    torch.testing.assert_close(expanded(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_no_splits_no_gather() -> None:
+    layer, x = make("conv2d")
+    expanded = quantized(layer, expand=True, r=0.0)
+    assert expanded.gather(x, 1) is x
+    assert torch.equal(expanded(x), quantized(layer, expand=False, r=0.0)(x))
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_state_dict_round_trip(expand: bool) -> None:
+    layer, x = make("conv2d, grouped")
+    ours = quantized(layer, expand=expand)
+    state = ours.state_dict()
+    assert {name: tuple(t.shape) for name, t in state.items()} == {
+        "weight_int": (6, 5, 3, 3), "scale": (), "source": (15,), "bias": (6,)}  # fmt: skip
+    other = copy.deepcopy(layer)
+    other.weight.data = torch.randn_like(other.weight)
+    for assign in (False, True):
+        loaded = quantized(other, expand=not expand)
+        loaded.expand = expand
+        loaded.load_state_dict(state, assign=assign)
+        assert torch.equal(loaded(x), ours(x))
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies(travel, net: SmallNet) -> None:
+    ocs.quantize(net, wbits=5, r=0.2)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(travel(net)(x), net(x))
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_casting_keeps_the_scale_and_rounds_once(dtype: torch.dtype, expand: bool) -> None:
+    layer, _ = make("conv2d")
+    ours = quantized(layer, expand=expand, granularity="channel")
+    before = ours.weight.clone()
+    ours.to(dtype)
+    assert (ours.scale.dtype, ours.weight_int.dtype, ours.weight.dtype) == (torch.float32, torch.int8, dtype)
+    assert torch.equal(ours.weight, before.to(dtype))
+    ours.float()
+    assert torch.equal(ours.weight, before)
+
+
+def test_half_precision_model_runs() -> None:
+    layer, x = make("linear")
+    ours = quantized(layer.bfloat16(), expand=True)
+    assert ours.weight.dtype == ours(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_channels_last_is_kept() -> None:
+    layer, x = make("conv2d")
+    layer.to(memory_format=torch.channels_last)
+    ours = quantized(layer, expand=False)
+    assert ours.weight.is_contiguous(memory_format=torch.channels_last)
+    plain = quantized(layer.to(memory_format=torch.contiguous_format), expand=False)
+    torch.testing.assert_close(ours(x.to(memory_format=torch.channels_last)), plain(x))
+    moved = copy.deepcopy(plain).to(memory_format=torch.channels_last).half().float()
+    assert moved.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(moved.weight, plain.weight)
+
+
+def test_bias_is_the_same_parameter_and_trains() -> None:
+    layer, x = make("linear")
+    ours = quantized(layer, expand=True)
+    assert ours.bias is layer.bias
+    ours(x).sum().backward()
+    assert ours.bias.grad is not None
+    assert [name for name, _ in ours.named_parameters()] == ["bias"]
+
+
+def test_repr_says_what_was_done() -> None:
+    layer, _ = make("conv2d, circular")
+    text = repr(quantized(layer, expand=True, granularity="channel"))
+    assert text.startswith("QuantConv2d(10, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), padding_mode=circular")
+    assert text.endswith("bits=5, splits=2 (expanded), scale per channel)")
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_compile_whole_graph(net: SmallNet, expand: bool) -> None:
+    ocs.quantize(net, wbits=5, r=0.2, expand=expand)
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), net(x))
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_export(net: SmallNet, expand: bool) -> None:
+    ocs.quantize(net, wbits=5, r=0.2, expand=expand)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(net, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_inference_mode_and_meta(net: SmallNet) -> None:
+    ocs.quantize(net, wbits=5, r=0.2)
+    with torch.inference_mode():
+        assert net(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    shapes = {name: t.shape for name, t in net.state_dict().items()}
+    state = net.state_dict()
+    meta = copy.deepcopy(net).to("meta")
+    assert {name: t.shape for name, t in meta.state_dict().items()} == shapes
+    empty = meta.to_empty(device="cpu")
+    empty.load_state_dict(state)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(empty.eval()(x), net(x))
+
+
+def test_a_plan_from_a_stranger_is_refused() -> None:
+    """A file's source that points outside of the weight must not be followed."""
+    layer, _ = make("linear")
+    ours = quantized(layer, expand=False)
+    state = ours.state_dict()
+    state["source"] = state["source"] + 1000
+    with pytest.raises(RuntimeError, match="no split plan"):
+        ours.load_state_dict(state)
+
+
+def test_every_kind_is_a_quantized_layer() -> None:
+    assert all(issubclass(kind, QuantizedLayer) for kind in REPLACEMENTS.values())
+    assert QuantizedWeight._fields == ("ints", "scale", "source", "threshold")

@@ -1,0 +1,308 @@
+"""quantize(): what is rewritten, what is left alone and why, and that a failure leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import SmallNet
+from torch import nn
+from torch.nn.utils import prune
+
+import ocs
+from ocs import functional
+from ocs.nn import QuantConv2d, QuantLinear
+
+quantize_module = importlib.import_module("ocs.quantize")
+
+
+def state(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], list[int]]:
+    """Everything that must not change when quantize fails: the modules, their identity and every byte."""
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    return repr(model), tensors, [id(m) for m in model.modules()] + [id(p) for p in model.parameters()]
+
+
+def assert_unchanged(model: nn.Module, before: tuple) -> None:
+    text, tensors, identities = state(model)
+    assert text == before[0]
+    assert all(torch.equal(tensors[name], t) for name, t in before[1].items())
+    assert identities == before[2]
+
+
+def by_name(report: ocs.Report) -> dict[str, ocs.LayerReport]:
+    return {layer.name: layer for layer in report.layers}
+
+
+def test_rewrites_in_place(net: SmallNet) -> None:
+    float_net, x = copy.deepcopy(net), torch.randn(4, 3, 8, 8)
+    report = ocs.quantize(net, wbits=8, r=0.1)
+    assert isinstance(net.stem, nn.Conv2d)
+    assert isinstance(net.body[0], QuantConv2d)
+    assert isinstance(net.head, QuantLinear)
+    assert isinstance(net.body[1], nn.BatchNorm2d)
+    assert {name: layer.status for name, layer in by_name(report).items()} == {
+        "stem": "skipped", "body.0": "quantized", "body.3": "quantized", "body.5": "quantized", "head": "quantized"
+    }  # fmt: skip
+    torch.testing.assert_close(net(x), float_net(x), rtol=0.02, atol=0.02)
+
+
+def test_every_option_reaches_the_layer(net: SmallNet) -> None:
+    options = {"r": 0.25, "clip": 0.8, "granularity": "channel", "split": "naive"}
+    weight = net.head.weight.detach().clone()
+    ocs.quantize(net, wbits=3, expand=False, **options)
+    expected = functional.quantize_weight(weight, 3, **options)
+    assert torch.equal(net.head.weight_int, expected.ints)
+    assert torch.equal(net.head.scale, expected.scale)
+    assert torch.equal(net.head.source, expected.source)
+    assert torch.equal(net.head.weight, functional.fold(expected, 16))
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        (ocs.FIRST_LAYER, {"stem"}),
+        (None, set()),
+        ((), set()),
+        ("head", {"head"}),
+        ("body.*", {"body.0", "body.3", "body.5"}),
+        (nn.Linear, {"head"}),
+        ([ocs.FIRST_LAYER, "head"], {"stem", "head"}),
+        (lambda name, module: getattr(module, "groups", 1) > 1, {"body.3", "body.5"}),
+    ],
+)
+def test_skip(net: SmallNet, skip: object, left: set[str]) -> None:
+    report = ocs.quantize(net, skip=skip)
+    assert {layer.name for layer in report.layers if layer.status == "skipped"} == left
+    assert all(layer.reason for layer in report.layers if layer.status == "skipped")
+
+
+def test_first_layer_is_a_convolution_never_a_linear() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    assert len(ocs.quantize(model).quantized) == 2
+
+
+def test_overrides(net: SmallNet) -> None:
+    report = by_name(ocs.quantize(net, wbits=4, r=0.1, overrides={"body.*": {"wbits": 8}, "body.3": {"r": 0.0}}))
+    assert (report["body.0"].bits, report["body.3"].bits, report["head"].bits) == (8, 8, 4)
+    assert (report["body.0"].splits, report["body.3"].splits, report["head"].splits) == (1, 0, 2)
+
+
+def test_training_mode_hooks_and_gradients_are_kept(net: SmallNet) -> None:
+    seen = []
+    net.head.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    net.train()
+    ocs.quantize(net, wbits=5, r=0.1)
+    assert all(module.training for module in net.modules())
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert seen == [QuantLinear]
+    assert net.stem.weight.grad is not None
+
+
+def test_a_module_used_twice_is_replaced_in_both_places() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
+    report = ocs.quantize(model)
+    assert model["a"][0] is model["b"]
+    assert isinstance(model["b"], QuantLinear)
+    assert len(report.layers) == 1
+
+
+class Doubled(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes the same."""
+
+
+def tied() -> nn.Module:
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "output": nn.Linear(4, 5), "other": nn.Linear(4, 4)})
+    model["output"].weight = model["embedding"].weight
+    return model
+
+
+def pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+LEFT_ALONE = {
+    "tied": (tied, "output", "shared with embedding"),
+    "embedding": (tied, "embedding", "Embedding is not among the layers"),
+    "pruned": (pruned, "0", "re-parametrized"),
+    "weight_norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)),
+                    "0", "re-parametrized"),
+    "own forward": (lambda: nn.Sequential(Doubled(4, 4), nn.Linear(4, 4)), "0", "forward of its own"),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3)), "0", "not among the layers"),
+    "lstm": (lambda: nn.ModuleList([nn.LSTM(4, 4), nn.Linear(4, 4)]), "0", "LSTM is not among"),
+    "attention": (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)}), "a.out_proj",
+                  "MultiheadAttention reads this weight itself"),
+    "encoder": (lambda: nn.ModuleDict({"a": nn.TransformerEncoderLayer(8, 2, 16), "b": nn.Linear(8, 8)}), "a.linear1",
+                "TransformerEncoderLayer reads this weight itself"),
+    "complex": (lambda: nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4)), "0", "complex64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_ALONE)
+def test_left_alone_with_the_reason(case: str) -> None:
+    build, name, reason = LEFT_ALONE[case]
+    model = build()
+    before = model.get_submodule(name)
+    layer = by_name(ocs.quantize(model, skip=None))[name]
+    assert layer.status == "float"
+    assert reason in layer.reason
+    assert model.get_submodule(name) is before
+
+
+def test_transformer_encoder_still_runs() -> None:
+    """Its fast path reads the children's weights: a replaced child would crash it or be passed over."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8)).eval()
+    x = torch.randn(2, 5, 8)
+    expected = model[0](x)
+    ocs.quantize(model, wbits=8, r=0.5)
+    with torch.inference_mode():
+        torch.testing.assert_close(model[0](x), expected)
+
+
+def test_a_subclass_that_only_renames_is_quantized() -> None:
+    model = nn.Sequential(Renamed(4, 4))
+    assert ocs.quantize(model).layers[0].kind == "Renamed"
+    assert isinstance(model[0], QuantLinear)
+
+
+def test_half_precision_models(net: SmallNet) -> None:
+    net.bfloat16()
+    ocs.quantize(net, wbits=8, r=0.1)
+    assert net.head.weight.dtype == torch.bfloat16
+    assert net.head.scale.dtype == torch.float32
+    assert net(torch.randn(1, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def poisoned(value: float) -> Callable[[SmallNet], None]:
+    def poison(net: SmallNet) -> None:
+        net.body[3].weight.data[0, 1, 0, 0] = value
+
+    return poison
+
+
+def nothing(net: SmallNet) -> None:
+    pass
+
+
+ERRORS = [
+    (nothing, {"wbits": 9}, ValueError, "wbits=9: use an integer from 2 to 8"),
+    (nothing, {"wbits": "4"}, ValueError, "wbits='4'"),
+    (nothing, {"r": 2}, ValueError, "r=2: use a number"),
+    (nothing, {"clip": "mse2"}, ValueError, "clip='mse2'"),
+    (nothing, {"granularity": "group"}, ValueError, "granularity='group'"),
+    (nothing, {"split": "quantization-aware"}, ValueError, "split='quantization-aware'"),
+    (nothing, {"rounding": "stochastic"}, ValueError, "rounding='stochastic'"),
+    (nothing, {"expand": 1}, ValueError, "expand=1: use True"),
+    (nothing, {"skip": "heda"}, ValueError, "skip='heda': no layer has that name; the layers are stem, body.0"),
+    (nothing, {"skip": 3}, TypeError, "skip=3: use ocs.FIRST_LAYER"),
+    (nothing, {"overrides": {"tail.*": {"wbits": 3}}}, ValueError, r"overrides='tail.\*': no layer has that name"),
+    (nothing, {"overrides": {"head": {"bits": 3}}}, ValueError, r"overrides\['head'\]: unknown option 'bits'; use wbits"),
+    (nothing, {"overrides": {"head": {"wbits": 1}}}, ValueError, r"head: overrides\['head'\]: wbits=1"),
+    (poisoned(float("nan")), {}, ValueError, r"body.3: w holds NaN or Inf \(in input channel 1\)"),
+    (poisoned(float("inf")), {}, ValueError, "body.3: w holds NaN or Inf"),
+    (lambda net: net.body[3].to("meta"), {}, ValueError, "body.3: its weight holds no values yet"),
+    (lambda net: setattr(net, "head", nn.LazyLinear(4)), {}, ValueError, "head: its weight holds no values yet"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(("damage", "options", "error", "message"), ERRORS, ids=[case[3] for case in ERRORS])
+def test_an_error_names_the_place_and_changes_nothing(net: SmallNet, damage, options, error, message: str) -> None:
+    damage(net)
+    identities = [id(module) for module in net.modules()]
+    with pytest.raises(error, match=message):
+        ocs.quantize(net, **options)
+    assert [id(module) for module in net.modules()] == identities
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+def test_a_failure_at_any_layer_changes_nothing(net: SmallNet, monkeypatch, at: int, failure: type) -> None:
+    calls, quantize_layer, before = [], quantize_module.quantize_layer, state(net)
+
+    def fail_at(*args: object) -> object:
+        calls.append(args)
+        if len(calls) > at:
+            raise failure
+        return quantize_layer(*args)
+
+    monkeypatch.setattr(quantize_module, "quantize_layer", fail_at)
+    with pytest.raises(failure):
+        ocs.quantize(net, wbits=4, r=0.1)
+    assert_unchanged(net, before)
+
+
+def test_a_failure_while_swapping_is_undone(net: SmallNet) -> None:
+    """The one moment at which the model is neither: a module container that refuses."""
+
+    class Refusing(dict):
+        def __setitem__(self, key: str, value: object) -> None:
+            if key == "head" and isinstance(value, QuantLinear):
+                raise RuntimeError("refused")
+            super().__setitem__(key, value)
+
+    net._modules = Refusing(net._modules)
+    before = state(net)
+    with pytest.raises(RuntimeError, match="refused"):
+        ocs.quantize(net)
+    assert_unchanged(net, before)
+
+
+def test_models_that_cannot_be_quantized(net: SmallNet) -> None:
+    with pytest.raises(TypeError, match="model must be an nn.Module, not dict"):
+        ocs.quantize({})
+    with pytest.raises(TypeError, match="wrap it"):
+        ocs.quantize(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="Sequential has none of Conv1d, Conv2d, Conv3d, Linear"):
+        ocs.quantize(nn.Sequential(nn.ReLU()))
+    ocs.quantize(net)
+    with pytest.raises(ValueError, match=r"body.0: already quantized"):
+        ocs.quantize(net)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_modules_are_refused(net: SmallNet) -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match="ScriptModule"):
+        ocs.quantize(scripted)
+
+
+def test_nothing_is_written_to_the_original_weights(net: SmallNet) -> None:
+    weights = [p.detach() for p in net.parameters()]
+    before = [w.clone() for w in weights]
+    ocs.quantize(net, wbits=2, r=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_saved_state_of_a_quantized_model_loads(net: SmallNet) -> None:
+    other = copy.deepcopy(net)
+    ocs.quantize(net, wbits=4, r=0.1)
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.normal_()
+    ocs.quantize(other, wbits=4, r=0.1, expand=False)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(other(x), net(x))
+
+
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_progress(net: SmallNet, progress: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+    ocs.quantize(net, progress=progress)
+    assert bool(capsys.readouterr().err) == bool(progress)
