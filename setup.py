@@ -1,4 +1,4 @@
-"""Builds ocs._C: the C kernels and their two bindings in one shared object, for every CPython >= 3.11 and torch >= 2.10.
+"""Builds ocs._C: the C kernels and both bindings in one shared object for every CPython >= 3.11 and torch >= 2.10.
 
 OCS_WERROR=1 turns compiler warnings into errors, as CI does. Everything else about the package is in pyproject.toml.
 """
@@ -23,11 +23,12 @@ class BuildExt(build_ext):
     """Gives each language its own flags, which setuptools has no setting for."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile with C_FLAGS or CXX_FLAGS, by the file's ending."""
         compile_one = self.compiler._compile
 
-        def compile_in_its_language(obj, src, ext_name, cc_args, extra, pp_opts):
+        def compile_in_its_language(obj: str, src: str, ext: str, cc: list, extra: list, pp: list) -> None:
             flags = CXX_FLAGS if src.endswith(".cpp") else C_FLAGS
-            compile_one(obj, src, ext_name, cc_args, [*extra, *flags], pp_opts)
+            compile_one(obj, src, ext, cc, [*extra, *flags], pp)
 
         self.compiler._compile = compile_in_its_language
         super().build_extension(ext)

@@ -15,7 +15,7 @@ _LIBRARIES: list[torch.library.Library] = []  # a library's definitions live as 
 
 
 def torchvision_models() -> ModuleType:
-    """torchvision.models. A wheel linked against CUDA registers no operators under a CPU torch: their schemas suffice."""
+    """torchvision.models. Under a CPU torch a wheel linked against CUDA registers no operators: schemas suffice."""
     try:
         import torchvision.models
     except RuntimeError:

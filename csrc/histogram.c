@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- Plain kernels ------------------------------------------------------------------------------------------------ */
+/* --- Plain kernels ---------------------------------------------------------------------------- */
 
 /* The bits of |x|: for non-negative floats they order as the values do, with Inf and NaN above all numbers. */
 static uint32_t abs_bits(float x) {
@@ -50,7 +50,7 @@ void ocs_histogram_ref(uint32_t *counts, const float *x, int64_t N, int64_t bins
     }
 }
 
-/* --- Entries ------------------------------------------------------------------------------------------------------ */
+/* --- Entries ---------------------------------------------------------------------------------- */
 
 typedef struct {
     const ocs_kernels *kernels;
@@ -114,7 +114,7 @@ typedef struct {
     bool failed;
 } histogram_job;
 
-/* Counts a range into four histograms of its own, then adds them up: sums of integers come out the same in any order. */
+/* Counts a range into four histograms of its own, and adds them up: sums of integers come out the same in any order. */
 static void histogram_range(int64_t begin, int64_t end, void *ctx) {
     histogram_job *job = ctx;
     const int64_t bins = job->bins, piece = INT64_C(1) << 30;

@@ -1,7 +1,8 @@
 /* The inner kernels: one thread's part of each entry of ocs.h, with a plain and an AVX2 variant.
  *
- * The table below is the list of kernels. The variants `ocs_<kernel>_ref` read like the equations and define the result;
- * `ocs_<kernel>_avx2` (kernels_avx2.c) must equal them bit for bit. Arguments: outputs, inputs, sizes, parameters.
+ * The table below is the list of kernels. The variants `ocs_<kernel>_ref` read like the equations and define the
+ * result; `ocs_<kernel>_avx2` (kernels_avx2.c) must equal them bit for bit. Arguments: outputs, inputs, sizes,
+ * parameters.
  */
 #ifndef OCS_KERNELS_H
 #define OCS_KERNELS_H
@@ -86,7 +87,7 @@ static inline int8_t ocs_split_column(int32_t u2, int32_t addend, int32_t shift,
     return (int8_t)(q < -qmax ? -qmax : q);
 }
 
-/* --- What the entries share -------------------------------------------------------------------------------------- */
+/* --- What the entries share ------------------------------------------------------------------- */
 
 /* Elements that are worth a thread of their own. */
 #define OCS_GRAIN 32768
@@ -99,8 +100,8 @@ static inline int64_t ocs_grain(int64_t size) {
 ocs_status ocs_check_shape(const ocs_shape *shape);
 ocs_status ocs_check_scale(const float *scale, int64_t count);
 
-/* The columns of every group, one after the other: group g's are ocs_columns_group(&columns, g). plan->depth may be NULL
-   (addend and shift are then not made), plan->offset too (naive splitting). Frees what it made on an error. */
+/* The columns of every group, one after the other: group g's are ocs_columns_group(&columns, g). plan->depth may be
+   NULL (addend and shift are then not made), plan->offset too (naive splitting). Frees what it made on an error. */
 ocs_status ocs_columns_make(ocs_columns *columns, const ocs_plan *plan, const ocs_shape *shape);
 ocs_columns ocs_columns_group(const ocs_columns *columns, int64_t g);
 void ocs_columns_free(ocs_columns *columns);

@@ -1,8 +1,8 @@
 /* ocs._C: the kernels on numpy arrays, through CPython's limited API and numpy's C API.
 
-   Every function checks its arguments, allocates the result and calls one entry of ocs.h with the GIL released. Argument
-   order and names are those of torch.ops.ocs (torch_shim.cpp). What is wrong with an argument is a TypeError or
-   ValueError that starts with the function's name. */
+   Every function checks its arguments, allocates the result and calls one entry of ocs.h with the GIL released.
+   Argument order and names are those of torch.ops.ocs (torch_shim.cpp). What is wrong with an argument is a TypeError
+   or ValueError that starts with the function's name. */
 #define PY_SSIZE_T_CLEAN
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <Python.h>
@@ -13,7 +13,7 @@
 
 #include <stdlib.h>
 
-/* --- Arguments and results ------------------------------------------------------------------------------------------ */
+/* --- Arguments and results -------------------------------------------------------------------- */
 
 /* The exception for a status; NULL, so that a caller can return it. */
 static PyObject *fail(const char *function, ocs_status status) {
@@ -23,6 +23,9 @@ static PyObject *fail(const char *function, ocs_status status) {
 
 /* A new reference to a C-contiguous array of `type`, converted if need be: floats to float32, integers as they are. */
 static PyArrayObject *input(const char *function, const char *name, PyObject *object, int type, int min_rank) {
+    if (PyErr_Occurred()) { /* an argument before this one is wrong */
+        return NULL;
+    }
     if (!PyArray_Check(object)) {
         return (PyArrayObject *)PyErr_Format(PyExc_TypeError, "%s: %s must be a numpy array", function, name);
     }
@@ -35,8 +38,8 @@ static PyArrayObject *input(const char *function, const char *name, PyObject *ob
         return NULL;
     }
     if (PyArray_NDIM(array) < min_rank) {
-        return (PyArrayObject *)PyErr_Format(PyExc_ValueError, "%s: %s must have at least %d dimensions, not %d", function,
-                                             name, min_rank, PyArray_NDIM(array));
+        return (PyArrayObject *)PyErr_Format(PyExc_ValueError, "%s: %s must have at least %d dimensions, not %d",
+                                             function, name, min_rank, PyArray_NDIM(array));
     }
     int flags = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | NPY_ARRAY_NOTSWAPPED | NPY_ARRAY_FORCECAST;
     return (PyArrayObject *)PyArray_FromAny(object, PyArray_DescrFromType(type), 0, 0, flags, NULL);
@@ -108,7 +111,7 @@ static PyObject *one_value(const char *function, PyObject *object, float *value)
     return PyErr_Occurred() ? PyErr_Format(PyExc_TypeError, "%s: scale must be one number", function) : object;
 }
 
-/* --- Where the outliers are ------------------------------------------------------------------------------------------ */
+/* --- Where the outliers are ------------------------------------------------------------------- */
 
 static PyObject *py_abs_max(PyObject *self, PyObject *args) {
     (void)self;
@@ -170,7 +173,7 @@ static PyObject *py_channel_max(PyObject *self, PyObject *args) {
     return finish("channel_max", status, result, &w, 1);
 }
 
-/* --- Which channels to split ----------------------------------------------------------------------------------------- */
+/* --- Which channels to split ------------------------------------------------------------------ */
 
 static PyObject *py_split_plan(PyObject *self, PyObject *args) {
     (void)self;
@@ -186,8 +189,10 @@ static PyObject *py_split_plan(PyObject *self, PyObject *args) {
     const npy_intp size = PyArray_SIZE(max);
     if (groups < 1 || size % groups != 0 || splits < 0 || splits > size / groups) {
         Py_DECREF((PyObject *)max);
-        return PyErr_Format(PyExc_ValueError, "split_plan: groups=%lld must divide the %lld channels, and splits=%lld be at "
-                            "most their number in a group", groups, (long long)size, splits);
+        return PyErr_Format(PyExc_ValueError,
+                            "split_plan: groups=%lld must divide the %lld channels, and splits=%lld be at "
+                            "most their number in a group",
+                            groups, (long long)size, splits);
     }
     const ocs_shape shape = {.G = groups, .C = size / groups, .S = splits};
     const npy_intp expanded = size + (npy_intp)(groups * splits);
@@ -218,7 +223,8 @@ static PyObject *py_output_max(PyObject *self, PyObject *args) {
         return NULL;
     }
     ocs_status status = OCS_OK;
-    PyArrayObject *result = NULL, *taken[3] = {
+    PyArrayObject *result = NULL;
+    PyArrayObject *taken[3] = {
         input("output_max", "w", w_object, NPY_FLOAT32, 2),
         input("output_max", "source", source_object, NPY_INT64, 1),
         input("output_max", "depth", depth_object, NPY_INT32, 1),
@@ -238,7 +244,7 @@ static PyObject *py_output_max(PyObject *self, PyObject *args) {
     return finish("output_max", status, result, taken, COUNT(taken));
 }
 
-/* --- Weights to integers and back --------------------------------------------------------------------------------------- */
+/* --- Weights to integers and back ------------------------------------------------------------- */
 
 /* An array shaped like w [O, C, ...] but with `channels` on the second axis. */
 static PyArrayObject *output_like(PyArrayObject *w, int64_t channels, int type) {
@@ -260,7 +266,8 @@ static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
                           &offset_object, &groups, &bits, &quantization_aware)) {
         return NULL;
     }
-    PyArrayObject *ints = NULL, *taken[5] = {
+    PyArrayObject *ints = NULL;
+    PyArrayObject *taken[5] = {
         input(name, "w", w_object, NPY_FLOAT32, 2),         input(name, "scale", scale_object, NPY_FLOAT32, 0),
         input(name, "source", source_object, NPY_INT64, 1), input(name, "depth", depth_object, NPY_INT32, 1),
         input(name, "offset", offset_object, NPY_INT32, 1),
@@ -276,8 +283,8 @@ static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
     if (ints != NULL && status == OCS_OK) {
         const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), PyArray_DATA(offset)};
         Py_BEGIN_ALLOW_THREADS;
-        status = ocs_quantize_weight_f32(PyArray_DATA(ints), PyArray_DATA(w), &plan, PyArray_DATA(scale), stride, &shape,
-                                         bits, quantization_aware);
+        status = ocs_quantize_weight_f32(PyArray_DATA(ints), PyArray_DATA(w), &plan, PyArray_DATA(scale), stride,
+                                         &shape, bits, quantization_aware);
         Py_END_ALLOW_THREADS;
     }
     return finish(name, status, ints, taken, COUNT(taken));
@@ -292,7 +299,8 @@ static PyObject *py_fold(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OOOLL:fold", &ints_object, &scale_object, &source_object, &groups, &channels)) {
         return NULL;
     }
-    PyArrayObject *w_hat = NULL, *taken[3] = {
+    PyArrayObject *w_hat = NULL;
+    PyArrayObject *taken[3] = {
         input("fold", "ints", ints_object, NPY_INT8, 2),
         input("fold", "scale", scale_object, NPY_FLOAT32, 0),
         input("fold", "source", source_object, NPY_INT64, 1),
@@ -310,8 +318,8 @@ static PyObject *py_fold(PyObject *self, PyObject *args) {
     }
     if (w_hat != NULL) {
         Py_BEGIN_ALLOW_THREADS;
-        status = ocs_fold_f32(PyArray_DATA(w_hat), PyArray_DATA(ints), PyArray_DATA(source), PyArray_DATA(scale), stride,
-                              &shape);
+        status = ocs_fold_f32(PyArray_DATA(w_hat), PyArray_DATA(ints), PyArray_DATA(source), PyArray_DATA(scale),
+                              stride, &shape);
         Py_END_ALLOW_THREADS;
     }
     return finish("fold", status, w_hat, taken, COUNT(taken));
@@ -324,10 +332,12 @@ static PyObject *py_weight_error(PyObject *self, PyObject *args) {
     ocs_shape shape;
     long long groups;
     int stride = -1;
-    if (!PyArg_ParseTuple(args, "OOOOL:weight_error", &w_object, &ints_object, &scale_object, &source_object, &groups)) {
+    if (!PyArg_ParseTuple(args, "OOOOL:weight_error", &w_object, &ints_object, &scale_object, &source_object,
+                          &groups)) {
         return NULL;
     }
-    PyArrayObject *error = NULL, *taken[4] = {
+    PyArrayObject *error = NULL;
+    PyArrayObject *taken[4] = {
         input(name, "w", w_object, NPY_FLOAT32, 2),
         input(name, "ints", ints_object, NPY_INT8, 2),
         input(name, "scale", scale_object, NPY_FLOAT32, 0),
@@ -349,7 +359,7 @@ static PyObject *py_weight_error(PyObject *self, PyObject *args) {
     return finish(name, status, error, taken, COUNT(taken));
 }
 
-/* --- Any array to the grid and back ------------------------------------------------------------------------------------- */
+/* --- Any array to the grid and back ----------------------------------------------------------- */
 
 static PyObject *py_quantize(PyObject *self, PyObject *args) {
     (void)self;
@@ -380,7 +390,8 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
         return NULL;
     }
     bool is_signed = !(PyArray_Check(q_object) && PyArray_TYPE((PyArrayObject *)q_object) == NPY_UINT8);
-    PyArrayObject *x = NULL, *taken[2] = {
+    PyArrayObject *x = NULL;
+    PyArrayObject *taken[2] = {
         input("dequantize", "q", q_object, is_signed ? NPY_INT8 : NPY_UINT8, 0),
         input("dequantize", "scale", scale_object, NPY_FLOAT32, 0),
     };
@@ -398,7 +409,8 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     if (x != NULL) {
         int64_t size = PyArray_SIZE(q), row = rows > 0 ? size / rows : 0;
         Py_BEGIN_ALLOW_THREADS;
-        status = ocs_dequantize_f32(PyArray_DATA(x), PyArray_DATA(q), PyArray_DATA(scale), stride, rows, row, is_signed);
+        status =
+            ocs_dequantize_f32(PyArray_DATA(x), PyArray_DATA(q), PyArray_DATA(scale), stride, rows, row, is_signed);
         Py_END_ALLOW_THREADS;
     }
     return finish("dequantize", status, x, taken, COUNT(taken));
@@ -426,7 +438,7 @@ static PyObject *py_fake_quantize(PyObject *self, PyObject *args) {
     return finish("fake_quantize", status, x_hat, &x, 1);
 }
 
-/* --- The module --------------------------------------------------------------------------------------------------------- */
+/* --- The module ------------------------------------------------------------------------------- */
 
 static PyObject *py_isa(PyObject *self, PyObject *args) {
     (void)self, (void)args;
@@ -440,8 +452,8 @@ static PyObject *py_set_isa(PyObject *self, PyObject *args) {
         return NULL;
     }
     if (ocs_set_isa(name) != OCS_OK) {
-        return PyErr_Format(PyExc_ValueError, "set_isa: %s: '%s'; use 'auto', 'avx2' or 'ref'", ocs_status_text(OCS_BAD_ISA),
-                            name);
+        return PyErr_Format(PyExc_ValueError, "set_isa: %s: '%s'; use 'auto', 'avx2' or 'ref'",
+                            ocs_status_text(OCS_BAD_ISA), name);
     }
     return Py_NewRef(Py_None);
 }
@@ -466,8 +478,8 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The kernels of ocs on numpy arrays.", -1, methods,
-                                    NULL, NULL, NULL, NULL};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "The kernels of ocs on numpy arrays.", -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__C(void) {
     import_array();

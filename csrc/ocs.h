@@ -52,7 +52,7 @@ typedef enum {
 /* One sentence for a status, without a full stop. */
 const char *ocs_status_text(ocs_status status);
 
-/* --- Host ----------------------------------------------------------------------------------------------------- */
+/* --- Host ------------------------------------------------------------------------------------- */
 
 /* A piece of work: items begin .. end - 1 of what ctx describes. */
 typedef void (*ocs_range_fn)(int64_t begin, int64_t end, void *ctx);
@@ -67,7 +67,7 @@ const char *ocs_isa(void);
 /* Chooses the instruction set by name; "auto" takes the best. OCS_BAD_ISA changes nothing. */
 ocs_status ocs_set_isa(const char *name);
 
-/* --- Where the outliers are (histogram.c) ------------------------------------------------------------------------ */
+/* --- Where the outliers are (histogram.c) ----------------------------------------------------- */
 
 typedef struct {
     int64_t G, O, C, K, S;
@@ -78,14 +78,14 @@ float ocs_abs_max_f32(const float *x, int64_t N);
 
 /* counts[i] of the |x| in [i, i + 1) * limit / bins, all that is beyond in the last bin.
 
-   The bin of x is floor(|x| / limit * bins), each step rounded to float32. limit = 0 puts everything into the first bin;
-   NaN counts as beyond the limit. */
+   The bin of x is floor(|x| / limit * bins), each step rounded to float32. limit = 0 puts everything into the first
+   bin; NaN counts as beyond the limit. */
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit);
 
 /* channel_max [G C]: max |w| of each input channel; NaN or Inf in a channel gives NaN or Inf there. */
 ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape);
 
-/* --- Which channels to split (split.c), section 3.2 ----------------------------------------------------------------- */
+/* --- Which channels to split (split.c), section 3.2 ------------------------------------------- */
 
 /* A split plan; every array is [G (C + S)], over expanded channels.
 
@@ -106,16 +106,16 @@ ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *c
 /* output_max [O]: max |w| of each output channel after splitting, for one threshold per output channel. */
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape);
 
-/* --- Weights to integers and back (quantize.c) ---------------------------------------------------------------------- */
+/* --- Weights to integers and back (quantize.c) ------------------------------------------------ */
 
 /* 2^(bits - 1) - 1: 1 at 2 bits, 127 at 8. */
 int32_t ocs_qmax(int bits);
 
 /* ints [O, C + S, K] of the split weight, in [-qmax, qmax].
 
-   scale: one for all (scale_stride 0) or one per output channel (scale_stride 1). In grid units u = w / scale, a channel
-   becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where quantization_aware (eq. 6), by u / 2 both where not
-   (eq. 5), again for each further split, and rounds as floor(u + 1/2). */
+   scale: one for all (scale_stride 0) or one per output channel (scale_stride 1). In grid units u = w / scale, a
+   channel becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where quantization_aware (eq. 6), by u / 2
+   both where not (eq. 5), again for each further split, and rounds as floor(u + 1/2). */
 ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
                                    int64_t scale_stride, const ocs_shape *shape, int bits, bool quantization_aware);
 
@@ -127,7 +127,7 @@ ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source,
 ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,
                                 const float *scale, int64_t scale_stride, const ocs_shape *shape);
 
-/* --- Any array to the grid and back (quantize.c) -------------------------------------------------------------------- */
+/* --- Any array to the grid and back (quantize.c) ---------------------------------------------- */
 
 /* q = clamp(round_half_even(x / scale)); int8 where is_signed, else uint8. NaN gives 0. */
 ocs_status ocs_quantize_f32(void *q, const float *x, int64_t N, float scale, int bits, bool is_signed);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- Plain kernels ------------------------------------------------------------------------------------------------ */
+/* --- Plain kernels ---------------------------------------------------------------------------- */
 
 void ocs_quantize_row_ref(int8_t *q, const float *w, const ocs_columns *columns, float scale, int32_t qmax) {
     for (int64_t m = 0; m < columns->M; ++m) {
@@ -69,7 +69,7 @@ void ocs_fake_quantize_ref(float *x_hat, const float *x, int64_t N, float scale,
     }
 }
 
-/* --- Checks ------------------------------------------------------------------------------------------------------- */
+/* --- Checks ----------------------------------------------------------------------------------- */
 
 int32_t ocs_qmax(int bits) {
     return (INT32_C(1) << (bits - 1)) - 1;
@@ -88,7 +88,7 @@ ocs_status ocs_check_scale(const float *scale, int64_t count) {
     return OCS_OK;
 }
 
-/* --- Weights ------------------------------------------------------------------------------------------------------ */
+/* --- Weights ---------------------------------------------------------------------------------- */
 
 /* One weight's rows, for every entry that works row by row. */
 typedef struct {
@@ -213,7 +213,7 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
     return job.failed ? OCS_NO_MEMORY : OCS_OK;
 }
 
-/* --- Any array ---------------------------------------------------------------------------------------------------- */
+/* --- Any array -------------------------------------------------------------------------------- */
 
 typedef struct {
     const ocs_kernels *kernels;

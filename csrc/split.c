@@ -1,7 +1,7 @@
 /* Which channels to split, how often, and what each copy is of its original (section 3.2 of the paper).
 
-   Splitting is simulated on the maxima alone: a copy of depth m is an affine image of the original channel, so nothing is
-   moved until the integers are written. Shapes as in ocs.h. */
+   Splitting is simulated on the maxima alone: a copy of depth m is an affine image of the original channel, so nothing
+   is moved until the integers are written. Shapes as in ocs.h. */
 #include "kernels.h"
 
 #include <stdlib.h>
@@ -15,7 +15,7 @@ ocs_status ocs_check_shape(const ocs_shape *shape) {
     return valid ? OCS_OK : OCS_BAD_SHAPE;
 }
 
-/* --- The plan ----------------------------------------------------------------------------------------------------- */
+/* --- The plan --------------------------------------------------------------------------------- */
 
 /* A binary heap of expanded channels, the one to split next on top. */
 typedef struct {
@@ -50,8 +50,8 @@ static void push(heap *h, int64_t pushed) {
     h->channel[at] = pushed;
 }
 
-/* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i into i and i + 2^m. Zeros are
-   copied without counting as halved, however often they come up: all their integers are 0 anyway. */
+/* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i into i and i + 2^m. Zeros
+   are copied without counting as halved, however often they come up: all their integers are 0 anyway. */
 static void split_top(heap *h, const ocs_plan *plan, float *split_max, int64_t copy) {
     const int64_t top = h->channel[0];
     const bool halved = split_max[top] > 0.0f;
@@ -105,7 +105,7 @@ ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *c
     return status;
 }
 
-/* --- The plan, column by column ------------------------------------------------------------------------------------- */
+/* --- The plan, column by column --------------------------------------------------------------- */
 
 /* The plan of expanded channel j of group g is possible: it may come from a stranger's file. */
 static bool entry_valid(const ocs_plan *plan, const ocs_shape *shape, int64_t g, int64_t j) {
@@ -194,7 +194,7 @@ void ocs_columns_free(ocs_columns *columns) {
     *columns = (ocs_columns){0};
 }
 
-/* --- One threshold per output channel -------------------------------------------------------------------------------- */
+/* --- One threshold per output channel --------------------------------------------------------- */
 
 typedef struct {
     const ocs_kernels *kernels;

@@ -1,9 +1,9 @@
 // torch.ops.ocs: the kernels on CPU tensors, registered through libtorch's stable ABI.
 //
-// The only C++ file. It takes nothing from libtorch but C shims that torch 2.10 has, so that one build serves every later
-// torch (tests/test_build.py reads the symbol table). Argument order and names are those of ocs._C (module.c). The stable
-// ABI of 2.10 can throw nothing but RuntimeError; ocs/functional.py checks first and raises better ones. Nothing throws
-// inside parallel_for.
+// The only C++ file. It takes nothing from libtorch but C shims that torch 2.10 has, so that one build serves every
+// later torch (tests/test_build.py reads the symbol table). Argument order and names are those of ocs._C (module.c).
+// The stable ABI of 2.10 can throw nothing but RuntimeError; ocs/functional.py checks first and raises better ones.
+// Nothing throws inside parallel_for.
 #include "ocs.h"
 
 #include <torch/csrc/stable/library.h>
@@ -61,8 +61,33 @@ Tensor integers(const char *op, const char *name, const Tensor &t, ScalarType ty
     return as_contiguous(t);
 }
 
-Tensor empty(const Tensor &like, std::vector<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(like, sizes, type);
+int32_t shim_dtype(ScalarType type) {
+    switch (type) {
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
+    case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    default: return aoti_torch_dtype_int8();
+    }
+}
+
+// An uninitialized CPU tensor, straight from the allocator: new_empty and empty_like go through the dispatcher by name.
+Tensor empty_strided(int64_t rank, const int64_t *sizes, const int64_t *strides, ScalarType type) {
+    AtenTensorHandle handle = nullptr;
+    if (aoti_torch_empty_strided(rank, sizes, strides, shim_dtype(type), aoti_torch_device_type_cpu(), 0, &handle)) {
+        throw std::runtime_error("ocs: out of memory for a result");
+    }
+    return Tensor(handle);
+}
+
+Tensor empty(const std::vector<int64_t> &sizes, ScalarType type) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
+        strides[i] = stride;
+    }
+    return empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), type);
 }
 
 template <class T> T *write(const Tensor &t) {
@@ -110,11 +135,11 @@ int64_t stride_of(const char *op, const Tensor &scale, int64_t rows) {
     return scale.dim();
 }
 
-// --- Where the outliers are ------------------------------------------------------------------------------------------
+// --- Where the outliers are ----------------------------------------------------------------------
 
 Tensor abs_max(const Tensor &x_any) {
     const Tensor x = floats("abs_max", "x", x_any);
-    Tensor max = empty(x, {}, ScalarType::Float);
+    Tensor max = empty({}, ScalarType::Float);
     *write<float>(max) = ocs_abs_max_f32(read<float>(x), x.numel());
     return max;
 }
@@ -124,7 +149,7 @@ Tensor histogram(const Tensor &x_any, int64_t bins, double limit) {
     if (bins < 1 || bins > 1 << 24) {
         check("histogram", OCS_BAD_BINS);
     }
-    Tensor counts = empty(x, {bins}, ScalarType::Long);
+    Tensor counts = empty({bins}, ScalarType::Long);
     check("histogram", ocs_histogram_f32(write<int64_t>(counts), read<float>(x), x.numel(), bins, (float)limit));
     return counts;
 }
@@ -132,12 +157,12 @@ Tensor histogram(const Tensor &x_any, int64_t bins, double limit) {
 Tensor channel_max(const Tensor &w_any, int64_t groups) {
     const Tensor w = floats("channel_max", "w", w_any, 2);
     const ocs_shape shape = shape_of("channel_max", w, groups);
-    Tensor max = empty(w, {shape.G * shape.C}, ScalarType::Float);
+    Tensor max = empty({shape.G * shape.C}, ScalarType::Float);
     check("channel_max", ocs_channel_max_f32(write<float>(max), read<float>(w), &shape));
     return max;
 }
 
-// --- Which channels to split -----------------------------------------------------------------------------------------
+// --- Which channels to split ---------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> split_plan(const Tensor &max_any, int64_t groups, int64_t splits) {
     const Tensor max = floats("split_plan", "channel_max", max_any, 1);
@@ -146,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> split_plan(const Tensor &max_any, int
     }
     const ocs_shape shape = {groups, 0, max.numel() / groups, 0, splits};
     const int64_t expanded = groups * (shape.C + splits);
-    Tensor source = empty(max, {expanded}, ScalarType::Long), depth = empty(max, {expanded}, ScalarType::Int);
-    Tensor offset = empty(max, {expanded}, ScalarType::Int), split_max = empty(max, {expanded}, ScalarType::Float);
+    Tensor source = empty({expanded}, ScalarType::Long), depth = empty({expanded}, ScalarType::Int);
+    Tensor offset = empty({expanded}, ScalarType::Int), split_max = empty({expanded}, ScalarType::Float);
     const ocs_plan plan = {write<int64_t>(source), write<int32_t>(depth), write<int32_t>(offset)};
     check("split_plan", ocs_split_plan(&plan, write<float>(split_max), read<float>(max), &shape));
     return {source, depth, offset, split_max};
@@ -160,14 +185,14 @@ Tensor output_max(const Tensor &w_any, const Tensor &source_any, const Tensor &d
     ocs_shape shape = shape_of(op, w, groups);
     set_splits(op, source, &shape);
     check_numel(op, depth, source.numel());
-    Tensor max = empty(w, {shape.O}, ScalarType::Float);
+    Tensor max = empty({shape.O}, ScalarType::Float);
     const ocs_plan plan = {const_cast<int64_t *>(read<int64_t>(source)), const_cast<int32_t *>(read<int32_t>(depth)),
                            nullptr};
     check(op, ocs_output_max_f32(write<float>(max), read<float>(w), &plan, &shape));
     return max;
 }
 
-// --- Weights to integers and back ------------------------------------------------------------------------------------
+// --- Weights to integers and back ----------------------------------------------------------------
 
 Tensor quantize_weight(const Tensor &w_any, const Tensor &scale_any, const Tensor &source_any, const Tensor &depth_any,
                        const Tensor &offset_any, int64_t groups, int64_t bits, bool quantization_aware) {
@@ -182,7 +207,7 @@ Tensor quantize_weight(const Tensor &w_any, const Tensor &scale_any, const Tenso
     check_numel(op, offset, source.numel());
     auto sizes = sizes_of(w);
     sizes[1] = shape.C + shape.S;
-    Tensor ints = empty(w, sizes, ScalarType::Char);
+    Tensor ints = empty(sizes, ScalarType::Char);
     const ocs_plan plan = {const_cast<int64_t *>(read<int64_t>(source)), const_cast<int32_t *>(read<int32_t>(depth)),
                            const_cast<int32_t *>(read<int32_t>(offset))};
     check(op, ocs_quantize_weight_f32(write<int8_t>(ints), read<float>(w), &plan, read<float>(scale),
@@ -205,7 +230,7 @@ Tensor fold(const Tensor &ints_any, const Tensor &scale_any, const Tensor &sourc
     shape.C = channels;
     auto sizes = sizes_of(ints);
     sizes[1] = channels;
-    Tensor w_hat = empty(ints, sizes, ScalarType::Float);
+    Tensor w_hat = empty(sizes, ScalarType::Float);
     check("fold", ocs_fold_f32(write<float>(w_hat), read<int8_t>(ints), read<int64_t>(source), read<float>(scale),
                                stride_of("fold", scale, shape.O), &shape));
     return w_hat;
@@ -219,13 +244,13 @@ Tensor weight_error(const Tensor &w_any, const Tensor &ints_any, const Tensor &s
     ocs_shape shape = shape_of(op, w, groups);
     set_splits(op, source, &shape);
     check_numel(op, ints, shape.O * (shape.C + shape.S) * shape.K);
-    Tensor error = empty(w, {2}, ScalarType::Double);
+    Tensor error = empty({2}, ScalarType::Double);
     check(op, ocs_weight_error_f32(write<double>(error), read<float>(w), read<int8_t>(ints), read<int64_t>(source),
                                    read<float>(scale), stride_of(op, scale, shape.O), &shape));
     return error;
 }
 
-// --- Any array to the grid and back ----------------------------------------------------------------------------------
+// --- Any array to the grid and back --------------------------------------------------------------
 
 float one_value(const char *op, const Tensor &scale_any) {
     if (scale_any.numel() != 1) {
@@ -236,7 +261,7 @@ float one_value(const char *op, const Tensor &scale_any) {
 
 Tensor quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, bool is_signed) {
     const Tensor x = floats("quantize", "x", x_any);
-    Tensor q = empty(x, sizes_of(x), is_signed ? ScalarType::Char : ScalarType::Byte);
+    Tensor q = empty(sizes_of(x), is_signed ? ScalarType::Char : ScalarType::Byte);
     check("quantize", ocs_quantize_f32(q.mutable_data_ptr(), read<float>(x), x.numel(), one_value("quantize", scale),
                                        (int)std::clamp<int64_t>(bits, 0, 99), is_signed));
     return q;
@@ -247,10 +272,10 @@ Tensor dequantize(const Tensor &q_any, const Tensor &scale_any) {
     const Tensor q = integers("dequantize", "q", q_any, is_signed ? ScalarType::Char : ScalarType::Byte, 0);
     const Tensor scale = floats("dequantize", "scale", scale_any);
     const int64_t rows = q.dim() > 0 ? q.size(0) : 1;
-    Tensor x = empty(q, sizes_of(q), ScalarType::Float);
-    check("dequantize", ocs_dequantize_f32(write<float>(x), q.const_data_ptr(), read<float>(scale),
-                                           stride_of("dequantize", scale, rows), rows, rows ? q.numel() / rows : 0,
-                                           is_signed));
+    Tensor x = empty(sizes_of(q), ScalarType::Float);
+    check("dequantize",
+          ocs_dequantize_f32(write<float>(x), q.const_data_ptr(), read<float>(scale),
+                             stride_of("dequantize", scale, rows), rows, rows ? q.numel() / rows : 0, is_signed));
     return x;
 }
 
@@ -283,8 +308,10 @@ Tensor fake_quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, boo
     }
     const bool converted = x_any.scalar_type() != ScalarType::Float;
     Tensor x = converted ? torch::stable::to(x_any, ScalarType::Float) : x_any;
-    Tensor x_hat = torch::stable::empty_like(x);
-    if (!is_dense(x)) {
+    const bool dense = is_dense(x);
+    Tensor x_hat = dense ? empty_strided(x.dim(), x.sizes().data(), x.strides().data(), ScalarType::Float)
+                         : torch::stable::empty_like(x);
+    if (!dense) {
         x = torch::stable::copy_(x_hat, x);
     }
     check("fake_quantize",
@@ -293,7 +320,7 @@ Tensor fake_quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, boo
     return converted ? torch::stable::to(x_hat, x_any.scalar_type()) : x_hat;
 }
 
-// --- Threads ---------------------------------------------------------------------------------------------------------
+// --- Threads -------------------------------------------------------------------------------------
 
 void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
     if (n > 0) {

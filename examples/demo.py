@@ -1,8 +1,9 @@
 """The main job on real data: OCS on a trained ResNet-20, judged on Fashion-MNIST test images.
 
-Prints top-1 and mean weight SQNR over bits and expand ratio (the form of the paper's Table 1), the report of one setting,
-and saves the weight histograms of the layer with the worst outlier (the paper's Figure 1). Weights only, first layer
-float. Finished cells are kept in build/demo.json, so that a second run prints them at once; --fresh measures again.
+Prints top-1 and mean weight SQNR over bits and expand ratio (the form of the paper's Table 1) and the report of one
+setting, and saves the weight histograms of the layer with the worst outlier (the paper's Figure 1). Weights only, first
+layer float. Finished cells are kept in build/demo.json, so that a second run prints them at once; --fresh measures
+again.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def fill(cells: Cells, stamp: str, bits: tuple[int, ...], images: Tensor, labels
         return
     model = load_model()
     count_correct(model, images[:500], labels[:500])  # the first forward pass of a process also sets the library up
-    bar = tqdm(missing, unit="setting", mininterval=1, leave=False)
+    bar = tqdm(missing, unit="setting", mininterval=1, leave=False, disable=None)
     for name in bar:
         bar.set_description(name)
         cells[name] = measure(model, todo[name], images, labels)

@@ -32,6 +32,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, in_channels, H, W] -> [N, channels, H / stride, W / stride]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.stride > 1:  # subsample, and fill the new channels with zeros
@@ -53,6 +54,7 @@ class ResNet20(nn.Module):
         self.fc = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, 1, 32, 32] -> logits [N, 10]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))

@@ -57,7 +57,9 @@ def train(data: Path, epochs: int, batch: int, lr: float, seed: int) -> ResNet20
             optimizer.step()
             schedule.step()
         model.eval()
-        print(f"epoch {epoch}: loss {loss.item():.3f}, test top-1 {count_correct(model, *test) / 100:.2f} %", flush=True)
+        print(
+            f"epoch {epoch}: loss {loss.item():.3f}, test top-1 {count_correct(model, *test) / 100:.2f} %", flush=True
+        )
     return model
 
 
@@ -80,6 +82,7 @@ def write_images(data: Path, seed: int) -> None:
 
 
 def main() -> None:
+    """Write the images, train, and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the four idx.gz files of Fashion-MNIST")
     parser.add_argument("--epochs", type=int, default=10)

@@ -1,8 +1,8 @@
 """Tensor-level API: split, clip and quantize one weight, fake-quantize one activation.
 
 Every function takes numpy arrays or torch tensors of float32, float64, float16 or bfloat16, any layout and device,
-computes in float32 and returns the same kind. k bits are the integers -qmax .. qmax, qmax = 2^(k - 1) - 1. "The paper" is
-Zhao et al., ICML 2019, arXiv 1901.09504.
+computes in float32 and returns the same kind. k bits are the integers -qmax .. qmax, qmax = 2^(k - 1) - 1. "The paper"
+is Zhao et al., ICML 2019, arXiv 1901.09504.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def splits_for(r: float, channels: int, groups: int) -> int:
     return 0 if depthwise else math.ceil(r * channels * (1 - 1e-12))
 
 
-def weight_threshold(
-    w: Array, plan: SplitPlan, clip: str | float, granularity: Granularity, groups: int = 1
-) -> Array:
+def weight_threshold(w: Array, plan: SplitPlan, clip: str | float, granularity: Granularity, groups: int = 1) -> Array:
     """Step 2: the clip threshold float32 [] or [O] of the split weight ("OCS followed by clipping", section 5.2)."""
     check_choice("granularity", granularity, get_args(Granularity))
     if granularity == "channel":

@@ -1,8 +1,8 @@
 """Quantized layers, in two executions with the same values (section 3.1 of the paper).
 
-Expanded: the layer has C + n input channels and gathers its input by `source`; its integers fit k bits. This is the form
-to deploy. Folded (expand=False): the copies' weights are added back onto their source channel, so that the layer costs
-what the float one did. They agree to float rounding, and hold the same state: `weight_int` int8 [O, C + n, ...],
+Expanded: the layer has C + n input channels and gathers its input by `source`; its integers fit k bits. This is the
+form to deploy. Folded (expand=False): the copies' weights are added back onto their source channel, so that the layer
+costs what the float one did. They agree to float rounding and hold the same state: `weight_int` int8 [O, C + n, ...],
 `scale` float32 [] or [O], `source` int64 [C + n] and the float layer's bias. `weight` is what runs: float, not saved,
 rebuilt from the integers whenever those or its dtype change.
 """
@@ -41,8 +41,7 @@ class QuantizedLayer(nn.Module):
 
     def __init__(self, float_layer: nn.Module, quantized: QuantizedWeight, bits: int, expand: bool = True) -> None:
         super().__init__()
-        for name in self.kept:
-            setattr(self, name, getattr(float_layer, name))
+        self.__dict__.update({name: getattr(float_layer, name) for name in self.kept})
         self.bits = bits
         self.expand = expand
         self.register_buffer("weight_int", quantized.ints)

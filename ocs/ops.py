@@ -1,7 +1,8 @@
 """The kernels, whatever the array: which implementation serves it, and what torch must know about each operator.
 
-`ocs._C` (numpy arrays) and `torch.ops.ocs` (tensors) have the same functions with the same arguments; `kernels(x)` picks.
-CPU tensors run the C kernels, other devices `ocs.composite`; torch.compile and torch.export see the shapes below.
+`ocs._C` (numpy arrays) and `torch.ops.ocs` (tensors) have the same functions with the same arguments; `kernels(x)`
+picks. CPU tensors run the C kernels, other devices `ocs.composite`; torch.compile and torch.export see the shapes
+below.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
 
     Args:
         w: float weight [O, C, ...].
-        bits, r, groups: as in functional.quantize_weight.
+        bits: 2 to 8.
+        r: expand ratio in [0, 1].
+        groups: of a grouped convolution.
         title: above the panels.
     """
     try:
@@ -46,8 +48,12 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
     panels = (
         ("linear: the grid reaches the largest weight", w, None, functional.quantize_weight(w, bits, groups=groups)),
         ("clipped: outliers saturate", w, np.abs(w) > clipped.threshold * (1 + 1e-6), clipped),
-        (f"OCS, r = {r:g}, {copies} split{'s' * (copies != 1)}: outliers are halved, so that the grid narrows as much",
-         split, halved, functional.quantize_weight(w, bits, r, groups=groups)),
+        (
+            f"OCS, r = {r:g}, {copies} split{'s' * (copies != 1)}: outliers halved, the grid narrows as much",
+            split,
+            halved,
+            functional.quantize_weight(w, bits, r, groups=groups),
+        ),
     )
     figure = Figure(figsize=(8, 7), layout="constrained")
     limit = 1.05 * float(np.abs(w).max(initial=1e-12))

@@ -118,25 +118,27 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 def _reason_to_leave(model: nn.Module, layer: _Layer, owners: Mapping[int, list[str]]) -> str:
     """Why the layer cannot be quantized, or "". Raises ValueError where its weight holds no values yet."""
     module, name = layer.module, layer.name
+    kind = type(module).__name__
     if not _is_kind(module):
-        return f"{type(module).__name__} is not among the layers that are quantized"
+        return f"{kind} is not among the layers that are quantized"
     if _overrides_forward(module):
-        return f"{type(module).__name__} has a forward of its own"
+        return f"{kind} has a forward of its own"
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    if any(isinstance(parent, kind) and child in children for kind, children in _READ_BY_PARENT.items()):
+    if any(isinstance(parent, reader) and child in children for reader, children in _READ_BY_PARENT.items()):
         return f"{type(parent).__name__} reads this weight itself"
-    weight = module._parameters.get("weight")
+    return _reason_of_weight(name, module._parameters.get("weight"), owners)
+
+
+def _reason_of_weight(name: str, weight: nn.Parameter | None, owners: Mapping[int, list[str]]) -> str:
     if weight is None:
         return "its weight is re-parametrized (weight_norm, pruning or parametrize): make it permanent first"
     if nn.parameter.is_lazy(weight) or weight.is_meta:
-        raise ValueError(f"{name}: its weight holds no values yet; run a batch through lazy layers, materialize meta ones")
+        raise ValueError(f"{name}: its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
     others = [owner for owner in owners[id(weight)] if owner != name]
     if others:
         return f"its weight is shared with {', '.join(others)}"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    return ""
+    return "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
 
 
 def _overrides_forward(module: nn.Module) -> bool:
@@ -232,11 +234,16 @@ def quantize_layer(layer: _Layer, options: Options) -> tuple[QuantizedLayer, Lay
     return replacement, _report_layer(layer, options, plan, quantized, error)
 
 
+HOOKS = frozenset(
+    f"_{kind}_hooks{suffix}"
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    for suffix in ("", "_with_kwargs", "_always_called")
+) | {"_is_full_backward_hook"}
+
+
 def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """The user's forward and backward hooks go on seeing the layer."""
-    for name, hooks in vars(old).items():
-        if "forward" in name or "backward" in name:
-            setattr(new, name, hooks)
+    vars(new).update({k: v for k, v in vars(old).items() if k in HOOKS})
 
 
 def _report_layer(

@@ -1,7 +1,7 @@
 """The plain numpy twin of every kernel: the definition that the tests compare against, literal rather than fast.
 
-Signatures and dtypes are those of `ocs._C` and `torch.ops.ocs`. Weights are [O, C, ...]; C here counts the input channels
-of one group, n the splits of one group.
+Signatures and dtypes are those of `ocs._C` and `torch.ops.ocs`. Weights are [O, C, ...]; C here counts the input
+channels of one group, n the splits of one group.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def pick_channels(w: NDArray, splits: int) -> list[int]:
 
 
 def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tuple[NDArray, NDArray[np.int64]]:
-    """The weight [O, C + n, ...] with each picked channel halved into itself and a copy at the end, and the source [C + n].
+    """The weight [O, C + n, ...], each picked channel halved into itself and a copy at the end, and the source [C + n].
 
     (w - 1/2) / 2 and (w + 1/2) / 2 where quantization_aware (eq. 6, w in grid units), w / 2 both where not (eq. 5).
     """

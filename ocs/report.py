@@ -116,7 +116,10 @@ class Report:
     def __str__(self) -> str:
         rows = [HEADER, *(_cells(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-        lines = ["  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        lines = [
+            "  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
         return "\n".join([*(line.rstrip() for line in lines), self._summary()])
 
     def _repr_html_(self) -> str:

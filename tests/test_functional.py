@@ -88,8 +88,16 @@ def test_other_float_types_of_numpy(dtype: type) -> None:
     np.testing.assert_array_equal(x, F.fake_quantize(w.astype("f4"), 0.1, 4).astype(dtype))
 
 
-@pytest.mark.parametrize("view", [lambda t: t.transpose(0, 1), lambda t: t[::2, ::3], lambda t: t.flip(0),
-                                  lambda t: t.to(memory_format=torch.channels_last), lambda t: t[:1].expand(6, -1, -1, -1)])  # fmt: skip
+VIEWS = {
+    "transposed": lambda t: t.transpose(0, 1),
+    "strided": lambda t: t[::2, ::3],
+    "flipped": lambda t: t.flip(0),
+    "channels last": lambda t: t.to(memory_format=torch.channels_last),
+    "broadcast": lambda t: t[:1].expand(6, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_any_layout(view) -> None:
     w = view(torch.from_numpy(W))
     plain = w.clone(memory_format=torch.contiguous_format)

@@ -157,7 +157,9 @@ def test_bias_is_the_same_parameter_and_trains() -> None:
 def test_repr_says_what_was_done() -> None:
     layer, _ = make("conv2d, circular")
     text = repr(quantized(layer, expand=True, granularity="channel"))
-    assert text.startswith("QuantConv2d(10, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), padding_mode=circular")
+    assert text.startswith(
+        "QuantConv2d(10, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), padding_mode=circular"
+    )
     assert text.endswith("bits=5, splits=2 (expanded), scale per channel)")
 
 

@@ -209,7 +209,7 @@ ERRORS = [
     (nothing, {"skip": "heda"}, ValueError, "skip='heda': no layer has that name; the layers are stem, body.0"),
     (nothing, {"skip": 3}, TypeError, "skip=3: use ocs.FIRST_LAYER"),
     (nothing, {"overrides": {"tail.*": {"wbits": 3}}}, ValueError, r"overrides='tail.\*': no layer has that name"),
-    (nothing, {"overrides": {"head": {"bits": 3}}}, ValueError, r"overrides\['head'\]: unknown option 'bits'; use wbits"),
+    (nothing, {"overrides": {"head": {"bits": 3}}}, ValueError, r"overrides\['head'\]: unknown option 'bits'; use"),
     (nothing, {"overrides": {"head": {"wbits": 1}}}, ValueError, r"head: overrides\['head'\]: wbits=1"),
     (poisoned(float("nan")), {}, ValueError, r"body.3: w holds NaN or Inf \(in input channel 1\)"),
     (poisoned(float("inf")), {}, ValueError, "body.3: w holds NaN or Inf"),
@@ -262,14 +262,14 @@ def test_a_failure_while_swapping_is_undone(net: SmallNet) -> None:
 
 
 def test_models_that_cannot_be_quantized(net: SmallNet) -> None:
-    with pytest.raises(TypeError, match="model must be an nn.Module, not dict"):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, not dict"):
         ocs.quantize({})
     with pytest.raises(TypeError, match="wrap it"):
         ocs.quantize(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="Sequential has none of Conv1d, Conv2d, Conv3d, Linear"):
         ocs.quantize(nn.Sequential(nn.ReLU()))
     ocs.quantize(net)
-    with pytest.raises(ValueError, match=r"body.0: already quantized"):
+    with pytest.raises(ValueError, match=r"body\.0: already quantized"):
         ocs.quantize(net)
 
 

@@ -1,0 +1,61 @@
+# make demo     set up, then OCS on a trained ResNet-20 and real images (FULL=1: all images and bits; FRESH=1: again)
+# make test     set up, check the style, run the tests (what CI runs)
+# make bench    kernels and whole networks against their rivals
+# make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
+# make format   put Python and C in order
+# make clean    remove all that these made
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export OCS_WERROR ?= $(CI)
+
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/*.cpp)
+
+.PHONY: demo test lint format bench wheel clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(if $(FULL),--full) $(if $(FRESH),--fresh)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $(C_FILES)
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/models.py
+
+wheel: $(VENV)/.torch
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+# What the build needs; torch is by far the largest download.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch numpy setuptools wheel
+	@touch $@
+
+# The package, built in place, with what the demo or the tests need besides.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e '.[test,lint]'
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ocs/*.so

@@ -1,0 +1,139 @@
+"""ocs.quantize() on whole networks against the paper's procedure written literally in numpy, and against cloning.
+
+    python benchmarks/models.py [--json]
+
+The literal procedure looks at the whole tensor for every split and copies it to append a channel. Of vgg16_bn only its
+largest layer is timed, for a few splits, and scaled to the splits that the layer gets. Random weights, wbits=5.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from bench import Row, at_most, faster, publish
+from torch import nn
+from tqdm import tqdm
+from zoo import torchvision_models
+
+import ocs
+from ocs import reference
+from ocs.functional import splits_for
+
+BITS, QMAX = 5, 15
+FEW = 3  # splits timed of a large layer
+
+
+def weights(model: nn.Module) -> Iterator[np.ndarray]:
+    """The weights that quantize() rewrites: all but the first convolution's."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    yield from (layer.weight.detach().numpy() for layer in layers[1:])
+
+
+def literal(w: np.ndarray, splits: int) -> np.ndarray:
+    """Integers of the split weight, as the paper describes them."""
+    picks = reference.pick_channels(w, splits)
+    scale = np.abs(reference.split_channels(w, picks, False)[0]).max() / np.float32(QMAX)
+    u, _ = reference.split_channels(w / scale, picks, True)
+    return np.clip(reference.round_half_up(u), -QMAX, QMAX).astype(np.int8)
+
+
+def literal_ms(model: nn.Module, r: float) -> float:
+    """Milliseconds of the literal procedure over a whole network."""
+    begin = time.perf_counter()
+    for w in tqdm(list(weights(model)), f"literal, r={r:g}", leave=False, disable=None):
+        literal(w, splits_for(r, w.shape[1], 1))
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def literal_largest_ms(model: nn.Module, r: float) -> float:
+    """Milliseconds of the literal procedure on the largest layer alone, from a few of its splits."""
+    w = max(weights(model), key=lambda w: w.size)
+    begin = time.perf_counter()
+    literal(w, FEW)
+    few = time.perf_counter() - begin
+    begin = time.perf_counter()
+    literal(w, 0)
+    none = time.perf_counter() - begin
+    return 1e3 * (none + (few - none) * splits_for(r, w.shape[1], 1) / FEW)
+
+
+def quantize_times(model: nn.Module, r: float, rounds: int) -> dict[str, list[float]]:
+    """quantize() and a clone of every weight, in turns; each round quantizes a fresh copy that is not timed."""
+    times: dict[str, list[float]] = {"ocs.quantize": [], "cloning every weight": []}
+    for _ in tqdm(range(rounds), f"quantize, r={r:g}", leave=False, delay=2, disable=None):
+        fresh = copy.deepcopy(model)
+        begin = time.perf_counter()
+        clones = [p.detach().clone() for p in model.parameters()]
+        middle = time.perf_counter()
+        del clones
+        start = time.perf_counter()
+        ocs.quantize(fresh, wbits=BITS, r=r, progress=False)
+        end = time.perf_counter()
+        times["cloning every weight"].append(1e3 * (middle - begin))
+        times["ocs.quantize"].append(1e3 * (end - start))
+    return times
+
+
+def compare(name: str, rounds: int, targets: dict[float, float]) -> list[Row]:
+    """Rows of one network: against the literal procedure (at least these factors), and against cloning (at most 8)."""
+    model = getattr(torchvision_models(), name)(weights=None).eval()
+    rows = []
+    for r, factor in targets.items():
+        times = quantize_times(model, r, rounds)
+        whole = name == "resnet50"
+        rival = "literal numpy" if whole else "literal numpy, its largest layer alone"
+        times[rival] = [literal_ms(model, r) if whole else literal_largest_ms(model, r)] * rounds
+        what = f"quantize {name}, r={r:g}"
+        rows.append(faster(what, times, "ocs.quantize", rival, factor))
+        rows.append(at_most(what, times, "ocs.quantize", "cloning every weight", 8))
+    return rows
+
+
+PEAK = """
+import gc, torch, ocs
+from pathlib import Path
+from zoo import torchvision_models
+
+def kilobytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+model = getattr(torchvision_models(), {name!r})(weights=None).eval()
+warm = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))
+ocs.quantize(warm, wbits=5)  # what a first call loads
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+before = kilobytes("VmRSS")
+originals = list(model.parameters())  # as while quantizing: released after the final swap
+report = ocs.quantize(model, wbits=5, r=0.1)
+peak = 1024 * (kilobytes("VmHWM") - before)
+new = 5 * sum(layer.expanded_weights for layer in report.quantized)  # int8 integers and float32 weights
+largest = max(layer.float_bytes for layer in report.quantized)
+print((peak - new) / largest)
+"""
+
+
+def peak_memory(name: str) -> str:
+    """Memory beyond the model, its integers and the new float weights, in units of the largest layer."""
+    if not Path("/proc/self/clear_refs").exists():
+        return "not measured: needs Linux's /proc"
+    code = PEAK.format(name=name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.path[0])
+    return f"{float(done.stdout):.2f} x the largest layer (target <= 2)"
+
+
+def main() -> None:
+    """Run all and publish."""
+    rows = [*compare("resnet50", 7, {0.02: 20, 0.1: 60}), *compare("vgg16_bn", 5, {0.02: 200, 0.1: 200})]
+    notes = {f"peak extra memory, {name}": peak_memory(name) for name in ("resnet50", "vgg16_bn")}
+    publish("models", rows, notes)
+
+
+if __name__ == "__main__":
+    main()
