@@ -2,7 +2,6 @@
 #include "kernels.h"
 
 #include <stddef.h>
-#include <string.h>
 
 static const ocs_kernels kernels_ref = {
     .isa = "ref",
@@ -18,25 +17,36 @@ static const ocs_kernels kernels_ref = {
     .fake_quantize = ocs_fake_quantize_ref,
 };
 
-/* Best first; a row is usable when the build and the CPU have it. */
-static const ocs_kernels *usable(int row) {
-    switch (row) {
-#if defined(__x86_64__)
-    case 0: return __builtin_cpu_supports("avx2") ? &ocs_kernels_avx2 : NULL;
-#endif
-    case 1: return &kernels_ref;
-    default: return NULL;
-    }
+static bool always(void) {
+    return true;
 }
-enum { ROWS = 2 };
+
+#if defined(__x86_64__)
+static bool has_avx2(void) {
+    return __builtin_cpu_supports("avx2");
+}
+#endif
+
+/* Best first. */
+static const struct {
+    bool (*supported)(void);
+    const ocs_kernels *kernels;
+} rows[] = {
+#if defined(__x86_64__)
+    {has_avx2, &ocs_kernels_avx2},
+#endif
+    {always, &kernels_ref},
+};
 
 static const ocs_kernels *chosen;
 
 const ocs_kernels *ocs_kernel_table(void) {
-    if (chosen == NULL) {
+    const ocs_kernels *kernels = __atomic_load_n(&chosen, __ATOMIC_ACQUIRE);
+    if (kernels == NULL) {
         (void)ocs_set_isa("auto");
+        kernels = __atomic_load_n(&chosen, __ATOMIC_ACQUIRE);
     }
-    return chosen;
+    return kernels;
 }
 
 const char *ocs_isa(void) {
@@ -44,24 +54,32 @@ const char *ocs_isa(void) {
 }
 
 ocs_status ocs_set_isa(const char *name) {
-    for (int row = 0; row < ROWS; ++row) {
-        const ocs_kernels *kernels = usable(row);
-        if (kernels != NULL && (strcmp(name, "auto") == 0 || strcmp(name, kernels->isa) == 0)) {
-            chosen = kernels;
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
+        const ocs_kernels *kernels = rows[i].kernels;
+        if (rows[i].supported() && (strcmp(name, "auto") == 0 || strcmp(name, kernels->isa) == 0)) {
+            __atomic_store_n(&chosen, kernels, __ATOMIC_RELEASE);
             return OCS_OK;
         }
     }
     return OCS_BAD_ISA;
 }
 
-static void run_serially(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
-    (void)grain;
-    if (n > 0) {
-        fn(0, n, ctx);
-    }
+static ocs_parallel_for_fn host_parallel_for;
+
+void ocs_set_parallel_for(ocs_parallel_for_fn parallel_for) {
+    host_parallel_for = parallel_for;
 }
 
-void (*ocs_parallel_for)(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) = run_serially;
+void ocs_parallel_for(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
+    if (n <= 0) {
+        return;
+    }
+    if (host_parallel_for == NULL) {
+        fn(0, n, ctx);
+    } else {
+        host_parallel_for(n, grain, fn, ctx);
+    }
+}
 
 const char *ocs_status_text(ocs_status status) {
     switch (status) {
@@ -70,7 +88,8 @@ const char *ocs_status_text(ocs_status status) {
     case OCS_BAD_BITS: return "bits must be 2 to 8";
     case OCS_BAD_SCALE: return "every scale must be a positive finite number";
     case OCS_BAD_BINS: return "bins must be 1 to 2^24, and the limit finite and not negative";
-    case OCS_BAD_SHAPE: return "sizes must not be negative, and groups must divide the output channels";
+    case OCS_BAD_SHAPE:
+        return "sizes must not be negative, and groups must divide the output channels and be at most their number";
     case OCS_BAD_PLAN: return "source, depth and offset are no split plan of this shape";
     case OCS_NOT_FINITE: return "the values hold NaN or Inf";
     case OCS_TOO_LARGE: return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep";

@@ -2,25 +2,13 @@
 #include "kernels.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 /* --- Plain kernels ---------------------------------------------------------------------------- */
-
-/* The bits of |x|: for non-negative floats they order as the values do, with Inf and NaN above all numbers. */
-static uint32_t abs_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & 0x7fffffffu;
-}
-
-static float larger_abs(float max, float x) {
-    return abs_bits(x) > abs_bits(max) ? fabsf(x) : max;
-}
 
 float ocs_abs_max_ref(const float *x, int64_t N) {
     float max = 0.0f;
     for (int64_t i = 0; i < N; ++i) {
-        max = larger_abs(max, x[i]);
+        max = ocs_larger(max, x[i]);
     }
     return max;
 }
@@ -28,21 +16,21 @@ float ocs_abs_max_ref(const float *x, int64_t N) {
 float ocs_scaled_max_ref(const float *x, const float *factor, int64_t N) {
     float max = 0.0f;
     for (int64_t i = 0; i < N; ++i) {
-        max = larger_abs(max, x[i] * factor[i]);
+        max = ocs_larger(max, x[i] * factor[i]);
     }
     return max;
 }
 
-void ocs_channel_max_ref(float *channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride) {
+void ocs_channel_max_ref(float *restrict channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride) {
     for (int64_t c = 0; c < C; ++c) {
         channel_max[c] = 0.0f;
         for (int64_t o = 0; o < O; ++o) {
-            channel_max[c] = larger_abs(channel_max[c], ocs_abs_max_ref(w + o * stride + c * K, K));
+            channel_max[c] = ocs_larger(channel_max[c], ocs_abs_max_ref(w + o * stride + c * K, K));
         }
     }
 }
 
-void ocs_histogram_ref(uint32_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
+void ocs_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit) {
     for (int64_t i = 0; i < N; ++i) {
         float position = fabsf(x[i]) / limit * (float)bins;
         int64_t bin = position < (float)(bins - 1) ? (int64_t)position : bins - 1;
@@ -60,7 +48,7 @@ typedef struct {
 
 static void abs_max_range(int64_t begin, int64_t end, void *ctx) {
     abs_max_job *job = ctx;
-    uint32_t bits = abs_bits(job->kernels->abs_max(job->x + begin, end - begin));
+    uint32_t bits = ocs_abs_bits(job->kernels->abs_max(job->x + begin, end - begin));
     uint32_t seen = __atomic_load_n(&job->max_bits, __ATOMIC_RELAXED);
     while (seen < bits &&
            !__atomic_compare_exchange_n(&job->max_bits, &seen, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -97,12 +85,16 @@ static void channel_max_range(int64_t begin, int64_t end, void *ctx) {
 
 ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape) {
     ocs_status status = ocs_check_shape(shape);
-    if (status == OCS_OK) {
-        channel_max_job job = {ocs_kernel_table(), channel_max, w, shape};
-        int64_t grain = ocs_grain(shape->O / shape->G * shape->K);
-        ocs_parallel_for(shape->G * shape->C, grain, channel_max_range, &job);
+    if (status != OCS_OK) {
+        return status;
     }
-    return status;
+    if (shape->O == 0 || shape->K == 0) {
+        memset(channel_max, 0, (size_t)(shape->G * shape->C) * sizeof *channel_max);
+        return OCS_OK;
+    }
+    channel_max_job job = {ocs_kernel_table(), channel_max, w, shape};
+    ocs_parallel_for(shape->G * shape->C, ocs_grain(shape->O / shape->G * shape->K), channel_max_range, &job);
+    return OCS_OK;
 }
 
 typedef struct {

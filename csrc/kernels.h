@@ -10,8 +10,10 @@
 #include "ocs.h"
 
 #include <math.h>
+#include <string.h>
 
-/* An expanded row is [M] columns: the row's own N = C K, then M - N = S K of the copies.
+/* What a split plan says of each column, so that one loop serves every K. An expanded row is [M] columns: the row's own
+   N = C K, then M - N = S K of the copies.
 
    Column m of the split row is clamp((floor(2 u) + addend[m]) >> shift[m]), where u is the grid-unit weight of column m
    itself (m < N) or of column index[m - N]. So a copy costs one addition and one shift: with U = floor(2 u),
@@ -30,47 +32,62 @@ typedef struct {
 typedef struct {
     const char *isa;
 
-    /* max |x| over x [N]; bit patterns of non-negative floats order as the floats do, Inf and NaN above all. */
+    /* max |x| over x [N]; NaN or Inf where there is one. */
     float (*abs_max)(const float *x, int64_t N);
 
     /* max |x[i]| * factor[i] over x [N]. */
     float (*scaled_max)(const float *x, const float *factor, int64_t N);
 
     /* channel_max [C]: max over O rows and K columns of |w[o * stride + c * K + k]|. */
-    void (*channel_max)(float *channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride);
+    void (*channel_max)(float *restrict channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride);
 
     /* Adds to counts [4][bins], whose sum over the first axis is the histogram; N < 2^32. */
-    void (*histogram)(uint32_t *counts, const float *x, int64_t N, int64_t bins, float limit);
+    void (*histogram)(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit);
 
     /* q [M] of one output channel w [N]. */
-    void (*quantize_row)(int8_t *q, const float *w, const ocs_columns *columns, float scale, int32_t qmax);
+    void (*quantize_row)(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax);
 
     /* w_hat [N] = scale * (q [M] with the copies added to their source). */
-    void (*fold_row)(float *w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale);
+    void (*fold_row)(float *restrict w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale);
 
     /* error[0] += sum x^2, error[1] += sum (x - y)^2: eight interleaved partial sums, then their sum in order. */
     void (*squared_error)(double error[2], const float *x, const float *y, int64_t N);
 
-    void (*quantize)(uint8_t *q, const float *x, int64_t N, float scale, float qmin, float qmax);
-    void (*dequantize)(float *x, const uint8_t *q, int64_t N, float scale, bool is_signed);
-    void (*fake_quantize)(float *x_hat, const float *x, int64_t N, float scale, float qmin, float qmax);
+    void (*quantize)(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax);
+    void (*dequantize)(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed);
+    void (*fake_quantize)(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin, float qmax);
 } ocs_kernels;
 
 /* The row of the table in use. */
 const ocs_kernels *ocs_kernel_table(void);
 
+/* Runs fn over 0 .. n - 1 as the host does. */
+void ocs_parallel_for(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx);
+
 extern const ocs_kernels ocs_kernels_avx2;
 
 float ocs_abs_max_ref(const float *x, int64_t N);
 float ocs_scaled_max_ref(const float *x, const float *factor, int64_t N);
-void ocs_channel_max_ref(float *channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride);
-void ocs_histogram_ref(uint32_t *counts, const float *x, int64_t N, int64_t bins, float limit);
-void ocs_quantize_row_ref(int8_t *q, const float *w, const ocs_columns *columns, float scale, int32_t qmax);
-void ocs_fold_row_ref(float *w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale);
+void ocs_channel_max_ref(float *restrict channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride);
+void ocs_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit);
+void ocs_quantize_row_ref(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax);
+void ocs_fold_row_ref(float *restrict w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale);
 void ocs_squared_error_ref(double error[2], const float *x, const float *y, int64_t N);
-void ocs_quantize_ref(uint8_t *q, const float *x, int64_t N, float scale, float qmin, float qmax);
-void ocs_dequantize_ref(float *x, const uint8_t *q, int64_t N, float scale, bool is_signed);
-void ocs_fake_quantize_ref(float *x_hat, const float *x, int64_t N, float scale, float qmin, float qmax);
+void ocs_quantize_ref(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax);
+void ocs_dequantize_ref(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed);
+void ocs_fake_quantize_ref(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin, float qmax);
+
+/* The bits of |x|: for non-negative floats they order as the values do, with Inf and NaN above all numbers. */
+static inline uint32_t ocs_abs_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x7fffffffu;
+}
+
+/* max(max, |x|) in that order, for max >= 0. */
+static inline float ocs_larger(float max, float x) {
+    return ocs_abs_bits(x) > ocs_abs_bits(max) ? fabsf(x) : max;
+}
 
 /* floor(2 w / scale), saturated far outside every grid: 2^30 >> 23 is still above qmax. NaN becomes the upper limit. */
 #define OCS_GRID_LIMIT 1073741824.0f

@@ -6,7 +6,6 @@
 #include "kernels.h"
 
 #include <immintrin.h>
-#include <string.h>
 
 #define AVX2 __attribute__((target("avx2")))
 
@@ -22,11 +21,6 @@ AVX2 static inline float largest_lane(__m256i max) {
     return ocs_abs_max_ref(lanes, 8);
 }
 
-static float larger(float a, float b) {
-    const float pair[2] = {a, b};
-    return ocs_abs_max_ref(pair, 2);
-}
-
 AVX2 static float abs_max_avx2(const float *x, int64_t N) {
     __m256i max[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
     int64_t i = 0;
@@ -36,7 +30,7 @@ AVX2 static float abs_max_avx2(const float *x, int64_t N) {
         }
     }
     max[0] = _mm256_max_epu32(_mm256_max_epu32(max[0], max[1]), _mm256_max_epu32(max[2], max[3]));
-    return larger(largest_lane(max[0]), ocs_abs_max_ref(x + i, N - i));
+    return ocs_larger(largest_lane(max[0]), ocs_abs_max_ref(x + i, N - i));
 }
 
 AVX2 static float scaled_max_avx2(const float *x, const float *factor, int64_t N) {
@@ -46,23 +40,24 @@ AVX2 static float scaled_max_avx2(const float *x, const float *factor, int64_t N
         const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(factor + i));
         max = _mm256_max_epu32(max, _mm256_and_si256(_mm256_castps_si256(scaled), _mm256_set1_epi32(0x7fffffff)));
     }
-    return larger(largest_lane(max), ocs_scaled_max_ref(x + i, factor + i, N - i));
+    return ocs_larger(largest_lane(max), ocs_scaled_max_ref(x + i, factor + i, N - i));
 }
 
 /* max[i] = the larger of max[i] and |w[i]|, i < columns. */
-AVX2 static void max_into(float *max, const float *w, int64_t columns) {
+AVX2 static void max_into(float *restrict max, const float *w, int64_t columns) {
     int64_t i = 0;
     for (; i + 8 <= columns; i += 8) {
         const __m256i so_far = _mm256_loadu_si256((const __m256i *)(max + i));
         _mm256_storeu_si256((__m256i *)(max + i), _mm256_max_epu32(so_far, load_abs_bits(w + i)));
     }
     for (; i < columns; ++i) {
-        max[i] = larger(max[i], w[i]);
+        max[i] = ocs_larger(max[i], w[i]);
     }
 }
 
 /* The rows are reduced first, column by column in a tile that fits the L1 cache, then the K columns of a channel. */
-AVX2 static void channel_max_avx2(float *channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride) {
+AVX2 static void channel_max_avx2(float *restrict channel_max, const float *w, int64_t O, int64_t C, int64_t K,
+                                  int64_t stride) {
     enum { TILE = 4096 };
     float max[TILE];
     memset(channel_max, 0, (size_t)C * sizeof *channel_max);
@@ -74,7 +69,7 @@ AVX2 static void channel_max_avx2(float *channel_max, const float *w, int64_t O,
         }
         for (int64_t i = 0; i < columns; ++i) {
             float *of_channel = &channel_max[(begin + i) / K];
-            *of_channel = larger(*of_channel, max[i]);
+            *of_channel = ocs_larger(*of_channel, max[i]);
         }
     }
 }
@@ -82,7 +77,7 @@ AVX2 static void channel_max_avx2(float *channel_max, const float *w, int64_t O,
 /* --- Histogram -------------------------------------------------------------------------------- */
 
 /* Neighbours are counted in different histograms, so that an increment need not wait for the one before it. */
-AVX2 static void histogram_avx2(uint32_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
+AVX2 static void histogram_avx2(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit) {
     const __m256 all = _mm256_set1_ps((float)bins), last = _mm256_set1_ps((float)(bins - 1));
     const __m256 width = _mm256_set1_ps(limit);
     uint32_t *const own[4] = {counts, counts + bins, counts + 2 * bins, counts + 3 * bins};
@@ -122,7 +117,8 @@ AVX2 static inline void store_clamped(int8_t *q, __m256i bytes, int32_t qmax) {
     _mm256_storeu_si256((__m256i *)q, _mm256_max_epi8(_mm256_min_epi8(bytes, most), least));
 }
 
-AVX2 static void quantize_row_avx2(int8_t *q, const float *w, const ocs_columns *columns, float scale, int32_t qmax) {
+AVX2 static void quantize_row_avx2(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale,
+                                   int32_t qmax) {
     const int64_t N = columns->N, M = columns->M;
     const int32_t *addend = columns->addend, *shift = columns->shift, *index = columns->index;
     const __m256 scales = _mm256_set1_ps(scale);
@@ -156,7 +152,7 @@ AVX2 static inline __m256 load_bytes(const void *q, bool is_signed) {
     return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 }
 
-AVX2 static void dequantize_avx2(float *x, const uint8_t *q, int64_t N, float scale, bool is_signed) {
+AVX2 static void dequantize_avx2(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed) {
     const __m256 scales = _mm256_set1_ps(scale);
     int64_t i = 0;
     for (; i + 8 <= N; i += 8) {
@@ -165,7 +161,8 @@ AVX2 static void dequantize_avx2(float *x, const uint8_t *q, int64_t N, float sc
     ocs_dequantize_ref(x + i, q + i, N - i, scale, is_signed);
 }
 
-AVX2 static void fold_row_avx2(float *w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale) {
+AVX2 static void fold_row_avx2(float *restrict w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M,
+                               float scale) {
     dequantize_avx2(w_hat, (const uint8_t *)q, N, M > N ? 1.0f : scale, true);
     if (M == N) {
         return;
@@ -224,7 +221,8 @@ AVX2 static inline __m256 to_grid(__m256 x, __m256 scale, __m256 qmin, __m256 qm
 }
 
 /* Division takes 3.5 cycles of the 4; a product with the reciprocal, divided again where near a tie, was no faster. */
-AVX2 static void fake_quantize_avx2(float *x_hat, const float *x, int64_t N, float scale, float qmin, float qmax) {
+AVX2 static void fake_quantize_avx2(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin,
+                                    float qmax) {
     const __m256 scales = _mm256_set1_ps(scale), least = _mm256_set1_ps(qmin), most = _mm256_set1_ps(qmax);
     int64_t i = 0;
     for (; i + 8 <= N; i += 8) {
@@ -234,7 +232,7 @@ AVX2 static void fake_quantize_avx2(float *x_hat, const float *x, int64_t N, flo
     ocs_fake_quantize_ref(x_hat + i, x + i, N - i, scale, qmin, qmax);
 }
 
-AVX2 static void quantize_avx2(uint8_t *q, const float *x, int64_t N, float scale, float qmin, float qmax) {
+AVX2 static void quantize_avx2(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax) {
     const __m256 scales = _mm256_set1_ps(scale), least = _mm256_set1_ps(qmin), most = _mm256_set1_ps(qmax);
     const __m256i low_byte = _mm256_set1_epi32(0xff);
     __m256i four[4];

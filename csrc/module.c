@@ -11,6 +11,8 @@
 
 #include "ocs.h"
 
+#include <float.h>
+#include <math.h>
 #include <stdlib.h>
 
 /* --- Arguments and results -------------------------------------------------------------------- */
@@ -73,12 +75,12 @@ static bool read_shape(const char *function, PyArrayObject *w, long long groups,
     for (int i = 2; i < PyArray_NDIM(w); ++i) {
         shape->K *= dims[i];
     }
-    if (groups < 1 || shape->O % groups != 0) {
+    bool valid = groups == 1 || (groups > 1 && groups <= shape->O && shape->O % groups == 0);
+    if (!valid) {
         PyErr_Format(PyExc_ValueError, "%s: groups=%lld must divide the %lld output channels", function, groups,
                      (long long)shape->O);
-        return false;
     }
-    return true;
+    return valid;
 }
 
 /* S from the length of a plan's array. */
@@ -93,22 +95,26 @@ static bool read_splits(const char *function, PyArrayObject *source, ocs_shape *
     return true;
 }
 
-/* 0 where one scale serves all, 1 where each output channel has its own, -1 with an exception otherwise. */
-static int read_stride(const char *function, PyArrayObject *scale, npy_intp rows) {
-    if (PyArray_NDIM(scale) == 0) {
-        return 0;
+/* 0 where one scale serves all, 1 where each output channel has its own. */
+static bool read_stride(const char *function, PyArrayObject *scale, npy_intp rows, int *stride) {
+    *stride = PyArray_NDIM(scale);
+    bool valid = *stride == 0 || (*stride == 1 && PyArray_SIZE(scale) == rows);
+    if (!valid) {
+        PyErr_Format(PyExc_ValueError, "%s: scale must have no dimension, or one of the %lld output channels", function,
+                     (long long)rows);
     }
-    if (PyArray_NDIM(scale) == 1 && PyArray_SIZE(scale) == rows) {
-        return 1;
-    }
-    PyErr_Format(PyExc_ValueError, "%s: scale must have no dimension, or one of the %lld output channels", function,
-                 (long long)rows);
-    return -1;
+    return valid;
 }
 
-static PyObject *one_value(const char *function, PyObject *object, float *value) {
-    *value = (float)PyFloat_AsDouble(object);
-    return PyErr_Occurred() ? PyErr_Format(PyExc_TypeError, "%s: scale must be one number", function) : object;
+/* A number as float32; beyond its range it becomes Inf, which the entries refuse. */
+static bool read_number(const char *function, const char *name, PyObject *object, float *value) {
+    double number = PyFloat_AsDouble(object);
+    if (PyErr_Occurred()) {
+        PyErr_Format(PyExc_TypeError, "%s: %s must be one number", function, name);
+        return false;
+    }
+    *value = fabs(number) > FLT_MAX ? (float)copysign(INFINITY, number) : (float)number;
+    return true;
 }
 
 /* --- Where the outliers are ------------------------------------------------------------------- */
@@ -132,10 +138,11 @@ static PyObject *py_abs_max(PyObject *self, PyObject *args) {
 
 static PyObject *py_histogram(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *x_object;
+    PyObject *x_object, *limit_object;
     long long bins;
-    double limit;
-    if (!PyArg_ParseTuple(args, "OLd:histogram", &x_object, &bins, &limit)) {
+    float limit;
+    if (!PyArg_ParseTuple(args, "OLO:histogram", &x_object, &bins, &limit_object) ||
+        !read_number("histogram", "limit", limit_object, &limit)) {
         return NULL;
     }
     if (bins < 1 || bins > 1 << 24) {
@@ -146,7 +153,7 @@ static PyObject *py_histogram(PyObject *self, PyObject *args) {
     PyArrayObject *counts = x == NULL ? NULL : output(1, (npy_intp[]){(npy_intp)bins}, NPY_INT64);
     if (counts != NULL) {
         Py_BEGIN_ALLOW_THREADS;
-        status = ocs_histogram_f32(PyArray_DATA(counts), PyArray_DATA(x), PyArray_SIZE(x), bins, (float)limit);
+        status = ocs_histogram_f32(PyArray_DATA(counts), PyArray_DATA(x), PyArray_SIZE(x), bins, limit);
         Py_END_ALLOW_THREADS;
     }
     return finish("histogram", status, counts, &x, 1);
@@ -194,15 +201,14 @@ static PyObject *py_split_plan(PyObject *self, PyObject *args) {
                             "most their number in a group",
                             groups, (long long)size, splits);
     }
-    const ocs_shape shape = {.G = groups, .C = size / groups, .S = splits};
     const npy_intp expanded = size + (npy_intp)(groups * splits);
     ocs_status status = OCS_OK;
     PyArrayObject *source = output(1, &expanded, NPY_INT64), *depth = output(1, &expanded, NPY_INT32);
     PyArrayObject *offset = output(1, &expanded, NPY_INT32), *split_max = output(1, &expanded, NPY_FLOAT32);
     if (source != NULL && depth != NULL && offset != NULL && split_max != NULL) {
-        const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), PyArray_DATA(offset)};
         Py_BEGIN_ALLOW_THREADS;
-        status = ocs_split_plan(&plan, PyArray_DATA(split_max), PyArray_DATA(max), &shape);
+        status = ocs_split_plan(PyArray_DATA(source), PyArray_DATA(depth), PyArray_DATA(offset),
+                                PyArray_DATA(split_max), PyArray_DATA(max), groups, size / groups, splits);
         Py_END_ALLOW_THREADS;
     }
     if (status != OCS_OK) {
@@ -261,7 +267,7 @@ static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
     PyObject *w_object, *scale_object, *source_object, *depth_object, *offset_object;
     ocs_shape shape;
     long long groups;
-    int bits, quantization_aware, stride = -1;
+    int bits, quantization_aware, stride = 0;
     if (!PyArg_ParseTuple(args, "OOOOOLip:quantize_weight", &w_object, &scale_object, &source_object, &depth_object,
                           &offset_object, &groups, &bits, &quantization_aware)) {
         return NULL;
@@ -275,7 +281,7 @@ static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
     PyArrayObject *w = taken[0], *scale = taken[1], *source = taken[2], *depth = taken[3], *offset = taken[4];
     ocs_status status = OCS_OK;
     if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
-        (stride = read_stride(name, scale, shape.O)) >= 0) {
+        read_stride(name, scale, shape.O, &stride)) {
         const npy_intp size = PyArray_SIZE(source);
         status = PyArray_SIZE(depth) == size && PyArray_SIZE(offset) == size ? OCS_OK : OCS_BAD_PLAN;
         ints = output_like(w, shape.C + shape.S, NPY_INT8);
@@ -295,7 +301,7 @@ static PyObject *py_fold(PyObject *self, PyObject *args) {
     PyObject *ints_object, *scale_object, *source_object;
     ocs_shape shape;
     long long groups, channels;
-    int stride = -1;
+    int stride = 0;
     if (!PyArg_ParseTuple(args, "OOOLL:fold", &ints_object, &scale_object, &source_object, &groups, &channels)) {
         return NULL;
     }
@@ -307,12 +313,12 @@ static PyObject *py_fold(PyObject *self, PyObject *args) {
     };
     PyArrayObject *ints = taken[0], *scale = taken[1], *source = taken[2];
     ocs_status status = OCS_OK;
-    if (!PyErr_Occurred() && read_shape("fold", ints, groups, &shape) &&
-        (stride = read_stride("fold", scale, shape.O)) >= 0) {
+    if (!PyErr_Occurred() && read_shape("fold", ints, groups, &shape) && read_stride("fold", scale, shape.O, &stride)) {
         const int64_t expanded = shape.C;
         shape.C = channels;
         shape.S = expanded - channels;
-        bool fits = channels >= 0 && shape.S >= 0 && PyArray_SIZE(source) == groups * expanded;
+        const npy_intp length = PyArray_SIZE(source);
+        bool fits = channels >= 0 && shape.S >= 0 && length % groups == 0 && length / groups == expanded;
         status = fits ? OCS_OK : OCS_BAD_PLAN;
         w_hat = fits ? output_like(ints, channels, NPY_FLOAT32) : NULL;
     }
@@ -331,7 +337,7 @@ static PyObject *py_weight_error(PyObject *self, PyObject *args) {
     PyObject *w_object, *ints_object, *scale_object, *source_object;
     ocs_shape shape;
     long long groups;
-    int stride = -1;
+    int stride = 0;
     if (!PyArg_ParseTuple(args, "OOOOL:weight_error", &w_object, &ints_object, &scale_object, &source_object,
                           &groups)) {
         return NULL;
@@ -346,8 +352,11 @@ static PyObject *py_weight_error(PyObject *self, PyObject *args) {
     PyArrayObject *w = taken[0], *ints = taken[1], *scale = taken[2], *source = taken[3];
     ocs_status status = OCS_OK;
     if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
-        (stride = read_stride(name, scale, shape.O)) >= 0) {
-        status = PyArray_SIZE(ints) == shape.O * (shape.C + shape.S) * shape.K ? OCS_OK : OCS_BAD_PLAN;
+        read_stride(name, scale, shape.O, &stride)) {
+        const npy_intp *dims = PyArray_DIMS(ints);
+        bool fits =
+            dims[0] == shape.O && dims[1] == shape.C + shape.S && PyArray_SIZE(ints) == shape.O * dims[1] * shape.K;
+        status = fits ? OCS_OK : OCS_BAD_PLAN;
         error = output(1, (npy_intp[]){2}, NPY_FLOAT64);
     }
     if (error != NULL && status == OCS_OK) {
@@ -367,7 +376,7 @@ static PyObject *py_quantize(PyObject *self, PyObject *args) {
     int bits, is_signed;
     float scale;
     if (!PyArg_ParseTuple(args, "OOip:quantize", &x_object, &scale_object, &bits, &is_signed) ||
-        one_value("quantize", scale_object, &scale) == NULL) {
+        !read_number("quantize", "scale", scale_object, &scale)) {
         return NULL;
     }
     ocs_status status = OCS_OK;
@@ -397,13 +406,14 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     };
     PyArrayObject *q = taken[0], *scale = taken[1];
     ocs_status status = OCS_OK;
-    int stride = -1;
+    bool fits = false;
+    int stride = 0;
     int64_t rows = 1;
     if (!PyErr_Occurred()) {
         rows = PyArray_NDIM(q) > 0 ? PyArray_DIM(q, 0) : 1;
-        stride = read_stride("dequantize", scale, rows);
+        fits = read_stride("dequantize", scale, rows, &stride);
     }
-    if (stride >= 0) {
+    if (fits) {
         x = output(PyArray_NDIM(q), PyArray_DIMS(q), NPY_FLOAT32);
     }
     if (x != NULL) {
@@ -422,7 +432,7 @@ static PyObject *py_fake_quantize(PyObject *self, PyObject *args) {
     int bits, is_signed;
     float scale;
     if (!PyArg_ParseTuple(args, "OOip:fake_quantize", &x_object, &scale_object, &bits, &is_signed) ||
-        one_value("fake_quantize", scale_object, &scale) == NULL) {
+        !read_number("fake_quantize", "scale", scale_object, &scale)) {
         return NULL;
     }
     ocs_status status = OCS_OK;
@@ -484,7 +494,7 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__C(void) {
     import_array();
     const char *isa = getenv("OCS_ISA");
-    if (isa != NULL && *isa != '\0' && ocs_set_isa(isa) != OCS_OK) {
+    if (ocs_set_isa(isa == NULL || *isa == '\0' ? "auto" : isa) != OCS_OK) {
         PyErr_Format(PyExc_ImportError, "OCS_ISA=%s: %s; use 'auto', 'avx2' or 'ref', or unset it", isa,
                      ocs_status_text(OCS_BAD_ISA));
         return NULL;

@@ -3,12 +3,13 @@
  * Zhao et al., "Improving Neural Network Quantization without Retraining using Outlier Channel Splitting", ICML 2019,
  * arXiv 1901.09504 ("the paper"). This header is the whole C API; it knows neither Python nor torch.
  *
- *     ocs_shape shape = {.G = 1, .O = O, .C = C, .K = K, .S = splits};
- *     ocs_channel_max_f32(channel_max, w, &shape);                       where the outliers are
- *     ocs_split_plan(&plan, split_max, channel_max, &shape);             which channels to split, how often
- *     float scale = largest(split_max) / ocs_qmax(bits);
+ *     ocs_shape shape = {.G = 1, .O = O, .C = C, .K = K, .S = S};
+ *     ocs_channel_max_f32(channel_max, w, &shape);                            where the outliers are
+ *     ocs_split_plan(source, depth, offset, split_max, channel_max, 1, C, S);  which channels to split, how often
+ *     ocs_plan plan = {source, depth, offset};
+ *     float scale = ocs_abs_max_f32(split_max, C + S) / ocs_qmax(bits);
  *     ocs_quantize_weight_f32(ints, w, &plan, &scale, 0, &shape, bits, true);
- *     ocs_fold_f32(w_hat, ints, plan.source, &scale, 0, &shape);         what the integers stand for
+ *     ocs_fold_f32(w_hat, ints, source, &scale, 0, &shape);                   what the integers stand for
  *
  * Shapes. A weight is [O, C, K], C-contiguous; all sizes may be 0.
  *     G  groups of a grouped convolution, 1 otherwise; divides O
@@ -24,7 +25,7 @@
  * x / scale is a true division, rounded once to float32; all that decides an integer after it is exact. The results do
  * not depend on the instruction set or on the number of threads. No input is written to; outputs must not overlap them.
  *
- * Threads. An entry cuts its work by ocs_parallel_for, which runs it serially until a host sets another.
+ * Threads. An entry cuts its work by the host's parallel_for; see ocs_set_parallel_for.
  */
 #ifndef OCS_H
 #define OCS_H
@@ -42,7 +43,7 @@ typedef enum {
     OCS_BAD_BITS,   /* bits outside 2 .. 8 */
     OCS_BAD_SCALE,  /* a scale that is not a positive finite number */
     OCS_BAD_BINS,   /* bins outside 1 .. 2^24, or a limit that is negative or not finite */
-    OCS_BAD_SHAPE,  /* a negative size, or G that does not divide O */
+    OCS_BAD_SHAPE,  /* a negative size, G that does not divide O or exceeds it, or splits without channels */
     OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
     OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than 22 deep */
@@ -58,8 +59,9 @@ const char *ocs_status_text(ocs_status status);
 typedef void (*ocs_range_fn)(int64_t begin, int64_t end, void *ctx);
 
 /* Runs fn over 0 .. n - 1 in disjoint ranges of at least `grain` items (the last may be smaller), possibly at once.
-   Set it before the first call of an entry. */
-extern void (*ocs_parallel_for)(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx);
+   Set it before the first call of an entry; without it, entries run serially. */
+typedef void (*ocs_parallel_for_fn)(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx);
+void ocs_set_parallel_for(ocs_parallel_for_fn parallel_for);
 
 /* The instruction set in use, "avx2" or "ref": the best that the CPU has, unless set. */
 const char *ocs_isa(void);
@@ -92,16 +94,17 @@ ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_sha
    source: the original channel. depth m: how often this copy was halved, so that its weights are about w / 2^m.
    offset i in 0 .. 2^m - 1: which of the 2^m parts it is in quantization-aware splitting. */
 typedef struct {
-    int64_t *source;
-    int32_t *depth;
-    int32_t *offset;
+    const int64_t *source;
+    const int32_t *depth;
+    const int32_t *offset;
 } ocs_plan;
 
-/* Fills the plan and split_max [G (C + S)], the max |w| of each expanded channel, from channel_max [G C].
+/* Fills a plan's arrays and split_max [G (C + S)], the max |w| of each expanded channel, from channel_max [G C].
 
    In each group, S times: the channel with the largest maximum (copies included, lowest index on ties) is halved into
    itself and a copy at the end, or copied as it is where its maximum is 0. O(S log C). */
-ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *channel_max, const ocs_shape *shape);
+ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, float *split_max, const float *channel_max,
+                          int64_t G, int64_t C, int64_t S);
 
 /* output_max [O]: max |w| of each output channel after splitting, for one threshold per output channel. */
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape);

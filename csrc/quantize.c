@@ -5,11 +5,10 @@
 #include "kernels.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 /* --- Plain kernels ---------------------------------------------------------------------------- */
 
-void ocs_quantize_row_ref(int8_t *q, const float *w, const ocs_columns *columns, float scale, int32_t qmax) {
+void ocs_quantize_row_ref(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax) {
     for (int64_t m = 0; m < columns->M; ++m) {
         int64_t from = m < columns->N ? m : columns->index[m - columns->N];
         q[m] = ocs_split_column(ocs_grid2(w[from], scale), columns->addend[m], columns->shift[m], qmax);
@@ -17,7 +16,7 @@ void ocs_quantize_row_ref(int8_t *q, const float *w, const ocs_columns *columns,
 }
 
 /* The sums of integers are exact in float32, so that only the product rounds. */
-void ocs_fold_row_ref(float *w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale) {
+void ocs_fold_row_ref(float *restrict w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale) {
     for (int64_t i = 0; i < N; ++i) {
         w_hat[i] = (float)q[i];
     }
@@ -50,20 +49,20 @@ static float to_grid(float x, float scale, float qmin, float qmax) {
     return q + 0.0f;
 }
 
-void ocs_quantize_ref(uint8_t *q, const float *x, int64_t N, float scale, float qmin, float qmax) {
+void ocs_quantize_ref(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax) {
     for (int64_t i = 0; i < N; ++i) {
         float on_grid = to_grid(x[i], scale, qmin, qmax);
         q[i] = isnan(on_grid) ? 0 : (uint8_t)(int32_t)on_grid;
     }
 }
 
-void ocs_dequantize_ref(float *x, const uint8_t *q, int64_t N, float scale, bool is_signed) {
+void ocs_dequantize_ref(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed) {
     for (int64_t i = 0; i < N; ++i) {
         x[i] = (is_signed ? (float)(int8_t)q[i] : (float)q[i]) * scale;
     }
 }
 
-void ocs_fake_quantize_ref(float *x_hat, const float *x, int64_t N, float scale, float qmin, float qmax) {
+void ocs_fake_quantize_ref(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin, float qmax) {
     for (int64_t i = 0; i < N; ++i) {
         x_hat[i] = to_grid(x[i], scale, qmin, qmax) * scale;
     }
@@ -106,7 +105,8 @@ typedef struct {
     bool failed;
 } weight_job;
 
-static ocs_status start(weight_job *job, const ocs_plan *plan) {
+/* Checks what all of them need and makes the columns, which run_rows frees. */
+static ocs_status prepare(weight_job *job, const ocs_plan *plan) {
     job->kernels = ocs_kernel_table();
     ocs_status status = ocs_columns_make(&job->columns, plan, job->shape);
     if (status == OCS_OK) {
@@ -118,8 +118,10 @@ static ocs_status start(weight_job *job, const ocs_plan *plan) {
     return status;
 }
 
-static void run(weight_job *job, ocs_range_fn rows) {
-    ocs_parallel_for(job->shape->O, ocs_grain(job->columns.M), rows, job);
+static void run_rows(weight_job *job, ocs_range_fn rows) {
+    if (job->columns.M > 0) {
+        ocs_parallel_for(job->shape->O, ocs_grain(job->columns.M), rows, job);
+    }
     ocs_columns_free(&job->columns);
 }
 
@@ -145,9 +147,9 @@ ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan 
     job.ints_out = ints;
     job.qmax = ocs_qmax(bits);
     const ocs_plan used = {plan->source, plan->depth, quantization_aware ? plan->offset : NULL};
-    ocs_status status = start(&job, &used);
+    ocs_status status = prepare(&job, &used);
     if (status == OCS_OK) {
-        run(&job, quantize_rows);
+        run_rows(&job, quantize_rows);
     }
     return status;
 }
@@ -168,9 +170,9 @@ static void fold_rows(int64_t begin, int64_t end, void *ctx) {
 ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, const float *scale,
                         int64_t scale_stride, const ocs_shape *shape) {
     weight_job job = {.shape = shape, .scale = scale, .scale_stride = scale_stride, .w_hat = w_hat, .ints_in = ints};
-    ocs_status status = start(&job, &(ocs_plan){(int64_t *)source, NULL, NULL});
+    ocs_status status = prepare(&job, &(ocs_plan){source, NULL, NULL});
     if (status == OCS_OK) {
-        run(&job, fold_rows);
+        run_rows(&job, fold_rows);
     }
     return status;
 }
@@ -194,18 +196,19 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
                                 const float *scale, int64_t scale_stride, const ocs_shape *shape) {
     weight_job job = {.shape = shape, .scale = scale, .scale_stride = scale_stride, .w = w, .ints_in = ints};
     error[0] = error[1] = 0.0;
-    ocs_status status = start(&job, &(ocs_plan){(int64_t *)source, NULL, NULL});
+    ocs_status status = prepare(&job, &(ocs_plan){source, NULL, NULL});
     if (status != OCS_OK) {
         return status;
     }
-    job.row_error = calloc((size_t)shape->O * 2 + 1, sizeof *job.row_error);
+    const int64_t rows = job.columns.N > 0 ? shape->O : 0;
+    job.row_error = calloc((size_t)rows * 2 + 1, sizeof *job.row_error);
     job.failed = job.row_error == NULL;
     if (job.failed) {
         ocs_columns_free(&job.columns);
         return OCS_NO_MEMORY;
     }
-    run(&job, error_rows);
-    for (int64_t o = 0; o < shape->O; ++o) {
+    run_rows(&job, error_rows);
+    for (int64_t o = 0; o < rows; ++o) {
         error[0] += job.row_error[2 * o];
         error[1] += job.row_error[2 * o + 1];
     }
@@ -280,7 +283,7 @@ ocs_status ocs_dequantize_f32(float *x, const void *q, const float *scale, int64
     job.is_signed = is_signed;
     job.kernels = ocs_kernel_table();
     ocs_status status = ocs_check_scale(scale, scale_stride == 0 ? 1 : O);
-    if (status == OCS_OK) {
+    if (status == OCS_OK && N > 0) {
         ocs_parallel_for(O, ocs_grain(N), dequantize_rows, &job);
     }
     return status;

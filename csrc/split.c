@@ -5,14 +5,13 @@
 #include "kernels.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 enum { MAX_DEPTH = 22 }; /* keeps ocs_split_column inside 32 bits */
 
 ocs_status ocs_check_shape(const ocs_shape *shape) {
-    bool valid = shape->G >= 1 && shape->O >= 0 && shape->C >= 0 && shape->K >= 0 && shape->S >= 0 &&
-                 shape->O % shape->G == 0 && (shape->C > 0 || shape->S == 0);
-    return valid ? OCS_OK : OCS_BAD_SHAPE;
+    const bool sizes = shape->O >= 0 && shape->C >= 0 && shape->K >= 0 && shape->S >= 0;
+    const bool groups = shape->G == 1 || (shape->G > 1 && shape->G <= shape->O && shape->O % shape->G == 0);
+    return sizes && groups && (shape->C > 0 || shape->S == 0) ? OCS_OK : OCS_BAD_SHAPE;
 }
 
 /* --- The plan --------------------------------------------------------------------------------- */
@@ -50,28 +49,36 @@ static void push(heap *h, int64_t pushed) {
     h->channel[at] = pushed;
 }
 
+/* One group's part of the plan that is being made. */
+typedef struct {
+    int64_t *source;
+    int32_t *depth;
+    int32_t *offset;
+    float *split_max;
+} group_plan;
+
 /* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i into i and i + 2^m. Zeros
    are copied without counting as halved, however often they come up: all their integers are 0 anyway. */
-static void split_top(heap *h, const ocs_plan *plan, float *split_max, int64_t copy) {
+static void split_top(heap *h, const group_plan *plan, int64_t copy) {
     const int64_t top = h->channel[0];
-    const bool halved = split_max[top] > 0.0f;
+    const bool halved = plan->split_max[top] > 0.0f;
     const int32_t m = plan->depth[top];
     plan->source[copy] = plan->source[top];
     plan->offset[copy] = plan->offset[top] + (halved ? INT32_C(1) << m : 0);
     plan->depth[copy] = plan->depth[top] = m + halved;
-    split_max[copy] = split_max[top] *= 0.5f;
+    plan->split_max[copy] = plan->split_max[top] *= 0.5f;
     sift_down(h, 0);
     push(h, copy);
 }
 
-/* One group: its arrays start at the plan's pointers, its channels at number `first`. */
-static ocs_status plan_group(const ocs_plan *plan, float *split_max, const float *channel_max, int64_t *scratch,
-                             int64_t C, int64_t S, int64_t first) {
-    heap h = {split_max, scratch, C};
+/* The group's channels have the numbers from `first` on; scratch [C + S]. */
+static ocs_status plan_group(const group_plan *plan, const float *channel_max, int64_t *scratch, int64_t C, int64_t S,
+                             int64_t first) {
+    heap h = {plan->split_max, scratch, C};
     for (int64_t c = 0; c < C; ++c) {
         plan->source[c] = first + c;
         plan->depth[c] = plan->offset[c] = 0;
-        split_max[c] = channel_max[c];
+        plan->split_max[c] = channel_max[c];
         h.channel[c] = c;
         if (!isfinite(channel_max[c])) {
             return OCS_NOT_FINITE;
@@ -81,25 +88,29 @@ static ocs_status plan_group(const ocs_plan *plan, float *split_max, const float
         sift_down(&h, at);
     }
     for (int64_t s = 0; s < S; ++s) {
-        if (plan->depth[h.channel[0]] == MAX_DEPTH && split_max[h.channel[0]] > 0.0f) {
+        const int64_t top = h.channel[0];
+        if (plan->depth[top] == MAX_DEPTH && plan->split_max[top] > 0.0f) {
             return OCS_TOO_LARGE;
         }
-        split_top(&h, plan, split_max, C + s);
+        split_top(&h, plan, C + s);
     }
     return OCS_OK;
 }
 
-ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *channel_max, const ocs_shape *shape) {
-    const int64_t C = shape->C, S = shape->S;
-    ocs_status status = ocs_check_shape(shape);
-    int64_t *scratch = status == OCS_OK ? malloc((size_t)(C + S + 1) * sizeof *scratch) : NULL;
-    if (status == OCS_OK && scratch == NULL) {
-        status = OCS_NO_MEMORY;
+ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, float *split_max, const float *channel_max,
+                          int64_t G, int64_t C, int64_t S) {
+    if (G < 1 || C < 0 || S < 0 || (C == 0 && S > 0)) {
+        return OCS_BAD_SHAPE;
     }
-    for (int64_t g = 0; g < shape->G && status == OCS_OK; ++g) {
+    if (C == 0) {
+        return OCS_OK;
+    }
+    int64_t *scratch = malloc((size_t)(C + S) * sizeof *scratch);
+    ocs_status status = scratch == NULL ? OCS_NO_MEMORY : OCS_OK;
+    for (int64_t g = 0; g < G && status == OCS_OK; ++g) {
         const int64_t at = g * (C + S);
-        const ocs_plan part = {plan->source + at, plan->depth + at, plan->offset + at};
-        status = plan_group(&part, split_max + at, channel_max + g * C, scratch, C, S, g * C);
+        const group_plan plan = {source + at, depth + at, offset + at, split_max + at};
+        status = plan_group(&plan, channel_max + g * C, scratch, C, S, g * C);
     }
     free(scratch);
     return status;
@@ -109,9 +120,9 @@ ocs_status ocs_split_plan(const ocs_plan *plan, float *split_max, const float *c
 
 /* The plan of expanded channel j of group g is possible: it may come from a stranger's file. */
 static bool entry_valid(const ocs_plan *plan, const ocs_shape *shape, int64_t g, int64_t j) {
-    const int64_t at = g * (shape->C + shape->S) + j;
-    const int64_t c = plan->source[at] - g * shape->C;
-    if (c < 0 || c >= shape->C || (j < shape->C && c != j)) {
+    const int64_t at = g * (shape->C + shape->S) + j, first = g * shape->C;
+    const int64_t source = plan->source[at];
+    if (source < first || source >= first + shape->C || (j < shape->C && source != first + j)) {
         return false;
     }
     if (plan->depth == NULL) {

@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -76,7 +78,7 @@ int32_t shim_dtype(ScalarType type) {
 Tensor empty_strided(int64_t rank, const int64_t *sizes, const int64_t *strides, ScalarType type) {
     AtenTensorHandle handle = nullptr;
     if (aoti_torch_empty_strided(rank, sizes, strides, shim_dtype(type), aoti_torch_device_type_cpu(), 0, &handle)) {
-        throw std::runtime_error("ocs: out of memory for a result");
+        throw std::runtime_error("ocs: a result of this size cannot be allocated");
     }
     return Tensor(handle);
 }
@@ -107,7 +109,7 @@ ocs_shape shape_of(const char *op, const Tensor &w, int64_t groups) {
     for (int64_t i = 2; i < w.dim(); ++i) {
         shape.K *= w.size(i);
     }
-    if (groups < 1 || shape.O % groups != 0) {
+    if (groups != 1 && (groups < 1 || groups > shape.O || shape.O % groups != 0)) {
         fail(op, "groups must divide the output channels");
     }
     return shape;
@@ -119,6 +121,17 @@ void set_splits(const char *op, const Tensor &source, ocs_shape *shape) {
     if (source.numel() % shape->G != 0 || shape->S < 0) {
         fail(op, "source does not fit the groups and channels of the weight");
     }
+}
+
+// An int; what does not fit becomes one that the entries refuse.
+int narrow(int64_t bits) {
+    return static_cast<int>(std::clamp<int64_t>(bits, 0, 99));
+}
+
+// A float; what does not fit becomes Inf, which the entries refuse.
+float narrow(double value) {
+    constexpr double most = std::numeric_limits<float>::max();
+    return std::abs(value) > most ? std::numeric_limits<float>::infinity() : static_cast<float>(value);
 }
 
 void check_numel(const char *op, const Tensor &t, int64_t numel) {
@@ -150,7 +163,7 @@ Tensor histogram(const Tensor &x_any, int64_t bins, double limit) {
         check("histogram", OCS_BAD_BINS);
     }
     Tensor counts = empty({bins}, ScalarType::Long);
-    check("histogram", ocs_histogram_f32(write<int64_t>(counts), read<float>(x), x.numel(), bins, (float)limit));
+    check("histogram", ocs_histogram_f32(write<int64_t>(counts), read<float>(x), x.numel(), bins, narrow(limit)));
     return counts;
 }
 
@@ -169,12 +182,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> split_plan(const Tensor &max_any, int
     if (groups < 1 || max.numel() % groups != 0 || splits < 0 || splits > max.numel() / groups) {
         fail("split_plan", "groups must divide the channels, and splits be at most their number in a group");
     }
-    const ocs_shape shape = {groups, 0, max.numel() / groups, 0, splits};
-    const int64_t expanded = groups * (shape.C + splits);
+    const int64_t channels = max.numel() / groups, expanded = max.numel() + groups * splits;
     Tensor source = empty({expanded}, ScalarType::Long), depth = empty({expanded}, ScalarType::Int);
     Tensor offset = empty({expanded}, ScalarType::Int), split_max = empty({expanded}, ScalarType::Float);
-    const ocs_plan plan = {write<int64_t>(source), write<int32_t>(depth), write<int32_t>(offset)};
-    check("split_plan", ocs_split_plan(&plan, write<float>(split_max), read<float>(max), &shape));
+    check("split_plan", ocs_split_plan(write<int64_t>(source), write<int32_t>(depth), write<int32_t>(offset),
+                                       write<float>(split_max), read<float>(max), groups, channels, splits));
     return {source, depth, offset, split_max};
 }
 
@@ -186,8 +198,7 @@ Tensor output_max(const Tensor &w_any, const Tensor &source_any, const Tensor &d
     set_splits(op, source, &shape);
     check_numel(op, depth, source.numel());
     Tensor max = empty({shape.O}, ScalarType::Float);
-    const ocs_plan plan = {const_cast<int64_t *>(read<int64_t>(source)), const_cast<int32_t *>(read<int32_t>(depth)),
-                           nullptr};
+    const ocs_plan plan = {read<int64_t>(source), read<int32_t>(depth), nullptr};
     check(op, ocs_output_max_f32(write<float>(max), read<float>(w), &plan, &shape));
     return max;
 }
@@ -208,11 +219,9 @@ Tensor quantize_weight(const Tensor &w_any, const Tensor &scale_any, const Tenso
     auto sizes = sizes_of(w);
     sizes[1] = shape.C + shape.S;
     Tensor ints = empty(sizes, ScalarType::Char);
-    const ocs_plan plan = {const_cast<int64_t *>(read<int64_t>(source)), const_cast<int32_t *>(read<int32_t>(depth)),
-                           const_cast<int32_t *>(read<int32_t>(offset))};
+    const ocs_plan plan = {read<int64_t>(source), read<int32_t>(depth), read<int32_t>(offset)};
     check(op, ocs_quantize_weight_f32(write<int8_t>(ints), read<float>(w), &plan, read<float>(scale),
-                                      stride_of(op, scale, shape.O), &shape, (int)std::clamp<int64_t>(bits, 0, 99),
-                                      quantization_aware));
+                                      stride_of(op, scale, shape.O), &shape, narrow(bits), quantization_aware));
     return ints;
 }
 
@@ -222,7 +231,9 @@ Tensor fold(const Tensor &ints_any, const Tensor &scale_any, const Tensor &sourc
     const Tensor scale = floats("fold", "scale", scale_any);
     const Tensor source = integers("fold", "source", source_any, ScalarType::Long);
     ocs_shape shape = shape_of("fold", ints, groups);
-    check_numel("fold", source, groups * shape.C);
+    if (source.numel() % groups != 0 || source.numel() / groups != shape.C) {
+        check("fold", OCS_BAD_PLAN);
+    }
     if (channels < 0 || channels > shape.C) {
         fail("fold", "channels must be 0 to the number of expanded channels in a group");
     }
@@ -243,6 +254,9 @@ Tensor weight_error(const Tensor &w_any, const Tensor &ints_any, const Tensor &s
     const Tensor scale = floats(op, "scale", scale_any), source = integers(op, "source", source_any, ScalarType::Long);
     ocs_shape shape = shape_of(op, w, groups);
     set_splits(op, source, &shape);
+    if (ints.size(0) != shape.O || ints.size(1) != shape.C + shape.S) {
+        check(op, OCS_BAD_PLAN);
+    }
     check_numel(op, ints, shape.O * (shape.C + shape.S) * shape.K);
     Tensor error = empty({2}, ScalarType::Double);
     check(op, ocs_weight_error_f32(write<double>(error), read<float>(w), read<int8_t>(ints), read<int64_t>(source),
@@ -263,7 +277,7 @@ Tensor quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, bool is_
     const Tensor x = floats("quantize", "x", x_any);
     Tensor q = empty(sizes_of(x), is_signed ? ScalarType::Char : ScalarType::Byte);
     check("quantize", ocs_quantize_f32(q.mutable_data_ptr(), read<float>(x), x.numel(), one_value("quantize", scale),
-                                       (int)std::clamp<int64_t>(bits, 0, 99), is_signed));
+                                       narrow(bits), is_signed));
     return q;
 }
 
@@ -311,27 +325,25 @@ Tensor fake_quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, boo
     const bool dense = is_dense(x);
     Tensor x_hat = dense ? empty_strided(x.dim(), x.sizes().data(), x.strides().data(), ScalarType::Float)
                          : torch::stable::empty_like(x);
-    if (!dense) {
-        x = torch::stable::copy_(x_hat, x);
+    if (!dense) { // into the order of the result, but not into the result: autograd records the copy
+        Tensor in_order = torch::stable::empty_like(x);
+        x = torch::stable::copy_(in_order, x);
     }
-    check("fake_quantize",
-          ocs_fake_quantize_f32(write<float>(x_hat), read<float>(x), x.numel(), one_value("fake_quantize", scale),
-                                (int)std::clamp<int64_t>(bits, 0, 99), is_signed));
+    check("fake_quantize", ocs_fake_quantize_f32(write<float>(x_hat), read<float>(x), x.numel(),
+                                                 one_value("fake_quantize", scale), narrow(bits), is_signed));
     return converted ? torch::stable::to(x_hat, x_any.scalar_type()) : x_hat;
 }
 
 // --- Threads -------------------------------------------------------------------------------------
 
 void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
-    if (n > 0) {
-        torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { fn(begin, end, ctx); });
-    }
+    torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { fn(begin, end, ctx); });
 }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY(ocs, m) {
-    ocs_parallel_for = run_in_torch_threads;
+    ocs_set_parallel_for(run_in_torch_threads);
     m.def("abs_max(Tensor x) -> Tensor");
     m.def("histogram(Tensor x, int bins, float limit) -> Tensor");
     m.def("channel_max(Tensor w, int groups) -> Tensor");

@@ -24,27 +24,68 @@ KERNELS = (
     "dequantize",
     "fake_quantize",
 )
-GRID_LIMIT = 2.0**30
+GRID_LIMIT, MAX_DEPTH = 2.0**30, 22
+
+
+def _require(valid: bool, op: str, what: str) -> None:
+    """What the C kernels refuse is a RuntimeError here too; values on a device are read where a layer is planned."""
+    if not valid:
+        raise RuntimeError(f"ocs::{op}: {what}")
+
+
+def _check_plan(
+    op: str, groups: int, channels: int, source: Tensor, depth: Tensor | None = None, offset: Tensor | None = None
+) -> None:
+    """All fit one another and the shape: an index out of range would end a CUDA process."""
+    fits = source.dtype == torch.int64 and groups >= 1 and source.numel() % groups == 0
+    valid = fits and source.numel() >= groups * channels
+    if valid:
+        within = _within_group(source, groups, channels).cpu()
+        own = torch.arange(channels).expand(groups, channels)
+        valid = _all((within >= 0) & (within < max(channels, 1))) and torch.equal(within[:, :channels], own)
+    if valid and depth is not None:
+        valid = depth.numel() == source.numel() and _all((depth >= 0) & (depth <= MAX_DEPTH))
+    if valid and offset is not None:
+        valid = offset.numel() == depth.numel() and _all((offset >= 0) & (offset < 1 << depth))
+    _require(valid, op, "source, depth and offset are no split plan of this shape")
+
+
+def _all(conditions: Tensor) -> bool:
+    return bool(conditions.all())
+
+
+def _check_scales(op: str, scale: Tensor, rows: int) -> None:
+    _require(
+        scale.dim() == 0 or (scale.dim() == 1 and scale.numel() == rows), op, "scale must have no dimension, or one"
+    )
+    _require(_all((scale > 0) & scale.isfinite()), op, "every scale must be a positive finite number")
+
+
+def _floats(op: str, x: Tensor) -> Tensor:
+    _require(x.is_floating_point(), op, "a float tensor is needed")
+    return x.float()
 
 
 def abs_max(x: Tensor) -> Tensor:
     """max|x| as float32 [], 0 for an empty tensor."""
-    return x.float().abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    x = _floats("abs_max", x)
+    return x.abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
 def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
-    if not 1 <= bins <= 2**24 or not 0 <= limit < math.inf:
-        raise RuntimeError("ocs::histogram: bins must be 1 to 2^24, and the limit finite and not negative")
-    if limit == 0:
+    x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
+    valid = 1 <= bins <= 2**24 and 0 <= width < math.inf
+    _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
+    if width == 0:
         return torch.cat([x.new_full((1,), x.numel(), dtype=torch.int64), x.new_zeros(bins - 1, dtype=torch.int64)])
-    position = x.float().abs().flatten() / _full_like(x, limit) * bins
+    position = x.abs().flatten() / width.to(x.device) * bins
     return torch.bincount(torch.nan_to_num(position, nan=bins).clamp(max=bins - 1).long(), minlength=bins)
 
 
 def channel_max(w: Tensor, groups: int) -> Tensor:
     """max|w| of each input channel [groups C]."""
-    grouped = _grouped(w.float().abs(), groups)
+    grouped = _grouped(_floats("channel_max", w).abs(), groups)
     if 0 in grouped.shape:
         return w.new_zeros(groups * w.shape[1], dtype=torch.float32)
     return grouped.amax((1, 3)).flatten()
@@ -58,8 +99,9 @@ def split_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, T
 
 def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     """max|w| of each output channel after splitting [O]."""
+    _check_plan("output_max", groups, w.shape[1], source, depth)
     halved = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
-    expanded = _gather(w.float(), source, groups) * halved.reshape(groups, 1, -1, 1)
+    expanded = _gather(_floats("output_max", w), source, groups) * halved.reshape(groups, 1, -1, 1)
     if 0 in expanded.shape:
         return w.new_zeros(w.shape[0], dtype=torch.float32)
     return expanded.abs().amax((2, 3)).flatten()
@@ -77,8 +119,10 @@ def quantize_weight(
 ) -> Tensor:
     """Integers int8 [O, C + n, ...] of the split weight, by one addition and one shift each (csrc/kernels.h)."""
     qmax = grid(bits, True)[1]
-    u = w.float() / _per_row(scale, w)
-    u2 = torch.floor(2 * u).clamp(-GRID_LIMIT, GRID_LIMIT).int()
+    _check_plan("quantize_weight", groups, w.shape[1], source, depth, offset)
+    _check_scales("quantize_weight", scale, w.shape[0])
+    u = _floats("quantize_weight", w) / _per_row(scale, w)
+    u2 = torch.nan_to_num(torch.floor(2 * u), nan=GRID_LIMIT).clamp(-GRID_LIMIT, GRID_LIMIT).int()
     addend = 2 * offset + 1 if quantization_aware else torch.ones_like(depth) << depth
     split = (_gather(u2, source, groups) + addend.reshape(groups, 1, -1, 1)) >> (depth + 1).reshape(groups, 1, -1, 1)
     ints = split.clamp(-qmax, qmax).to(torch.int8)
@@ -87,6 +131,9 @@ def quantize_weight(
 
 def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:
     """float32 [O, channels, ...]: scale times the sum of each channel's integers and its copies'."""
+    _require(ints.dtype == torch.int8, "fold", "ints has the wrong dtype")
+    _check_plan("fold", groups, channels, source)
+    _check_scales("fold", scale, ints.shape[0])
     grouped = _grouped(ints.float(), groups)
     total = grouped.new_zeros((*grouped.shape[:2], channels, grouped.shape[3]))
     index = _within_group(source, groups, channels).reshape(groups, 1, -1, 1).expand(grouped.shape)
@@ -96,7 +143,7 @@ def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int
 
 def weight_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int) -> Tensor:
     """Sums float64 [2] of w^2 and of (w - w_hat)^2; the order of summation is the device's."""
-    difference = w.float() - fold(ints, scale, source, groups, w.shape[1])
+    difference = _floats("weight_error", w) - fold(ints, scale, source, groups, w.shape[1])
     return torch.stack([w.double().square().sum(), difference.double().square().sum()])
 
 
@@ -107,28 +154,26 @@ def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     """Q * scale, with one scale or one per entry of the first axis."""
+    _require(q.dtype in (torch.int8, torch.uint8), "dequantize", "q has the wrong dtype")
+    _require(scale.dim() == 0 or scale.shape == q.shape[:1], "dequantize", "scale must have no dimension, or one")
     return q.float() * _per_row(scale, q)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """Scale * clamp(round_half_even(x / scale)) in the dtype of x; NaN stays, zero comes out as +0."""
-    return ((_to_grid(x, scale, bits, signed) + 0.0) * scale.to(x.device, torch.float32)).to(x.dtype)
+    return ((_to_grid(x, scale, bits, signed) + 0.0) * scale.to(x.device, torch.float32).reshape(())).to(x.dtype)
 
 
 def grid(bits: int, signed: bool) -> tuple[int, int]:
     """The smallest and largest integer of k bits: -qmax .. qmax, or 0 .. 2^k - 1."""
-    if not 2 <= bits <= 8:
-        raise RuntimeError(f"bits={bits}: use 2 to 8")
+    _require(2 <= bits <= 8, "grid", f"bits={bits}: bits must be 2 to 8")
     return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def _to_grid(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    _require(scale.numel() == 1, "quantize", "scale must be one number")
     on_device = scale.to(x.device, torch.float32).reshape(())
-    return torch.round(x.float() / on_device).clamp(*grid(bits, signed))
-
-
-def _full_like(x: Tensor, value: float) -> Tensor:
-    return x.new_full((), value, dtype=torch.float32)
+    return torch.round(_floats("quantize", x) / on_device).clamp(*grid(bits, signed))
 
 
 def _per_row(scale: Tensor, w: Tensor) -> Tensor:
@@ -139,6 +184,9 @@ def _per_row(scale: Tensor, w: Tensor) -> Tensor:
 
 def _grouped(w: Tensor, groups: int) -> Tensor:
     """View of w as [groups, O / groups, C, K]."""
+    _require(w.dim() >= 2, "weight", "at least 2 dimensions are needed")
+    divides = groups == 1 or (1 < groups <= w.shape[0] and w.shape[0] % groups == 0)
+    _require(divides, "weight", "groups must divide the output channels")
     return w.reshape(groups, w.shape[0] // groups, w.shape[1], math.prod(w.shape[2:]))
 
 

@@ -8,7 +8,7 @@ is Zhao et al., ICML 2019, arXiv 1901.09504.
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ Array = np.ndarray | Tensor
 Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
 Rounding = Literal["nearest"]
+SMALLEST = np.float32(1e-45).item()  # a positive threshold never gives a scale of zero
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -72,13 +73,11 @@ def quantize_weight(
         TypeError: w is no float array or tensor.
         ValueError: w has fewer than two dimensions or holds NaN or Inf, or an option is out of range.
     """
-    w = check_array("w", w, min_rank=2)
-    check_bits("bits", bits)
-    check_ratio("r", r)
+    w = check_values("w", check_array("w", w, min_rank=2))
+    bits, r = check_bits("bits", bits), check_ratio("r", r)
     check_choice("split", split, get_args(Split))
     check_choice("rounding", rounding, get_args(Rounding))
-    if not isinstance(groups, int) or groups < 1 or w.shape[0] % groups:
-        raise ValueError(f"groups={groups!r}: use a positive integer that divides the {w.shape[0]} output channels")
+    _check_groups(groups, w.shape[0])
     plan = plan_splits(w, r, groups)
     threshold = weight_threshold(w, plan, clip, granularity, groups)
     return quantize_split(w, plan, threshold, bits, split, groups)
@@ -89,7 +88,7 @@ def plan_splits(w: Array, r: float, groups: int = 1) -> SplitPlan:
     channel_max = kernels(w).channel_max(w, groups)
     infinite = (~np.isfinite(_numpy(channel_max))).nonzero()[0]
     if infinite.size:
-        raise ValueError(f"w holds NaN or Inf (in input channel {infinite[0]}): repair the weights before quantizing")
+        raise ValueError(f"w holds NaN or Inf as float32 (in input channel {infinite[0]}): repair the weights first")
     plan = kernels(w).split_plan(channel_max, groups, splits_for(r, w.shape[1], groups))
     return SplitPlan(*plan, channel_max)
 
@@ -110,19 +109,19 @@ def weight_threshold(w: Array, plan: SplitPlan, clip: str | float, granularity: 
         largest = kernels(w).output_max(w, plan.source, plan.depth, groups)
     else:
         largest = kernels(plan.split_max).abs_max(plan.split_max)
-    fraction = clip_fraction(clip)
-    return largest if fraction == 1 else largest * _like(largest, fraction)
+    threshold = largest * _like(largest, clip_fraction(clip))
+    return threshold if isinstance(threshold, Tensor) else np.asarray(threshold)
 
 
 def quantize_split(
     w: Array, plan: SplitPlan, threshold: Array, bits: int, split: Split = "qa", groups: int = 1
 ) -> QuantizedWeight:
-    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where that is 0)."""
+    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
     scale = threshold / _like(threshold, 2 ** (bits - 1) - 1)
     if isinstance(scale, Tensor):
-        scale = scale.masked_fill(scale <= 0, 1.0)
+        scale = scale.clamp(min=SMALLEST).masked_fill(threshold == 0, 1.0)
     else:
-        scale = np.where(scale > 0, scale, np.float32(1))
+        scale = np.where(threshold > 0, np.maximum(scale, SMALLEST), np.float32(1))
     ints = kernels(w).quantize_weight(w, scale, plan.source, plan.depth, plan.offset, groups, bits, split == "qa")
     return QuantizedWeight(ints, scale, plan.source, threshold)
 
@@ -132,11 +131,17 @@ def fold(quantized: QuantizedWeight, channels: int, groups: int = 1) -> Array:
 
     channels: C, the original input channels (of one group). The folded weight computes what the expanded one does.
     """
-    return kernels(quantized.ints).fold(quantized.ints, quantized.scale, quantized.source, groups, channels)
+    ints, scale, source, _ = quantized
+    _check_groups(groups, ints.shape[0])
+    if not 0 <= channels <= ints.shape[1]:
+        raise ValueError(f"channels={channels!r}: use the original channels, at most the {ints.shape[1]} expanded ones")
+    return kernels(ints).fold(ints, scale, source, groups, channels)
 
 
 def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1) -> tuple[float, float]:
     """Signal and noise of a quantized weight: the sums of w^2 and of (w - w_hat)^2."""
+    w = check_array("w", w, min_rank=2)
+    _check_groups(groups, w.shape[0])
     signal, noise = kernels(w).weight_error(w, quantized.ints, quantized.scale, quantized.source, groups).tolist()
     return signal, noise
 
@@ -157,7 +162,7 @@ def clip_threshold(x: Array, bits: int, method: str | float) -> float:
     bits: 2 to 8. method: "none" (max|x|), or a number in (0, 1], that fraction of max|x|.
     """
     check_bits("bits", bits)
-    return float(_finite_max(check_array("x", x))) * clip_fraction(method)
+    return float(_finite_max(check_values("x", check_array("x", x)))) * clip_fraction(method)
 
 
 def clip_fraction(clip: str | float) -> float:
@@ -174,7 +179,7 @@ def histogram(x: Array, bins: int) -> tuple[Array, float]:
 
     Bin i counts floor(|x| / limit * bins) = i in float32; max|x| itself is in the last bin. bins: 1 to 2^24.
     """
-    x = check_array("x", x)
+    x = check_values("x", check_array("x", x))
     if not isinstance(bins, int) or not 1 <= bins <= 2**24:
         raise ValueError(f"bins={bins!r}: use an integer from 1 to {2**24}")
     limit = float(_finite_max(x))
@@ -184,7 +189,7 @@ def histogram(x: Array, bins: int) -> tuple[Array, float]:
 def _finite_max(x: Array) -> Array:
     largest = kernels(x).abs_max(x)
     if not math.isfinite(largest):
-        raise ValueError("x holds NaN or Inf")
+        raise ValueError("x holds NaN or Inf as float32")
     return largest
 
 
@@ -206,7 +211,7 @@ def fake_quantize(x: Array, scale: float | Array, bits: int, signed: bool = True
 
 def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:
     """clamp(round_half_even(x / scale)) as int8, or uint8 where not signed; see fake_quantize. NaN is refused."""
-    x = check_array("x", x)
+    x = check_values("x", check_array("x", x))
     if math.isnan(kernels(x).abs_max(x)):
         raise ValueError("x holds NaN, which no integer stands for")
     return kernels(x).quantize(x, *_grid(x, scale, bits), signed)
@@ -214,7 +219,7 @@ def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> 
 
 def dequantize(q: Array, scale: float | Array) -> Array:
     """Float32 q * scale, shaped like q (int8 or uint8); one scale, or one per entry of the first axis."""
-    if not isinstance(q, Array) or str(q.dtype).removeprefix("torch.") not in ("int8", "uint8"):
+    if not isinstance(q, Array) or _dtype_name(q) not in ("int8", "uint8"):
         raise TypeError(f"q must be an int8 or uint8 array or tensor, not {_kind(q)}")
     scale = _as_scale(q, scale)
     if scale.ndim > 0 and (q.ndim == 0 or tuple(scale.shape) != (q.shape[0],)):
@@ -223,22 +228,33 @@ def dequantize(q: Array, scale: float | Array) -> Array:
 
 
 def _grid(x: Array, scale: float | Array, bits: int) -> tuple[Array, int]:
-    check_bits("bits", bits)
     scale = _as_scale(x, scale)
     if math.prod(scale.shape) != 1:
         raise ValueError(f"scale has shape {tuple(scale.shape)}: use one number")
-    return scale, bits
+    return scale, check_bits("bits", bits)
 
 
 def _as_scale(x: Array, scale: float | Array) -> Array:
-    """Scale as the kind of array that x is. A tensor's value is checked by the kernel, a number's here."""
-    if isinstance(scale, Tensor) and isinstance(x, Tensor):
+    """Scale as the kind of array that x is, checked where its values can be read without waiting for a device."""
+    if isinstance(x, Tensor) and isinstance(scale, Real):
+        _check_positive(math.isfinite(scale) and scale >= SMALLEST, scale)
+        return torch.tensor(scale, dtype=torch.float32, device=x.device)
+    if isinstance(x, Tensor) and isinstance(scale, Tensor):
+        _check_positive(scale.is_floating_point(), scale)
+        if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_positive(bool((scale.float() > 0).all() and scale.float().isfinite().all()), scale)
         return scale
     value = np.asarray(scale.detach().cpu() if isinstance(scale, Tensor) else scale)
-    if value.dtype.kind not in "fiu" or not (np.isfinite(value) & (value > 0)).all():
-        raise ValueError(f"scale={scale!r}: use a positive finite number")
-    value = value.astype(np.float32)
+    _check_positive(value.dtype.kind in "fiu", scale)
+    with np.errstate(over="ignore", under="ignore"):
+        value = value.astype(np.float32)
+    _check_positive(bool((np.isfinite(value) & (value > 0)).all()), scale)
     return torch.from_numpy(value).to(x.device) if isinstance(x, Tensor) else value
+
+
+def _check_positive(valid: bool, scale: float | Array) -> None:
+    if not valid:
+        raise ValueError(f"scale={scale!r}: use a positive finite number (in float32)")
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -246,7 +262,7 @@ def _as_scale(x: Array, scale: float | Array) -> Array:
 
 def check_array(name: str, x: Any, min_rank: int = 0, *, detach: bool = True) -> Array:
     """The array as the kernels take it, or a TypeError or ValueError that says what it is instead."""
-    if not isinstance(x, Array) or str(x.dtype).removeprefix("torch.") not in FLOATS:
+    if not isinstance(x, Array) or _dtype_name(x) not in FLOATS:
         raise TypeError(f"{name} must be a numpy array or torch tensor of {', '.join(FLOATS)}, not {_kind(x)}")
     if isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, not {x.layout}: call .to_dense() first")
@@ -257,22 +273,41 @@ def check_array(name: str, x: Any, min_rank: int = 0, *, detach: bool = True) ->
     return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
 
 
-def check_bits(name: str, bits: Any) -> None:
+def check_values(name: str, x: Array) -> Array:
+    """The array, which is more than a shape."""
+    if isinstance(x, Tensor) and x.is_meta:
+        raise ValueError(f"{name} is a meta tensor, which holds no values: give it values first")
+    return x
+
+
+def check_bits(name: str, bits: Any) -> int:
     """An integer from 2 to 8."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+    if not isinstance(bits, Integral) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise ValueError(f"{name}={bits!r}: use an integer from 2 to 8")
+    return int(bits)
 
 
-def check_ratio(name: str, r: Any) -> None:
+def check_ratio(name: str, r: Any) -> float:
     """A number in [0, 1]."""
     if not isinstance(r, Real) or isinstance(r, bool) or not 0 <= r <= 1:
         raise ValueError(f"{name}={r!r}: use a number from 0 (no splits) to 1 (as many splits as channels)")
+    return float(r)
+
+
+def _check_groups(groups: Any, outputs: int) -> None:
+    whole = isinstance(groups, Integral) and not isinstance(groups, bool)
+    if not whole or groups < 1 or groups > max(outputs, 1) or outputs % groups:
+        raise ValueError(f"groups={groups!r}: use a positive integer that divides the {outputs} output channels")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """One of the strings."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, choices))}")
+
+
+def _dtype_name(x: Array) -> str:
+    return str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else x.dtype.name
 
 
 def _kind(x: Any) -> str:

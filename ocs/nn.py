@@ -10,7 +10,7 @@ rebuilt from the integers whenever those or its dtype change.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,17 +78,54 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Moves and casts as nn.Module does, but scale stays float32 and weight is rounded once, from the integers."""
-        scale, dtype = self.scale, self.weight.dtype
+        before = {name: getattr(self, name) for name in ("weight_int", "scale", "source")}
+        dtype = self.weight.dtype
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
+        for name, tensor in before.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
         if self.weight.dtype != dtype:
             self.rebuild()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problem = self._problem_of(*(state_dict.get(prefix + name) for name in ("weight_int", "scale", "source")))
+        if problem:  # nothing of this layer is loaded
+            error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.scale.dtype != torch.float32:
+            self.scale = self.scale.float()
         self.rebuild()
+
+    def _problem_of(self, weight_int: Tensor | None, scale: Tensor | None, source: Tensor | None) -> str:
+        """What no layer of this shape can have, or ""; shapes are compared by nn.Module."""
+        qmax = 2 ** (self.bits - 1) - 1
+        groups = getattr(self, "groups", 1)
+        if _has_values(weight_int) and (
+            weight_int.dtype != torch.int8 or bool((weight_int.short().abs() > qmax).any())
+        ):
+            return f"weight_int is not of {self.bits}-bit integers (int8 in [-{qmax}, {qmax}])"
+        if _has_values(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
+            return "scale is not positive and finite"
+        if _has_values(source) and source.shape == self.source.shape:
+            own = torch.arange(groups * self.channels_per_group, device=source.device).reshape(groups, -1)
+            rows = source.reshape(groups, -1)
+            first, last = own[:, :1], own[:, -1:]
+            if not torch.equal(rows[:, : own.shape[1]], own) or not bool(((rows >= first) & (rows <= last)).all()):
+                return "source is no split plan of this layer"
+        return ""
 
     def extra_repr(self) -> str:
         """Hyperparameters as the float layer shows them, then what was quantized."""
@@ -96,6 +133,10 @@ class QuantizedLayer(nn.Module):
         scales = "channel" if self.scale.dim() else "tensor"
         shown = self.float_kind.extra_repr(self)
         return f"{shown}, bits={self.bits}, splits={self.splits} ({form}), scale per {scales}"
+
+
+def _has_values(tensor: Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_meta
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:

@@ -30,6 +30,11 @@ for _name in composite.KERNELS:
     _other_devices.impl(_name, getattr(composite, _name))
 
 
+def _meta_together(*tensors: Tensor) -> None:
+    """A shape without values is no input of a call that has values."""
+    torch._check(len({t.is_meta for t in tensors}) == 1, lambda: "ocs: meta tensors cannot be mixed with others")
+
+
 # --- Shapes and dtypes, for torch.compile, torch.export and meta tensors ----------------------------------------------
 
 
@@ -57,6 +62,7 @@ def _(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, Tensor, Te
 
 @torch.library.register_fake("ocs::output_max")
 def _(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
+    _meta_together(w, source, depth)
     return w.new_empty(w.shape[0], dtype=torch.float32)
 
 
@@ -71,31 +77,37 @@ def _(
     bits: int,
     quantization_aware: bool,
 ) -> Tensor:
+    _meta_together(w, scale, source, depth, offset)
     return w.new_empty((w.shape[0], source.numel() // groups, *w.shape[2:]), dtype=torch.int8)
 
 
 @torch.library.register_fake("ocs::fold")
 def _(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:
+    _meta_together(ints, scale, source)
     return ints.new_empty((ints.shape[0], channels, *ints.shape[2:]), dtype=torch.float32)
 
 
 @torch.library.register_fake("ocs::weight_error")
 def _(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int) -> Tensor:
+    _meta_together(w, ints, scale, source)
     return w.new_empty(2, dtype=torch.float64)
 
 
 @torch.library.register_fake("ocs::quantize")
 def _(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    _meta_together(x, scale)
     return x.new_empty(x.shape, dtype=torch.int8 if signed else torch.uint8)
 
 
 @torch.library.register_fake("ocs::dequantize")
 def _(q: Tensor, scale: Tensor) -> Tensor:
+    _meta_together(q, scale)
     return q.new_empty(q.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("ocs::fake_quantize")
 def _(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    _meta_together(x, scale)
     return torch.empty_like(x)
 
 

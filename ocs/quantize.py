@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs import functional
 from ocs.functional import Granularity, QuantizedWeight, Rounding, Split, SplitPlan
@@ -45,14 +46,19 @@ class Options:
     expand: bool = True
 
     def __post_init__(self) -> None:
-        functional.check_bits("wbits", self.wbits)
-        functional.check_ratio("r", self.r)
-        functional.clip_fraction(self.clip)
+        if not isinstance(self.expand, bool):
+            raise ValueError(f"expand={self.expand!r}: use True (expanded) or False (folded)")
         functional.check_choice("granularity", self.granularity, get_args(Granularity))
         functional.check_choice("split", self.split, get_args(Split))
         functional.check_choice("rounding", self.rounding, get_args(Rounding))
-        if not isinstance(self.expand, bool):
-            raise ValueError(f"expand={self.expand!r}: use True (expanded) or False (folded)")
+        functional.clip_fraction(self.clip)
+        plain = {  # numpy's numbers become Python's, which JSON knows
+            "wbits": functional.check_bits("wbits", self.wbits),
+            "r": functional.check_ratio("r", self.r),
+            "clip": self.clip if isinstance(self.clip, str) else float(self.clip),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass
@@ -61,8 +67,10 @@ class _Layer:
 
     name: str
     module: nn.Module
+    aliases: list[str]  # every name it has, the first included
     status: str = "quantized"
     reason: str = ""
+    overridden: bool = False
 
     def leave(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -80,12 +88,17 @@ _READ_BY_PARENT = {
 def find_layers(model: nn.Module) -> list[_Layer]:
     """Every module that owns a weight of two or more dimensions, in the order of named_modules()."""
     owners = _owners(model)
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            raise ValueError(f"{name}: already quantized; quantize a fresh float model (copy.deepcopy keeps one)")
+            raise ValueError(f"{name or 'model'}: already quantized; use a fresh float model (copy.deepcopy keeps one)")
+        if isinstance(module, ParametrizationList):
+            continue  # its layer is listed, and left float
         if any(_holds_weight(parameter) for parameter in module._parameters.values()) or _is_kind(module):
-            layer = _Layer(name, module)
+            layer = _Layer(name, module, aliases[id(module)])
             reason = _reason_to_leave(model, layer, owners)
             if reason:
                 layer.leave("float", reason)
@@ -116,35 +129,45 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _reason_to_leave(model: nn.Module, layer: _Layer, owners: Mapping[int, list[str]]) -> str:
-    """Why the layer cannot be quantized, or "". Raises ValueError where its weight holds no values yet."""
-    module, name = layer.module, layer.name
+    """Why the layer cannot be quantized, or ""."""
+    reason = _reason_of_kind(layer.module) or _reason_of_parent(model, layer.name)
+    return reason or _reason_of_weight(layer, owners)
+
+
+def _reason_of_kind(module: nn.Module) -> str:
     kind = type(module).__name__
     if not _is_kind(module):
         return f"{kind} is not among the layers that are quantized"
     if _overrides_forward(module):
         return f"{kind} has a forward of its own"
+    if "weight" not in module._parameters or "bias" not in module._parameters:
+        return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
+    if len(module._parameters) > 2 or module._modules:
+        return f"{kind} has parameters of its own besides weight and bias"
+    return ""
+
+
+def _reason_of_parent(model: nn.Module, name: str) -> str:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    if any(isinstance(parent, reader) and child in children for reader, children in _READ_BY_PARENT.items()):
-        return f"{type(parent).__name__} reads this weight itself"
-    return _reason_of_weight(name, module._parameters.get("weight"), owners)
+    reads = any(isinstance(parent, reader) and child in children for reader, children in _READ_BY_PARENT.items())
+    return f"{type(parent).__name__} reads this weight itself" if reads else ""
 
 
-def _reason_of_weight(name: str, weight: nn.Parameter | None, owners: Mapping[int, list[str]]) -> str:
-    if weight is None:
-        return "its weight is re-parametrized (weight_norm, pruning or parametrize): make it permanent first"
-    if nn.parameter.is_lazy(weight) or weight.is_meta:
-        raise ValueError(f"{name}: its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
-    others = [owner for owner in owners[id(weight)] if owner != name]
+def _reason_of_weight(layer: _Layer, owners: Mapping[int, list[str]]) -> str:
+    weight = layer.module._parameters["weight"]
+    others = [owner for owner in owners[id(weight)] if owner != layer.name]
     if others:
         return f"its weight is shared with {', '.join(others)}"
     return "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
 
 
 def _overrides_forward(module: nn.Module) -> bool:
+    """By its class, or on the instance, as wrappers do."""
     kind = next(kind for kind in REPLACEMENTS if isinstance(module, kind))
     methods = ("forward", "_conv_forward", "__call__")
-    return any(getattr(type(module), method, None) is not getattr(kind, method, None) for method in methods)
+    by_class = any(getattr(type(module), method, None) is not getattr(kind, method, None) for method in methods)
+    return by_class or any(method in vars(module) for method in methods)
 
 
 # --- Which settings: skip and overrides -------------------------------------------------------------------------------
@@ -158,7 +181,9 @@ def apply_skip(layers: list[_Layer], skip: Selector | Collection[Selector] | Non
             raise ValueError(f"skip={selector!r}: no layer has that name; the layers are {_names(layers)}")
         for layer in chosen:
             if layer.status == "quantized":
-                layer.leave("skipped", "first convolution" if selector is FIRST_LAYER else f"skip={_show(selector)}")
+                first = isinstance(selector, _FirstLayer)
+                reason = "first convolution" if first else f"skip={_show(selector)}"
+                layer.leave("skipped", reason + "; its override was not used" * layer.overridden)
 
 
 def _selectors(skip: Selector | Collection[Selector] | None) -> list[Selector]:
@@ -168,16 +193,20 @@ def _selectors(skip: Selector | Collection[Selector] | None) -> list[Selector]:
 
 
 def _selects(selector: Selector, layer: _Layer, layers: list[_Layer]) -> bool:
-    if selector is FIRST_LAYER:
+    if isinstance(selector, _FirstLayer):
         convolutions = (each for each in layers if _is_kind(each.module) and not isinstance(each.module, nn.Linear))
         return layer is next(convolutions, None)
     if isinstance(selector, str):
-        return fnmatch.fnmatchcase(layer.name, selector)
+        return _has_name(layer, selector)
     if isinstance(selector, type):
         return isinstance(layer.module, selector)
-    if callable(selector):
+    if callable(selector) and not isinstance(selector, nn.Module):
         return bool(selector(layer.name, layer.module))
     raise TypeError(f"skip={selector!r}: use ocs.FIRST_LAYER, a name or pattern, a module type, or a predicate")
+
+
+def _has_name(layer: _Layer, pattern: str) -> bool:
+    return pattern in layer.aliases or any(fnmatch.fnmatchcase(alias, pattern) for alias in layer.aliases)
 
 
 def _show(selector: Selector) -> str:
@@ -195,16 +224,21 @@ def options_for(
     """The options of each layer by name; of several overrides that fit a layer, later ones win."""
     chosen = {layer.name: options for layer in layers}
     known = [each.name for each in fields(Options)]
+    if not isinstance(overrides, Mapping | None):
+        raise TypeError(f"overrides={overrides!r}: use a dict from names or patterns to dicts of options")
     for pattern, changes in (overrides or {}).items():
-        names = fnmatch.filter(chosen, pattern)
-        if not names:
+        if not isinstance(pattern, str) or not isinstance(changes, Mapping):
+            raise TypeError(f"overrides={{{pattern!r}: {changes!r}}}: use a name or pattern, and a dict of options")
+        fitting = [layer for layer in layers if _has_name(layer, pattern)]
+        if not fitting:
             raise ValueError(f"overrides={pattern!r}: no layer has that name; the layers are {_names(layers)}")
         unknown = [key for key in changes if key not in known]
         if unknown:
             raise ValueError(f"overrides[{pattern!r}]: unknown option {unknown[0]!r}; use {', '.join(known)}")
-        for name in names:
-            with _named(name, f"overrides[{pattern!r}]"):
-                chosen[name] = replace(chosen[name], **changes)
+        for layer in fitting:
+            layer.overridden = True
+            with _named(layer.name, f"overrides[{pattern!r}]"):
+                chosen[layer.name] = replace(chosen[layer.name], **changes)
     return chosen
 
 
@@ -224,6 +258,8 @@ def quantize_layer(layer: _Layer, options: Options) -> tuple[QuantizedLayer, Lay
     """The layer that replaces this one, and its line of the report."""
     module = layer.module
     groups = getattr(module, "groups", 1)
+    if nn.parameter.is_lazy(module.weight) or module.weight.is_meta:
+        raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
     w = module.weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
     plan = functional.plan_splits(w, options.r, groups)
     threshold = functional.weight_threshold(w, plan, options.clip, options.granularity, groups)

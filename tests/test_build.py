@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH_2_10 = {
     "aoti_torch_abi_version", "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object",
     "aoti_torch_empty_strided", "aoti_torch_get_dim", "aoti_torch_get_dtype", "aoti_torch_get_numel",
-    "aoti_torch_get_size", "aoti_torch_get_strides", "aoti_torch_get_sizes", "aoti_torch_get_stride", "aoti_torch_is_contiguous",
-    "aoti_torch_library_def", "aoti_torch_library_init_def", "aoti_torch_library_init_impl",
-    "aoti_torch_new_tensor_handle", "torch_call_dispatcher", "torch_delete_list", "torch_get_const_data_ptr",
-    "torch_get_mutable_data_ptr", "torch_library_impl", "torch_list_push_back", "torch_new_list_reserve_size",
-    "torch_parallel_for",
+    "aoti_torch_get_size", "aoti_torch_get_sizes", "aoti_torch_get_stride", "aoti_torch_get_strides",
+    "aoti_torch_is_contiguous", "aoti_torch_library_def", "aoti_torch_library_init_def",
+    "aoti_torch_library_init_impl", "aoti_torch_new_tensor_handle", "torch_call_dispatcher", "torch_delete_list",
+    "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_library_impl", "torch_list_push_back",
+    "torch_new_list_reserve_size", "torch_parallel_for",
 }  # fmt: skip
 ENUMS = re.compile(r"aoti_torch_(device_type|dtype|layout|memory_format)_\w+")  # one function for each constant
 NEWER = {"aoti_torch_dtype_float8_e8m0fnu", "aoti_torch_dtype_float4_e2m1fn_x2"}

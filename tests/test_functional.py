@@ -119,6 +119,10 @@ def test_zero_size_and_scalars() -> None:
         assert q.scale == 1
     assert F.fake_quantize(torch.tensor(0.26), 0.5, 4) == 0.5
     assert F.fake_quantize(np.float32([[]]), 0.5, 4).shape == (1, 0)
+    vast = torch.zeros(2**40, 0)
+    assert F.quantize_weight(vast, 8).ints.shape == (2**40, 0)
+    assert F.dequantize(vast.to(torch.int8), 1.0).shape == (2**40, 0)
+    assert F.quantize_weight(torch.zeros(2**40, 2, 0), 8, 1.0).ints.shape == (2**40, 4, 0)
     counts, limit = F.histogram(torch.zeros(0), 4)
     assert (counts.tolist(), limit) == ([0, 0, 0, 0], 0.0)
 
@@ -128,8 +132,10 @@ def test_constant_weights_have_a_usable_scale() -> None:
     assert (zeros.scale, zeros.threshold, zeros.ints.abs().sum()) == (1, 0, 0)
     per_channel = F.quantize_weight(torch.tensor([[0.0, 0.0], [3.0, 3.0]]), 3, granularity="channel")
     assert (per_channel.scale.tolist(), per_channel.ints.tolist()) == ([1, 1], [[0, 0], [3, 3]])
-    tiny = F.quantize_weight(torch.full((2, 3), 1e-45), 8)
-    assert math.isfinite(tiny.scale)
+    for kind in (torch.from_numpy, np.asarray):
+        tiny = F.quantize_weight(kind(np.full((2, 3), 1e-44, np.float32)), 8)
+        assert 0 < tiny.scale < 1e-44
+        assert tiny.ints.tolist() == [[7] * 3] * 2
 
 
 def test_fold_and_dequantize() -> None:
@@ -202,6 +208,16 @@ BAD_WEIGHTS = [
     (lambda: F.fake_quantize(W, "1", 4), ValueError, "scale='1'"),
     (lambda: F.fake_quantize(torch.ones(2), torch.ones(2), 4), ValueError, r"scale has shape \(2,\): use one number"),
     (lambda: F.fake_quantize(torch.ones(2), 1.0, 1), ValueError, "bits=1"),
+    (lambda: F.fake_quantize(torch.ones(2), torch.tensor(0.0), 8), ValueError, "use a positive finite number"),
+    (lambda: F.fake_quantize(torch.ones(2), torch.tensor(1), 8), ValueError, "use a positive finite number"),
+    (lambda: F.fake_quantize(torch.ones(2), 1e-60, 8), ValueError, "scale=1e-60"),
+    (lambda: F.fake_quantize(W, 1e-60, 8), ValueError, "scale=1e-60"),
+    (lambda: F.fake_quantize(W, 1e60, 8), ValueError, "scale=1e\\+60"),
+    (lambda: F.fold(F.quantize_weight(torch.ones(3, 4), 8), 9), ValueError, "channels=9: .* at most the 4"),
+    (lambda: F.fold(F.quantize_weight(W, 8), 30, groups=5), ValueError, "groups=5"),
+    (lambda: F.quantize_weight(torch.ones(3, 4, device="meta"), 8), ValueError, "w is a meta tensor"),
+    (lambda: F.histogram(torch.ones(3, device="meta"), 8), ValueError, "x is a meta tensor"),
+    (lambda: F.quantize_weight(W, 4, groups=True), ValueError, "groups=True"),
     (lambda: F.fake_quantize(torch.ones(2, dtype=torch.int8), 1.0, 4), TypeError, "x must be"),
     (lambda: F.quantize(np.float32([np.nan]), 1.0, 4), ValueError, "NaN"),
     (lambda: F.quantize(torch.tensor([math.nan]), 1.0, 4), ValueError, "NaN"),

@@ -194,14 +194,47 @@ def test_inference_mode_and_meta(net: SmallNet) -> None:
     assert torch.equal(empty.eval()(x), net(x))
 
 
-def test_a_plan_from_a_stranger_is_refused() -> None:
-    """A file's source that points outside of the weight must not be followed."""
+STRANGERS = {
+    "source outside": ("source", lambda t: t + 1000, "source is no split plan"),
+    "source reordered": ("source", lambda t: t.flip(0), "source is no split plan"),
+    "scale zero": ("scale", lambda t: t * 0, "scale is not positive"),
+    "scale NaN": ("scale", lambda t: t * float("nan"), "scale is not positive"),
+    "integers too large": ("weight_int", lambda t: t * 0 + 127, "weight_int is not of 5-bit integers"),
+    "integers not integers": ("weight_int", lambda t: t * 0.5, "weight_int is not of 5-bit integers"),
+}
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("case", STRANGERS)
+def test_a_state_from_a_stranger_is_refused(case: str, expand: bool) -> None:
+    """The layer is named, and is as it was."""
+    name, damage, message = STRANGERS[case]
+    layer, x = make("linear")
+    model = nn.Sequential(quantized(layer, expand=expand))
+    before = model(x)
+    state = model.state_dict()
+    state[f"0.{name}"] = damage(state[f"0.{name}"])
+    with pytest.raises(RuntimeError, match=f"0: {message}"):
+        model.load_state_dict(state)
+    assert torch.equal(model(x), before)
+
+
+def test_a_half_precision_scale_is_loaded_as_float32() -> None:
     layer, _ = make("linear")
-    ours = quantized(layer, expand=False)
-    state = ours.state_dict()
-    state["source"] = state["source"] + 1000
-    with pytest.raises(RuntimeError, match="no split plan"):
-        ours.load_state_dict(state)
+    ours = quantized(layer, expand=True)
+    state = {name: t.half() if name == "scale" else t for name, t in ours.state_dict().items()}
+    ours.load_state_dict(state, assign=True)
+    assert ours.scale.dtype == torch.float32
+
+
+def test_type_leaves_integers_integers() -> None:
+    """Module.type() casts integer buffers too."""
+    layer, _ = make("linear")
+    ours = quantized(layer, expand=True)
+    before = ours.weight.clone()
+    ours.type(torch.float16)
+    assert (ours.weight_int.dtype, ours.source.dtype, ours.scale.dtype) == (torch.int8, torch.int64, torch.float32)
+    assert torch.equal(ours.weight, before.half())
 
 
 def test_every_kind_is_a_quantized_layer() -> None:

@@ -105,6 +105,26 @@ def test_compile_and_gradient(requires_grad: bool) -> None:
         torch.testing.assert_close(x.grad, twin.grad)
 
 
+def test_compile_with_a_number_as_scale() -> None:
+    x = torch.randn(5)
+    compiled = torch.compile(lambda x: fake_quantize(x, 0.1, 4), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), fake_quantize(x, 0.1, 4))
+
+
+def test_a_direct_call_has_no_wrong_gradient() -> None:
+    """Of a view with gaps, which the kernel first copies: the copy must not stand for the result."""
+    x = torch.full((4, 2), 100.0, requires_grad=True)
+    result = torch.ops.ocs.fake_quantize(x[:, ::2], SCALE, 3, True)
+    assert "Copy" not in type(result.grad_fn).__name__
+    fake_quantize(x[:, ::2], SCALE, 3).sum().backward()
+    assert x.grad.abs().sum() == 0
+
+
+def test_meta_tensors_are_not_mixed_with_others() -> None:
+    with pytest.raises(RuntimeError, match="meta tensors cannot be mixed"):
+        torch.ops.ocs.fake_quantize(torch.randn(3), torch.ones((), device="meta"), 8, True)
+
+
 def test_export() -> None:
     class Module(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,6 +147,12 @@ HOSTILE = [
     ("channel_max", (torch.ones(3), 1), "at least 2 dimensions"),
     ("channel_max", (torch.ones(3, 3), 2), "groups must divide"),
     ("channel_max", (torch.ones(3, 3), -1), "groups must divide"),
+    ("channel_max", (torch.zeros(0, 4), 2**62 + 2), "groups must divide"),
+    ("fold", (torch.zeros(0, 8, dtype=torch.int8), SCALE, torch.arange(8), 2**61 + 1, 4), "groups must divide"),
+    ("output_max", (torch.zeros(0, 0), long(), int32(), 2**62), "groups must divide"),
+    ("quantize_weight", (torch.zeros(0, 0), SCALE, long(), int32(), int32(), 2**62, 8, True), "groups must divide"),
+    ("output_max", (W, PLAN[0] - 2**63, PLAN[1], 3), "no split plan"),
+    ("histogram", (W, 4, 1e300), "bins must be"),
     ("channel_max", (torch.ones(3, 3, dtype=torch.int32), 1), "float tensor"),
     ("split_plan", (torch.ones(4), 1, 5), "splits be at most"),
     ("split_plan", (torch.ones(4), 1, 2**62), "splits be at most"),
@@ -148,6 +174,7 @@ HOSTILE = [
     ("fold", (INTS, SCALE, PLAN[0], 3, 2**62), "channels must be"),
     ("fold", (INTS, SCALE, PLAN[0], 3, -1), "channels must be"),
     ("fold", (INTS.float(), SCALE, PLAN[0], 3, 10), "wrong dtype"),
+    ("weight_error", (torch.ones(2, 3), INTS.new_ones(3, 2), SCALE, torch.arange(3), 1), "no split plan"),
     ("weight_error", (W, INTS[:-1], SCALE, PLAN[0], 3), "no split plan"),
     ("histogram", (W, 0, 1.0), "bins must be"),
     ("histogram", (W, 2**62, 1.0), "bins must be"),
@@ -171,6 +198,21 @@ def test_direct_calls_never_crash(name: str, args: tuple, message: str) -> None:
     arrays = [arg.numpy() if isinstance(arg, torch.Tensor) else arg for arg in args]
     with pytest.raises((ValueError, TypeError, OverflowError)):
         getattr(_C, name)(*arrays)
+
+
+ONLY_THE_KERNEL_LOOKS = {"quantize", "fake_quantize"}  # at the value of a scale: on a device that means waiting for it
+
+
+@pytest.mark.parametrize(("name", "args", "message"), HOSTILE)
+def test_other_devices_refuse_the_same(name: str, args: tuple, message: str) -> None:
+    if name in ONLY_THE_KERNEL_LOOKS and message == "positive finite":
+        return
+    with pytest.raises(RuntimeError):
+        getattr(composite, name)(*args)
+
+
+def test_an_empty_plan_of_any_number_of_groups_ends() -> None:
+    assert [part.numel() for part in torch.ops.ocs.split_plan(torch.zeros(0), 2**62, 0)] == [0] * 4
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+import json
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conftest import SmallNet
@@ -122,6 +124,28 @@ class Renamed(nn.Linear):
     """A subclass that computes the same."""
 
 
+class LowRank(nn.Linear):
+    """A subclass with a child of its own, as adapters have."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.adapter = nn.Linear(4, 4)
+
+
+def wrapped() -> nn.Module:
+    """A forward replaced on the instance, as offloading wrappers do."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain = model[0].forward
+    model[0].forward = lambda x: plain(2 * x)
+    return model
+
+
+def pruned_bias() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "bias", 0.5)
+    return model
+
+
 def tied() -> nn.Module:
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "output": nn.Linear(4, 5), "other": nn.Linear(4, 4)})
     model["output"].weight = model["embedding"].weight
@@ -140,6 +164,9 @@ LEFT_ALONE = {
     "pruned": (pruned, "0", "re-parametrized"),
     "weight_norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)),
                     "0", "re-parametrized"),
+    "pruned bias": (pruned_bias, "0", "re-parametrized"),
+    "wrapped": (wrapped, "0", "forward of its own"),
+    "adapter": (lambda: nn.Sequential(LowRank()), "0", "parameters of its own besides"),
     "own forward": (lambda: nn.Sequential(Doubled(4, 4), nn.Linear(4, 4)), "0", "forward of its own"),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3)), "0", "not among the layers"),
     "lstm": (lambda: nn.ModuleList([nn.LSTM(4, 4), nn.Linear(4, 4)]), "0", "LSTM is not among"),
@@ -160,6 +187,11 @@ def test_left_alone_with_the_reason(case: str) -> None:
     assert layer.status == "float"
     assert reason in layer.reason
     assert model.get_submodule(name) is before
+
+
+def test_a_parametrization_is_listed_once_under_its_layer() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    assert [layer.name for layer in ocs.quantize(model).layers] == ["0", "1"]
 
 
 def test_transformer_encoder_still_runs() -> None:
@@ -211,7 +243,11 @@ ERRORS = [
     (nothing, {"overrides": {"tail.*": {"wbits": 3}}}, ValueError, r"overrides='tail.\*': no layer has that name"),
     (nothing, {"overrides": {"head": {"bits": 3}}}, ValueError, r"overrides\['head'\]: unknown option 'bits'; use"),
     (nothing, {"overrides": {"head": {"wbits": 1}}}, ValueError, r"head: overrides\['head'\]: wbits=1"),
-    (poisoned(float("nan")), {}, ValueError, r"body.3: w holds NaN or Inf \(in input channel 1\)"),
+    (nothing, {"overrides": ["head"]}, TypeError, "use a dict from names or patterns to dicts of options"),
+    (nothing, {"overrides": {"head": 8}}, TypeError, "overrides={'head': 8}: use a name"),
+    (nothing, {"overrides": {5: {}}}, TypeError, "overrides={5: {}}: use a name"),
+    (nothing, {"skip": nn.Linear(2, 2)}, TypeError, "skip=Linear.*use ocs.FIRST_LAYER"),
+    (poisoned(float("nan")), {}, ValueError, r"body.3: w holds NaN or Inf as float32 \(in input channel 1\)"),
     (poisoned(float("inf")), {}, ValueError, "body.3: w holds NaN or Inf"),
     (lambda net: net.body[3].to("meta"), {}, ValueError, "body.3: its weight holds no values yet"),
     (lambda net: setattr(net, "head", nn.LazyLinear(4)), {}, ValueError, "head: its weight holds no values yet"),
@@ -261,6 +297,36 @@ def test_a_failure_while_swapping_is_undone(net: SmallNet) -> None:
     assert_unchanged(net, before)
 
 
+def test_names_are_compared_before_patterns() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "b": shared, "c": shared})
+    report = by_name(ocs.quantize(model, skip=["a[0]", "c"]))
+    assert {name: layer.status for name, layer in report.items()} == {"a[0]": "skipped", "b": "skipped"}
+
+
+def test_an_override_of_a_skipped_layer_is_not_silent(net: SmallNet) -> None:
+    report = by_name(ocs.quantize(net, overrides={"stem": {"wbits": 8}, "head": {"wbits": 4}}))
+    assert report["stem"].reason.endswith("its override was not used")
+
+
+def test_layers_without_values_may_be_skipped(net: SmallNet) -> None:
+    net.body[3].to("meta")
+    assert len(ocs.quantize(net, skip=[ocs.FIRST_LAYER, "body.3"]).quantized) == 3
+
+
+def test_numbers_of_numpy_and_a_copied_sentinel(net: SmallNet) -> None:
+    report = ocs.quantize(
+        net,
+        wbits=np.int64(4),
+        r=np.float32(0.25),
+        clip=np.float64(0.5),
+        skip=copy.deepcopy(ocs.FIRST_LAYER),
+        overrides={"head": {"r": np.float32(0.5)}},
+    )
+    assert json.loads(report.to_json())["settings"]["wbits"] == 4
+    assert report.layers[0].status == "skipped"
+
+
 def test_models_that_cannot_be_quantized(net: SmallNet) -> None:
     with pytest.raises(TypeError, match=r"model must be an nn.Module, not dict"):
         ocs.quantize({})
@@ -271,6 +337,8 @@ def test_models_that_cannot_be_quantized(net: SmallNet) -> None:
     ocs.quantize(net)
     with pytest.raises(ValueError, match=r"body\.0: already quantized"):
         ocs.quantize(net)
+    with pytest.raises(ValueError, match="model: already quantized"):
+        ocs.quantize(net.head)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
