@@ -46,7 +46,7 @@ def literal(w: np.ndarray, splits: int) -> np.ndarray:
 def literal_ms(model: nn.Module, r: float) -> float:
     """Milliseconds of the literal procedure over a whole network."""
     begin = time.perf_counter()
-    for w in tqdm(list(weights(model)), f"literal, r={r:g}", leave=False, disable=None):
+    for w in weights(model):
         literal(w, splits_for(r, w.shape[1], 1))
     return 1e3 * (time.perf_counter() - begin)
 
@@ -63,32 +63,36 @@ def literal_largest_ms(model: nn.Module, r: float) -> float:
     return 1e3 * (none + (few - none) * splits_for(r, w.shape[1], 1) / FEW)
 
 
-def quantize_times(model: nn.Module, r: float, rounds: int) -> dict[str, list[float]]:
-    """quantize() and a clone of every weight, in turns; each round quantizes a fresh copy that is not timed."""
-    times: dict[str, list[float]] = {"ocs.quantize": [], "cloning every weight": []}
+def quantize_times(model: nn.Module, r: float, rounds: int, *, whole: bool) -> dict[str, list[float]]:
+    """Milliseconds of quantize(), of cloning and, where `whole`, of the literal procedure, in turns.
+
+    Each round quantizes a fresh copy, which is not timed.
+    """
+    times: dict[str, list[float]] = {"ocs.quantize": [], "cloning every weight": [], "literal numpy": []}
     for _ in tqdm(range(rounds), f"quantize, r={r:g}", leave=False, delay=2, disable=None):
         fresh = copy.deepcopy(model)
         begin = time.perf_counter()
         clones = [p.detach().clone() for p in model.parameters()]
-        middle = time.perf_counter()
+        times["cloning every weight"].append(1e3 * (time.perf_counter() - begin))
         del clones
-        start = time.perf_counter()
+        begin = time.perf_counter()
         ocs.quantize(fresh, wbits=BITS, r=r, progress=False)
-        end = time.perf_counter()
-        times["cloning every weight"].append(1e3 * (middle - begin))
-        times["ocs.quantize"].append(1e3 * (end - start))
+        times["ocs.quantize"].append(1e3 * (time.perf_counter() - begin))
+        if whole:
+            times["literal numpy"].append(literal_ms(model, r))
     return times
 
 
-def compare(name: str, rounds: int, targets: dict[float, float]) -> list[Row]:
+def compare(name: str, rounds: int, targets: dict[float, float], *, whole: bool) -> list[Row]:
     """Rows of one network: against the literal procedure (at least these factors), and against cloning (at most 8)."""
     model = getattr(torchvision_models(), name)(weights=None).eval()
     rows = []
     for r, factor in targets.items():
-        times = quantize_times(model, r, rounds)
-        whole = name == "resnet50"
-        rival = "literal numpy" if whole else "literal numpy, its largest layer alone"
-        times[rival] = [literal_ms(model, r) if whole else literal_largest_ms(model, r)] * rounds
+        times = quantize_times(model, r, rounds, whole=whole)
+        rival = "literal numpy"
+        if not whole:
+            rival = "literal numpy, its largest layer alone"
+            times[rival] = [literal_largest_ms(model, r)] * rounds
         what = f"quantize {name}, r={r:g}"
         rows.append(faster(what, times, "ocs.quantize", rival, factor))
         rows.append(at_most(what, times, "ocs.quantize", "cloning every weight", 8))
@@ -130,7 +134,8 @@ def peak_memory(name: str) -> str:
 
 def main() -> None:
     """Run all and publish."""
-    rows = [*compare("resnet50", 7, {0.02: 20, 0.1: 60}), *compare("vgg16_bn", 5, {0.02: 200, 0.1: 200})]
+    rows = compare("resnet50", 7, {0.02: 20, 0.1: 60}, whole=True)
+    rows += compare("vgg16_bn", 5, {0.02: 200, 0.1: 200}, whole=False)
     notes = {f"peak extra memory, {name}": peak_memory(name) for name in ("resnet50", "vgg16_bn")}
     publish("models", rows, notes)
 

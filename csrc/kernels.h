@@ -15,8 +15,8 @@
 /* What a split plan says of each column, so that one loop serves every K. An expanded row is [M] columns: the row's own
    N = C K, then M - N = S K of the copies.
 
-   Column m of the split row is clamp((floor(2 u) + addend[m]) >> shift[m]), where u is the grid-unit weight of column m
-   itself (m < N) or of column index[m - N]. So a copy costs one addition and one shift: with U = floor(2 u),
+   Column j of the split row is clamp((floor(2 u) + addend[j]) >> shift[j]), where u is the grid-unit weight of column j
+   itself (j < N) or of column index[j - N]. So a copy costs one addition and one shift: with U = floor(2 u), depth m,
 
        floor((u + 1/2 + i) / 2^m) = (U + 1 + 2 i) >> (m + 1)    part i of 2^m, quantization-aware
        floor(u / 2^m + 1/2)       = (U + 2^m)     >> (m + 1)    naive
@@ -50,8 +50,8 @@ typedef struct {
     /* w_hat [N] = scale * (q [M] with the copies added to their source). */
     void (*fold_row)(float *restrict w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale);
 
-    /* error[0] += sum x^2, error[1] += sum (x - y)^2: eight interleaved partial sums, then their sum in order. */
-    void (*squared_error)(double error[2], const float *x, const float *y, int64_t N);
+    /* error[0] += sum x^2, error[1] += sum (x - q scale)^2: eight interleaved partial sums, then their sum in order. */
+    void (*squared_error)(double error[2], const float *x, const float *q, int64_t N, float scale);
 
     void (*quantize)(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax);
     void (*dequantize)(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed);
@@ -72,7 +72,7 @@ void ocs_channel_max_ref(float *restrict channel_max, const float *w, int64_t O,
 void ocs_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit);
 void ocs_quantize_row_ref(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax);
 void ocs_fold_row_ref(float *restrict w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale);
-void ocs_squared_error_ref(double error[2], const float *x, const float *y, int64_t N);
+void ocs_squared_error_ref(double error[2], const float *x, const float *q, int64_t N, float scale);
 void ocs_quantize_ref(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax);
 void ocs_dequantize_ref(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed);
 void ocs_fake_quantize_ref(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin, float qmax);

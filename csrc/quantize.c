@@ -28,10 +28,10 @@ void ocs_fold_row_ref(float *restrict w_hat, const int8_t *q, const int32_t *ind
     }
 }
 
-void ocs_squared_error_ref(double error[2], const float *x, const float *y, int64_t N) {
+void ocs_squared_error_ref(double error[2], const float *x, const float *q, int64_t N, float scale) {
     double signal[8] = {0.0}, noise[8] = {0.0};
     for (int64_t i = 0; i < N; ++i) {
-        const float difference = x[i] - y[i];
+        const float x_hat = q[i] * scale, difference = x[i] - x_hat;
         signal[i % 8] += (double)x[i] * x[i];
         noise[i % 8] += (double)difference * difference;
     }
@@ -154,16 +154,16 @@ ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan 
     return status;
 }
 
-static void fold_one(const weight_job *job, float *w_hat, int64_t o) {
+/* Output channel o folded, in units of `scale`. */
+static void fold_one(const weight_job *job, float *w_hat, int64_t o, float scale) {
     const ocs_columns columns = columns_of_row(job, o);
-    job->kernels->fold_row(w_hat, job->ints_in + o * columns.M, columns.index, columns.N, columns.M,
-                           job->scale[o * job->scale_stride]);
+    job->kernels->fold_row(w_hat, job->ints_in + o * columns.M, columns.index, columns.N, columns.M, scale);
 }
 
 static void fold_rows(int64_t begin, int64_t end, void *ctx) {
     const weight_job *job = ctx;
     for (int64_t o = begin; o < end; ++o) {
-        fold_one(job, job->w_hat + o * job->columns.N, o);
+        fold_one(job, job->w_hat + o * job->columns.N, o, job->scale[o * job->scale_stride]);
     }
 }
 
@@ -180,16 +180,17 @@ ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source,
 static void error_rows(int64_t begin, int64_t end, void *ctx) {
     weight_job *job = ctx;
     const int64_t N = job->columns.N;
-    float *w_hat = malloc((size_t)(N + 1) * sizeof *w_hat);
-    if (w_hat == NULL) {
+    float *q = malloc((size_t)(N + 1) * sizeof *q);
+    if (q == NULL) {
         __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
         return;
     }
     for (int64_t o = begin; o < end; ++o) {
-        fold_one(job, w_hat, o);
-        job->kernels->squared_error(job->row_error + 2 * o, job->w + o * N, w_hat, N);
+        fold_one(job, q, o, 1.0f);
+        const float scale = job->scale[o * job->scale_stride];
+        job->kernels->squared_error(job->row_error + 2 * o, job->w + o * N, q, N, scale);
     }
-    free(w_hat);
+    free(q);
 }
 
 ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,

@@ -34,10 +34,18 @@ void check(const char *op, ocs_status status) {
     }
 }
 
+// Tensor::scalar_type() compares with every dtype that there is; this asks for the one that is nearly always there.
+bool is_float32(const Tensor &t) {
+    int32_t type = -1;
+    return aoti_torch_get_dtype(t.get(), &type) == 0 && type == aoti_torch_dtype_float32();
+}
+
 bool is_float(const Tensor &t) {
+    if (is_float32(t)) {
+        return true;
+    }
     const auto type = t.scalar_type();
-    return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-           type == ScalarType::BFloat16;
+    return type == ScalarType::Double || type == ScalarType::Half || type == ScalarType::BFloat16;
 }
 
 // Without a trip through the dispatcher where there is nothing to do.
@@ -53,7 +61,7 @@ Tensor floats(const char *op, const char *name, const Tensor &t, int64_t min_ran
     if (t.dim() < min_rank) {
         fail(op, std::string(name) + " must have at least " + std::to_string(min_rank) + " dimensions");
     }
-    return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+    return as_contiguous(is_float32(t) ? t : torch::stable::to(t, ScalarType::Float));
 }
 
 Tensor integers(const char *op, const char *name, const Tensor &t, ScalarType type, int64_t min_rank = 1) {
@@ -320,7 +328,7 @@ Tensor fake_quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, boo
     if (!is_float(x_any)) {
         fail("fake_quantize", "x must be a float tensor");
     }
-    const bool converted = x_any.scalar_type() != ScalarType::Float;
+    const bool converted = !is_float32(x_any);
     Tensor x = converted ? torch::stable::to(x_any, ScalarType::Float) : x_any;
     const bool dense = is_dense(x);
     Tensor x_hat = dense ? empty_strided(x.dim(), x.sizes().data(), x.strides().data(), ScalarType::Float)

@@ -2,8 +2,7 @@
 
 Prints top-1 and mean weight SQNR over bits and expand ratio (the form of the paper's Table 1) and the report of one
 setting, and saves the weight histograms of the layer with the worst outlier (the paper's Figure 1). Weights only, first
-layer float. Finished cells are kept in build/demo.json, so that a second run prints them at once; --fresh measures
-again.
+layer float. Finished cells are kept in build/, so that a second run prints them at once; --fresh measures again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import ocs
 import ocs.plot
 
-CACHE = Path(__file__).resolve().parent.parent / "build" / "demo.json"
+BUILD = Path(__file__).resolve().parent.parent / "build"
 RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2)
 SPLITS = ("qa", "naive")
 LOW_BITS, ALL_BITS = (5, 4, 3, 2), (8, 6, 5, 4, 3, 2)
@@ -51,16 +50,21 @@ def fingerprint(images: int) -> str:
     return digest.hexdigest()
 
 
-def read_cells(stamp: str) -> Cells:
-    """The cells measured before under the same fingerprint."""
-    saved = json.loads(CACHE.read_text()) if CACHE.exists() else {}
-    return saved.get(stamp, {})
+class Cache:
+    """Finished cells on disk, valid as long as the fingerprint is the same."""
 
+    def __init__(self, images: int, *, fresh: bool) -> None:
+        self.path = BUILD / f"demo-{images}.json"
+        self.stamp = fingerprint(images)
+        self.cells: Cells = {}
+        if self.path.exists() and not fresh:
+            self.cells = json.loads(self.path.read_text()).get(self.stamp, {})
 
-def write_cells(stamp: str, cells: Cells) -> None:
-    """Keep the cells, and only this fingerprint's."""
-    CACHE.parent.mkdir(exist_ok=True)
-    CACHE.write_text(json.dumps({stamp: cells}, indent=1))
+    def add(self, name: str, cell: dict[str, Any]) -> None:
+        """Keep one more cell."""
+        self.cells[name] = cell
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({self.stamp: self.cells}, indent=1))
 
 
 def measure(model: nn.Module, settings: dict[str, Any] | None, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -76,12 +80,12 @@ def measure(model: nn.Module, settings: dict[str, Any] | None, images: Tensor, l
     return {"correct": correct, "sqnr": sqnr, "planning": ready - begin, "forward": end - ready}
 
 
-def fill(cells: Cells, stamp: str, bits: tuple[int, ...], images: Tensor, labels: Tensor) -> None:
+def fill(cache: Cache, bits: tuple[int, ...], images: Tensor, labels: Tensor) -> None:
     """Measure what is missing, from one float model that is loaded once."""
     todo: dict[str, dict[str, Any] | None] = {"float": None}
     for b, r, split in product(bits, RATIOS, SPLITS):
         todo[key(b, r, split)] = {"wbits": b, "r": r, "split": split}
-    missing = [name for name in todo if name not in cells]
+    missing = [name for name in todo if name not in cache.cells]
     if not missing:
         return
     model = load_model()
@@ -89,9 +93,8 @@ def fill(cells: Cells, stamp: str, bits: tuple[int, ...], images: Tensor, labels
     bar = tqdm(missing, unit="setting", mininterval=1, leave=False, disable=None)
     for name in bar:
         bar.set_description(name)
-        cells[name] = measure(model, todo[name], images, labels)
-        write_cells(stamp, cells)
-    spent = {part: sum(cells[name][part] for name in missing) for part in ("planning", "forward")}
+        cache.add(name, measure(model, todo[name], images, labels))
+    spent = {part: sum(cache.cells[name][part] for name in missing) for part in ("planning", "forward")}
     share = 100 * spent["planning"] / sum(spent.values())
     say(f"{len(missing)} settings in {sum(spent.values()):.0f} s, {share:.1f} % of it outside forward passes")
 
@@ -144,15 +147,15 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help=f"all 10,000 images and {ALL_BITS} bits, about ten minutes")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("--json", action="store_true", help="print the cells as JSON instead of the tables")
-    parser.add_argument("--out", type=Path, default=CACHE.parent / "figure1.png", help="the picture")
+    parser.add_argument("--out", type=Path, default=BUILD / "figure1.png", help="the picture")
     args = parser.parse_args()
     count, bits = (10_000, ALL_BITS) if args.full else (2_000, LOW_BITS)
     images, labels = (part[:count] for part in load("t10k"))
-    stamp = fingerprint(count)
-    cells = {} if args.fresh else read_cells(stamp)
+    cache = Cache(count, fresh=args.fresh)
+    cells = cache.cells
     if cells:
-        say(f"{len(cells)} settings measured before, in {shown(CACHE)}; --fresh measures again")
-    fill(cells, stamp, bits, images, labels)
+        say(f"{len(cells)} settings measured before, in {shown(cache.path)}; --fresh measures again")
+    fill(cache, bits, images, labels)
     if args.json:
         print(json.dumps({"images": count, "cells": cells}))
         return

@@ -109,7 +109,10 @@ def weight_threshold(w: Array, plan: SplitPlan, clip: str | float, granularity: 
         largest = kernels(w).output_max(w, plan.source, plan.depth, groups)
     else:
         largest = kernels(plan.split_max).abs_max(plan.split_max)
-    threshold = largest * _like(largest, clip_fraction(clip))
+    fraction = clip_fraction(clip)
+    if fraction == 1:
+        return largest
+    threshold = largest * _like(largest, fraction)
     return threshold if isinstance(threshold, Tensor) else np.asarray(threshold)
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ocs import functional
 from ocs.functional import QuantizedWeight
 
 
@@ -41,16 +40,14 @@ class QuantizedLayer(nn.Module):
 
     def __init__(self, float_layer: nn.Module, quantized: QuantizedWeight, bits: int, expand: bool = True) -> None:
         super().__init__()
-        self.__dict__.update({name: getattr(float_layer, name) for name in self.kept})
-        self.bits = bits
-        self.expand = expand
+        hyperparameters = {name: getattr(float_layer, name) for name in self.kept}
+        vars(self).update(hyperparameters, bits=bits, expand=expand, training=float_layer.training)
         self.register_buffer("weight_int", quantized.ints)
         self.register_buffer("scale", quantized.scale)
         self.register_buffer("source", quantized.source)
         self.register_buffer("weight", float_layer.weight.detach(), persistent=False)
         self.register_parameter("bias", float_layer.bias)
         self.rebuild()
-        self.train(float_layer.training)
 
     @property
     def channels_per_group(self) -> int:
@@ -64,12 +61,11 @@ class QuantizedLayer(nn.Module):
 
     def rebuild(self) -> None:
         """Make `weight` from the integers again, in its dtype and memory format."""
-        groups = getattr(self, "groups", 1)
         if self.expand:
-            weight = functional.dequantize(self.weight_int, self.scale)
+            weight = torch.ops.ocs.dequantize(self.weight_int, self.scale)
         else:
-            quantized = QuantizedWeight(self.weight_int, self.scale, self.source, self.scale)
-            weight = functional.fold(quantized, self.channels_per_group, groups)
+            shape = (getattr(self, "groups", 1), self.channels_per_group)
+            weight = torch.ops.ocs.fold(self.weight_int, self.scale, self.source, *shape)
         self.weight = weight.to(self.weight.dtype, memory_format=_memory_format(self.weight))
 
     def gather(self, x: Tensor, dim: int) -> Tensor:

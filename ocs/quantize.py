@@ -287,33 +287,38 @@ def _report_layer(
 ) -> LayerReport:
     weight = layer.module.weight
     groups = getattr(layer.module, "groups", 1)
-    per_group = plan.source.reshape(groups, -1)[:, weight.shape[1] :]
-    copies = per_group.numel()
-    integers = quantized.ints.numel()
-    return replace(
-        _report_left(layer),
-        reason="depthwise: not split" if options.r and groups > 1 and weight.shape[1] == 1 else "",
+    sources = [c for group in plan.source.reshape(groups, -1).tolist() for c in group[weight.shape[1] :]]
+    common = _common(layer)
+    common["reason"] = "depthwise: not split" if options.r and groups > 1 and weight.shape[1] == 1 else ""
+    return LayerReport(
+        **common,
         bits=options.wbits,
         granularity=options.granularity,
         channels=groups * weight.shape[1],
-        splits=copies,
-        sources=tuple(per_group.flatten().tolist()),
+        splits=len(sources),
+        sources=tuple(sources),
         threshold=_numbers(quantized.threshold),
         scale=_numbers(quantized.scale),
-        max_before=float(functional.kernels(plan.channel_max).abs_max(plan.channel_max)),
-        max_after=float(functional.kernels(plan.split_max).abs_max(plan.split_max)),
+        max_before=max(plan.channel_max.tolist(), default=0.0),
+        max_after=max(plan.split_max.tolist(), default=0.0),
         sqnr_db=functional.sqnr_db(*error),
-        packed_bytes=math.ceil(integers * options.wbits / 8) + 4 * quantized.scale.numel() + 4 * copies,
+        packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8)
+        + 4 * (quantized.scale.numel() + len(sources)),
     )
 
 
-def _report_left(layer: _Layer) -> LayerReport:
+def _common(layer: _Layer) -> dict[str, Any]:
     """The part of a layer's report that does not depend on its quantization."""
     weights = [p for p in layer.module._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
     weights = [p for p in weights if p.dim() >= 2]
-    shape = tuple(weights[0].shape) if len(weights) == 1 else ()
-    size = sum(p.numel() * p.element_size() for p in weights)
-    return LayerReport(layer.name, type(layer.module).__name__, shape, layer.status, layer.reason, size)
+    return {
+        "name": layer.name,
+        "kind": type(layer.module).__name__,
+        "shape": tuple(weights[0].shape) if len(weights) == 1 else (),
+        "status": layer.status,
+        "reason": layer.reason,
+        "float_bytes": sum(p.numel() * p.element_size() for p in weights),
+    }
 
 
 def _numbers(x: Tensor) -> float | tuple[float, ...]:
@@ -376,7 +381,7 @@ def quantize(
     with torch.no_grad():
         for layer in _with_progress(layers, progress):
             if layer.status != "quantized":
-                lines.append(_report_left(layer))
+                lines.append(LayerReport(**_common(layer)))
                 continue
             with _named(layer.name):
                 replacements[id(layer.module)], line = quantize_layer(layer, chosen[layer.name])
