@@ -370,13 +370,20 @@ static PyObject *py_weight_error(PyObject *self, PyObject *args) {
 
 /* --- Any array to the grid and back ----------------------------------------------------------- */
 
+/* (x, scale, bits, signed) */
+static bool read_grid_call(const char *function, const char *format, PyObject *args, PyObject **x, float *scale,
+                           int *bits, int *is_signed) {
+    PyObject *scale_object;
+    return PyArg_ParseTuple(args, format, x, &scale_object, bits, is_signed) &&
+           read_number(function, "scale", scale_object, scale);
+}
+
 static PyObject *py_quantize(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *x_object, *scale_object;
+    PyObject *x_object;
     int bits, is_signed;
     float scale;
-    if (!PyArg_ParseTuple(args, "OOip:quantize", &x_object, &scale_object, &bits, &is_signed) ||
-        !read_number("quantize", "scale", scale_object, &scale)) {
+    if (!read_grid_call("quantize", "OOip:quantize", args, &x_object, &scale, &bits, &is_signed)) {
         return NULL;
     }
     ocs_status status = OCS_OK;
@@ -428,11 +435,10 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
 
 static PyObject *py_fake_quantize(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *x_object, *scale_object;
+    PyObject *x_object;
     int bits, is_signed;
     float scale;
-    if (!PyArg_ParseTuple(args, "OOip:fake_quantize", &x_object, &scale_object, &bits, &is_signed) ||
-        !read_number("fake_quantize", "scale", scale_object, &scale)) {
+    if (!read_grid_call("fake_quantize", "OOip:fake_quantize", args, &x_object, &scale, &bits, &is_signed)) {
         return NULL;
     }
     ocs_status status = OCS_OK;

@@ -32,6 +32,9 @@ class QuantizedLayer(nn.Module):
     float_kind: ClassVar[type[nn.Module]]  # what it replaces
     kept: ClassVar[tuple[str, ...]]  # the float layer's hyperparameters
 
+    groups: int = 1
+    channels_per_group: int  # C: the original input channels of one group
+
     weight_int: Tensor
     scale: Tensor
     source: Tensor
@@ -50,22 +53,16 @@ class QuantizedLayer(nn.Module):
         self.rebuild()
 
     @property
-    def channels_per_group(self) -> int:
-        """C: the original input channels of one group."""
-        raise NotImplementedError
-
-    @property
     def splits(self) -> int:
         """The copies over all groups."""
-        return self.source.numel() - getattr(self, "groups", 1) * self.channels_per_group
+        return self.source.numel() - self.groups * self.channels_per_group
 
     def rebuild(self) -> None:
         """Make `weight` from the integers again, in its dtype and memory format."""
         if self.expand:
             weight = torch.ops.ocs.dequantize(self.weight_int, self.scale)
         else:
-            shape = (getattr(self, "groups", 1), self.channels_per_group)
-            weight = torch.ops.ocs.fold(self.weight_int, self.scale, self.source, *shape)
+            weight = torch.ops.ocs.fold(self.weight_int, self.scale, self.source, self.groups, self.channels_per_group)
         self.weight = weight.to(self.weight.dtype, memory_format=_memory_format(self.weight))
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
@@ -108,7 +105,6 @@ class QuantizedLayer(nn.Module):
     def _problem_of(self, weight_int: Tensor | None, scale: Tensor | None, source: Tensor | None) -> str:
         """What no layer of this shape can have, or ""; shapes are compared by nn.Module."""
         qmax = 2 ** (self.bits - 1) - 1
-        groups = getattr(self, "groups", 1)
         if _has_values(weight_int) and (
             weight_int.dtype != torch.int8 or bool((weight_int.short().abs() > qmax).any())
         ):
@@ -116,8 +112,8 @@ class QuantizedLayer(nn.Module):
         if _has_values(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
             return "scale is not positive and finite"
         if _has_values(source) and source.shape == self.source.shape:
-            own = torch.arange(groups * self.channels_per_group, device=source.device).reshape(groups, -1)
-            rows = source.reshape(groups, -1)
+            own = torch.arange(self.groups * self.channels_per_group, device=source.device).reshape(self.groups, -1)
+            rows = source.reshape(self.groups, -1)
             first, last = own[:, :1], own[:, -1:]
             if not torch.equal(rows[:, : own.shape[1]], own) or not bool(((rows >= first) & (rows <= last)).all()):
                 return "source is no split plan of this layer"

@@ -90,7 +90,6 @@ def test_figure_1(bits: int, r: float, groups: int, tmp_path: Path) -> None:
 
 def test_demo_as_a_user_runs_it(tmp_path: Path) -> None:
     """Few images would be a toy: this runs the real thing once if it has not run yet, and from its cells after."""
-    pytest.importorskip("tqdm")
     command = [sys.executable, ROOT / "examples" / "demo.py", "--out", tmp_path / "figure1.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "quantization-aware / naive split" in done.stdout

@@ -143,7 +143,13 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+BEYOND, BELOW = (torch.cat([PLAN[0][:-1], long(source)]) for source in (30, 19))  # of the last group's 20 .. 29
+
 HOSTILE = [
+    ("fold", (INTS, SCALE, BEYOND, 3, 10), "no split plan"),
+    ("fold", (INTS, SCALE, BELOW, 3, 10), "no split plan"),
+    ("output_max", (W, BEYOND, PLAN[1], 3), "no split plan"),
+    ("quantize_weight", (W, SCALE, BELOW, *PLAN[1:3], 3, 5, True), "no split plan"),
     ("channel_max", (torch.ones(3), 1), "at least 2 dimensions"),
     ("channel_max", (torch.ones(3, 3), 2), "groups must divide"),
     ("channel_max", (torch.ones(3, 3), -1), "groups must divide"),
