@@ -87,7 +87,7 @@ ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t
 /* channel_max [G C]: max |w| of each input channel; NaN or Inf in a channel gives NaN or Inf there. */
 ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape);
 
-/* --- Which channels to split (split.c), section 3.2 ------------------------------------------- */
+/* --- Which channels to split (split.c), section 3 --------------------------------------------- */
 
 /* A split plan; every array is [G (C + S)], over expanded channels.
 
@@ -117,8 +117,8 @@ int32_t ocs_qmax(int bits);
 /* ints [O, C + S, K] of the split weight, in [-qmax, qmax].
 
    scale: one for all (scale_stride 0) or one per output channel (scale_stride 1). In grid units u = w / scale, a
-   channel becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where quantization_aware (eq. 6), by u / 2
-   both where not (eq. 5), again for each further split, and rounds as floor(u + 1/2). */
+   channel becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where quantization_aware, by u / 2 both where
+   not, again for each further split, and rounds as floor(u + 1/2). */
 ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
                                    int64_t scale_stride, const ocs_shape *shape, int bits, bool quantization_aware);
 

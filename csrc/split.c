@@ -1,4 +1,4 @@
-/* Which channels to split, how often, and what each copy is of its original (section 3.2 of the paper).
+/* Which channels to split, how often, and what each copy is of its original (section 3 of the paper).
 
    Splitting is simulated on the maxima alone: a copy of depth m is an affine image of the original channel, so nothing
    is moved until the integers are written. Shapes as in ocs.h. */

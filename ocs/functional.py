@@ -26,7 +26,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class SplitPlan(NamedTuple):
-    """Which channels to split (section 3.2), over C + n expanded channels, group by group."""
+    """Which channels to split (section 3 of the paper), over C + n expanded channels, group by group."""
 
     source: Array  # int64: the original channel
     depth: Array  # int32: how often this copy was halved
@@ -57,7 +57,7 @@ def quantize_weight(
     rounding: Rounding = "nearest",
     groups: int = 1,
 ) -> QuantizedWeight:
-    """Split the outlier channels of a weight and quantize it (sections 3.2 and 3.3 of the paper).
+    """Split the outlier channels of a weight and quantize it (section 3 of the paper).
 
     Args:
         w: [O, C, ...], C the input channels (of one group).
@@ -65,7 +65,7 @@ def quantize_weight(
         r: expand ratio in [0, 1]; each group's C channels get n = ceil(r C) splits (depthwise weights none).
         clip: "none", or the fraction in (0, 1] of the largest split |w| that is kept.
         granularity: one scale per "tensor", or per output "channel".
-        split: "qa" (quantization-aware, eq. 6, exact) or "naive" (halves, eq. 5).
+        split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2).
         groups: of a grouped convolution; divides O.
 
@@ -103,7 +103,7 @@ def splits_for(r: float, channels: int, groups: int) -> int:
 
 
 def weight_threshold(w: Array, plan: SplitPlan, clip: str | float, granularity: Granularity, groups: int = 1) -> Array:
-    """Step 2: the clip threshold float32 [] or [O] of the split weight ("OCS followed by clipping", section 5.2)."""
+    """Step 2: the clip threshold float32 [] or [O] of the split weight ("OCS + clip" in the paper)."""
     check_choice("granularity", granularity, get_args(Granularity))
     if granularity == "channel":
         largest = kernels(w).output_max(w, plan.source, plan.depth, groups)

@@ -1,4 +1,4 @@
-"""Quantized layers, in two executions with the same values (section 3.1 of the paper).
+"""Quantized layers, in two executions with the same values (section 3 of the paper).
 
 Expanded: the layer has C + n input channels and gathers its input by `source`; its integers fit k bits. This is the
 form to deploy. Folded (expand=False): the copies' weights are added back onto their source channel, so that the layer

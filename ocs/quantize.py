@@ -130,7 +130,9 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _reason_to_leave(model: nn.Module, layer: _Layer, owners: Mapping[int, list[str]]) -> str:
     """Why the layer cannot be quantized, or ""."""
-    reason = _reason_of_kind(layer.module) or _reason_of_parent(model, layer.name)
+    reason = _reason_of_kind(layer.module)
+    for name in layer.aliases:
+        reason = reason or _reason_of_parent(model, name)
     return reason or _reason_of_weight(layer, owners)
 
 
@@ -353,7 +355,7 @@ def quantize(
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: "none", or the fraction in (0, 1] of the largest split |w| that is kept.
         granularity: one scale per "tensor", or per output "channel".
-        split: "qa" (quantization-aware, eq. 6, exact) or "naive" (halves, eq. 5).
+        split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2).
         skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates
             (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.

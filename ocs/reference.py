@@ -42,7 +42,7 @@ def _grouped(w: NDArray, groups: int) -> NDArray:
     return w.reshape(groups, w.shape[0] // groups, w.shape[1], math.prod(w.shape[2:]))
 
 
-# --- Which channels to split: section 3.2 -----------------------------------------------------------------------------
+# --- Which channels to split: section 3 -------------------------------------------------------------------------------
 
 
 def split_plan(channel_max: Floats, groups: int, splits: int) -> Plan:
@@ -81,7 +81,7 @@ def pick_channels(w: NDArray, splits: int) -> list[int]:
 def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tuple[NDArray, NDArray[np.int64]]:
     """The weight [O, C + n, ...], each picked channel halved into itself and a copy at the end, and the source [C + n].
 
-    (w - 1/2) / 2 and (w + 1/2) / 2 where quantization_aware (eq. 6, w in grid units), w / 2 both where not (eq. 5).
+    (w - 1/2) / 2 and (w + 1/2) / 2 where quantization_aware (w in grid units), w / 2 both where not.
     """
     half = 0.5 if quantization_aware else 0.0
     source = np.arange(w.shape[1])

@@ -286,14 +286,17 @@ def test_a_failure_while_swapping_is_undone(net: SmallNet) -> None:
 
     class Refusing(dict):
         def __setitem__(self, key: str, value: object) -> None:
-            if key == "head" and isinstance(value, QuantLinear):
+            if key == "5" and isinstance(value, QuantConv2d):
+                swapped.extend(type(layer) for layer in (net.head, net.body[0], net.body[3]))
                 raise RuntimeError("refused")
             super().__setitem__(key, value)
 
-    net._modules = Refusing(net._modules)
+    swapped: list[type] = []
+    net.body._modules = Refusing(net.body._modules)
     before = state(net)
     with pytest.raises(RuntimeError, match="refused"):
         ocs.quantize(net)
+    assert swapped == [QuantLinear, QuantConv2d, QuantConv2d]
     assert_unchanged(net, before)
 
 
