@@ -71,6 +71,7 @@ ocs_status ocs_set_isa(const char *name);
 
 /* --- Where the outliers are (histogram.c) ----------------------------------------------------- */
 
+/* The sizes of a weight and of its expansion, as at the top. */
 typedef struct {
     int64_t G, O, C, K, S;
 } ocs_shape;
