@@ -52,16 +52,22 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int, title: str = "
 
 def at_most(what: str, times: dict[str, list[float]], ours: str, theirs: str, limit: float) -> Row:
     """ours / theirs, the median over rounds of the ratio within a round."""
-    ratio = statistics.median(a / b for a, b in zip(times[ours], times[theirs], strict=True))
-    medians = [statistics.median(times[name]) for name in (ours, theirs)]
-    return Row(what, theirs, *medians, ratio, f"<= {limit:g}x", ratio <= limit)
+    ratio = _median_ratio(times[ours], times[theirs])
+    return Row(what, theirs, *_medians(times, ours, theirs), ratio, f"<= {limit:g}x", ratio <= limit)
 
 
 def faster(what: str, times: dict[str, list[float]], ours: str, theirs: str, factor: float) -> Row:
     """theirs / ours, likewise."""
-    ratio = statistics.median(b / a for a, b in zip(times[ours], times[theirs], strict=True))
-    medians = [statistics.median(times[name]) for name in (ours, theirs)]
-    return Row(what, theirs, *medians, ratio, f">= {factor:g}x faster", ratio >= factor)
+    ratio = _median_ratio(times[theirs], times[ours])
+    return Row(what, theirs, *_medians(times, ours, theirs), ratio, f">= {factor:g}x faster", ratio >= factor)
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def _medians(times: dict[str, list[float]], *names: str) -> list[float]:
+    return [statistics.median(times[name]) for name in names]
 
 
 def machine() -> dict[str, Any]:

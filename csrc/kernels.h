@@ -115,7 +115,6 @@ static inline int64_t ocs_grain(int64_t size) {
 }
 
 ocs_status ocs_check_shape(const ocs_shape *shape);
-ocs_status ocs_check_scale(const float *scale, int64_t count);
 
 /* The columns of every group, one after the other: group g's are ocs_columns_group(&columns, g). plan->depth may be
    NULL (addend and shift are then not made), plan->offset too (naive splitting). Frees what it made on an error. */

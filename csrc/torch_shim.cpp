@@ -86,8 +86,7 @@ int32_t shim_dtype(ScalarType type) {
     }
 }
 
-// A new page of 4 KB costs a microsecond, a large result so more than its arithmetic; numpy asks for huge pages as
-// well.
+// A new page of 4 KB costs a microsecond, a large result so more than its arithmetic. numpy asks for huge pages too.
 void prefer_huge_pages(const Tensor &t, size_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t huge = uintptr_t{1} << 21;

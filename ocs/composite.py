@@ -33,16 +33,20 @@ def _require(valid: bool, op: str, what: str) -> None:
         raise RuntimeError(f"ocs::{op}: {what}")
 
 
+def source_valid(source: Tensor, groups: int, channels: int) -> bool:
+    """Whether a split plan can have it: int64, each group's own channels first, then copies of these and no others."""
+    if source.dtype != torch.int64 or groups < 1 or source.numel() % groups or source.numel() < groups * channels:
+        return False
+    within = _within_group(source, groups, channels).cpu()
+    own = torch.arange(channels).expand(groups, channels)
+    return _all((within >= 0) & (within < max(channels, 1))) and torch.equal(within[:, :channels], own)
+
+
 def _check_plan(
     op: str, groups: int, channels: int, source: Tensor, depth: Tensor | None = None, offset: Tensor | None = None
 ) -> None:
     """All fit one another and the shape: an index out of range would end a CUDA process."""
-    fits = source.dtype == torch.int64 and groups >= 1 and source.numel() % groups == 0
-    valid = fits and source.numel() >= groups * channels
-    if valid:
-        within = _within_group(source, groups, channels).cpu()
-        own = torch.arange(channels).expand(groups, channels)
-        valid = _all((within >= 0) & (within < max(channels, 1))) and torch.equal(within[:, :channels], own)
+    valid = source_valid(source, groups, channels)
     if valid and depth is not None:
         valid = depth.numel() == source.numel() and _all((depth >= 0) & (depth <= MAX_DEPTH))
     if valid and offset is not None:

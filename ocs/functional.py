@@ -120,13 +120,18 @@ def quantize_split(
     w: Array, plan: SplitPlan, threshold: Array, bits: int, split: Split = "qa", groups: int = 1
 ) -> QuantizedWeight:
     """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
-    scale = threshold / _like(threshold, 2 ** (bits - 1) - 1)
+    scale = threshold / _like(threshold, qmax(bits))
     if isinstance(scale, Tensor):
         scale = scale.clamp(min=SMALLEST).masked_fill(threshold == 0, 1.0)
     else:
         scale = np.where(threshold > 0, np.maximum(scale, SMALLEST), np.float32(1))
     ints = kernels(w).quantize_weight(w, scale, plan.source, plan.depth, plan.offset, groups, bits, split == "qa")
     return QuantizedWeight(ints, scale, plan.source, threshold)
+
+
+def qmax(bits: int) -> int:
+    """The largest integer of k signed bits, 2^(k - 1) - 1."""
+    return 2 ** (bits - 1) - 1
 
 
 def fold(quantized: QuantizedWeight, channels: int, groups: int = 1) -> Array:
@@ -205,11 +210,12 @@ def fake_quantize(x: Array, scale: float | Array, bits: int, signed: bool = True
     scale: one positive finite number (a float or a 0-d float32 array). signed: integers -qmax .. qmax, else
     0 .. 2^k - 1. Inf saturates, NaN stays NaN. The gradient is 1 where x rounds to the grid, 0 where it is clipped.
     """
-    if isinstance(x, Tensor):
-        if torch.is_grad_enabled() and x.requires_grad:
-            return StraightThrough.apply(check_array("x", x, detach=False), *_grid(x, scale, bits), signed)
-        return torch.ops.ocs.fake_quantize(check_array("x", x), *_grid(x, scale, bits), signed)
-    return kernels(x).fake_quantize(check_array("x", x), *_grid(x, scale, bits), signed).astype(x.dtype, copy=False)
+    args = (check_array("x", x, detach=False), *_grid(x, scale, bits), signed)
+    if not isinstance(x, Tensor):
+        return kernels(x).fake_quantize(*args).astype(x.dtype, copy=False)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return StraightThrough.apply(*args)
+    return kernels(x).fake_quantize(*args)
 
 
 def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:

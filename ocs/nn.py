@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ocs.functional import QuantizedWeight
+from ocs.composite import source_valid
+from ocs.functional import QuantizedWeight, qmax
 
 
 class QuantizedLayer(nn.Module):
@@ -104,19 +105,16 @@ class QuantizedLayer(nn.Module):
 
     def _problem_of(self, weight_int: Tensor | None, scale: Tensor | None, source: Tensor | None) -> str:
         """What no layer of this shape can have, or ""; shapes are compared by nn.Module."""
-        qmax = 2 ** (self.bits - 1) - 1
+        most = qmax(self.bits)
         if _has_values(weight_int) and (
-            weight_int.dtype != torch.int8 or bool((weight_int.short().abs() > qmax).any())
+            weight_int.dtype != torch.int8 or bool((weight_int.short().abs() > most).any())
         ):
-            return f"weight_int is not of {self.bits}-bit integers (int8 in [-{qmax}, {qmax}])"
+            return f"weight_int is not of {self.bits}-bit integers (int8 in [-{most}, {most}])"
         if _has_values(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
             return "scale is not positive and finite"
-        if _has_values(source) and source.shape == self.source.shape:
-            own = torch.arange(self.groups * self.channels_per_group, device=source.device).reshape(self.groups, -1)
-            rows = source.reshape(self.groups, -1)
-            first, last = own[:, :1], own[:, -1:]
-            if not torch.equal(rows[:, : own.shape[1]], own) or not bool(((rows >= first) & (rows <= last)).all()):
-                return "source is no split plan of this layer"
+        same_shape = _has_values(source) and source.shape == self.source.shape
+        if same_shape and not source_valid(source.long(), self.groups, self.channels_per_group):
+            return "source is no split plan of this layer"
         return ""
 
     def extra_repr(self) -> str:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 BINS = 201
 GREY, BLUE, RED = "#9aa0a6", "#1f6fb4", "#c0392b"
-MARKED = ("", "saturated", "of split channels")
 
 
 def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: int = 1, title: str = "") -> Figure:
@@ -46,19 +45,26 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
     clipped = functional.quantize_weight(w, bits, clip=narrowed, groups=groups)
     copies = plan.source.size - groups * w.shape[1]
     panels = (
-        ("linear: the grid reaches the largest weight", w, None, functional.quantize_weight(w, bits, groups=groups)),
-        ("clipped: outliers saturate", w, np.abs(w) > clipped.threshold * (1 + 1e-6), clipped),
+        (
+            "linear: the grid reaches the largest weight",
+            w,
+            None,
+            "",
+            functional.quantize_weight(w, bits, groups=groups),
+        ),
+        ("clipped: outliers saturate", w, np.abs(w) > clipped.threshold * (1 + 1e-6), "saturated", clipped),
         (
             f"OCS, r = {r:g}, {copies} split{'s' * (copies != 1)}: outliers halved, the grid narrows as much",
             split,
             halved,
+            "of split channels",
             functional.quantize_weight(w, bits, r, groups=groups),
         ),
     )
     figure = Figure(figsize=(8, 7), layout="constrained")
     limit = 1.05 * float(np.abs(w).max(initial=1e-12))
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
-    for axes, marked_as, (name, values, marked, quantized) in zip(rows, MARKED, panels, strict=True):
+    for axes, (name, values, marked, marked_as, quantized) in zip(rows, panels, strict=True):
         sqnr = functional.sqnr_db(*functional.weight_error(w, quantized, groups))
         _draw(axes, values, marked, marked_as, limit)
         _draw_grid(axes, quantized, bits)
@@ -82,7 +88,7 @@ def _draw(axes: Axes, values: np.ndarray, marked: np.ndarray | None, marked_as: 
 
 
 def _draw_grid(axes: Axes, quantized: QuantizedWeight, bits: int) -> None:
-    qmax = 2 ** (bits - 1) - 1
-    grid = np.arange(-qmax, qmax + 1) * float(quantized.scale)
+    most = functional.qmax(bits)
+    grid = np.arange(-most, most + 1) * float(quantized.scale)
     axes.vlines(grid, 0, 1, transform=axes.get_xaxis_transform(), color=BLUE, linewidth=0.6, label=f"{bits}-bit grid")
     axes.legend(loc="upper left", fontsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,12 +66,15 @@ class Options:
 class _Layer:
     """A module that holds a weight, and why it stays float where it does."""
 
-    name: str
     module: nn.Module
-    aliases: list[str]  # every name it has, the first included
+    aliases: list[str]  # every name it has
     status: str = "quantized"
     reason: str = ""
     overridden: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.aliases[0]
 
     def leave(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -87,18 +91,20 @@ _READ_BY_PARENT = {
 
 def find_layers(model: nn.Module) -> list[_Layer]:
     """Every module that owns a weight of two or more dimensions, in the order of named_modules()."""
-    owners = _owners(model)
-    aliases: dict[int, list[str]] = {}
+    aliases: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
+        aliases.setdefault(module, []).append(name)
+    owners = _owners(aliases)
     layers = []
-    for name, module in model.named_modules():
+    for module, names in aliases.items():
         if isinstance(module, QuantizedLayer):
-            raise ValueError(f"{name or 'model'}: already quantized; use a fresh float model (copy.deepcopy keeps one)")
+            raise ValueError(
+                f"{names[0] or 'model'}: already quantized; use a fresh float model (copy.deepcopy keeps one)"
+            )
         if isinstance(module, ParametrizationList):
             continue  # its layer is listed, and left float
         if any(_holds_weight(parameter) for parameter in module._parameters.values()) or _is_kind(module):
-            layer = _Layer(name, module, aliases[id(module)])
+            layer = _Layer(module, names)
             reason = _reason_to_leave(model, layer, owners)
             if reason:
                 layer.leave("float", reason)
@@ -118,13 +124,13 @@ def _replacement(module: nn.Module) -> type[QuantizedLayer]:
     return next(new for kind, new in REPLACEMENTS.items() if isinstance(module, kind))
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
+def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
     """The names of the modules that own each parameter, by its id."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for module, names in aliases.items():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
+                owners.setdefault(id(parameter), []).append(names[0])
     return owners
 
 
@@ -166,7 +172,7 @@ def _reason_of_weight(layer: _Layer, owners: Mapping[int, list[str]]) -> str:
 
 def _overrides_forward(module: nn.Module) -> bool:
     """By its class, or on the instance, as wrappers do."""
-    kind = next(kind for kind in REPLACEMENTS if isinstance(module, kind))
+    kind = _replacement(module).float_kind
     methods = ("forward", "_conv_forward", "__call__")
     by_class = any(getattr(type(module), method, None) is not getattr(kind, method, None) for method in methods)
     return by_class or any(method in vars(module) for method in methods)
@@ -426,13 +432,13 @@ def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, 
 
 
 def _with_progress(layers: list[_Layer], progress: bool | None) -> Iterable[_Layer]:
-    if progress is False:
-        return layers
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if progress is False or (progress is None and not terminal):
+        return layers  # tqdm is not even imported
     try:
         from tqdm.auto import tqdm
     except ImportError:
         if progress:
             raise ImportError("progress=True needs tqdm: pip install torch-ocs[progress]") from None
         return layers
-    # disable=None: only where a terminal looks on
-    return tqdm(layers, "quantize", unit="layer", delay=0 if progress else 2, disable=False if progress else None)
+    return tqdm(layers, "quantize", unit="layer", delay=0 if progress else 2)
