@@ -15,6 +15,8 @@ static const ocs_kernels kernels_ref = {
     .quantize = ocs_quantize_ref,
     .dequantize = ocs_dequantize_ref,
     .fake_quantize = ocs_fake_quantize_ref,
+    .pack = ocs_pack_ref,
+    .unpack = ocs_unpack_ref,
 };
 
 static bool always(void) {
@@ -93,6 +95,7 @@ const char *ocs_status_text(ocs_status status) {
     case OCS_BAD_PLAN: return "source, depth and offset are no split plan of this shape";
     case OCS_NOT_FINITE: return "the values hold NaN or Inf";
     case OCS_TOO_LARGE: return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep";
+    case OCS_BAD_CODE: return "an integer is outside -qmax .. qmax, or bits beyond the last one are not 0";
     case OCS_BAD_ISA: return "this build or CPU does not have that instruction set";
     }
     return "unknown status";

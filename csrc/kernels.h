@@ -56,6 +56,10 @@ typedef struct {
     void (*quantize)(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax);
     void (*dequantize)(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed);
     void (*fake_quantize)(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin, float qmax);
+
+    /* N codes to and from ceil(N bits / 8) bytes, no byte more; both return the largest code. */
+    uint8_t (*pack)(uint8_t *restrict packed, const int8_t *q, int64_t N, int bits);
+    uint8_t (*unpack)(int8_t *restrict q, const uint8_t *packed, int64_t N, int bits);
 } ocs_kernels;
 
 /* The row of the table in use. */
@@ -76,6 +80,8 @@ void ocs_squared_error_ref(double error[2], const float *x, const float *q, int6
 void ocs_quantize_ref(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax);
 void ocs_dequantize_ref(float *restrict x, const uint8_t *q, int64_t N, float scale, bool is_signed);
 void ocs_fake_quantize_ref(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin, float qmax);
+uint8_t ocs_pack_ref(uint8_t *restrict packed, const int8_t *q, int64_t N, int bits);
+uint8_t ocs_unpack_ref(int8_t *restrict q, const uint8_t *packed, int64_t N, int bits);
 
 /* The bits of |x|: for non-negative floats they order as the values do, with Inf and NaN above all numbers. */
 static inline uint32_t ocs_abs_bits(float x) {

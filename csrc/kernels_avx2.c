@@ -262,6 +262,77 @@ AVX2 static void quantize_avx2(uint8_t *restrict q, const float *x, int64_t N, f
     ocs_quantize_ref(q + i, x + i, N - i, scale, qmin, qmax);
 }
 
+/* --- k bits ----------------------------------------------------------------------------------- */
+
+/* A run of eight codes is one 64-bit lane. Fields of 8, 16, then 32 bits are joined in pairs: the upper moves down to
+   where the lower ends. Each mask keeps the lower field of a pair. */
+AVX2 static inline __m256i join(__m256i x, __m256i mask, int field, int bits) {
+    const __m256i lower = _mm256_and_si256(x, mask), upper = _mm256_andnot_si256(mask, x);
+    return _mm256_or_si256(lower, _mm256_srl_epi64(upper, _mm_cvtsi32_si128(field - bits)));
+}
+
+/* The largest of 32 bytes. */
+AVX2 static inline uint8_t largest_byte(__m256i x) {
+    uint8_t bytes[32], largest = 0;
+    _mm256_storeu_si256((__m256i *)bytes, x);
+    for (int i = 0; i < 32; ++i) {
+        largest = bytes[i] > largest ? bytes[i] : largest;
+    }
+    return largest;
+}
+
+static inline uint8_t larger_byte(uint8_t a, uint8_t b) {
+    return a > b ? a : b;
+}
+
+/* Four runs at once. A run is stored as eight bytes, of which the next one overwrites 8 - bits: the last runs, which
+   would write past the end, are left to the plain kernel. */
+AVX2 static uint8_t pack_avx2(uint8_t *restrict packed, const int8_t *q, int64_t N, int bits) {
+    const __m256i qmax = _mm256_set1_epi8((char)ocs_qmax(bits));
+    const __m256i bytes = _mm256_set1_epi16(0x00ff), words = _mm256_set1_epi32(0xffff);
+    const __m256i halves = _mm256_set1_epi64x(0xffffffff);
+    __m256i largest = _mm256_setzero_si256();
+    int64_t i = 0, at = 0;
+    for (; at + 3 * bits + 8 <= N / 8 * bits; i += 32, at += 4 * bits) {
+        const __m256i codes = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)(q + i)), qmax);
+        largest = _mm256_max_epu8(largest, codes);
+        const __m256i runs = join(join(join(codes, bytes, 8, bits), words, 16, 2 * bits), halves, 32, 4 * bits);
+        uint64_t run[4];
+        _mm256_storeu_si256((__m256i *)run, runs);
+        for (int j = 0; j < 4; ++j) {
+            memcpy(packed + at + j * bits, &run[j], sizeof run[j]);
+        }
+    }
+    return larger_byte(largest_byte(largest), ocs_pack_ref(packed + at, q + i, N - i, bits));
+}
+
+/* The reverse: the upper of two fields of `bits` moves up to where it begins once unpacked. */
+AVX2 static inline __m256i part(__m256i x, __m256i mask, int field, int bits) {
+    const __m128i distance = _mm_cvtsi32_si128(field - bits);
+    const __m256i lower = _mm256_and_si256(mask, _mm256_srl_epi64(mask, distance));
+    const __m256i upper = _mm256_sll_epi64(lower, _mm_cvtsi32_si128(field));
+    return _mm256_or_si256(_mm256_and_si256(x, lower), _mm256_and_si256(_mm256_sll_epi64(x, distance), upper));
+}
+
+AVX2 static uint8_t unpack_avx2(int8_t *restrict q, const uint8_t *packed, int64_t N, int bits) {
+    const __m256i qmax = _mm256_set1_epi8((char)ocs_qmax(bits));
+    const __m256i bytes = _mm256_set1_epi16(0x00ff), words = _mm256_set1_epi32(0xffff);
+    const __m256i halves = _mm256_set1_epi64x(0xffffffff);
+    __m256i largest = _mm256_setzero_si256();
+    int64_t i = 0, at = 0;
+    for (; at + 3 * bits + 8 <= N / 8 * bits; i += 32, at += 4 * bits) {
+        uint64_t run[4];
+        for (int j = 0; j < 4; ++j) {
+            memcpy(&run[j], packed + at + j * bits, sizeof run[j]);
+        }
+        const __m256i runs = _mm256_loadu_si256((const __m256i *)run);
+        const __m256i codes = part(part(part(runs, halves, 32, 4 * bits), words, 16, 2 * bits), bytes, 8, bits);
+        largest = _mm256_max_epu8(largest, codes);
+        _mm256_storeu_si256((__m256i *)(q + i), _mm256_sub_epi8(codes, qmax));
+    }
+    return larger_byte(largest_byte(largest), ocs_unpack_ref(q + i, packed + at, N - i, bits));
+}
+
 const ocs_kernels ocs_kernels_avx2 = {
     .isa = "avx2",
     .abs_max = abs_max_avx2,
@@ -274,5 +345,7 @@ const ocs_kernels ocs_kernels_avx2 = {
     .quantize = quantize_avx2,
     .dequantize = dequantize_avx2,
     .fake_quantize = fake_quantize_avx2,
+    .pack = pack_avx2,
+    .unpack = unpack_avx2,
 };
 #endif

@@ -1,121 +1,10 @@
 /* ocs._C: the kernels on numpy arrays, through CPython's limited API and numpy's C API.
 
    Every function checks its arguments, allocates the result and calls one entry of ocs.h with the GIL released.
-   Argument order and names are those of torch.ops.ocs (torch_shim.cpp). What is wrong with an argument is a TypeError
-   or ValueError that starts with the function's name. */
-#define PY_SSIZE_T_CLEAN
-#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
-#include <Python.h>
+   Argument order and names are those of torch.ops.ocs (torch_shim.cpp). */
+#include "arrays.h"
 
-#include <numpy/arrayobject.h>
-
-#include "ocs.h"
-
-#include <float.h>
-#include <math.h>
 #include <stdlib.h>
-
-/* --- Arguments and results -------------------------------------------------------------------- */
-
-/* The exception for a status; NULL, so that a caller can return it. */
-static PyObject *fail(const char *function, ocs_status status) {
-    PyObject *type = status == OCS_NO_MEMORY ? PyExc_MemoryError : PyExc_ValueError;
-    return PyErr_Format(type, "%s: %s", function, ocs_status_text(status));
-}
-
-/* A new reference to a C-contiguous array of `type`, converted if need be: floats to float32, integers as they are. */
-static PyArrayObject *input(const char *function, const char *name, PyObject *object, int type, int min_rank) {
-    if (PyErr_Occurred()) { /* an argument before this one is wrong */
-        return NULL;
-    }
-    if (!PyArray_Check(object)) {
-        return (PyArrayObject *)PyErr_Format(PyExc_TypeError, "%s: %s must be a numpy array", function, name);
-    }
-    PyArrayObject *array = (PyArrayObject *)object;
-    if (type == NPY_FLOAT32 ? !PyArray_ISFLOAT(array) : PyArray_TYPE(array) != type) {
-        PyObject *wanted = (PyObject *)PyArray_DescrFromType(type);
-        PyErr_Format(PyExc_TypeError, "%s: %s must hold %S%s, not %S", function, name, wanted,
-                     type == NPY_FLOAT32 ? " (or another float type)" : "", PyArray_DESCR(array));
-        Py_XDECREF(wanted);
-        return NULL;
-    }
-    if (PyArray_NDIM(array) < min_rank) {
-        return (PyArrayObject *)PyErr_Format(PyExc_ValueError, "%s: %s must have at least %d dimensions, not %d",
-                                             function, name, min_rank, PyArray_NDIM(array));
-    }
-    int flags = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | NPY_ARRAY_NOTSWAPPED | NPY_ARRAY_FORCECAST;
-    return (PyArrayObject *)PyArray_FromAny(object, PyArray_DescrFromType(type), 0, 0, flags, NULL);
-}
-
-static PyArrayObject *output(int rank, const npy_intp *dims, int type) {
-    return (PyArrayObject *)PyArray_SimpleNew(rank, (npy_intp *)dims, type);
-}
-
-/* Returns the result and drops what was taken; on a bad status, or where no result could be made, the exception. */
-static PyObject *finish(const char *function, ocs_status status, PyArrayObject *result, PyArrayObject *const *taken,
-                        int count) {
-    for (int i = 0; i < count; ++i) {
-        Py_XDECREF((PyObject *)taken[i]);
-    }
-    if (status != OCS_OK && !PyErr_Occurred()) {
-        fail(function, status);
-    }
-    if (PyErr_Occurred()) {
-        Py_XDECREF((PyObject *)result);
-        return NULL;
-    }
-    return (PyObject *)result;
-}
-#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
-
-/* O, C and K of a weight or of expanded integers [O, C, ...]. */
-static bool read_shape(const char *function, PyArrayObject *w, long long groups, ocs_shape *shape) {
-    const npy_intp *dims = PyArray_DIMS(w);
-    *shape = (ocs_shape){.G = groups, .O = dims[0], .C = dims[1], .K = 1};
-    for (int i = 2; i < PyArray_NDIM(w); ++i) {
-        shape->K *= dims[i];
-    }
-    bool valid = groups == 1 || (groups > 1 && groups <= shape->O && shape->O % groups == 0);
-    if (!valid) {
-        PyErr_Format(PyExc_ValueError, "%s: groups=%lld must divide the %lld output channels", function, groups,
-                     (long long)shape->O);
-    }
-    return valid;
-}
-
-/* S from the length of a plan's array. */
-static bool read_splits(const char *function, PyArrayObject *source, ocs_shape *shape) {
-    npy_intp length = PyArray_SIZE(source);
-    shape->S = length / shape->G - shape->C;
-    if (length % shape->G != 0 || shape->S < 0) {
-        PyErr_Format(PyExc_ValueError, "%s: a source of %lld channels does not fit %lld groups of %lld", function,
-                     (long long)length, (long long)shape->G, (long long)shape->C);
-        return false;
-    }
-    return true;
-}
-
-/* 0 where one scale serves all, 1 where each output channel has its own. */
-static bool read_stride(const char *function, PyArrayObject *scale, npy_intp rows, int *stride) {
-    *stride = PyArray_NDIM(scale);
-    bool valid = *stride == 0 || (*stride == 1 && PyArray_SIZE(scale) == rows);
-    if (!valid) {
-        PyErr_Format(PyExc_ValueError, "%s: scale must have no dimension, or one of the %lld output channels", function,
-                     (long long)rows);
-    }
-    return valid;
-}
-
-/* A number as float32; beyond its range it becomes Inf, which the entries refuse. */
-static bool read_number(const char *function, const char *name, PyObject *object, float *value) {
-    double number = PyFloat_AsDouble(object);
-    if (PyErr_Occurred()) {
-        PyErr_Format(PyExc_TypeError, "%s: %s must be one number", function, name);
-        return false;
-    }
-    *value = fabs(number) > FLT_MAX ? (float)copysign(INFINITY, number) : (float)number;
-    return true;
-}
 
 /* --- Where the outliers are ------------------------------------------------------------------- */
 
@@ -426,8 +315,8 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     if (x != NULL) {
         int64_t size = PyArray_SIZE(q), row = rows > 0 ? size / rows : 0;
         Py_BEGIN_ALLOW_THREADS;
-        status =
-            ocs_dequantize_f32(PyArray_DATA(x), PyArray_DATA(q), PyArray_DATA(scale), stride, rows, row, is_signed);
+        status = ocs_dequantize_f32(PyArray_DATA(x), PyArray_DATA(q), PyArray_DATA(scale), stride, rows, row, row,
+                                    is_signed);
         Py_END_ALLOW_THREADS;
     }
     return finish("dequantize", status, x, taken, COUNT(taken));
@@ -452,6 +341,57 @@ static PyObject *py_fake_quantize(PyObject *self, PyObject *args) {
         Py_END_ALLOW_THREADS;
     }
     return finish("fake_quantize", status, x_hat, &x, 1);
+}
+
+/* --- k bits ----------------------------------------------------------------------------------- */
+
+static PyObject *py_pack(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *q_object;
+    int bits;
+    if (!PyArg_ParseTuple(args, "Oi:pack", &q_object, &bits)) {
+        return NULL;
+    }
+    if (bits < 2 || bits > 8) {
+        return fail("pack", OCS_BAD_BITS);
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *packed = NULL, *q = input("pack", "ints", q_object, NPY_INT8, 0);
+    if (q != NULL) {
+        packed = output(1, (npy_intp[]){(npy_intp)ocs_packed_bytes(PyArray_SIZE(q), bits)}, NPY_UINT8);
+    }
+    if (packed != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_pack_i8(PyArray_DATA(packed), PyArray_DATA(q), PyArray_SIZE(q), bits);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("pack", status, packed, &q, 1);
+}
+
+static PyObject *py_unpack(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *packed_object;
+    long long numel;
+    int bits;
+    if (!PyArg_ParseTuple(args, "OLi:unpack", &packed_object, &numel, &bits)) {
+        return NULL;
+    }
+    if (bits < 2 || bits > 8) {
+        return fail("unpack", OCS_BAD_BITS);
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *q = NULL, *packed = input("unpack", "packed", packed_object, NPY_UINT8, 1);
+    if (packed != NULL) {
+        const bool fits = numel >= 0 && ocs_packed_bytes(numel, bits) == PyArray_SIZE(packed);
+        status = fits ? OCS_OK : OCS_BAD_SHAPE;
+        q = fits ? output(1, (npy_intp[]){(npy_intp)numel}, NPY_INT8) : NULL;
+    }
+    if (q != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_unpack_i8(PyArray_DATA(q), PyArray_DATA(packed), numel, bits);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("unpack", status, q, &packed, 1);
 }
 
 /* --- The module ------------------------------------------------------------------------------- */
@@ -489,6 +429,8 @@ static PyMethodDef methods[] = {
     {"quantize", py_quantize, METH_VARARGS, "quantize(x, scale, bits, signed) -> int8 or uint8"},
     {"dequantize", py_dequantize, METH_VARARGS, "dequantize(q, scale) -> float32"},
     {"fake_quantize", py_fake_quantize, METH_VARARGS, "fake_quantize(x, scale, bits, signed) -> float32"},
+    {"pack", py_pack, METH_VARARGS, "pack(ints, bits) -> uint8 [ceil(N bits / 8)]"},
+    {"unpack", py_unpack, METH_VARARGS, "unpack(packed, numel, bits) -> int8 [numel]"},
     {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set in use"},
     {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): 'auto', 'avx2' or 'ref'"},
     {NULL, NULL, 0, NULL},

@@ -47,6 +47,7 @@ typedef enum {
     OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
     OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than 22 deep */
+    OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
     OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
 } ocs_status;
 
@@ -136,12 +137,25 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
 /* q = clamp(round_half_even(x / scale)); int8 where is_signed, else uint8. NaN gives 0. */
 ocs_status ocs_quantize_f32(void *q, const float *x, int64_t N, float scale, int bits, bool is_signed);
 
-/* x [O, N] = q * scale, q int8 where is_signed, else uint8; one scale, or one per row (scale_stride 1). */
+/* x [O, N] = q * scale, q int8 where is_signed, else uint8; one scale, or one per row (scale_stride 1). A row of q
+   starts q_stride elements after the one before. */
 ocs_status ocs_dequantize_f32(float *x, const void *q, const float *scale, int64_t scale_stride, int64_t O, int64_t N,
-                              bool is_signed);
+                              int64_t q_stride, bool is_signed);
 
 /* x_hat = scale * clamp(round_half_even(x / scale)). Inf saturates, NaN stays NaN, zero comes out as +0. */
 ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float scale, int bits, bool is_signed);
+
+/* --- k-bit integers in k bits (pack.c) -------------------------------------------------------- */
+
+/* ceil(N bits / 8). */
+int64_t ocs_packed_bytes(int64_t N, int bits);
+
+/* packed [ocs_packed_bytes(N, bits)] of q [N], in [-qmax, qmax]: the codes q + qmax without gaps, low bits first.
+   OCS_BAD_CODE: q is outside, and what was written is of no use. */
+ocs_status ocs_pack_i8(uint8_t *packed, const int8_t *q, int64_t N, int bits);
+
+/* And back. OCS_BAD_CODE: no integers were packed so; q is then of no use. */
+ocs_status ocs_unpack_i8(int8_t *q, const uint8_t *packed, int64_t N, int bits);
 
 #ifdef __cplusplus
 }

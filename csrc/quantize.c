@@ -225,7 +225,7 @@ typedef struct {
     const float *x_in;
     uint8_t *q_out;
     const uint8_t *q_in;
-    int64_t N;
+    int64_t N, q_stride;
     const float *scale;
     int64_t scale_stride;
     float qmin, qmax;
@@ -273,14 +273,14 @@ ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float 
 static void dequantize_rows(int64_t begin, int64_t end, void *ctx) {
     const array_job *job = ctx;
     for (int64_t o = begin; o < end; ++o) {
-        job->kernels->dequantize(job->x_out + o * job->N, job->q_in + o * job->N, job->N,
+        job->kernels->dequantize(job->x_out + o * job->N, job->q_in + o * job->q_stride, job->N,
                                  job->scale[o * job->scale_stride], job->is_signed);
     }
 }
 
 ocs_status ocs_dequantize_f32(float *x, const void *q, const float *scale, int64_t scale_stride, int64_t O, int64_t N,
-                              bool is_signed) {
-    array_job job = {.x_out = x, .q_in = q, .N = N, .scale = scale, .scale_stride = scale_stride};
+                              int64_t q_stride, bool is_signed) {
+    array_job job = {.x_out = x, .q_in = q, .N = N, .q_stride = q_stride, .scale = scale, .scale_stride = scale_stride};
     job.is_signed = is_signed;
     job.kernels = ocs_kernel_table();
     ocs_status status = check_scale(scale, scale_stride == 0 ? 1 : O);

@@ -309,15 +309,30 @@ Tensor quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, bool is_
     return q;
 }
 
+// Whether each row (all but the first axis) is contiguous: of a slice such as q[:, a:b] only their distance is larger.
+bool rows_contiguous(const Tensor &t) {
+    int64_t expected = 1;
+    for (int64_t i = t.dim() - 1; i > 0; --i) {
+        if (t.size(i) != 1 && t.stride(i) != expected) {
+            return false;
+        }
+        expected *= t.size(i);
+    }
+    return t.dim() > 0 && t.stride(0) >= expected;
+}
+
 Tensor dequantize(const Tensor &q_any, const Tensor &scale_any) {
     const bool is_signed = q_any.scalar_type() == ScalarType::Char;
-    const Tensor q = integers("dequantize", "q", q_any, is_signed ? ScalarType::Char : ScalarType::Byte, 0);
+    const ScalarType type = is_signed ? ScalarType::Char : ScalarType::Byte;
+    const bool in_place = q_any.scalar_type() == type && rows_contiguous(q_any);
+    const Tensor q = in_place ? q_any : integers("dequantize", "q", q_any, type, 0);
     const Tensor scale = floats("dequantize", "scale", scale_any);
     const int64_t rows = q.dim() > 0 ? q.size(0) : 1;
     Tensor x = empty(sizes_of(q), ScalarType::Float);
+    const int64_t row = rows ? q.numel() / rows : 0;
     check("dequantize",
           ocs_dequantize_f32(write<float>(x), q.const_data_ptr(), read<float>(scale),
-                             stride_of("dequantize", scale, rows), rows, rows ? q.numel() / rows : 0, is_signed));
+                             stride_of("dequantize", scale, rows), rows, row, in_place ? q.stride(0) : row, is_signed));
     return x;
 }
 
@@ -362,6 +377,31 @@ Tensor fake_quantize(const Tensor &x_any, const Tensor &scale, int64_t bits, boo
     return converted ? torch::stable::to(x_hat, x_any.scalar_type()) : x_hat;
 }
 
+// --- k bits --------------------------------------------------------------------------------------
+
+Tensor pack(const Tensor &q_any, int64_t bits) {
+    const Tensor q = integers("pack", "ints", q_any, ScalarType::Char, 0);
+    if (bits < 2 || bits > 8) {
+        check("pack", OCS_BAD_BITS);
+    }
+    Tensor packed = empty({ocs_packed_bytes(q.numel(), narrow(bits))}, ScalarType::Byte);
+    check("pack", ocs_pack_i8(write<uint8_t>(packed), read<int8_t>(q), q.numel(), narrow(bits)));
+    return packed;
+}
+
+Tensor unpack(const Tensor &packed_any, int64_t numel, int64_t bits) {
+    const Tensor packed = integers("unpack", "packed", packed_any, ScalarType::Byte);
+    if (bits < 2 || bits > 8) {
+        check("unpack", OCS_BAD_BITS);
+    }
+    if (numel < 0 || ocs_packed_bytes(numel, narrow(bits)) != packed.numel()) {
+        fail("unpack", "packed has another size than that many integers");
+    }
+    Tensor q = empty({numel}, ScalarType::Char);
+    check("unpack", ocs_unpack_i8(write<int8_t>(q), read<uint8_t>(packed), numel, narrow(bits)));
+    return q;
+}
+
 // --- Threads -------------------------------------------------------------------------------------
 
 void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
@@ -384,6 +424,8 @@ STABLE_TORCH_LIBRARY(ocs, m) {
     m.def("quantize(Tensor x, Tensor scale, int bits, bool signed) -> Tensor");
     m.def("dequantize(Tensor q, Tensor scale) -> Tensor");
     m.def("fake_quantize(Tensor x, Tensor scale, int bits, bool signed) -> Tensor");
+    m.def("pack(Tensor ints, int bits) -> Tensor");
+    m.def("unpack(Tensor packed, int numel, int bits) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ocs, CPU, m) {
@@ -398,4 +440,6 @@ STABLE_TORCH_LIBRARY_IMPL(ocs, CPU, m) {
     m.impl("quantize", TORCH_BOX(&quantize));
     m.impl("dequantize", TORCH_BOX(&dequantize));
     m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
+    m.impl("pack", TORCH_BOX(&pack));
+    m.impl("unpack", TORCH_BOX(&unpack));
 }

@@ -23,6 +23,8 @@ KERNELS = (
     "quantize",
     "dequantize",
     "fake_quantize",
+    "pack",
+    "unpack",
 )
 GRID_LIMIT, MAX_DEPTH = 2.0**30, 22
 
@@ -166,6 +168,27 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """Scale * clamp(round_half_even(x / scale)) in the dtype of x; NaN stays, zero comes out as +0."""
     return ((_to_grid(x, scale, bits, signed) + 0.0) * scale.to(x.device, torch.float32).reshape(())).to(x.dtype)
+
+
+def pack(ints: Tensor, bits: int) -> Tensor:
+    """The codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
+    qmax = grid(bits, True)[1]
+    codes = ints.flatten().int() + qmax
+    _require(ints.dtype == torch.int8 and _all((codes >= 0) & (codes <= 2 * qmax)), "pack", "an integer is outside")
+    stream = (codes[:, None] >> torch.arange(bits, device=codes.device) & 1).flatten()
+    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8))
+    return (stream.reshape(-1, 8) << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, numel: int, bits: int) -> Tensor:
+    """And back: int8 [numel]."""
+    qmax = grid(bits, True)[1]
+    fits = packed.dtype == torch.uint8 and numel >= 0 and packed.dim() and (numel * bits + 7) // 8 == packed.numel()
+    _require(bool(fits), "unpack", "packed has another size or dtype")
+    stream = (packed.flatten().int()[:, None] >> torch.arange(8, device=packed.device) & 1).flatten()
+    codes = (stream[: numel * bits].reshape(-1, bits) << torch.arange(bits, device=packed.device)).sum(1)
+    _require(_all(codes <= 2 * qmax) and _all(stream[numel * bits :] == 0), "unpack", "an integer is outside")
+    return (codes - qmax).to(torch.int8)
 
 
 def grid(bits: int, signed: bool) -> tuple[int, int]:

@@ -111,6 +111,16 @@ def _(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.register_fake("ocs::pack")
+def _(ints: Tensor, bits: int) -> Tensor:
+    return ints.new_empty((ints.numel() * bits + 7) // 8, dtype=torch.uint8)
+
+
+@torch.library.register_fake("ocs::unpack")
+def _(packed: Tensor, numel: int, bits: int) -> Tensor:
+    return packed.new_empty(numel, dtype=torch.int8)
+
+
 # --- Gradient ---------------------------------------------------------------------------------------------------------
 
 

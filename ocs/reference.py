@@ -190,3 +190,20 @@ def dequantize(q: NDArray, scale: Floats) -> Floats:
 def fake_quantize(x: Floats, scale: float, bits: int, signed: bool) -> Floats:
     """Scale * clamp(round_half_even(x / scale)); NaN stays, zero comes out as +0."""
     return (np.clip(np.rint(x / np.float32(scale)), *grid(bits, signed)) + np.float32(0)) * np.float32(scale)
+
+
+# --- k bits -----------------------------------------------------------------------------------------------------------
+
+
+def pack(ints: Ints, bits: int) -> NDArray[np.uint8]:
+    """The codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
+    codes = (ints.ravel().astype(np.int64) + grid(bits, True)[1]).astype(np.uint8)
+    stream = np.unpackbits(codes[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(stream, bitorder="little")
+
+
+def unpack(packed: NDArray[np.uint8], numel: int, bits: int) -> Ints:
+    """And back: int8 [numel]."""
+    stream = np.unpackbits(packed, count=numel * bits, bitorder="little").reshape(numel, bits)
+    codes = np.packbits(stream, axis=1, bitorder="little").ravel()
+    return (codes.astype(np.int64) - grid(bits, True)[1]).astype(np.int8)

@@ -225,3 +225,48 @@ def test_maxima_tell_what_is_not_finite(isa: str, bad: float, at: int) -> None:
     assert np.flatnonzero(~np.isfinite(largest)).tolist() == [at % 30]
     with pytest.raises(ValueError, match="NaN or Inf"):
         _C.split_plan(largest, 1, 1)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("size", [*range(18), 31, 32, 33, 63, 64, 65, 1000, 300_007])
+def test_packing_equals_its_twin_and_comes_back(isa: str, size: int, bits: int) -> None:
+    """300,007 are worth several threads, which must not write into each other's bytes."""
+    qmax = 2 ** (bits - 1) - 1
+    ints = np.random.default_rng(size).integers(-qmax, qmax + 1, size).astype(np.int8)
+    packed = both("pack", ints, bits)
+    assert_same(packed, reference.pack(ints, bits))
+    assert packed.size == -(-size * bits // 8)
+    assert_same(both("unpack", packed, size, bits), ints)
+    assert_same(reference.unpack(packed, size, bits), ints)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("at", [0, 7, 40, 99, 100])
+def test_integers_that_do_not_fit_are_refused_wherever_they_are(isa: str, at: int, bits: int) -> None:
+    qmax = 2 ** (bits - 1) - 1
+    ints = np.zeros(101, np.int8)
+    for outside in {-qmax - 1, min(qmax + 1, 127) if bits < 8 else -128}:
+        ints[at] = outside
+        with pytest.raises(ValueError, match="pack: an integer is outside"):
+            _C.pack(ints, bits)
+    stream = np.unpackbits(reference.pack(np.zeros(101, np.int8), bits), bitorder="little")
+    stream[at * bits : (at + 1) * bits] = 1  # the one code that stands for no integer
+    with pytest.raises(ValueError, match="unpack: an integer is outside"):
+        _C.unpack(np.packbits(stream, bitorder="little"), 101, bits)
+
+
+def test_bits_beyond_the_last_code_are_refused() -> None:
+    packed = _C.pack(np.zeros(3, np.int8), 5)
+    packed[-1] |= 0x80
+    with pytest.raises(ValueError, match="bits beyond the last one are not 0"):
+        _C.unpack(packed, 3, 5)
+
+
+def test_dequantize_of_a_slice_of_columns(isa: str) -> None:
+    """Read where it lies: only the rows are further apart."""
+    q = torch.randint(-7, 8, (6, 40, 3), dtype=torch.int8)
+    scale = torch.rand(6) + 0.1
+    for part in (q[:, :33], q[:, 33:], q[:, 5:6], q[::2], q[:, ::2], q[:0], q[:, :0]):
+        ours = torch.ops.ocs.dequantize(part, scale[: part.shape[0]])
+        assert_same(ours.numpy(), reference.dequantize(part.numpy(), scale[: part.shape[0]].numpy()))
+        assert ours.is_contiguous()

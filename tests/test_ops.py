@@ -21,6 +21,7 @@ PLAN = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(W, 3), 3, 4)
 SCALE = torch.tensor(0.1)
 SCALES = torch.linspace(0.05, 0.2, 12)
 INTS = torch.ops.ocs.quantize_weight(W, SCALE, *PLAN[:3], 3, 5, True)
+PACKED = torch.ops.ocs.pack(INTS, 5)
 
 CALLS = {
     "abs_max": [(W,), (W.half(),)],
@@ -35,6 +36,8 @@ CALLS = {
     "dequantize": [(INTS, SCALE), (INTS.to(torch.uint8), SCALES)],
     "fake_quantize": [(W, SCALE, 4, True), (W.bfloat16(), SCALE, 4, False), (W[::2, ::3], SCALE, 4, True),
                       (W.to(memory_format=torch.channels_last), SCALE, 8, True)],
+    "pack": [(INTS, 5), (INTS[:, ::2], 8)],
+    "unpack": [(PACKED, INTS.numel(), 5)],
 }  # fmt: skip
 EACH = [(name, args) for name, calls in CALLS.items() for args in calls]
 
@@ -188,6 +191,16 @@ HOSTILE = [
     ("histogram", (W, 4, float("nan")), "bins must be"),
     ("quantize", (W, torch.tensor(0.0), 4, True), "positive finite"),
     ("quantize", (W, torch.ones(0), 4, True), "one number"),
+    ("pack", (INTS, 4), "an integer is outside"),
+    ("pack", (INTS, 9), "bits must be 2 to 8"),
+    ("pack", (INTS, -(2**40)), "bits must be 2 to 8"),
+    ("pack", (INTS.float(), 5), "wrong dtype"),
+    ("unpack", (PACKED, INTS.numel() + 8, 5), "another size"),
+    ("unpack", (PACKED, 2**63 - 1, 5), "another size"),
+    ("unpack", (PACKED, -1, 5), "another size"),
+    ("unpack", (PACKED, INTS.numel(), 1), "bits must be 2 to 8"),
+    ("unpack", (PACKED | 255, INTS.numel(), 5), "an integer is outside"),
+    ("unpack", (PACKED.int(), INTS.numel(), 5), "wrong dtype"),
     ("dequantize", (INTS, torch.ones(5)), "scale must have"),
     ("dequantize", (INTS.int(), SCALE), "wrong dtype"),
     ("fake_quantize", (W, torch.tensor(float("nan")), 4, True), "positive finite"),
