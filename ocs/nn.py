@@ -1,10 +1,7 @@
-"""Quantized layers, in two executions with the same values (section 3 of the paper).
+"""Quantized layers: linear, convolutions, attention; recurrent ones are in ocs.recurrent.
 
-Expanded: the layer has C + n input channels and gathers its input by `source`; its integers fit k bits. This is the
-form to deploy. Folded (expand=False): the copies' weights are added back onto their source channel, so that the layer
-costs what the float one did. They agree to float rounding and hold the same state: `weight_int` int8 [O, C + n, ...],
-`scale` float32 [] or [O], `source` int64 [C + n] and the float layer's bias. `weight` is what runs: float, not saved,
-rebuilt from the integers whenever those or its dtype change.
+A linear layer or convolution runs expanded as a sum, L(x[source]; W) = L(x; W[:, :C]) + L(x[copies]; W[:, C:]): the
+original channels need not be moved, and the few copies cost little. See ocs.layer for what all of them share.
 """
 
 from __future__ import annotations
@@ -16,144 +13,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ocs.composite import source_valid
-from ocs.functional import QuantizedWeight, qmax
+from ocs.layer import QuantizedLayer
+from ocs.recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell, QuantRNN, QuantRNNCell
+
+__all__ = [
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantConvTranspose3d",
+    "QuantGRU",
+    "QuantGRUCell",
+    "QuantLSTM",
+    "QuantLSTMCell",
+    "QuantLinear",
+    "QuantMultiheadAttention",
+    "QuantRNN",
+    "QuantRNNCell",
+    "QuantizedLayer",
+]
 
 
-class QuantizedLayer(nn.Module):
-    """What the layers below share: the integers and the float weight made of them.
+class _QuantProduct(QuantizedLayer):
+    """A layer that is linear in its weight. What runs: the original channels' part, and where expanded the copies'."""
 
-    Args:
-        float_layer: the layer to replace; its hyperparameters and its bias (the same Parameter) are taken over.
-        quantized: its weight, from functional.quantize_weight.
-        bits: what the integers fit, 2 to 8.
-        expand: run expanded, else folded.
-    """
-
-    float_kind: ClassVar[type[nn.Module]]  # what it replaces
-    kept: ClassVar[tuple[str, ...]]  # the float layer's hyperparameters
-
-    groups: int = 1
-    channels_per_group: int  # C: the original input channels of one group
-
-    weight_int: Tensor
-    scale: Tensor
-    source: Tensor
-    weight: Tensor
+    original: Tensor
+    copied: Tensor | None
     bias: nn.Parameter | None
-
-    def __init__(self, float_layer: nn.Module, quantized: QuantizedWeight, bits: int, expand: bool = True) -> None:
-        super().__init__()
-        hyperparameters = {name: getattr(float_layer, name) for name in self.kept}
-        vars(self).update(hyperparameters, bits=bits, expand=expand, training=float_layer.training)
-        self.register_buffer("weight_int", quantized.ints)
-        self.register_buffer("scale", quantized.scale)
-        self.register_buffer("source", quantized.source)
-        self.register_buffer("weight", float_layer.weight.detach(), persistent=False)
-        self.register_parameter("bias", float_layer.bias)
-        self.rebuild()
+    in_dim: ClassVar[int] = 1  # of the input channels in the float layer's layout
 
     @property
-    def splits(self) -> int:
-        """The copies over all groups."""
-        return self.source.numel() - self.groups * self.channels_per_group
+    def weight(self) -> Tensor:
+        """The float weight that runs: [O, C + n, ...] where expanded, [O, C, ...] where folded."""
+        return self.original if self.copied is None else torch.cat([self.original, self.copied], self.in_dim)
+
+    def running(self, name: str) -> str:
+        """The original channels' part stands for the whole."""
+        return "original"
 
     def rebuild(self) -> None:
-        """Make `weight` from the integers again, in its dtype and memory format."""
-        if self.expand:
-            weight = torch.ops.ocs.dequantize(self.weight_int, self.scale)
+        """Both parts from the integers, each in one pass."""
+        ints, scale, _ = self.held("weight")
+        C, like = self.channels["weight"], self.original
+        self.register_buffer("copied", None, persistent=False)
+        if self.expand and self.splits:
+            copied = self.layout(torch.ops.ocs.dequantize(ints[:, C:], scale), self.groups)
+            self.set_running("copied", copied, like)
+            original = torch.ops.ocs.dequantize(ints[:, :C], scale)
         else:
-            weight = torch.ops.ocs.fold(self.weight_int, self.scale, self.source, self.groups, self.channels_per_group)
-        self.weight = weight.to(self.weight.dtype, memory_format=_memory_format(self.weight))
-
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """The input of the expanded channels; x itself where there is nothing to copy."""
-        return x.index_select(dim, self.source) if self.expand and self.splits else x
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """Moves and casts as nn.Module does, but scale stays float32 and weight is rounded once, from the integers."""
-        before = {name: getattr(self, name) for name in ("weight_int", "scale", "source")}
-        dtype = self.weight.dtype
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            if getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        if self.weight.dtype != dtype:
-            self.rebuild()
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        problem = self._problem_of(*(state_dict.get(prefix + name) for name in ("weight_int", "scale", "source")))
-        if problem:  # nothing of this layer is loaded
-            error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if self.scale.dtype != torch.float32:
-            self.scale = self.scale.float()
-        self.rebuild()
-
-    def _problem_of(self, weight_int: Tensor | None, scale: Tensor | None, source: Tensor | None) -> str:
-        """What no layer of this shape can have, or ""; shapes are compared by nn.Module."""
-        most = qmax(self.bits)
-        if _has_values(weight_int) and (
-            weight_int.dtype != torch.int8 or bool((weight_int.short().abs() > most).any())
-        ):
-            return f"weight_int is not of {self.bits}-bit integers (int8 in [-{most}, {most}])"
-        if _has_values(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
-            return "scale is not positive and finite"
-        same_shape = _has_values(source) and source.shape == self.source.shape
-        if same_shape and not source_valid(source.long(), self.groups, self.channels_per_group):
-            return "source is no split plan of this layer"
-        return ""
-
-    def extra_repr(self) -> str:
-        """Hyperparameters as the float layer shows them, then what was quantized."""
-        form = "expanded" if self.expand else "folded"
-        scales = "channel" if self.scale.dim() else "tensor"
-        shown = self.float_kind.extra_repr(self)
-        return f"{shown}, bits={self.bits}, splits={self.splits} ({form}), scale per {scales}"
+            original = self.folded("weight")
+        self.set_running("original", self.layout(original, self.groups), like)
 
 
-def _has_values(tensor: Tensor | None) -> bool:
-    return tensor is not None and not tensor.is_meta
-
-
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if weight.dim() == rank and not weight.is_contiguous() and weight.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return torch.contiguous_format
-
-
-class QuantLinear(QuantizedLayer):
+class QuantLinear(_QuantProduct):
     """nn.Linear with a quantized weight: x [..., in_features] -> [..., out_features]. Its channels are in_features."""
 
     float_kind = nn.Linear
     kept = ("in_features", "out_features")
 
-    @property
-    def channels_per_group(self) -> int:
-        """C = in_features."""
-        return self.in_features
-
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b."""
-        return F.linear(self.gather(x, -1), self.weight, self.bias)
+        if self.copied is None:
+            return F.linear(x, self.original, self.bias)
+        rows = x.reshape(-1, self.in_features)
+        y = F.linear(rows, self.original, self.bias)
+        y.addmm_(rows[:, self.copies()].to(y.dtype), self.copied.t().to(y.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-class _QuantConv(QuantizedLayer):
-    """nn.Conv1d/2d/3d with a quantized weight, batched or not; every padding mode and groups."""
+class _QuantConvolution(_QuantProduct):
+    """What convolutions of either direction share."""
 
     kept = (
         "in_channels",
@@ -167,21 +97,46 @@ class _QuantConv(QuantizedLayer):
         "output_padding",
         "_reversed_padding_repeated_twice",
     )
-    convolve: ClassVar[Callable[..., Tensor]]
 
-    @property
-    def channels_per_group(self) -> int:
-        """C = in_channels / groups."""
-        return self.in_channels // self.groups
+    def gather(self, x: Tensor) -> Tensor:
+        """The copies' input. Indexing, not index_select, which is slow on channels-last inputs."""
+        return x[(..., self.copies(), *[slice(None)] * len(self.kernel_size))]
+
+    def sum_parts(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """product(x, weight, bias) over the original channels plus that over the copies."""
+        y = product(x, self.original, self.bias)
+        if self.copied is None:
+            return y
+        return y.add_(product(self.gather(x), self.copied, None))
+
+
+class _QuantConv(_QuantConvolution):
+    """nn.Conv1d/2d/3d with a quantized weight, batched or not; every padding mode and groups."""
+
+    convolve: ClassVar[Callable[..., Tensor]]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...]."""
-        x = self.gather(x, -1 - len(self.kernel_size))
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return self.convolve(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        if self.copied is not None and self._is_pointwise() and x.dim() == 2 + len(self.kernel_size):
+            return self._pointwise(x)
+        return self.sum_parts(
+            x, lambda x, w, b: self.convolve(x, w, b, self.stride, padding, self.dilation, self.groups)
+        )
+
+    def _is_pointwise(self) -> bool:
+        plain = self.groups == 1 and (self.padding in ("valid", "same") or not any(self.padding))
+        return plain and set(self.kernel_size) == set(self.stride) == {1}
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        """A 1 x 1 convolution is mostly memory: the copies are added in one pass over the output."""
+        y = self.convolve(x, self.original, self.bias)
+        w = self.copied.flatten(1).to(y.dtype).expand(y.shape[0], -1, -1)
+        y.view(*y.shape[:2], -1).baddbmm_(w, self.gather(x).flatten(2).to(y.dtype))
+        return y
 
 
 class QuantConv1d(_QuantConv):
@@ -205,7 +160,123 @@ class QuantConv3d(_QuantConv):
     convolve = staticmethod(F.conv3d)
 
 
+class _QuantConvTranspose(_QuantConvolution):
+    """nn.ConvTranspose1d/2d/3d with a quantized weight; its integers are [O, C + n, ...] like those of any layer."""
+
+    convolve: ClassVar[Callable[..., Tensor]]
+    in_dim = 0
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight that runs, [groups (C + n), O / groups, ...], group by group."""
+        if self.copied is None:
+            return self.original
+        parts = [part.unflatten(0, (self.groups, -1)) for part in (self.original, self.copied)]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    @staticmethod
+    def layout(weight: Tensor, groups: int) -> Tensor:
+        """[groups C, O / groups, ...] as [O, C, ...], and back."""
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...], of `output_size` where given."""
+        output_padding = self.float_kind._output_padding(
+            self, x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        return self.sum_parts(
+            x,
+            lambda x, w, b: self.convolve(
+                x, w, b, self.stride, self.padding, output_padding, self.groups, self.dilation
+            ),
+        )
+
+
+class QuantConvTranspose1d(_QuantConvTranspose):
+    """nn.ConvTranspose1d with a quantized weight: x [N, C, L]."""
+
+    float_kind = nn.ConvTranspose1d
+    convolve = staticmethod(F.conv_transpose1d)
+
+
+class QuantConvTranspose2d(_QuantConvTranspose):
+    """nn.ConvTranspose2d with a quantized weight: x [N, C, H, W]."""
+
+    float_kind = nn.ConvTranspose2d
+    convolve = staticmethod(F.conv_transpose2d)
+
+
+class QuantConvTranspose3d(_QuantConvTranspose):
+    """nn.ConvTranspose3d with a quantized weight: x [N, C, D, H, W]."""
+
+    float_kind = nn.ConvTranspose3d
+    convolve = staticmethod(F.conv_transpose3d)
+
+
+class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
+    """nn.MultiheadAttention with quantized input projections; its forward is torch's own, with every mask and option.
+
+    That forward reads in_proj_weight (or q_, k_ and v_proj_weight) and out_proj.weight itself, so they run folded. The
+    output projection is a QuantLinear.
+    """
+
+    float_kind = nn.MultiheadAttention
+    kept = (
+        "embed_dim",
+        "kdim",
+        "vdim",
+        "num_heads",
+        "head_dim",
+        "dropout",
+        "batch_first",
+        "add_zero_attn",
+        "_qkv_same_embed_dim",
+    )
+    kept_children = ("out_proj",)
+    only_folded = "its forward reads its weights itself"
+
+    @staticmethod
+    def weight_names(float_layer: nn.Module) -> tuple[str, ...]:
+        """One weight for all three projections, or one each where their inputs differ in size."""
+        if float_layer._qkv_same_embed_dim:
+            return ("in_proj_weight",)
+        return ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+    @staticmethod
+    def other_names(float_layer: nn.Module) -> tuple[str, ...]:
+        """The bias, the weights that it does without (None), and the additional key and value."""
+        names = (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "in_proj_bias",
+            "bias_k",
+            "bias_v",
+        )
+        return tuple(name for name in names if name not in QuantMultiheadAttention.weight_names(float_layer))
+
+
 #: The float layers that can be quantized, and what replaces them.
 REPLACEMENTS: dict[type[nn.Module], type[QuantizedLayer]] = {
-    kind.float_kind: kind for kind in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
+    kind.float_kind: kind
+    for kind in (
+        QuantConv1d,
+        QuantConv2d,
+        QuantConv3d,
+        QuantConvTranspose1d,
+        QuantConvTranspose2d,
+        QuantConvTranspose3d,
+        QuantLinear,
+        QuantLSTM,
+        QuantGRU,
+        QuantRNN,
+        QuantLSTMCell,
+        QuantGRUCell,
+        QuantRNNCell,
+        QuantMultiheadAttention,
+    )
 }
+CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(
+    kind.float_kind for kind in REPLACEMENTS.values() if issubclass(kind, _QuantConvolution)
+)

@@ -12,7 +12,7 @@ from torch import nn
 
 import ocs
 from ocs import reference
-from ocs.functional import QuantizedWeight, plan_splits, quantize_weight
+from ocs.functional import QuantizedWeight, quantize_weight
 from ocs.nn import REPLACEMENTS, QuantizedLayer
 
 # layer, input shape
@@ -26,6 +26,18 @@ LAYERS = {
     "conv2d, grouped": (lambda: nn.Conv2d(12, 6, 3, groups=3, dilation=2), (2, 12, 9, 9)),
     "conv2d, depthwise": (lambda: nn.Conv2d(12, 24, 3, groups=12), (2, 12, 9, 9)),
     "conv2d, circular": (lambda: nn.Conv2d(10, 6, 3, padding=1, padding_mode="circular"), (2, 10, 9, 9)),
+    "conv2d, pointwise": (lambda: nn.Conv2d(10, 6, 1), (2, 10, 9, 9)),
+    "conv2d, pointwise, unbatched": (lambda: nn.Conv2d(10, 6, 1, padding="valid"), (10, 9, 9)),
+    "conv2d, pointwise, strided": (lambda: nn.Conv2d(10, 6, 1, stride=2), (2, 10, 9, 9)),
+    "conv2d, pointwise, padded": (lambda: nn.Conv2d(10, 6, 1, padding=1), (2, 10, 9, 9)),
+    "conv2d, pointwise, reflect": (lambda: nn.Conv2d(10, 6, 1, padding=1, padding_mode="reflect"), (2, 10, 9, 9)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(10, 6, 5, stride=2, output_padding=1), (3, 10, 20)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(10, 6, 3, stride=2, padding=1, bias=False), (2, 10, 9, 9)),
+    "transposed 2d, grouped": (lambda: nn.ConvTranspose2d(12, 6, 3, groups=3, dilation=2), (2, 12, 9, 9)),
+    "transposed 2d, depthwise": (lambda: nn.ConvTranspose2d(12, 24, 3, groups=12), (2, 12, 9, 9)),
+    "transposed 2d, unbatched": (lambda: nn.ConvTranspose2d(10, 6, 3), (10, 9, 9)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(10, 6, 3), (2, 10, 4, 4, 4)),
+    "conv3d, pointwise": (lambda: nn.Conv3d(10, 6, 1), (2, 10, 5, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(10, 6, 3, padding=(1, 0, 1)), (2, 10, 5, 5, 5)),
 }
 
@@ -39,8 +51,10 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def quantized(layer: nn.Module, *, expand: bool, bits: int = 5, r: float = 0.2, granularity: str = "tensor"):
-    weight = quantize_weight(layer.weight, bits, r, granularity=granularity, groups=getattr(layer, "groups", 1))
-    return REPLACEMENTS[type(layer)](layer, weight, bits, expand)
+    groups = getattr(layer, "groups", 1)
+    w = REPLACEMENTS[type(layer)].layout(layer.weight, groups)
+    weight = quantize_weight(w, bits, r, granularity=granularity, groups=groups)
+    return REPLACEMENTS[type(layer)](layer, {"weight": weight}, bits, expand)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
@@ -50,7 +64,12 @@ def test_expanded_and_folded_agree(name: str, granularity: str) -> None:
     layer, x = make(name)
     expanded, folded = (quantized(layer, expand=e, granularity=granularity) for e in (True, False))
     assert folded.weight.shape == layer.weight.shape
-    assert expanded.weight.shape[1] == layer.weight.shape[1] + expanded.splits // getattr(layer, "groups", 1)
+    groups = getattr(layer, "groups", 1)
+    w = expanded.layout(layer.weight, groups)
+    assert expanded.layout(expanded.weight, groups).shape[1] == w.shape[1] + expanded.splits // groups
+    assert tuple(expanded.weight.shape) == expanded.expanded_shape("weight")
+    ints, scale, _ = expanded.held("weight")
+    assert torch.equal(expanded.weight, expanded.layout(torch.ops.ocs.dequantize(ints, scale), groups))
     a, b = expanded(x).detach(), folded(x).detach()
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
 
@@ -72,22 +91,24 @@ def test_splitting_alone_changes_nothing(name: str, naive: bool) -> None:
     """Functional equivalence before rounding (eq. 5 and 6): split the float weight, gather the input, same output."""
     layer, x = make(name)
     groups = getattr(layer, "groups", 1)
-    plan = plan_splits(layer.weight.detach(), 0.5, groups)
-    unit = 0.1
-    parts = []
-    for w in (layer.weight.detach().numpy() / unit).reshape(groups, -1, *layer.weight.shape[1:]).astype("f8"):
-        splits = plan.source.numel() // groups - w.shape[1]
-        parts.append(reference.split_channels(w, reference.pick_channels(w, splits), not naive)[0] * unit)
-    split = torch.cat([torch.from_numpy(part) for part in parts]).float()
     expanded = quantized(layer, expand=True, r=0.5)
-    expanded.weight = split
+    weight = expanded.layout(layer.weight.detach(), groups)
+    unit, C = 0.1, weight.shape[1]
+    parts = []
+    for w in (weight.numpy() / unit).reshape(groups, -1, *weight.shape[1:]).astype("f8"):
+        picks = reference.pick_channels(w, expanded.splits // groups)
+        parts.append(reference.split_channels(w, picks, not naive)[0] * unit)
+    split = torch.cat([torch.from_numpy(part) for part in parts]).float()
+    expanded.original = expanded.layout(split[:, :C], groups)
+    if expanded.splits:
+        expanded.copied = expanded.layout(split[:, C:], groups)
     torch.testing.assert_close(expanded(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 def test_no_splits_no_gather() -> None:
     layer, x = make("conv2d")
     expanded = quantized(layer, expand=True, r=0.0)
-    assert expanded.gather(x, 1) is x
+    assert expanded.copied is None
     assert torch.equal(expanded(x), quantized(layer, expand=False, r=0.0)(x))
 
 
@@ -140,6 +161,8 @@ def test_channels_last_is_kept() -> None:
     assert ours.weight.is_contiguous(memory_format=torch.channels_last)
     plain = quantized(layer.to(memory_format=torch.contiguous_format), expand=False)
     torch.testing.assert_close(ours(x.to(memory_format=torch.channels_last)), plain(x))
+    expanded = quantized(layer, expand=True)
+    assert expanded(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
     moved = copy.deepcopy(plain).to(memory_format=torch.channels_last).half().float()
     assert moved.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(moved.weight, plain.weight)

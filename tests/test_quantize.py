@@ -14,6 +14,7 @@ import torch
 from conftest import SmallNet
 from torch import nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import ocs
 from ocs import functional
@@ -152,6 +153,20 @@ def tied() -> nn.Module:
     return model
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """A subclass that computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, x, x)[0]
+
+
+def tied_recurrent() -> nn.Module:
+    """One recurrent weight for both layers of a stack."""
+    model = nn.Sequential(nn.GRU(4, 4, 2), nn.Linear(4, 4))
+    model[0].weight_hh_l1 = model[0].weight_hh_l0
+    return model
+
+
 def pruned() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     prune.l1_unstructured(model[0], "weight", 0.5)
@@ -162,18 +177,16 @@ LEFT_ALONE = {
     "tied": (tied, "output", "shared with embedding"),
     "embedding": (tied, "embedding", "Embedding is not among the layers"),
     "pruned": (pruned, "0", "re-parametrized"),
-    "weight_norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)),
+    "weight_norm": (lambda: nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)),
                     "0", "re-parametrized"),
     "pruned bias": (pruned_bias, "0", "re-parametrized"),
     "wrapped": (wrapped, "0", "forward of its own"),
     "adapter": (lambda: nn.Sequential(LowRank()), "0", "parameters of its own besides"),
     "own forward": (lambda: nn.Sequential(Doubled(4, 4), nn.Linear(4, 4)), "0", "forward of its own"),
-    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3)), "0", "not among the layers"),
-    "lstm": (lambda: nn.ModuleList([nn.LSTM(4, 4), nn.Linear(4, 4)]), "0", "LSTM is not among"),
-    "attention": (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)}), "a.out_proj",
-                  "MultiheadAttention reads this weight itself"),
-    "encoder": (lambda: nn.ModuleDict({"a": nn.TransformerEncoderLayer(8, 2, 16), "b": nn.Linear(8, 8)}), "a.linear1",
-                "TransformerEncoderLayer reads this weight itself"),
+    "tied recurrent": (tied_recurrent, "0", "its weight_hh_l0 is shared with 0.weight_hh_l1"),
+    "weight_norm on an LSTM": (lambda: nn.Sequential(weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), nn.Linear(4, 4)),
+                               "0", "re-parametrized"),
+    "own attention": (lambda: nn.Sequential(OwnAttention(8, 2), nn.Linear(8, 8)), "0", "forward of its own"),
     "complex": (lambda: nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4)), "0", "complex64"),
 }  # fmt: skip
 
@@ -190,18 +203,24 @@ def test_left_alone_with_the_reason(case: str) -> None:
 
 
 def test_a_parametrization_is_listed_once_under_its_layer() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model = nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     assert [layer.name for layer in ocs.quantize(model).layers] == ["0", "1"]
 
 
-def test_transformer_encoder_still_runs() -> None:
-    """Its fast path reads the children's weights: a replaced child would crash it or be passed over."""
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8)).eval()
-    x = torch.randn(2, 5, 8)
-    expected = model[0](x)
-    ocs.quantize(model, wbits=8, r=0.5)
-    with torch.inference_mode():
-        torch.testing.assert_close(model[0](x), expected)
+def test_what_its_parent_reads_runs_folded() -> None:
+    """Of the float layer's shape, whether it is called or read."""
+    model = nn.ModuleDict({"a": nn.TransformerEncoderLayer(8, 2, 16), "b": nn.Linear(8, 8)})
+    report = by_name(ocs.quantize(model, r=0.5))
+    reasons = {name: layer.reason for name, layer in report.items()}
+    assert reasons == {
+        "a.self_attn": "runs folded: its forward reads its weights itself",
+        "a.self_attn.out_proj": "runs folded: MultiheadAttention reads its weight itself",
+        "a.linear1": "runs folded: TransformerEncoderLayer reads its weight itself",
+        "a.linear2": "runs folded: TransformerEncoderLayer reads its weight itself",
+        "b": "",
+    }
+    assert [layer.expand for layer in (model["a"].linear1, model["b"])] == [False, True]
+    assert all(layer.splits > 0 for layer in report.values())
 
 
 def test_a_subclass_that_only_renames_is_quantized() -> None:
@@ -335,7 +354,7 @@ def test_models_that_cannot_be_quantized(net: SmallNet) -> None:
         ocs.quantize({})
     with pytest.raises(TypeError, match="wrap it"):
         ocs.quantize(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="Sequential has none of Conv1d, Conv2d, Conv3d, Linear"):
+    with pytest.raises(ValueError, match="Sequential has no convolution, linear, recurrent or"):
         ocs.quantize(nn.Sequential(nn.ReLU()))
     ocs.quantize(net)
     with pytest.raises(ValueError, match=r"body\.0: already quantized"):

@@ -1,0 +1,264 @@
+"""Which layers of a model are quantized, which stay float and why, and with which options."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ocs import functional
+from ocs.functional import Granularity, Rounding, Split
+from ocs.layer import QuantizedLayer
+from ocs.nn import CONVOLUTIONS, REPLACEMENTS
+
+
+class _FirstLayer:
+    """The model's first convolution, which sees the image (section 5 of the paper)."""
+
+    def __repr__(self) -> str:
+        return "ocs.FIRST_LAYER"
+
+
+FIRST_LAYER = _FirstLayer()
+
+Predicate = Callable[[str, nn.Module], bool]
+Selector = _FirstLayer | str | type[nn.Module] | Predicate
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one layer is quantized; see quantize()."""
+
+    wbits: int = 8
+    r: float = 0.0
+    clip: str | float = "none"
+    granularity: Granularity = "tensor"
+    split: Split = "qa"
+    rounding: Rounding = "nearest"
+    expand: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.expand, bool):
+            raise ValueError(f"expand={self.expand!r}: use True (expanded) or False (folded)")
+        functional.check_choice("granularity", self.granularity, get_args(Granularity))
+        functional.check_choice("split", self.split, get_args(Split))
+        functional.check_choice("rounding", self.rounding, get_args(Rounding))
+        functional.clip_fraction(self.clip)
+        plain = {  # numpy's numbers become Python's, which JSON knows
+            "wbits": functional.check_bits("wbits", self.wbits),
+            "r": functional.check_ratio("r", self.r),
+            "clip": self.clip if isinstance(self.clip, str) else float(self.clip),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass
+class Layer:
+    """A module that holds weights, and why it stays float or folded where it does."""
+
+    module: nn.Module
+    aliases: list[str]  # every name it has
+    status: str = "quantized"
+    reason: str = ""
+    only_folded: str = ""
+    overridden: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.aliases[0]
+
+    def leave(self, status: str, reason: str) -> None:
+        """Do not quantize it."""
+        self.status, self.reason = status, reason
+
+
+# --- Which layers: every weight is accounted for ----------------------------------------------------------------------
+
+# Modules whose forward reads their children's weights without calling them: these must have the float layer's shape.
+_READ_BY_PARENT = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+_METHODS = ("forward", "_conv_forward", "__call__")
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every module that owns a weight of two or more dimensions, in the order of named_modules()."""
+    aliases: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(module, []).append(name)
+    owners = _owners(aliases)
+    layers = []
+    for module, names in aliases.items():
+        if isinstance(module, QuantizedLayer):
+            raise ValueError(
+                f"{names[0] or 'model'}: already quantized; use a fresh float model (copy.deepcopy keeps one)"
+            )
+        if isinstance(module, ParametrizationList):
+            continue  # its layer is listed, and left float
+        if any(_holds_weight(parameter) for parameter in module._parameters.values()) or is_kind(module):
+            layer = Layer(module, names)
+            reason = _reason_to_leave(layer, owners)
+            if reason:
+                layer.leave("float", reason)
+            else:
+                layer.only_folded = _only_folded(model, layer)
+            layers.append(layer)
+    return layers
+
+
+def _holds_weight(parameter: Tensor | None) -> bool:
+    return parameter is not None and (nn.parameter.is_lazy(parameter) or parameter.dim() >= 2)
+
+
+def is_kind(module: nn.Module) -> bool:
+    """Whether it is among the layers that can be quantized."""
+    return isinstance(module, tuple(REPLACEMENTS))
+
+
+def replacement_of(module: nn.Module) -> type[QuantizedLayer]:
+    """The class that replaces such a layer."""
+    return next(new for kind, new in REPLACEMENTS.items() if isinstance(module, kind))
+
+
+def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
+    """Every name of each parameter, by its id; a module used twice has one name."""
+    owners: dict[int, list[str]] = {}
+    for module, names in aliases.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{names[0]}.{name}")
+    return owners
+
+
+def _reason_to_leave(layer: Layer, owners: Mapping[int, list[str]]) -> str:
+    """Why the layer cannot be quantized, or ""."""
+    kind, module = type(layer.module).__name__, layer.module
+    if not is_kind(module):
+        return f"{kind} is not among the layers that are quantized"
+    replacement = replacement_of(module)
+    if _overrides_forward(module, replacement.float_kind):
+        return f"{kind} has a forward of its own"
+    weights, others = replacement.weight_names(module), replacement.other_names(module)
+    for name in (*weights, *others):
+        if name not in module._parameters and getattr(module, name, None) is not None:
+            return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
+    if set(module._parameters) - {*weights, *others} or set(module._modules) - {*replacement.kept_children}:
+        return f"{kind} has parameters of its own besides those of {replacement.float_kind.__name__}"
+    return next(filter(None, (_reason_of_weight(layer, name, owners) for name in weights)), "")
+
+
+def _reason_of_weight(layer: Layer, name: str, owners: Mapping[int, list[str]]) -> str:
+    weight = layer.module._parameters[name]
+    tied = [owner for owner in owners[id(weight)] if owner != f"{layer.name}.{name}"]
+    if tied:
+        return f"its {name} is shared with {', '.join(tied)}"
+    return "" if weight.is_floating_point() else f"its {name} is {weight.dtype}"
+
+
+def _overrides_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """By its class, or on the instance, as wrappers do."""
+    by_class = any(getattr(type(module), method, None) is not getattr(kind, method, None) for method in _METHODS)
+    return by_class or any(method in vars(module) for method in _METHODS)
+
+
+def _only_folded(model: nn.Module, layer: Layer) -> str:
+    """Why the layer cannot run expanded, or ""."""
+    if replacement_of(layer.module).only_folded:
+        return replacement_of(layer.module).only_folded
+    for name in layer.aliases:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if any(isinstance(parent, reader) and child in children for reader, children in _READ_BY_PARENT.items()):
+            return f"{type(parent).__name__} reads its weight itself"
+    return ""
+
+
+# --- Which settings: skip and overrides -------------------------------------------------------------------------------
+
+
+def apply_skip(layers: list[Layer], skip: Selector | Collection[Selector] | None) -> None:
+    """Mark what the user leaves out. A name or pattern that fits no layer is a ValueError."""
+    for selector in selectors(skip):
+        chosen = [layer for layer in layers if _selects(selector, layer, layers)]
+        if isinstance(selector, str) and not chosen:
+            raise ValueError(f"skip={selector!r}: no layer has that name; the layers are {_names(layers)}")
+        for layer in chosen:
+            if layer.status == "quantized":
+                first = isinstance(selector, _FirstLayer)
+                reason = "first convolution" if first else f"skip={show(selector)}"
+                layer.leave("skipped", reason + "; its override was not used" * layer.overridden)
+
+
+def selectors(skip: Selector | Collection[Selector] | None) -> list[Selector]:
+    """The selectors of `skip`, one by one."""
+    if skip is None:
+        return []
+    return list(skip) if isinstance(skip, list | tuple | set) else [skip]
+
+
+def _selects(selector: Selector, layer: Layer, layers: list[Layer]) -> bool:
+    if isinstance(selector, _FirstLayer):
+        convolutions = (each for each in layers if isinstance(each.module, CONVOLUTIONS))
+        return layer is next(convolutions, None)
+    if isinstance(selector, str):
+        return _has_name(layer, selector)
+    if isinstance(selector, type):
+        return isinstance(layer.module, selector)
+    if callable(selector) and not isinstance(selector, nn.Module):
+        return bool(selector(layer.name, layer.module))
+    raise TypeError(f"skip={selector!r}: use ocs.FIRST_LAYER, a name or pattern, a module type, or a predicate")
+
+
+def _has_name(layer: Layer, pattern: str) -> bool:
+    return pattern in layer.aliases or any(fnmatch.fnmatchcase(alias, pattern) for alias in layer.aliases)
+
+
+def show(selector: Selector) -> str:
+    """A selector as a user wrote it."""
+    return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))
+
+
+def _names(layers: list[Layer]) -> str:
+    names = [layer.name for layer in layers]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def options_for(
+    layers: list[Layer], options: Options, overrides: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, Options]:
+    """The options of each layer by name; of several overrides that fit a layer, later ones win."""
+    chosen = {layer.name: options for layer in layers}
+    known = [each.name for each in fields(Options)]
+    if not isinstance(overrides, Mapping | None):
+        raise TypeError(f"overrides={overrides!r}: use a dict from names or patterns to dicts of options")
+    for pattern, changes in (overrides or {}).items():
+        if not isinstance(pattern, str) or not isinstance(changes, Mapping):
+            raise TypeError(f"overrides={{{pattern!r}: {changes!r}}}: use a name or pattern, and a dict of options")
+        fitting = [layer for layer in layers if _has_name(layer, pattern)]
+        if not fitting:
+            raise ValueError(f"overrides={pattern!r}: no layer has that name; the layers are {_names(layers)}")
+        unknown = [key for key in changes if key not in known]
+        if unknown:
+            raise ValueError(f"overrides[{pattern!r}]: unknown option {unknown[0]!r}; use {', '.join(known)}")
+        for layer in fitting:
+            layer.overridden = True
+            with named(layer.name, f"overrides[{pattern!r}]"):
+                chosen[layer.name] = replace(chosen[layer.name], **changes)
+    return chosen
+
+
+@contextmanager
+def named(*context: str) -> Iterator[None]:
+    """Says where in the model a ValueError or TypeError came from."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(": ".join([*context, str(error)])) from error

@@ -1,0 +1,214 @@
+"""What every quantized layer shares: the integers of each of its weights, and the float weights made of them.
+
+Two executions with the same values (section 3 of the paper). Expanded: the layer has C + n input channels, the copies
+fed by `source`; its integers fit k bits. This is the form to deploy. Folded (expand=False): the copies' weights are
+added back onto their source channel, so that the layer costs what the float one did. They agree to float rounding and
+hold the same state. A weight called `weight_hh_l0` is held as `weight_hh_l0_int` int8 [O, C + n, ...], `scale_hh_l0`
+float32 [] or [O] and `source_hh_l0` int64 [C + n]; plain `weight` as `weight_int`, `scale` and `source`. The float
+weights that run are not saved but rebuilt whenever the integers or the layer's dtype change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ocs.composite import source_valid
+from ocs.functional import QuantizedWeight, qmax
+
+_HOOKS = frozenset(
+    f"_{kind}_hooks{suffix}"
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    for suffix in ("", "_with_kwargs", "_always_called")
+) | {"_is_full_backward_hook"}
+
+
+def state_names(weight: str) -> tuple[str, str, str]:
+    """The buffers that hold a weight: its integers, scale and source."""
+    return f"{weight}_int", weight.replace("weight", "scale"), weight.replace("weight", "source")
+
+
+class QuantizedLayer(nn.Module):
+    """A layer with quantized weights.
+
+    Args:
+        float_layer: the layer to replace; its hyperparameters and its other parameters (the same objects) are taken
+            over, and so are its dtype, its memory format and the user's hooks.
+        quantized: its weights by name, from functional.quantize_weight.
+        bits: what the integers fit, 2 to 8.
+        expand: run expanded, else folded.
+    """
+
+    float_kind: ClassVar[type[nn.Module]]  # what it replaces
+    kept: ClassVar[tuple[str, ...]]  # the float layer's hyperparameters
+    kept_children: ClassVar[tuple[str, ...]] = ()
+    only_folded: ClassVar[str] = ""  # why it cannot run expanded, if so
+
+    groups: int = 1
+    bits: int
+    expand: bool
+    channels: dict[str, int]  # of each weight: C, the original input channels of one group
+    settings: dict[str, object]  # how it was quantized, for people and files
+
+    def __init__(
+        self, float_layer: nn.Module, quantized: Mapping[str, QuantizedWeight], bits: int, expand: bool = True
+    ) -> None:
+        nn.Module.__init__(self)
+        hyperparameters = {name: getattr(float_layer, name) for name in self.kept}
+        vars(self).update(hyperparameters, bits=bits, expand=expand, training=float_layer.training)
+        vars(self).update({name: value for name, value in vars(float_layer).items() if name in _HOOKS})
+        self.channels, self.settings = {}, {"wbits": bits, "expand": expand}
+        for name, weight in quantized.items():
+            float_weight = float_layer._parameters[name].detach()
+            self.channels[name] = self.layout(float_weight, self.groups).shape[1]
+            for buffer, tensor in zip(state_names(name), weight[:3], strict=True):
+                self.register_buffer(buffer, tensor)
+            self.register_buffer(self.running(name), float_weight, persistent=False)
+        for name in self.other_names(float_layer):
+            self.register_parameter(name, float_layer._parameters.get(name))
+        for name in self.kept_children:
+            self.add_module(name, float_layer._modules[name])
+        self.rebuild()
+
+    # --- What a kind of layer says of itself
+
+    @staticmethod
+    def weight_names(float_layer: nn.Module) -> tuple[str, ...]:
+        """Its weights that are quantized."""
+        return ("weight",)
+
+    @staticmethod
+    def other_names(float_layer: nn.Module) -> tuple[str, ...]:
+        """Its parameters that stay as they are."""
+        return ("bias",)
+
+    @staticmethod
+    def layout(weight: Tensor, groups: int) -> Tensor:
+        """The float layer's weight as [O, C, ...], and such a one as the float layer's."""
+        return weight
+
+    def running(self, name: str) -> str:
+        """The buffer of what runs for a weight."""
+        return name
+
+    def expanded_shape(self, name: str) -> tuple[int, ...]:
+        """Of the weight that runs where the layer is expanded, in the float layer's layout."""
+        ints = getattr(self, state_names(name)[0])
+        return tuple(self.layout(ints, self.groups).shape)
+
+    def effective(self, name: str) -> Tensor:
+        """The float32 weight that runs, from the integers."""
+        return self.layout(self.dequantized(name) if self.expand else self.folded(name), self.groups)
+
+    # --- Integers to weights
+
+    def held(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers, scale and source of a weight."""
+        ints, scale, source = (getattr(self, buffer) for buffer in state_names(name))
+        return ints, scale, source
+
+    def dequantized(self, name: str) -> Tensor:
+        """Float32 [O, C + n, ...]."""
+        ints, scale, _ = self.held(name)
+        return torch.ops.ocs.dequantize(ints, scale)
+
+    def folded(self, name: str) -> Tensor:
+        """Float32 [O, C, ...], the copies added back onto their source channel."""
+        return torch.ops.ocs.fold(*self.held(name), self.groups, self.channels[name])
+
+    def copies(self, name: str = "weight") -> Tensor:
+        """The source of each copy, group by group."""
+        source = self.held(name)[2]
+        if self.groups == 1:
+            return source[self.channels[name] :]
+        return source.view(self.groups, -1)[:, self.channels[name] :].flatten()
+
+    def splits_of(self, name: str) -> int:
+        """The copies of one weight over all groups."""
+        return self.held(name)[2].numel() - self.groups * self.channels[name]
+
+    @property
+    def splits(self) -> int:
+        """The copies over all weights."""
+        return sum(self.splits_of(name) for name in self.channels)
+
+    def rebuild(self) -> None:
+        """Make the weights that run from the integers again, in the layer's dtype and memory format."""
+        for name in self.channels:
+            self.set_running(self.running(name), self.effective(name), like=getattr(self, self.running(name)))
+
+    def set_running(self, buffer: str, weight: Tensor, like: Tensor) -> None:
+        """A running weight in the dtype and memory format of another."""
+        setattr(self, buffer, weight.to(like.dtype, memory_format=_memory_format(like)))
+
+    # --- As an nn.Module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """Moves and casts as nn.Module does; scales stay float32, and weights are rounded once, from the integers."""
+        before = {buffer: getattr(self, buffer) for name in self.channels for buffer in state_names(name)}
+        running = self.running(next(iter(self.channels)))
+        dtype = getattr(self, running).dtype
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        if getattr(self, running).dtype != dtype:
+            self.rebuild()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problems = [self._problem_of(name, state_dict, prefix) for name in self.channels]
+        if any(problems):  # nothing of this layer is loaded
+            error_msgs.extend(f"{prefix.removesuffix('.')}: {problem}" for problem in problems if problem)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in self.channels:
+            scale = state_names(name)[1]
+            setattr(self, scale, getattr(self, scale).float())
+        self.rebuild()
+
+    def _problem_of(self, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> str:
+        """What no weight of this shape can have, or ""; shapes are compared by nn.Module."""
+        names = state_names(name)
+        ints, scale, source = (state_dict.get(prefix + buffer) for buffer in names)
+        most = qmax(self.bits)
+        if _has_values(ints) and (ints.dtype != torch.int8 or bool((ints.short().abs() > most).any())):
+            return f"{names[0]} is not of {self.bits}-bit integers (int8 in [-{most}, {most}])"
+        if _has_values(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
+            return f"{names[1]} is not positive and finite"
+        same_shape = _has_values(source) and source.shape == self.held(name)[2].shape
+        if same_shape and not source_valid(source.long(), self.groups, self.channels[name]):
+            return f"{names[2]} is no split plan of this layer"
+        return ""
+
+    def extra_repr(self) -> str:
+        """Hyperparameters as the float layer shows them, then what was quantized."""
+        form = "expanded" if self.expand else "folded"
+        scales = "channel" if self.held(next(iter(self.channels)))[1].dim() else "tensor"
+        shown = self.float_kind.extra_repr(self)
+        return f"{shown}{', ' if shown else ''}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}"
+
+
+def _has_values(tensor: Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_meta
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if weight.dim() == rank and not weight.is_contiguous() and weight.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return torch.contiguous_format
