@@ -3,6 +3,7 @@
 from ocs import functional, nn
 from ocs.quantize import FIRST_LAYER, quantize
 from ocs.report import LayerReport, Report
+from ocs.storage import load, save
 
 __version__ = "0.1.0"
-__all__ = ["FIRST_LAYER", "LayerReport", "Report", "functional", "nn", "quantize"]
+__all__ = ["FIRST_LAYER", "LayerReport", "Report", "functional", "load", "nn", "quantize", "save"]

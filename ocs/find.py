@@ -261,4 +261,5 @@ def named(*context: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise type(error)(": ".join([*context, str(error)])) from error
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(": ".join([*context, str(error)])) from error

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from ocs.find import (
 )
 from ocs.functional import Granularity, QuantizedWeight, Rounding, Split, SplitPlan
 from ocs.layer import QuantizedLayer
+from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
 
@@ -169,7 +169,7 @@ def quantize(
     apply_skip(layers, skip)
     replacements, lines = {}, []
     with torch.no_grad():
-        for layer in _with_progress(layers, progress):
+        for layer in with_progress(layers, "quantize", progress):
             if layer.status != "quantized":
                 lines.append(LayerReport(**_common(layer), reason=layer.reason))
                 continue
@@ -196,16 +196,3 @@ def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, 
         "skip": [show(selector) for selector in selectors(skip)],
         "overrides": {pattern: dict(changes) for pattern, changes in (overrides or {}).items()},
     }
-
-
-def _with_progress(layers: list[Layer], progress: bool | None) -> Iterable[Layer]:
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    if progress is False or (progress is None and not terminal):
-        return layers  # tqdm is not even imported
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        if progress:
-            raise ImportError("progress=True needs tqdm: pip install torch-ocs[progress]") from None
-        return layers
-    return tqdm(layers, "quantize", unit="layer", delay=0 if progress else 2)

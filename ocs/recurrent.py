@@ -146,6 +146,14 @@ class _RecurrentLayer(_Recurrent):
         """_l0, _l0_reverse, _l1 ..."""
         return _suffixes(self)
 
+    def rebuild(self) -> None:
+        """Both directions of a layer, which run in one call, have one width."""
+        for layer in range(self.num_layers):
+            widths = {tuple(map(len, self.state_sources(suffix))) for suffix in self.directions(layer)}
+            if len(widths) > 1:
+                raise ValueError(f"the directions of layer {layer} have different numbers of splits")
+        super().rebuild()
+
     def directions(self, layer: int) -> list[str]:
         """The suffixes of one layer."""
         return [f"_l{layer}", f"_l{layer}_reverse"][: 1 + self.bidirectional]

@@ -70,3 +70,16 @@ def net() -> SmallNet:
 def outlier_weight(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Heavy-tailed float32 weights, as trained layers have."""
     return np.random.default_rng(seed).standard_t(2.5, shape).astype(np.float32)
+
+
+def state(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], list[int]]:
+    """Everything that must not change when quantize fails: the modules, their identity and every byte."""
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    return repr(model), tensors, [id(m) for m in model.modules()] + [id(p) for p in model.parameters()]
+
+
+def assert_unchanged(model: nn.Module, before: tuple) -> None:
+    text, tensors, identities = state(model)
+    assert text == before[0]
+    assert all(torch.equal(tensors[name], t) for name, t in before[1].items())
+    assert identities == before[2]

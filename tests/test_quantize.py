@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import SmallNet
+from conftest import SmallNet, assert_unchanged, state
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -21,19 +21,6 @@ from ocs import functional
 from ocs.nn import QuantConv2d, QuantLinear
 
 quantize_module = importlib.import_module("ocs.quantize")
-
-
-def state(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], list[int]]:
-    """Everything that must not change when quantize fails: the modules, their identity and every byte."""
-    tensors = {name: t.clone() for name, t in model.state_dict().items()}
-    return repr(model), tensors, [id(m) for m in model.modules()] + [id(p) for p in model.parameters()]
-
-
-def assert_unchanged(model: nn.Module, before: tuple) -> None:
-    text, tensors, identities = state(model)
-    assert text == before[0]
-    assert all(torch.equal(tensors[name], t) for name, t in before[1].items())
-    assert identities == before[2]
 
 
 def by_name(report: ocs.Report) -> dict[str, ocs.LayerReport]:

@@ -1,0 +1,354 @@
+"""Save and load quantized models: one safetensors file, the integers in as many bits as they have.
+
+A file holds, under the names of the model's state_dict, every parameter and persistent buffer as it is, except that of
+each quantized weight there are `weight_int` (uint8: the k-bit codes of its integers [O, C + n, ...], see csrc/pack.c),
+`scale` and `source` (int32: the original channel of each copy, group by group; the original channels go without
+saying). Its metadata has, under "ocs", what a reader needs as JSON: the format and the version that wrote it; of each
+layer the kind, the settings and the shapes; of each tensor a CRC-32. And under "crc32" that of this JSON.
+
+Nothing in a file is trusted: the model decides which layers and shapes there may be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocs.composite import source_valid
+from ocs.find import Layer, find_layers, named, replacement_of
+from ocs.functional import QuantizedWeight
+from ocs.layer import QuantizedLayer, state_names
+from ocs.progress import with_progress
+from ocs.rewrite import Slot, exchange, module_slots
+
+FORMAT = 1
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("files need safetensors: pip install torch-ocs[files]") from None
+    return safetensors
+
+
+# --- What a model holds -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Entry:
+    """A parameter or persistent buffer: its first name in the model, and every place where it stands."""
+
+    name: str
+    tensor: Tensor
+    places: list[tuple[dict[str, Any], str]]
+
+
+def _entries(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[_Entry]:
+    """All but what quantized weights hold, as if the replacements (by id of the old module) were in place."""
+    found: dict[int, _Entry] = {}
+    for prefix, old in model.named_modules():
+        module = replacements.get(id(old), old)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{prefix or 'model'}: it has extra state, which a file of tensors cannot hold")
+        held = {buffer for weight in getattr(module, "channels", ()) for buffer in state_names(weight)}
+        for where in (module._parameters, module._buffers):
+            for key, tensor in where.items():
+                if tensor is not None and key not in held and key not in module._non_persistent_buffers_set:
+                    entry = found.setdefault(id(tensor), _Entry(_full(prefix, key), tensor, []))
+                    entry.places.append((where, key))
+    return list(found.values())
+
+
+def _full(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else 0
+
+
+# --- Save -------------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | None = None) -> None:
+    """Write a quantized model to a safetensors file, k bits for an integer of k bits.
+
+    It is written beside `path` and renamed when complete, so that what was there survives an interruption.
+
+    Args:
+        model: with layers that ocs.quantize made, on any device; everything else in it is saved as it is.
+        path: any name; ".safetensors" is customary.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
+
+    Raises:
+        OSError: it cannot be written there.
+        ValueError: nothing in the model is quantized, or it holds what a file of tensors cannot: extra state, sparse
+            tensors, parameters without values.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer: call ocs.quantize first, or use torch.save")
+    if "" in layers:
+        kind = type(model).__name__
+        raise ValueError(
+            f"model is itself a {kind}, which ocs.load could not put in place: nn.Sequential(...) around it"
+        )
+    safetensors = _safetensors()
+    tensors = {entry.name: _as_stored(entry) for entry in _entries(model, {})}
+    for name, layer in with_progress(layers.items(), "save", progress):
+        tensors.update(_packed(name, layer))
+    header = json.dumps({
+        "format": FORMAT,
+        "ocs": _version(),
+        "layers": {name: _describe(layer) for name, layer in layers.items()},
+        "tensors": {name: _crc32(tensor) for name, tensor in tensors.items()},
+    })  # fmt: skip
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {target.parent}")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path}: it cannot be written ({error})") from error
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _version() -> str:
+    from ocs import __version__
+
+    return __version__
+
+
+def _as_stored(entry: _Entry) -> Tensor:
+    """On the CPU, in memory of its own."""
+    tensor = entry.tensor
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        raise ValueError(f"{entry.name}: it holds no values yet")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{entry.name}: it is {tensor.layout}, which a safetensors file cannot hold")
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
+    for weight in layer.channels:
+        ints_name, scale_name, source_name = (_full(name, buffer) for buffer in state_names(weight))
+        ints, scale, _ = (tensor.cpu() for tensor in layer.held(weight))
+        yield ints_name, torch.ops.ocs.pack(ints, layer.bits)
+        yield scale_name, scale.clone()
+        yield source_name, layer.copies(weight).to("cpu", torch.int32, copy=True)
+
+
+def _describe(layer: QuantizedLayer) -> dict[str, Any]:
+    return {
+        "kind": layer.float_kind.__name__,
+        "bits": layer.bits,
+        "expand": layer.expand,
+        "settings": layer.settings,
+        "weights": {name: list(layer.held(name)[0].shape) for name in layer.channels},
+    }
+
+
+# --- Load -------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | None = None) -> nn.Module:
+    """Turn a float model into the quantized one that was saved to `path`, in place, and return it.
+
+    Args:
+        path: a file that ocs.save wrote.
+        model: the float architecture; its weights may be random, or on the meta device. Parameters keep their dtype and
+            device, quantized layers those of the layer that they replace; meta tensors become CPU tensors.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, was not written by ocs.save or by a newer version of it, or does not fit the
+            model. The model is then as it was.
+    """
+    safetensors = _safetensors()
+    with named(str(path)), torch.no_grad():
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                reader = _Reader(file)
+                replacements = _replacements(reader, model, progress)
+                slots, values = _plan_floats(reader, model, replacements)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"it is no complete safetensors file ({error})") from error
+        _commit([*slots, *module_slots(model, replacements)], values)
+    return model
+
+
+@dataclass(frozen=True)
+class _SavedLayer:
+    kind: str
+    bits: int
+    expand: bool
+    settings: dict[str, Any]
+    weights: dict[str, list[int]]  # the shapes of the integers
+
+    def __post_init__(self) -> None:
+        types = (str, int, bool, dict, dict)
+        if tuple(map(type, vars(self).values())) != types or not 2 <= self.bits <= 8:
+            raise TypeError
+
+
+class _Reader:
+    """An open file, every part of which is checked before it is used."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        metadata = file.metadata() or {}
+        if "ocs" not in metadata:
+            raise ValueError("it was not written by ocs.save")
+        try:
+            header = json.loads(metadata["ocs"])
+            if header["format"] > FORMAT:
+                version, number = str(header["ocs"])[:20], str(header["format"])[:20]
+                raise ValueError(f"ocs {version} wrote it in format {number}, newer than {FORMAT}: upgrade torch-ocs")
+            if metadata["crc32"] != str(zlib.crc32(metadata["ocs"].encode())):
+                raise KeyError
+            self.layers = {name: _SavedLayer(**saved) for name, saved in header["layers"].items()}
+            self.sums = dict(header["tensors"])
+        except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError("its header is damaged") from error
+        if set(self.sums) != set(file.keys()):
+            raise ValueError("its header is damaged")
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor that is not read yet."""
+        if name not in self.sums:
+            raise ValueError(f"it has no {name}")
+        return self.file.get_slice(name).get_shape()
+
+    def read(self, name: str, shape: list[int], dtype: str | None = None) -> Tensor:
+        """A tensor of just this shape (and safetensors dtype)."""
+        found = self.shape(name)
+        if found != shape:
+            raise ValueError(f"{name} is {found}, the model needs {shape}")
+        if dtype not in (None, self.file.get_slice(name).get_dtype()):
+            raise ValueError(f"{name} is not {dtype}")
+        tensor = self.file.get_tensor(name)
+        if _crc32(tensor) != self.sums[name]:
+            raise ValueError(f"{name} is damaged")
+        return tensor
+
+
+def _replacements(reader: _Reader, model: nn.Module, progress: bool | None) -> dict[int, QuantizedLayer]:
+    """The quantized layers of the file, by id of the float ones."""
+    layers = {layer.name: layer for layer in find_layers(model)}
+    replacements = {}
+    for name, saved in with_progress(reader.layers.items(), "load", progress):
+        if name not in layers or not name:
+            raise ValueError(f"it was saved from another model: this one has no layer {name[:200]!r} to replace")
+        with named(name):
+            replacements[id(layers[name].module)] = _rebuilt(reader, layers[name], saved)
+    return replacements
+
+
+def _rebuilt(reader: _Reader, layer: Layer, saved: _SavedLayer) -> QuantizedLayer:
+    module = layer.module
+    if layer.status != "quantized":
+        raise ValueError(f"it was saved quantized, but {layer.reason}")
+    kind = replacement_of(module)
+    if (
+        saved.kind != kind.float_kind.__name__
+        or list(saved.weights) != list(kind.weight_names(module))
+        or not layer.name
+    ):
+        raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
+    quantized = {weight: _read_weight(reader, layer, weight, saved) for weight in saved.weights}
+    replacement = kind(module, quantized, saved.bits, saved.expand and not layer.only_folded)
+    replacement.settings = saved.settings
+    return replacement
+
+
+def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer) -> QuantizedWeight:
+    """A weight [O, C + n, ...], of which the model says everything but n <= C."""
+    float_weight, groups = layer.module._parameters[weight], getattr(layer.module, "groups", 1)
+    if nn.parameter.is_lazy(float_weight):
+        raise ValueError("run a batch through the model first, so that its lazy layers have shapes")
+    outputs, C, *filters = replacement_of(layer.module).layout(float_weight, groups).shape
+    ints_name, scale_name, source_name = (_full(layer.name, buffer) for buffer in state_names(weight))
+    copies = math.prod(reader.shape(source_name))
+    if copies % groups or copies > groups * C:
+        raise ValueError(f"{source_name} has {copies} copies of {groups * C} channels")
+    shape = [outputs, C + copies // groups, *filters]
+    if saved.weights[weight] != shape:
+        raise ValueError(f"{weight} is {saved.weights[weight]}, the model needs {shape}")
+    own = torch.arange(groups * C).view(groups, C)
+    source = torch.cat([own, reader.read(source_name, [copies], "I32").long().view(groups, -1)], 1).flatten()
+    if not source_valid(source, groups, C):
+        raise ValueError(f"{source_name} is no split plan of this layer")
+    scale = reader.read(scale_name, [outputs] if reader.shape(scale_name) else [], "F32")
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ValueError(f"{scale_name} is not positive and finite")
+    numel = math.prod(shape)
+    packed = reader.read(ints_name, [(numel * saved.bits + 7) // 8], "U8")
+    try:
+        ints = torch.ops.ocs.unpack(packed, numel, saved.bits).view(shape)
+    except RuntimeError as error:
+        raise ValueError(f"{ints_name} is not of {saved.bits}-bit integers") from error
+    device = "cpu" if float_weight.is_meta else float_weight.device
+    return QuantizedWeight(ints.to(device), scale.to(device), source.to(device), scale)
+
+
+Values = list[tuple[Tensor, Tensor]]  # what is copied into which tensor of the model
+
+
+def _plan_floats(
+    reader: _Reader, model: nn.Module, replacements: Mapping[int, QuantizedLayer]
+) -> tuple[list[Slot], Values]:
+    """What takes the place of meta tensors, and what is copied into the others; the file has all, and nothing else."""
+    entries = _entries(model, replacements)
+    expected = {entry.name for entry in entries}
+    for name, saved in reader.layers.items():
+        expected |= {_full(name, buffer) for weight in saved.weights for buffer in state_names(weight)}
+    for what, names in (("has no", expected - set(reader.sums)), ("has besides", set(reader.sums) - expected)):
+        if names:
+            raise ValueError(f"it was saved from another model: it {what} {', '.join(sorted(names)[:3])}")
+    slots, values = [], []
+    for entry in entries:
+        old = entry.tensor
+        if nn.parameter.is_lazy(old):
+            raise ValueError(f"{entry.name}: run a batch through the model first, so that its lazy layers have shapes")
+        saved = reader.read(entry.name, list(old.shape))
+        if saved.dtype != old.dtype and not (saved.is_floating_point() and old.is_floating_point()):
+            raise ValueError(f"{entry.name} is {saved.dtype}, the model has {old.dtype}")
+        new = torch.empty_like(old, device="cpu" if old.is_meta else None).copy_(saved)
+        if old.is_meta:
+            new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            slots += [(where, key, new) for where, key in entry.places]
+        else:
+            values.append((old, new))
+    return slots, values
+
+
+def _commit(slots: list[Slot], values: Values) -> None:
+    """All of it or, if anything fails, nothing."""
+    before: Values = []
+    try:
+        for old, new in values:
+            before.append((old, old.clone()))
+            old.copy_(new)
+        exchange(slots)
+    except BaseException:
+        for old, value in before:
+            old.copy_(value)
+        raise
