@@ -81,10 +81,12 @@ class Layer:
 
 # --- Which layers: every weight is accounted for ----------------------------------------------------------------------
 
-# Modules whose forward reads their children's weights without calling them: these must have the float layer's shape.
+# Modules whose forward reads their children's weights without calling them. They may: a quantized layer's `weight` has
+# the float layer's shape. But it would be folded anew at every call, so that these children run folded from the start.
 _READ_BY_PARENT = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "linear2"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
 }
 _METHODS = ("forward", "_conv_forward", "__call__")
 
@@ -142,7 +144,8 @@ def _reason_to_leave(layer: Layer, owners: Mapping[int, list[str]]) -> str:
     """Why the layer cannot be quantized, or ""."""
     kind, module = type(layer.module).__name__, layer.module
     if not is_kind(module):
-        return f"{kind} is not among the layers that are quantized"
+        own = ", ".join(name for name, parameter in module._parameters.items() if _holds_weight(parameter))
+        return f"{own} of {kind}, which is not among the layers that are quantized"
     replacement = replacement_of(module)
     if _overrides_forward(module, replacement.float_kind):
         return f"{kind} has a forward of its own"
@@ -176,7 +179,8 @@ def _only_folded(model: nn.Module, layer: Layer) -> str:
     for name in layer.aliases:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        if any(isinstance(parent, reader) and child in children for reader, children in _READ_BY_PARENT.items()):
+        kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
+        if any(child in _READ_BY_PARENT.get(kind, ()) for kind in kinds):
             return f"{type(parent).__name__} reads its weight itself"
     return ""
 

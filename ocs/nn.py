@@ -41,12 +41,16 @@ class _QuantProduct(QuantizedLayer):
     original: Tensor
     copied: Tensor | None
     bias: nn.Parameter | None
-    in_dim: ClassVar[int] = 1  # of the input channels in the float layer's layout
 
     @property
     def weight(self) -> Tensor:
-        """The float weight that runs: [O, C + n, ...] where expanded, [O, C, ...] where folded."""
-        return self.original if self.copied is None else torch.cat([self.original, self.copied], self.in_dim)
+        """The float layer's weight as this one computes it, in its shape: [O, C, ...], copies added up.
+
+        For whoever reads a layer's weight instead of calling it; made anew each time where the layer runs expanded.
+        """
+        if self.copied is None:
+            return self.original
+        return self.layout(self.folded("weight"), self.groups).to(self.original.dtype)
 
     def running(self, name: str) -> str:
         """The original channels' part stands for the whole."""
@@ -164,15 +168,6 @@ class _QuantConvTranspose(_QuantConvolution):
     """nn.ConvTranspose1d/2d/3d with a quantized weight; its integers are [O, C + n, ...] like those of any layer."""
 
     convolve: ClassVar[Callable[..., Tensor]]
-    in_dim = 0
-
-    @property
-    def weight(self) -> Tensor:
-        """The float weight that runs, [groups (C + n), O / groups, ...], group by group."""
-        if self.copied is None:
-            return self.original
-        parts = [part.unflatten(0, (self.groups, -1)) for part in (self.original, self.copied)]
-        return torch.cat(parts, 1).flatten(0, 1)
 
     @staticmethod
     def layout(weight: Tensor, groups: int) -> Tensor:

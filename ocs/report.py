@@ -56,7 +56,8 @@ class LayerReport:
     @property
     def label(self) -> str:
         """The weight's full name, or the layer's where it has but one called `weight`."""
-        return f"{self.name}.{self.weight}" if self.status == "quantized" and self.weight != "weight" else self.name
+        several = self.status == "quantized" and self.weight != "weight"
+        return f"{self.name}.{self.weight}" if several else self.name or "(model)"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ocs import ops
+from ocs.layer import QuantizedLayer
 
 
 def available_isas() -> list[str]:
@@ -83,3 +85,15 @@ def assert_unchanged(model: nn.Module, before: tuple) -> None:
     assert text == before[0]
     assert all(torch.equal(tensors[name], t) for name, t in before[1].items())
     assert identities == before[2]
+
+
+def folded_twin(model: nn.Module, ours: nn.Module) -> nn.Module:
+    """The float model with the weights that the integers of `ours` stand for, on which torch's own layers run."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, layer in ours.named_modules():
+            if isinstance(layer, QuantizedLayer):
+                for weight in layer.channels:
+                    folded = layer.layout(layer.folded(weight), layer.groups)
+                    twin.get_submodule(name)._parameters[weight].copy_(folded)
+    return twin

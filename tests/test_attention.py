@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import outlier_weight
+from conftest import folded_twin, outlier_weight
 from torch import Tensor, nn
 
 import ocs
@@ -31,16 +31,6 @@ def heavy(module: nn.Module) -> nn.Module:
             else:
                 nn.init.normal_(p)
     return module
-
-
-def folded_twin(model: nn.Module, ours: nn.Module) -> nn.Module:
-    """The float model with the weights that the integers stand for."""
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, layer in ours.named_modules():
-            for weight in getattr(layer, "channels", ()):
-                twin.get_submodule(name)._parameters[weight].copy_(layer.folded(weight))
-    return twin
 
 
 def quantized(model: nn.Module, **options: Any) -> nn.Module:

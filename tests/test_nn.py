@@ -64,12 +64,15 @@ def test_expanded_and_folded_agree(name: str, granularity: str) -> None:
     layer, x = make(name)
     expanded, folded = (quantized(layer, expand=e, granularity=granularity) for e in (True, False))
     assert folded.weight.shape == layer.weight.shape
-    groups = getattr(layer, "groups", 1)
-    w = expanded.layout(layer.weight, groups)
-    assert expanded.layout(expanded.weight, groups).shape[1] == w.shape[1] + expanded.splits // groups
-    assert tuple(expanded.weight.shape) == expanded.expanded_shape("weight")
-    ints, scale, _ = expanded.held("weight")
-    assert torch.equal(expanded.weight, expanded.layout(torch.ops.ocs.dequantize(ints, scale), groups))
+    ints, scale, source = expanded.held("weight")
+    groups, C = getattr(layer, "groups", 1), expanded.channels["weight"]
+    assert ints.shape[1] == C + expanded.splits // groups == source.numel() // groups
+    whole = torch.ops.ocs.dequantize(ints, scale)
+    assert torch.equal(expanded.original, expanded.layout(whole[:, :C], groups))
+    if expanded.splits:
+        assert torch.equal(expanded.copied, expanded.layout(whole[:, C:], groups))
+    assert tuple(expanded.layout(whole, groups).shape) == expanded.expanded_shape("weight")
+    assert torch.equal(expanded.weight, folded.weight)  # for whoever reads it
     a, b = expanded(x).detach(), folded(x).detach()
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
 

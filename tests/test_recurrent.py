@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import outlier_weight
+from conftest import folded_twin, outlier_weight
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
@@ -64,15 +64,6 @@ def quantized(layer: nn.Module, *, expand: bool, bits: int = 5, r: float = 0.2, 
     return model[0]
 
 
-def folded_twin(layer: nn.Module, ours: QuantizedLayer) -> nn.Module:
-    """The float layer with the weights that the integers stand for."""
-    twin = copy.deepcopy(layer)
-    with torch.no_grad():
-        for name in ours.channels:
-            getattr(twin, name).copy_(ours.folded(name))
-    return twin
-
-
 def flat(output: Any) -> list[Tensor]:
     """All tensors of an output, in order."""
     if isinstance(output, PackedSequence):
@@ -100,7 +91,7 @@ def three_ways(layer: nn.Module, call: Callable[[nn.Module], Any], **options: An
     """Expanded, folded, and torch's layer on the folded weights: equal to rounding; folded even bit for bit."""
     expanded, folded = (quantized(layer, expand=e, **options) for e in (True, False))
     outputs = []
-    for module in (expanded, folded, folded_twin(layer, folded)):
+    for module in (expanded, folded, folded_twin(nn.Sequential(layer), nn.Sequential(folded))[0]):
         torch.manual_seed(3)  # dropout
         outputs.append(call(module))
     assert_agree(outputs[0], outputs[1])
