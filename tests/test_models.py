@@ -55,10 +55,16 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def images(name: str, count: int = 4) -> Tensor:
-    """Small where the network takes any size; smooth, so that they differ also where pooled."""
-    size = 224 if name.startswith(("vit", "maxvit")) else 128 if name in ("inception_v3", "googlenet") else 64
+def images(count: int, size: int) -> Tensor:
+    """Smooth, so that they differ also where a network pools them."""
     return F.interpolate(torch.randn(count, 3, 4, 4), size=size, mode="bilinear")
+
+
+def small_images(name: str) -> Tensor:
+    """Of the smallest size that the network takes, and enough of them for the statistics of batch norms."""
+    if name.startswith(("vit", "maxvit")):
+        return images(4, 224)
+    return images(16, 128 if name in ("inception_v3", "googlenet") else 64)
 
 
 def settle(model: nn.Module, x: Tensor) -> None:
@@ -80,8 +86,8 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Of what varies between the images and classes."""
-    return float((a - b).norm() / (b - b.mean()).norm())
+    """Of what varies between the images and classes; of the median image, as a network amplifies some at random."""
+    return float(((a - b).norm(dim=1) / (b - b.mean()).norm(dim=1)).median())
 
 
 def noisy(model: nn.Module, report: ocs.Report) -> nn.Module:
@@ -96,7 +102,7 @@ def noisy(model: nn.Module, report: ocs.Report) -> nn.Module:
 
 @pytest.mark.parametrize("name", list(networks()))
 def test_quantized_networks(name: str) -> None:
-    model, x = build(name), images(name)
+    model, x = build(name), small_images(name)
     settle(model, x)
     expected = run(model, x)
     folded, expanded = copy.deepcopy(model), copy.deepcopy(model)
@@ -116,7 +122,7 @@ def test_quantized_networks(name: str) -> None:
     ours = run(expanded, x)
     assert relative_error(run(folded, x), run(folded_twin(model, folded), x)) < 1e-5
     assert relative_error(ours, run(folded, x)) < 2e-3
-    assert relative_error(ours, expected) < 2 * relative_error(run(noisy(model, report), x), expected)
+    assert relative_error(ours, expected) < 1.5 * relative_error(run(noisy(model, report), x), expected)
 
 
 @pytest.mark.parametrize(("name", "auxiliary"), [("inception_v3", ["AuxLogits"]), ("googlenet", ["aux1", "aux2"])])
@@ -130,7 +136,7 @@ def test_auxiliary_heads_and_tuples(name: str, auxiliary: list[str]) -> None:
     report = ocs.quantize(ours, wbits=8, r=0.02)
     heads = {line.name.split(".")[0] for line in report.quantized} & set(auxiliary)
     assert heads == set(auxiliary)
-    x = F.interpolate(torch.randn(2, 3, 4, 4), size=299 if name == "inception_v3" else 224, mode="bilinear")
+    x = images(2, 299 if name == "inception_v3" else 224)
     outputs, expected = run(ours, x), run(folded_twin(model, ours), x)
     assert type(outputs).__name__ == type(expected).__name__
     assert len(outputs) == 1 + len(auxiliary)

@@ -15,43 +15,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SmallNet, assert_unchanged, outlier_weight, state
+from conftest import Everything, assert_unchanged, state
 from torch import Tensor, nn
 
 import ocs
 from ocs import _C, storage
 from ocs.layer import QuantizedLayer
-
-
-class Everything(nn.Module):
-    """Every kind of layer, what stays float, a tie, and buffers of several dtypes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = SmallNet()
-        self.up = nn.ConvTranspose2d(8, 4, 3, groups=2)
-        self.lstm = nn.LSTM(10, 12, 2, bidirectional=True)
-        self.cell = nn.GRUCell(10, 12)
-        self.attention = nn.MultiheadAttention(12, 3)
-        self.embedding, self.decoder = nn.Embedding(20, 12), nn.Linear(12, 20)
-        self.decoder.weight = self.embedding.weight
-        self.again = self.net.head
-        self.register_buffer("steps", torch.tensor(7))
-        self.register_buffer("mask", torch.tensor([True, False]))
-        self.register_buffer("phase", torch.tensor([1 + 2j]))
-        self.register_buffer("table", torch.randn(3, dtype=torch.bfloat16))
-        self.register_buffer("scratch", torch.zeros(2), persistent=False)
-        self.register_buffer("nothing", None)
-        for i, p in enumerate(self.parameters()):
-            if p.dim() > 1:
-                p.data = torch.from_numpy(outlier_weight(tuple(p.shape), seed=i)) * 0.1
-
-    def forward(self, image: Tensor, words: Tensor) -> list[Tensor]:
-        """Some output of every layer."""
-        steps, (h, _) = self.lstm(words)
-        query = self.cell(words[0])[None]
-        attended, _ = self.attention(query, query, query)
-        return [self.net(image), self.up(self.net.stem(image)), steps, h, self.decoder(attended)]
 
 
 def fresh() -> Everything:
@@ -62,7 +31,7 @@ def fresh() -> Everything:
 def outputs(model: nn.Module) -> list[Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
-        return model(torch.randn(2, 3, 8, 8), torch.randn(5, 2, 10))
+        return model(*Everything.inputs())
 
 
 def assert_same_model(a: nn.Module, b: nn.Module) -> None:
