@@ -66,9 +66,28 @@ def quantize_weight(rounds: int) -> list[Row]:
     ]
 
 
+def pack(rounds: int) -> list[Row]:
+    """Integers to 5 bits and back, against a copy of the same integers."""
+    ints = torch.randint(-15, 16, (LARGE,), dtype=torch.int8)
+    packed = torch.ops.ocs.pack(ints, 5)
+    calls = {
+        "a copy of the integers": ints.clone,
+        "pack": lambda: torch.ops.ocs.pack(ints, 5),
+        "unpack": lambda: torch.ops.ocs.unpack(packed, LARGE, 5),
+    }
+    times = in_turns(calls, rounds, "pack")
+    return [at_most(f"{op}, 5 bits, {LARGE:,}", times, op, "a copy of the integers", 4) for op in ("pack", "unpack")]
+
+
 def main() -> None:
     """Run all and publish."""
-    rows = [*fake_quantize(SMALL, 400, 10), *fake_quantize(LARGE, 25, 2.5), *histogram(11), *quantize_weight(21)]
+    rows = [
+        *fake_quantize(SMALL, 400, 10),
+        *fake_quantize(LARGE, 25, 2.5),
+        *histogram(11),
+        *quantize_weight(21),
+        *pack(51),
+    ]
     publish("kernels", rows)
 
 

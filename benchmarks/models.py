@@ -1,10 +1,12 @@
-"""ocs.quantize() on whole networks against the paper's procedure written literally in numpy, and against cloning.
+"""ocs.quantize() on whole networks against the paper's procedure, and quantized networks against the float ones.
 
     python benchmarks/models.py [--json]
 
-The literal procedure looks at the whole tensor for every split and copies it to append a channel. Of vgg16_bn only
-the splitting of its largest layer is timed, for a few splits, and scaled to those that the layer gets. Random weights,
-wbits=5.
+The rival of quantize() is the paper's procedure written literally in numpy, which looks at the whole tensor for every
+split and copies it to append a channel. Of vgg16_bn only the splitting of its largest layer is timed, for a few splits,
+and scaled to those that the layer gets. Where networks run, a float one and both its quantized forms take turns:
+resnet50 on 32 images of 224 x 224, in either memory format, and two LSTM layers of 650 units on 20 sequences of 35
+steps, as in the paper. Random weights, wbits=5.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from bench import Row, at_most, faster, publish
-from torch import nn
+import torch
+from bench import Row, at_most, faster, in_turns, publish
+from torch import Tensor, nn
 from tqdm import tqdm
 from zoo import torchvision_models
 
@@ -96,6 +99,33 @@ def compare(name: str, rounds: int, targets: dict[float, float], *, whole: bool)
     return rows
 
 
+def running(what: str, model: nn.Module, x: Tensor, rounds: int) -> list[Row]:
+    """A forward pass of the folded form (at most 1.02 of the float model's time) and of the expanded one (1.15)."""
+    folded, expanded = copy.deepcopy(model), copy.deepcopy(model)
+    ocs.quantize(folded, wbits=BITS, r=0.02, expand=False)
+    ocs.quantize(expanded, wbits=BITS, r=0.02)
+    with torch.inference_mode():
+        calls = {
+            "float": lambda: model(x),
+            "folded": lambda: folded(x),
+            "expanded": lambda: expanded(x),
+        }
+        times = in_turns(calls, rounds, f"run {what}")
+    limits = {"folded": 1.02, "expanded": 1.15}
+    return [at_most(f"run {what}, {form}", times, form, "float", limit) for form, limit in limits.items()]
+
+
+def all_running() -> list[Row]:
+    """Both networks."""
+    rows = []
+    for name, memory_format in (("NCHW", torch.contiguous_format), ("channels last", torch.channels_last)):
+        model = torchvision_models().resnet50(weights=None).eval().to(memory_format=memory_format)
+        x = torch.randn(32, 3, 224, 224).contiguous(memory_format=memory_format)
+        rows += running(f"resnet50, {name}", model, x, 15)
+    lstm = nn.Sequential(nn.LSTM(650, 650, 2)).eval()
+    return rows + running("LSTM 2 x 650", lstm, torch.randn(35, 20, 650), 100)
+
+
 PEAK = """
 import gc, torch, ocs
 from pathlib import Path
@@ -133,6 +163,7 @@ def main() -> None:
     """Run all and publish."""
     rows = compare("resnet50", 7, {0.02: 20, 0.1: 60}, whole=True)
     rows += compare("vgg16_bn", 5, {0.02: 200, 0.1: 200}, whole=False)
+    rows += all_running()
     notes = {f"peak extra memory, {name}": peak_memory(name) for name in ("resnet50", "vgg16_bn")}
     publish("models", rows, notes)
 

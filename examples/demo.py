@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_mnist import WEIGHTS, count_correct, load, load_model
+from fashion_mnist import WEIGHTS, ResNet20, count_correct, load, load_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -128,6 +128,16 @@ def show_one(out: Path) -> None:
     figure.savefig(out, dpi=120)
     report = ocs.quantize(model, **SHOWN)
     print(f"\nocs.quantize(model, wbits={SHOWN['wbits']}, r={SHOWN['r']})\n{report}")
+    saved = BUILD / f"resnet20-{SHOWN['wbits']}bit.safetensors"
+    ocs.save(model, saved)
+    again, images = ocs.load(saved, ResNet20().eval()), load("calibration")[0]
+    with torch.inference_mode():
+        same = torch.equal(again(images), model(images))
+    float_kb, saved_kb = (round(path.stat().st_size / 1000) for path in (WEIGHTS, saved))
+    outputs = "the same outputs" if same else "OTHER OUTPUTS"
+    print(
+        f"\nocs.save: {shown(saved)}, {saved_kb} KB ({float_kb} KB as floats); loaded into a fresh network: {outputs}"
+    )
     print(f"\nFigure 1 for {name}, the layer with the worst outlier: {shown(out)}")
 
 

@@ -142,7 +142,7 @@ class QuantizedLayer(nn.Module):
 
     def set_running(self, buffer: str, weight: Tensor, like: Tensor) -> None:
         """A running weight in the dtype and memory format of another."""
-        setattr(self, buffer, weight.to(like.dtype, memory_format=_memory_format(like)))
+        setattr(self, buffer, weight.to(like.dtype).contiguous(memory_format=_memory_format(like)))
 
     # --- As an nn.Module
 

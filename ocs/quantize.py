@@ -38,38 +38,43 @@ from ocs.rewrite import exchange, module_slots
 def quantize_layer(layer: Layer, options: Options) -> tuple[QuantizedLayer, list[LayerReport]]:
     """The layer that replaces this one, and a line of the report for each of its weights."""
     module, kind = layer.module, replacement_of(layer.module)
-    options = replace(options, expand=options.expand and not layer.only_folded)
-    groups, quantized, lines = getattr(module, "groups", 1), {}, []
+    if layer.only_folded:
+        options = replace(options, expand=False)
+    steps = {}
     for name in kind.weight_names(module):
         weight = module._parameters[name]
         if nn.parameter.is_lazy(weight) or weight.is_meta:
             raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
         with named(*[name] * (name != "weight")):
-            quantized[name], line = _quantize_weight(layer, name, kind.layout(weight.detach(), groups), groups, options)
-        lines.append(line)
+            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options)
+    quantized = {name: weight for name, (_, weight, _) in steps.items()}
     replacement = kind(module, quantized, options.wbits, options.expand)
-    replacement.settings = asdict(options)
-    return replacement, [replace(line, expanded_shape=replacement.expanded_shape(line.weight)) for line in lines]
+    replacement.settings = dict(vars(options))
+    return replacement, [_report_weight(layer, options, replacement, name, *step) for name, step in steps.items()]
 
 
 def _quantize_weight(
-    layer: Layer, name: str, w: Tensor, groups: int, options: Options
-) -> tuple[QuantizedWeight, LayerReport]:
-    """One weight w [O, C, ...]."""
-    w = w.to(torch.float32, memory_format=torch.contiguous_format)
+    weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options
+) -> tuple[SplitPlan, QuantizedWeight, tuple[float, float]]:
+    """The plan of a weight, its integers, and their signal and noise."""
+    w = kind.layout(weight, groups).float().contiguous()
     plan = functional.plan_splits(w, options.r, groups)
     threshold = functional.weight_threshold(w, plan, options.clip, options.granularity, groups)
     quantized = functional.quantize_split(w, plan, threshold, options.wbits, options.split, groups)
-    error = functional.weight_error(w, quantized, groups)
-    return quantized, _report_weight(layer, name, options, plan, quantized, error)
+    return plan, quantized, functional.weight_error(w, quantized, groups)
 
 
 def _report_weight(
-    layer: Layer, name: str, options: Options, plan: SplitPlan, quantized: QuantizedWeight, error: tuple[float, float]
+    layer: Layer,
+    options: Options,
+    replacement: QuantizedLayer,
+    name: str,
+    plan: SplitPlan,
+    quantized: QuantizedWeight,
+    error: tuple[float, float],
 ) -> LayerReport:
-    groups = getattr(layer.module, "groups", 1)
-    C = plan.channel_max.numel() // groups
-    sources = [c for group in plan.source.reshape(groups, -1).tolist() for c in group[C:]]
+    groups, C = replacement.groups, replacement.channels[name]
+    sources = replacement.copies(name).tolist()
     return LayerReport(
         **_common(layer, name),
         bits=options.wbits,
@@ -84,6 +89,7 @@ def _report_weight(
         sqnr_db=functional.sqnr_db(*error),
         packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8)
         + 4 * (quantized.scale.numel() + len(sources)),
+        expanded_shape=replacement.expanded_shape(name),
         reason=_note(layer, options, C, groups),
     )
 

@@ -150,7 +150,7 @@ class Report:
     def _summary(self) -> str:
         layers, left = len({layer.name for layer in self.quantized}), len(self.layers) - len(self.quantized)
         weights = f" ({len(self.quantized)} weights)" if len(self.quantized) > layers else ""
-        text = f"{layers} layers quantized{weights}, {left} left float, in {self.seconds:.2f} s"
+        text = f"{layers} layer{'s' * (layers != 1)} quantized{weights}, {left} left float, in {self.seconds:.2f} s"
         if not self.quantized:
             return text
         saving = self.float_bytes / self.packed_bytes if self.packed_bytes else math.inf

@@ -122,7 +122,8 @@ def test_quantized_networks(name: str) -> None:
     ours = run(expanded, x)
     assert relative_error(run(folded, x), run(folded_twin(model, folded), x)) < 1e-5
     assert relative_error(ours, run(folded, x)) < 2e-3
-    assert relative_error(ours, expected) < 1.5 * relative_error(run(noisy(model, report), x), expected)
+    draws = [relative_error(run(noisy(model, report), x), expected) for _ in range(3)]
+    assert relative_error(ours, expected) < 2 * sum(draws) / len(draws)
 
 
 @pytest.mark.parametrize(("name", "auxiliary"), [("inception_v3", ["AuxLogits"]), ("googlenet", ["aux1", "aux2"])])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import SmallNet, assert_unchanged, state
+from conftest import Everything, SmallNet, assert_unchanged, state
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -270,10 +270,11 @@ def test_an_error_names_the_place_and_changes_nothing(net: SmallNet, damage, opt
     assert [id(module) for module in net.modules()] == identities
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(9))
 @pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
-def test_a_failure_at_any_layer_changes_nothing(net: SmallNet, monkeypatch, at: int, failure: type) -> None:
-    calls, quantize_layer, before = [], quantize_module.quantize_layer, state(net)
+def test_a_failure_at_any_layer_changes_nothing(monkeypatch, at: int, failure: type) -> None:
+    model = Everything()
+    calls, quantize_layer, before = [], quantize_module.quantize_layer, state(model)
 
     def fail_at(*args: object) -> object:
         calls.append(args)
@@ -283,8 +284,12 @@ def test_a_failure_at_any_layer_changes_nothing(net: SmallNet, monkeypatch, at: 
 
     monkeypatch.setattr(quantize_module, "quantize_layer", fail_at)
     with pytest.raises(failure):
-        ocs.quantize(net, wbits=4, r=0.1)
-    assert_unchanged(net, before)
+        ocs.quantize(model, wbits=4, r=0.1)
+    assert_unchanged(model, before)
+
+
+def test_no_layer_is_left_out_above() -> None:
+    assert len({line.name for line in ocs.quantize(Everything()).quantized}) == 9
 
 
 def test_a_failure_while_swapping_is_undone(net: SmallNet) -> None:
