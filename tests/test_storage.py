@@ -158,6 +158,17 @@ def test_an_interrupted_save_loses_nothing(saved: tuple[nn.Module, Path], monkey
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_reader_of_the_old_file_keeps_it(saved: tuple[nn.Module, Path]) -> None:
+    """The new file takes its name at once: nobody sees half of it."""
+    model, path = saved
+    before = path.read_bytes()
+    model.net.head.bias.data += 1
+    with path.open("rb") as reader:
+        ocs.save(model, path)
+        assert reader.read() == before
+    assert path.read_bytes() != before
+
+
 def test_saving_through_a_link_keeps_the_link(saved: tuple[nn.Module, Path]) -> None:
     model, path = saved
     link = path.parent / "link"
@@ -239,6 +250,13 @@ def test_every_flipped_bit_is_found(saved: tuple[nn.Module, Path]) -> None:
         else:
             assert_same_model(other, model)
     assert found > 350
+
+
+def test_a_changed_setting_is_found(saved: tuple[nn.Module, Path]) -> None:
+    content = saved[1].read_bytes()
+    assert content.count(b'\\"r\\": 0.1') == 9
+    saved[1].write_bytes(content.replace(b'\\"r\\": 0.1', b'\\"r\\": 0.7', 1))
+    load_fails(saved[1], "its header is damaged")
 
 
 def forge(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
