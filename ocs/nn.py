@@ -6,6 +6,7 @@ original channels need not be moved, and the few copies cost little. See ocs.lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -76,14 +77,14 @@ class QuantLinear(_QuantProduct):
     float_kind = nn.Linear
     kept = ("in_features", "out_features")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b."""
-        if self.copied is None:
-            return F.linear(x, self.original, self.bias)
-        rows = x.reshape(-1, self.in_features)
-        y = F.linear(rows, self.original, self.bias)
-        y.addmm_(rows[:, self.copies()].to(y.dtype), self.copied.t().to(y.dtype))
-        return y.view(*x.shape[:-1], self.out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        """input W^T + bias."""
+        if self.copied is None or input.is_nested:
+            return F.linear(input, self.weight, self.bias)
+        x = input.reshape(-1, self.in_features)
+        y = F.linear(x, self.original, self.bias)
+        y.addmm_(x[:, self.copies()].to(y.dtype), self.copied.t().to(y.dtype))
+        return y.view(*input.shape[:-1], self.out_features)
 
 
 class _QuantConvolution(_QuantProduct):
@@ -119,9 +120,9 @@ class _QuantConv(_QuantConvolution):
 
     convolve: ClassVar[Callable[..., Tensor]]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...]."""
-        padding = self.padding
+        x, padding = input, self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -139,7 +140,7 @@ class _QuantConv(_QuantConvolution):
         """A 1 x 1 convolution is mostly memory: the copies are added in one pass over the output."""
         y = self.convolve(x, self.original, self.bias)
         w = self.copied.flatten(1).to(y.dtype).expand(y.shape[0], -1, -1)
-        y.view(*y.shape[:2], -1).baddbmm_(w, self.gather(x).flatten(2).to(y.dtype))
+        y.view(*y.shape[:2], math.prod(y.shape[2:])).baddbmm_(w, self.gather(x).flatten(2).to(y.dtype))
         return y
 
 
@@ -174,13 +175,13 @@ class _QuantConvTranspose(_QuantConvolution):
         """[groups C, O / groups, ...] as [O, C, ...], and back."""
         return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...], of `output_size` where given."""
         output_padding = self.float_kind._output_padding(
-            self, x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+            self, input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         return self.sum_parts(
-            x,
+            input,
             lambda x, w, b: self.convolve(
                 x, w, b, self.stride, self.padding, output_padding, self.groups, self.dilation
             ),

@@ -53,6 +53,16 @@ class _Recurrent(QuantizedLayer):
         first = torch.arange(self.gates, device=units.device) * self.hidden_size
         return (first[:, None] + units).flatten()
 
+    def __getattr__(self, name: str) -> Any:
+        """weight_hh_l0 and the like, for whoever reads them: what the layer computes, in the float layer's shape."""
+        if name in self.__dict__.get("channels", ()):
+            return self.folded(name).to(getattr(self, self.running(name)).dtype)
+        return super().__getattr__(name)
+
+    def running(self, name: str) -> str:
+        """weight_hh_l0 runs as running_hh_l0."""
+        return name.replace("weight", "running")
+
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """The widened rows, C + n columns."""
         return self.rows(name).numel(), self.held(name)[2].numel()
@@ -185,11 +195,11 @@ class _RecurrentLayer(_Recurrent):
         """One call of torch's own kernel over layers first .. last - 1: (output, h) or (output, h, c)."""
         weights = []
         for suffix in (suffix for layer in range(first, last) for suffix in self.directions(layer)):
-            weights += [getattr(self, f"weight_{kind}{suffix}") for kind in ("ih", "hh")]
+            weights += [getattr(self, f"running_{kind}{suffix}") for kind in ("ih", "hh")]
             if self.bias:
                 weights += [self.bias_of(name, suffix) for name in ("bias_ih", "bias_hh")]
             if self.proj_size:
-                weights.append(getattr(self, f"weight_hr{suffix}"))
+                weights.append(getattr(self, f"running_hr{suffix}"))
         options = (weights, self.bias, last - first, dropout, self.training, self.bidirectional)
         if batch_sizes is not None:
             return self.kernel()(x, batch_sizes, self.as_hx(states), *options)
@@ -225,10 +235,11 @@ class _RecurrentLayer(_Recurrent):
         x, *last = self.fused(x, batch_sizes, states, 0, self.num_layers, self.dropout)
         return x, tuple(last)
 
-    def forward(self, x: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
-        """(output, final states), as the float layer; x batched, unbatched or packed, hx initial states or None."""
-        if isinstance(x, PackedSequence):
-            return self._forward_packed(x, hx)
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        """(output, final states), as the float layer; input batched, unbatched or packed, hx initial states or None."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        x = input
         if x.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: expected 2 or 3 dimensions, not {x.dim()}")
         self.check_input_size(x)
@@ -305,8 +316,9 @@ class _RecurrentCell(_Recurrent):
         """torch's fused kernel."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, hx: Any = None) -> Any:
-        """The next states, h or (h, c) [N, H]; x [N, input_size], or unbatched [input_size]."""
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """The next states, h or (h, c) [N, H]; input [N, input_size], or unbatched [input_size]."""
+        x = input
         if x.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: expected 1 or 2 dimensions, not {x.dim()}")
         self.check_input_size(x)
@@ -321,7 +333,7 @@ class _RecurrentCell(_Recurrent):
             sources = self.state_sources("")
             states = [state.index_select(-1, source) for state, source in zip(states, sources, strict=True)]
         biases = (self.bias_of(name, "") for name in ("bias_ih", "bias_hh"))
-        last = self.kernel()(x, self.as_hx(states), self.weight_ih, self.weight_hh, *biases)
+        last = self.kernel()(x, self.as_hx(states), self.running_ih, self.running_hh, *biases)
         return tuple(state[..., : self.hidden_size] for state in (last if self.has_cell else (last,)))
 
 

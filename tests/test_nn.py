@@ -108,6 +108,34 @@ def test_splitting_alone_changes_nothing(name: str, naive: bool) -> None:
     torch.testing.assert_close(expanded(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_called_as_the_float_layer_is(name: str) -> None:
+    """By keyword, and with nothing in the batch."""
+    layer, x = make(name)
+    expanded = quantized(layer, expand=True)
+    assert torch.equal(expanded(input=x), expanded(x))
+    batched = x if x.dim() > 1 and "unbatched" not in name else x[None]
+    assert expanded(batched[:0]).shape == layer(batched[:0]).shape
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors() -> None:
+    layer, _ = make("linear")
+    x = torch.nested.nested_tensor([torch.randn(2, 30), torch.randn(3, 30)])
+    ours, folded = (quantized(layer, expand=expand)(x) for expand in (True, False))
+    torch.testing.assert_close(ours.values(), folded.values())
+
+
+def test_second_derivatives() -> None:
+    """The copies' part is added in place."""
+    for name in ("linear", "conv2d", "conv2d, pointwise", "transposed 2d"):
+        layer, x = make(name)
+        ours = quantized(layer, expand=True).double()
+        x = x[:1, ..., :4, :4] if x.dim() == 4 else x[:1]
+        assert torch.autograd.gradcheck(ours, x.double().requires_grad_())
+        assert torch.autograd.gradgradcheck(ours, x.double().requires_grad_())
+
+
 def test_no_splits_no_gather() -> None:
     layer, x = make("conv2d")
     expanded = quantized(layer, expand=True, r=0.0)

@@ -166,9 +166,9 @@ def test_a_split_unit_is_a_second_unit_with_the_same_gates() -> None:
     ours = quantized(make("lstm", "two layers"), expand=True)
     copies = ours.copies("weight_hh_l0")
     for name in ("weight_ih_l0", "weight_hh_l0"):
-        gates = getattr(ours, name).unflatten(0, (4, -1))
+        gates = getattr(ours, ours.running(name)).unflatten(0, (4, -1))
         assert torch.equal(gates[:, HIDDEN:], gates[:, copies])
-    assert ours.weight_hh_l0.shape == (4 * (HIDDEN + 4), HIDDEN + 4) == ours.expanded_shape("weight_hh_l0")
+    assert ours.running_hh_l0.shape == (4 * (HIDDEN + 4), HIDDEN + 4) == ours.expanded_shape("weight_hh_l0")
 
 
 def test_dropout_masks_are_shared_by_copies() -> None:
@@ -288,6 +288,15 @@ def test_wrong_inputs_have_clear_errors() -> None:
     cell = quantized(heavy(nn.GRUCell(INPUT, HIDDEN)), expand=True)
     with pytest.raises(ValueError, match="expected 1 or 2 dimensions, not 3"):
         cell(x)
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_whoever_reads_a_weight_finds_what_the_layer_computes(expand: bool) -> None:
+    ours = quantized(make("lstm", "both directions"), expand=expand)
+    assert all(torch.equal(getattr(ours, name), ours.folded(name)) for name in ours.channels)
+    assert ours.bfloat16().weight_hh_l0.dtype == torch.bfloat16
+    with pytest.raises(AttributeError, match="'QuantLSTM' object has no attribute 'weight_hh_l9'"):
+        ours.weight_hh_l9  # noqa: B018
 
 
 def test_models_call_flatten_parameters() -> None:
