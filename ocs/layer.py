@@ -46,6 +46,7 @@ class QuantizedLayer(nn.Module):
     kept: ClassVar[tuple[str, ...]]  # the float layer's hyperparameters
     kept_children: ClassVar[tuple[str, ...]] = ()
     only_folded: ClassVar[str] = ""  # why it cannot run expanded, if so
+    more_running: ClassVar[tuple[str, ...]] = ()  # buffers of what runs besides those of running()
 
     groups: int = 1
     bits: int
@@ -67,6 +68,8 @@ class QuantizedLayer(nn.Module):
             for buffer, tensor in zip(state_names(name), weight[:3], strict=True):
                 self.register_buffer(buffer, tensor)
             self.register_buffer(self.running(name), float_weight, persistent=False)
+        for name in self.more_running:
+            self.register_buffer(name, None, persistent=False)
         for name in self.other_names(float_layer):
             self.register_parameter(name, float_layer._parameters.get(name))
         for name in self.kept_children:
@@ -107,8 +110,12 @@ class QuantizedLayer(nn.Module):
 
     def held(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Integers, scale and source of a weight."""
-        ints, scale, source = (getattr(self, buffer) for buffer in state_names(name))
+        ints, scale, source = (self._buffers[buffer] for buffer in state_names(name))
         return ints, scale, source
+
+    def source_of(self, name: str) -> Tensor:
+        """The original channel of each expanded one."""
+        return getattr(self, state_names(name)[2])
 
     def dequantized(self, name: str) -> Tensor:
         """Float32 [O, C + n, ...]."""
@@ -121,14 +128,12 @@ class QuantizedLayer(nn.Module):
 
     def copies(self, name: str = "weight") -> Tensor:
         """The source of each copy, group by group."""
-        source = self.held(name)[2]
-        if self.groups == 1:
-            return source[self.channels[name] :]
-        return source.view(self.groups, -1)[:, self.channels[name] :].flatten()
+        source, C = self.source_of(name), self.channels[name]
+        return source[C:] if self.groups == 1 else source.view(self.groups, -1)[:, C:].flatten()
 
     def splits_of(self, name: str) -> int:
         """The copies of one weight over all groups."""
-        return self.held(name)[2].numel() - self.groups * self.channels[name]
+        return self.source_of(name).numel() - self.groups * self.channels[name]
 
     @property
     def splits(self) -> int:
@@ -138,11 +143,13 @@ class QuantizedLayer(nn.Module):
     def rebuild(self) -> None:
         """Make the weights that run from the integers again, in the layer's dtype and memory format."""
         for name in self.channels:
-            self.set_running(self.running(name), self.effective(name), like=getattr(self, self.running(name)))
+            self.set_running(self.running(name), self.effective(name), like=self._buffers[self.running(name)])
 
-    def set_running(self, buffer: str, weight: Tensor, like: Tensor) -> None:
-        """A running weight in the dtype and memory format of another."""
-        setattr(self, buffer, weight.to(like.dtype).contiguous(memory_format=_memory_format(like)))
+    def set_running(self, buffer: str, weight: Tensor | None, like: Tensor) -> None:
+        """Another tensor for a buffer of a running weight, in the dtype and memory format of `like`."""
+        if weight is not None:
+            weight = weight.to(like.dtype).contiguous(memory_format=_memory_format(like))
+        self._buffers[buffer] = weight
 
     # --- As an nn.Module
 
@@ -190,7 +197,7 @@ class QuantizedLayer(nn.Module):
             return f"{names[0]} is not of {self.bits}-bit integers (int8 in [-{most}, {most}])"
         if _has_values(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
             return f"{names[1]} is not positive and finite"
-        same_shape = _has_values(source) and source.shape == self.held(name)[2].shape
+        same_shape = _has_values(source) and source.shape == self.source_of(name).shape
         if same_shape and not source_valid(source.long(), self.groups, self.channels[name]):
             return f"{names[2]} is no split plan of this layer"
         return ""
@@ -208,7 +215,9 @@ def _has_values(tensor: Tensor | None) -> bool:
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:
+    if weight.is_contiguous():
+        return torch.contiguous_format
     for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if weight.dim() == rank and not weight.is_contiguous() and weight.is_contiguous(memory_format=memory_format):
+        if weight.dim() == rank and weight.is_contiguous(memory_format=memory_format):
             return memory_format
     return torch.contiguous_format

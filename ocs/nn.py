@@ -42,6 +42,7 @@ class _QuantProduct(QuantizedLayer):
     original: Tensor
     copied: Tensor | None
     bias: nn.Parameter | None
+    more_running = ("copied",)
 
     @property
     def weight(self) -> Tensor:
@@ -60,15 +61,14 @@ class _QuantProduct(QuantizedLayer):
     def rebuild(self) -> None:
         """Both parts from the integers, each in one pass."""
         ints, scale, _ = self.held("weight")
-        C, like = self.channels["weight"], self.original
-        self.register_buffer("copied", None, persistent=False)
-        if self.expand and self.splits:
-            copied = self.layout(torch.ops.ocs.dequantize(ints[:, C:], scale), self.groups)
-            self.set_running("copied", copied, like)
+        C, like, copied = self.channels["weight"], self.original, None
+        if self.expand and ints.shape[1] > C:
             original = torch.ops.ocs.dequantize(ints[:, :C], scale)
+            copied = self.layout(torch.ops.ocs.dequantize(ints[:, C:], scale), self.groups)
         else:
             original = self.folded("weight")
         self.set_running("original", self.layout(original, self.groups), like)
+        self.set_running("copied", copied, like)
 
 
 class QuantLinear(_QuantProduct):

@@ -34,7 +34,7 @@ class _Recurrent(QuantizedLayer):
 
     def source(self, name: str) -> Tensor:
         """The original channel of each expanded one, in weight_{name}."""
-        return self.held(f"weight_{name}")[2]
+        return self.source_of(f"weight_{name}")
 
     def units(self, suffix: str) -> Tensor:
         """The original hidden unit of each unit of the widened layer: those that the next weight splits."""
@@ -65,7 +65,7 @@ class _Recurrent(QuantizedLayer):
 
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """The widened rows, C + n columns."""
-        return self.rows(name).numel(), self.held(name)[2].numel()
+        return self.rows(name).numel(), self.source_of(name).numel()
 
     def rebuild(self) -> None:
         """The weights, and the rows that the biases run with."""

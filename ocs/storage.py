@@ -99,33 +99,34 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: call ocs.quantize first, or use torch.save")
     if "" in layers:
-        kind = type(model).__name__
-        raise ValueError(
-            f"model is itself a {kind}, which ocs.load could not put in place: nn.Sequential(...) around it"
-        )
-    safetensors = _safetensors()
+        raise ValueError(f"model is itself a {type(model).__name__}, which ocs.load could not put in place: wrap it")
     tensors = {entry.name: _as_stored(entry) for entry in _entries(model, {})}
     for name, layer in with_progress(layers.items(), "save", progress):
         tensors.update(_packed(name, layer))
-    header = json.dumps({
+    header = {
         "format": FORMAT,
         "ocs": _version(),
         "layers": {name: _describe(layer) for name, layer in layers.items()},
         "tensors": {name: _crc32(tensor) for name, tensor in tensors.items()},
-    })  # fmt: skip
+    }
+    _write(tensors, json.dumps(header), path)
+
+
+def _write(tensors: dict[str, Tensor], header: str, path: str | os.PathLike[str]) -> None:
+    """All of the file under another name, which then becomes its own."""
+    safetensors = _safetensors()
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {target.parent}")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
     try:
-        metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
-        try:
-            safetensors.torch.save_file(tensors, partial, metadata=metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path}: it cannot be written ({error})") from error
+        safetensors.torch.save_file(tensors, partial, metadata=metadata)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(target)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: it cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -267,11 +268,7 @@ def _rebuilt(reader: _Reader, layer: Layer, saved: _SavedLayer) -> QuantizedLaye
     if layer.status != "quantized":
         raise ValueError(f"it was saved quantized, but {layer.reason}")
     kind = replacement_of(module)
-    if (
-        saved.kind != kind.float_kind.__name__
-        or list(saved.weights) != list(kind.weight_names(module))
-        or not layer.name
-    ):
+    if saved.kind != kind.float_kind.__name__ or list(saved.weights) != list(kind.weight_names(module)):
         raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
     quantized = {weight: _read_weight(reader, layer, weight, saved) for weight in saved.weights}
     replacement = kind(module, quantized, saved.bits, saved.expand and not layer.only_folded)
@@ -291,7 +288,7 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
         raise ValueError(f"{source_name} has {copies} copies of {groups * C} channels")
     shape = [outputs, C + copies // groups, *filters]
     if saved.weights[weight] != shape:
-        raise ValueError(f"{weight} is {saved.weights[weight]}, the model needs {shape}")
+        raise ValueError(f"{weight} is {str(saved.weights[weight])[:80]}, the model needs {shape}")
     own = torch.arange(groups * C).view(groups, C)
     source = torch.cat([own, reader.read(source_name, [copies], "I32").long().view(groups, -1)], 1).flatten()
     if not source_valid(source, groups, C):
