@@ -153,8 +153,10 @@ def _reason_to_leave(layer: Layer, owners: Mapping[int, list[str]]) -> str:
     for name in (*weights, *others):
         if name not in module._parameters and getattr(module, name, None) is not None:
             return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
-    if set(module._parameters) - {*weights, *others} or set(module._modules) - {*replacement.kept_children}:
-        return f"{kind} has parameters of its own besides those of {replacement.float_kind.__name__}"
+    own = {*module._parameters, *module._buffers, *module._modules} - {*weights, *others, *replacement.kept_children}
+    own |= _own_methods(type(module), replacement.float_kind) if not _is_lazy(module) else set()
+    if own:
+        return f"{kind} has {', '.join(sorted(own))} of its own besides what {replacement.float_kind.__name__} has"
     return next(filter(None, (_reason_of_weight(layer, name, owners) for name in weights)), "")
 
 
@@ -164,6 +166,16 @@ def _reason_of_weight(layer: Layer, name: str, owners: Mapping[int, list[str]]) 
     if tied:
         return f"its {name} is shared with {', '.join(tied)}"
     return "" if weight.is_floating_point() else f"its {name} is {weight.dtype}"
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values())
+
+
+def _own_methods(kind: type[nn.Module], of: type[nn.Module]) -> set[str]:
+    """What a subclass can do that its replacement could not."""
+    names = (name for name in set(dir(kind)) - set(dir(of)) if not name.startswith("_"))
+    return {name for name in names if isinstance(getattr(kind, name), property) or callable(getattr(kind, name))}
 
 
 def _overrides_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

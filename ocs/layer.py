@@ -31,19 +31,34 @@ def state_names(weight: str) -> tuple[str, str, str]:
     return f"{weight}_int", weight.replace("weight", "scale"), weight.replace("weight", "source")
 
 
+def problem_of(
+    names: tuple[str, str, str], ints: Tensor, scale: Tensor, source: Tensor, bits: int, groups: int, channels: int
+) -> str:
+    """Why these values are no quantized weight, or "": a state may come from a stranger."""
+    most = qmax(bits)
+    if ints.dtype != torch.int8 or bool((ints.short().abs() > most).any()):
+        return f"{names[0]} is not of {bits}-bit integers (int8 in [-{most}, {most}])"
+    scale = scale.float()
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        return f"{names[1]} is not positive and finite (in float32)"
+    if source.is_floating_point() or not source_valid(source.long(), groups, channels):
+        return f"{names[2]} is no split plan of this layer"
+    return ""
+
+
 class QuantizedLayer(nn.Module):
     """A layer with quantized weights.
 
     Args:
-        float_layer: the layer to replace; its hyperparameters and its other parameters (the same objects) are taken
-            over, and so are its dtype, its memory format and the user's hooks.
+        float_layer: the layer to replace. Its public attributes, its other parameters (the same objects), its forward
+            and backward hooks, its dtype and its memory format are taken over.
         quantized: its weights by name, from functional.quantize_weight.
         bits: what the integers fit, 2 to 8.
         expand: run expanded, else folded.
     """
 
     float_kind: ClassVar[type[nn.Module]]  # what it replaces
-    kept: ClassVar[tuple[str, ...]]  # the float layer's hyperparameters
+    kept: ClassVar[tuple[str, ...]] = ()  # the float layer's private attributes that are needed
     kept_children: ClassVar[tuple[str, ...]] = ()
     only_folded: ClassVar[str] = ""  # why it cannot run expanded, if so
     more_running: ClassVar[tuple[str, ...]] = ()  # buffers of what runs besides those of running()
@@ -58,20 +73,21 @@ class QuantizedLayer(nn.Module):
         self, float_layer: nn.Module, quantized: Mapping[str, QuantizedWeight], bits: int, expand: bool = True
     ) -> None:
         nn.Module.__init__(self)
-        hyperparameters = {name: getattr(float_layer, name) for name in self.kept}
-        vars(self).update(hyperparameters, bits=bits, expand=expand, training=float_layer.training)
-        vars(self).update({name: value for name, value in vars(float_layer).items() if name in _HOOKS})
+        kept = {*self.kept, *_HOOKS}
+        vars(self).update({k: v for k, v in vars(float_layer).items() if k in kept or not k.startswith("_")})
+        vars(self).update(bits=bits, expand=expand)
         self.channels, self.settings = {}, {"wbits": bits, "expand": expand}
         for name, weight in quantized.items():
             float_weight = float_layer._parameters[name].detach()
             self.channels[name] = self.layout(float_weight, self.groups).shape[1]
             for buffer, tensor in zip(state_names(name), weight[:3], strict=True):
                 self.register_buffer(buffer, tensor)
-            self.register_buffer(self.running(name), float_weight, persistent=False)
+            self.register_buffer(self.running(name), float_weight, persistent=False)  # its dtype counts, until rebuilt
         for name in self.more_running:
             self.register_buffer(name, None, persistent=False)
         for name in self.other_names(float_layer):
-            self.register_parameter(name, float_layer._parameters.get(name))
+            if name in float_layer._parameters:
+                self.register_parameter(name, float_layer._parameters[name])
         for name in self.kept_children:
             self.add_module(name, float_layer._modules[name])
         self.rebuild()
@@ -183,24 +199,25 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for name in self.channels:
-            scale = state_names(name)[1]
-            setattr(self, scale, getattr(self, scale).float())
+        for name in self.channels:  # assigned ones may have come in another dtype
+            _, scale, source = state_names(name)
+            self._buffers.update({scale: self._buffers[scale].float(), source: self._buffers[source].long()})
         self.rebuild()
 
     def _problem_of(self, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> str:
-        """What no weight of this shape can have, or ""; shapes are compared by nn.Module."""
+        """Why a state cannot be this weight's, or "". Its three tensors belong together: all of them, or none."""
         names = state_names(name)
-        ints, scale, source = (state_dict.get(prefix + buffer) for buffer in names)
-        most = qmax(self.bits)
-        if _has_values(ints) and (ints.dtype != torch.int8 or bool((ints.short().abs() > most).any())):
-            return f"{names[0]} is not of {self.bits}-bit integers (int8 in [-{most}, {most}])"
-        if _has_values(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
-            return f"{names[1]} is not positive and finite"
-        same_shape = _has_values(source) and source.shape == self.source_of(name).shape
-        if same_shape and not source_valid(source.long(), self.groups, self.channels[name]):
-            return f"{names[2]} is no split plan of this layer"
-        return ""
+        given = [state_dict.get(prefix + buffer) for buffer in names]
+        if all(tensor is None for tensor in given):
+            return ""
+        for buffer, tensor, held in zip(names, given, self.held(name), strict=True):
+            if tensor is None:
+                return f"{buffer} is missing, without which {names[0]} means nothing"
+            if tensor.shape != held.shape:
+                return f"{buffer} has a size mismatch: {list(tensor.shape)}, this layer needs {list(held.shape)}"
+        if any(tensor.is_meta for tensor in given):
+            return ""
+        return problem_of(names, *given, self.bits, self.groups, self.channels[name])
 
     def extra_repr(self) -> str:
         """Hyperparameters as the float layer shows them, then what was quantized."""
@@ -208,10 +225,6 @@ class QuantizedLayer(nn.Module):
         scales = "channel" if self.held(next(iter(self.channels)))[1].dim() else "tensor"
         shown = self.float_kind.extra_repr(self)
         return f"{shown}{', ' if shown else ''}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}"
-
-
-def _has_values(tensor: Tensor | None) -> bool:
-    return tensor is not None and not tensor.is_meta
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:

@@ -75,12 +75,13 @@ class QuantLinear(_QuantProduct):
     """nn.Linear with a quantized weight: x [..., in_features] -> [..., out_features]. Its channels are in_features."""
 
     float_kind = nn.Linear
-    kept = ("in_features", "out_features")
 
     def forward(self, input: Tensor) -> Tensor:
         """input W^T + bias."""
         if self.copied is None or input.is_nested:
             return F.linear(input, self.weight, self.bias)
+        if input.shape[-1:] != (self.in_features,):
+            raise RuntimeError(f"QuantLinear: expected {self.in_features} input channels, not {list(input.shape)}")
         x = input.reshape(-1, self.in_features)
         y = F.linear(x, self.original, self.bias)
         y.addmm_(x[:, self.copies()].to(y.dtype), self.copied.t().to(y.dtype))
@@ -90,18 +91,7 @@ class QuantLinear(_QuantProduct):
 class _QuantConvolution(_QuantProduct):
     """What convolutions of either direction share."""
 
-    kept = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-        "output_padding",
-        "_reversed_padding_repeated_twice",
-    )
+    kept = ("_reversed_padding_repeated_twice",)
 
     def gather(self, x: Tensor) -> Tensor:
         """The copies' input. Indexing, not index_select, which is slow on channels-last inputs."""
@@ -217,17 +207,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     """
 
     float_kind = nn.MultiheadAttention
-    kept = (
-        "embed_dim",
-        "kdim",
-        "vdim",
-        "num_heads",
-        "head_dim",
-        "dropout",
-        "batch_first",
-        "add_zero_attn",
-        "_qkv_same_embed_dim",
-    )
+    kept = ("_qkv_same_embed_dim",)
     kept_children = ("out_proj",)
     only_folded = "its forward reads its weights itself"
 

@@ -128,18 +128,6 @@ class _Recurrent(QuantizedLayer):
 class _RecurrentLayer(_Recurrent):
     """nn.LSTM, nn.GRU or nn.RNN with quantized weights; see torch's for inputs, states and outputs."""
 
-    kept = (
-        "mode",
-        "input_size",
-        "hidden_size",
-        "num_layers",
-        "bias",
-        "batch_first",
-        "dropout",
-        "bidirectional",
-        "proj_size",
-    )
-
     @staticmethod
     def weight_names(float_layer: nn.Module) -> tuple[str, ...]:
         """Of inputs, hidden states and projections, layer by layer, forward and reverse."""
@@ -181,10 +169,15 @@ class _RecurrentLayer(_Recurrent):
 
     def input_source(self, layer: int) -> Tensor:
         """The original channel of each channel of a layer's widened input."""
-        return torch.cat([
-            self.source(f"ih{suffix}")[self.channels[f"weight_ih{suffix}"] * (suffix.endswith("_reverse")) :]
-            for suffix in self.directions(layer)
-        ])  # fmt: skip
+        forward, *reverse = self.directions(layer)
+        copies = [self.copies(f"weight_ih{suffix}") for suffix in reverse]
+        return torch.cat([self.source(f"ih{forward}"), *copies])
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """As torch's: of each layer and direction, the weights that it computes with and its biases."""
+        names = (*self.weight_names(self), *self.other_names(self))
+        return [[getattr(self, n) for n in names if n.endswith(suffix)] for suffix in self.suffixes()]
 
     def flatten_parameters(self) -> None:
         """Nothing to do: models call it on their float layers."""
@@ -291,7 +284,6 @@ class QuantRNN(_RecurrentLayer):
 
     float_kind = nn.RNN
     gates = 1
-    kept = (*_RecurrentLayer.kept, "nonlinearity")
 
 
 # --- Cells ------------------------------------------------------------------------------------------------------------
@@ -299,8 +291,6 @@ class QuantRNN(_RecurrentLayer):
 
 class _RecurrentCell(_Recurrent):
     """nn.LSTMCell, nn.GRUCell or nn.RNNCell with quantized weights: one step."""
-
-    kept = ("input_size", "hidden_size", "bias")
 
     @staticmethod
     def weight_names(float_layer: nn.Module) -> tuple[str, ...]:
@@ -365,7 +355,6 @@ class QuantRNNCell(_RecurrentCell):
 
     float_kind = nn.RNNCell
     gates = 1
-    kept = (*_RecurrentCell.kept, "nonlinearity")
 
     def kernel(self) -> Callable[..., Any]:
         """torch's fused kernel."""

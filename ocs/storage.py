@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocs.composite import source_valid
 from ocs.find import Layer, find_layers, named, replacement_of
 from ocs.functional import QuantizedWeight
-from ocs.layer import QuantizedLayer, state_names
+from ocs.layer import QuantizedLayer, problem_of, state_names
 from ocs.progress import with_progress
 from ocs.rewrite import Slot, exchange, module_slots
 
@@ -144,6 +143,10 @@ def _as_stored(entry: _Entry) -> Tensor:
         raise ValueError(f"{entry.name}: it holds no values yet")
     if tensor.layout != torch.strided:
         raise ValueError(f"{entry.name}: it is {tensor.layout}, which a safetensors file cannot hold")
+    try:
+        _safetensors().torch.save({"": tensor.new_empty(0, device="cpu")})
+    except KeyError:
+        raise ValueError(f"{entry.name}: it is {tensor.dtype}, which a safetensors file cannot hold") from None
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
@@ -175,7 +178,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
     Args:
         path: a file that ocs.save wrote.
         model: the float architecture; its weights may be random, or on the meta device. Parameters keep their dtype and
-            device, quantized layers those of the layer that they replace; meta tensors become CPU tensors.
+            device, quantized layers those of the layer that they replace; meta tensors become CPU tensors, but for
+            non-persistent buffers, which no file holds.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Raises:
@@ -220,13 +224,15 @@ class _Reader:
             raise ValueError("it was not written by ocs.save")
         try:
             header = json.loads(metadata["ocs"])
+            if type(header["format"]) is not int or header["format"] < 1:
+                raise KeyError("format")
             if header["format"] > FORMAT:
                 version, number = str(header["ocs"])[:20], str(header["format"])[:20]
                 raise ValueError(f"ocs {version} wrote it in format {number}, newer than {FORMAT}: upgrade torch-ocs")
             if metadata["crc32"] != str(zlib.crc32(metadata["ocs"].encode())):
-                raise KeyError
+                raise KeyError("crc32")
             self.layers = {name: _SavedLayer(**saved) for name, saved in header["layers"].items()}
-            self.sums = dict(header["tensors"])
+            self.sums = {name: int(crc) for name, crc in header["tensors"].items()}
         except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError("its header is damaged") from error
         if set(self.sums) != set(file.keys()):
@@ -291,17 +297,16 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
         raise ValueError(f"{weight} is {str(saved.weights[weight])[:80]}, the model needs {shape}")
     own = torch.arange(groups * C).view(groups, C)
     source = torch.cat([own, reader.read(source_name, [copies], "I32").long().view(groups, -1)], 1).flatten()
-    if not source_valid(source, groups, C):
-        raise ValueError(f"{source_name} is no split plan of this layer")
     scale = reader.read(scale_name, [outputs] if reader.shape(scale_name) else [], "F32")
-    if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise ValueError(f"{scale_name} is not positive and finite")
     numel = math.prod(shape)
     packed = reader.read(ints_name, [(numel * saved.bits + 7) // 8], "U8")
     try:
         ints = torch.ops.ocs.unpack(packed, numel, saved.bits).view(shape)
     except RuntimeError as error:
         raise ValueError(f"{ints_name} is not of {saved.bits}-bit integers") from error
+    problem = problem_of((ints_name, scale_name, source_name), ints, scale, source, saved.bits, groups, C)
+    if problem:
+        raise ValueError(problem)
     device = "cpu" if float_weight.is_meta else float_weight.device
     return QuantizedWeight(ints.to(device), scale.to(device), source.to(device), scale)
 

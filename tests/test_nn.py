@@ -273,6 +273,55 @@ def test_a_state_from_a_stranger_is_refused(case: str, expand: bool) -> None:
     assert torch.equal(model(x), before)
 
 
+PARTIAL = {
+    "no source": ({"0.source": None}, "source is missing"),
+    "no scale": ({"0.scale": None}, "scale is missing"),
+    "another granularity": ({"0.scale": torch.ones(7)}, r"scale has a size mismatch: \[7\]"),
+    "other channels": ({"0.weight_int": torch.zeros(7, 9, dtype=torch.int8)}, "weight_int has a size mismatch"),
+    "a scale too small": ({"0.scale": torch.tensor(1e-60, dtype=torch.double)}, "scale is not positive"),
+    "a source of floats": ({"0.source": torch.arange(36.0)}, "source is no split plan"),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", PARTIAL)
+def test_integers_scale_and_source_are_loaded_together(case: str, strict: bool) -> None:
+    """Or the layer would compute what neither model did."""
+    changes, message = PARTIAL[case]
+    layer, x = make("linear")
+    model = nn.Sequential(quantized(layer, expand=True))
+    before, held = model(x), [tensor.clone() for tensor in model[0].held("weight")]
+    state = {**nn.Sequential(quantized(nn.Linear(30, 7), expand=True)).state_dict(), **changes}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(a, b) for a, b in zip(model[0].held("weight"), held, strict=True))
+
+
+def test_a_state_without_the_layer_leaves_it_alone() -> None:
+    layer, x = make("linear")
+    model = nn.Sequential(quantized(layer, expand=True))
+    before = model(x)
+    assert model.load_state_dict({}, strict=False).missing_keys == ["0.bias", "0.weight_int", "0.scale", "0.source"]
+    assert torch.equal(model(x), before)
+
+
+def test_an_assigned_source_becomes_int64() -> None:
+    layer, _ = make("linear")
+    model = nn.Sequential(quantized(layer, expand=True))
+    state = model.state_dict()
+    model.load_state_dict({**state, "0.source": state["0.source"].int()}, assign=True)
+    assert model[0].source.dtype == torch.int64
+
+
+def test_a_linear_layer_refuses_what_torchs_refuses() -> None:
+    layer, _ = make("linear")
+    for x in (torch.randn(0, 29), torch.randn(15, 60), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError, match="QuantLinear: expected 30 input channels"):
+            quantized(layer, expand=True)(x)
+
+
 def test_a_half_precision_scale_is_loaded_as_float32() -> None:
     layer, _ = make("linear")
     ours = quantized(layer, expand=True)

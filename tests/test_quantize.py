@@ -92,6 +92,17 @@ def test_training_mode_hooks_and_gradients_are_kept(net: SmallNet) -> None:
     assert net.stem.weight.grad is not None
 
 
+def test_public_attributes_are_kept(net: SmallNet) -> None:
+    """A hook may read them."""
+    net.head.gain = 0.5
+    net.head.register_forward_hook(lambda module, args, output: module.gain * output)
+    x = torch.randn(2, 3, 8, 8)
+    expected = net(x)
+    ocs.quantize(net, wbits=8)
+    assert (net.head.gain, net.body[0].transposed, net.head.bits) == (0.5, False, 8)
+    torch.testing.assert_close(net(x), expected, rtol=0.05, atol=0.05)
+
+
 def test_a_module_used_twice_is_replaced_in_both_places() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
@@ -118,6 +129,20 @@ class LowRank(nn.Linear):
     def __init__(self) -> None:
         super().__init__(4, 4)
         self.adapter = nn.Linear(4, 4)
+
+
+class WithMethod(nn.Linear):
+    """A subclass that can do more."""
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self(x)
+
+
+def with_a_buffer() -> nn.Module:
+    """A mask that a hook applies."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_buffer("mask", torch.zeros(4))
+    return model
 
 
 def wrapped() -> nn.Module:
@@ -168,7 +193,9 @@ LEFT_ALONE = {
                     "0", "re-parametrized"),
     "pruned bias": (pruned_bias, "0", "re-parametrized"),
     "wrapped": (wrapped, "0", "forward of its own"),
-    "adapter": (lambda: nn.Sequential(LowRank()), "0", "parameters of its own besides"),
+    "adapter": (lambda: nn.Sequential(LowRank()), "0", "LowRank has adapter of its own besides what Linear has"),
+    "own buffer": (with_a_buffer, "0", "Linear has mask of its own besides"),
+    "own method": (lambda: nn.Sequential(WithMethod(4, 4), nn.Linear(4, 4)), "0", "WithMethod has scaled of its own"),
     "own forward": (lambda: nn.Sequential(Doubled(4, 4), nn.Linear(4, 4)), "0", "forward of its own"),
     "tied recurrent": (tied_recurrent, "0", "its weight_hh_l0 is shared with 0.weight_hh_l1"),
     "weight_norm on an LSTM": (lambda: nn.Sequential(weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), nn.Linear(4, 4)),

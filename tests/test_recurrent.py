@@ -294,6 +294,8 @@ def test_wrong_inputs_have_clear_errors() -> None:
 def test_whoever_reads_a_weight_finds_what_the_layer_computes(expand: bool) -> None:
     ours = quantized(make("lstm", "both directions"), expand=expand)
     assert all(torch.equal(getattr(ours, name), ours.folded(name)) for name in ours.channels)
+    assert [len(weights) for weights in ours.all_weights] == [4, 4, 4, 4]
+    assert torch.equal(ours.all_weights[3][1], ours.weight_hh_l1_reverse)
     assert ours.bfloat16().weight_hh_l0.dtype == torch.bfloat16
     with pytest.raises(AttributeError, match="'QuantLSTM' object has no attribute 'weight_hh_l9'"):
         ours.weight_hh_l9  # noqa: B018

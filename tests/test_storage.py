@@ -202,6 +202,10 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     model.register_buffer("adjacency", torch.eye(2).to_sparse())
     with pytest.raises(ValueError, match=r"adjacency: it is torch\.sparse_coo"):
         ocs.save(model, path)
+    del model.adjacency
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"phase: it is torch\.complex128, which a safetensors file cannot hold"):
+        ocs.save(model, path)
     with pytest.raises(FileNotFoundError):
         ocs.save(nn.Sequential(model[0]), tmp_path / "no" / "such" / "folder")
     assert not os.listdir(tmp_path)
@@ -290,6 +294,9 @@ LAYER = {"kind": "Linear", "bits": 5, "expand": True, "settings": {}, "weights":
 FORGED = {
     "newer": (setting("format", to=2), "wrote it in format 2, newer than 1: upgrade torch-ocs"),
     "format of another type": (setting("format", to="1"), "header is damaged"),
+    "format zero": (setting("format", to=0), "header is damaged"),
+    "format of no number": (setting("format", to=True), "header is damaged"),
+    "no sums": (setting("tensors", to="ab"), "header is damaged"),
     "no layers": (setting("layers", to=[]), "header is damaged"),
     "bits as text": (setting(*HEAD, "bits", to="5"), "header is damaged"),
     "bits out of range": (setting(*HEAD, "bits", to=64), "header is damaged"),
