@@ -130,14 +130,13 @@ def show_one(out: Path) -> None:
     print(f"\nocs.quantize(model, wbits={SHOWN['wbits']}, r={SHOWN['r']})\n{report}")
     saved = BUILD / f"resnet20-{SHOWN['wbits']}bit.safetensors"
     ocs.save(model, saved)
-    again, images = ocs.load(saved, ResNet20().eval()), load("calibration")[0]
+    again = ocs.load(saved, ResNet20().eval().to(memory_format=torch.channels_last))
+    images = load("calibration")[0]
     with torch.inference_mode():
         same = torch.equal(again(images), model(images))
     float_kb, saved_kb = (round(path.stat().st_size / 1000) for path in (WEIGHTS, saved))
     outputs = "the same outputs" if same else "OTHER OUTPUTS"
-    print(
-        f"\nocs.save: {shown(saved)}, {saved_kb} KB ({float_kb} KB as floats); loaded into a fresh network: {outputs}"
-    )
+    print(f"\nSaved in {shown(saved)}: {saved_kb} KB, {float_kb} KB as floats; loaded into a fresh network: {outputs}")
     print(f"\nFigure 1 for {name}, the layer with the worst outlier: {shown(out)}")
 
 

@@ -94,6 +94,7 @@ def test_demo_as_a_user_runs_it(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "quantization-aware / naive split" in done.stdout
     assert "19 layers quantized, 1 left float" in done.stdout
+    assert "loaded into a fresh network: the same outputs" in done.stdout
     assert (tmp_path / "figure1.png").exists()
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     cells = json.loads(again.stdout)["cells"]
