@@ -162,6 +162,8 @@ def _reason_to_leave(layer: Layer, owners: Mapping[int, list[str]]) -> str:
 
 def _reason_of_weight(layer: Layer, name: str, owners: Mapping[int, list[str]]) -> str:
     weight = layer.module._parameters[name]
+    if weight is None:
+        return f"it has no {name}"
     tied = [owner for owner in owners[id(weight)] if owner != f"{layer.name}.{name}"]
     if tied:
         return f"its {name} is shared with {', '.join(tied)}"

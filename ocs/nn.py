@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,14 +79,39 @@ class QuantLinear(_QuantProduct):
 
     def forward(self, input: Tensor) -> Tensor:
         """input W^T + bias."""
-        if self.copied is None or input.is_nested:
-            return F.linear(input, self.weight, self.bias)
-        if input.shape[-1:] != (self.in_features,):
-            raise RuntimeError(f"QuantLinear: expected {self.in_features} input channels, not {list(input.shape)}")
-        x = input.reshape(-1, self.in_features)
-        y = F.linear(x, self.original, self.bias)
-        y.addmm_(x[:, self.copies()].to(y.dtype), self.copied.t().to(y.dtype))
-        return y.view(*input.shape[:-1], self.out_features)
+        if self.copied is None:
+            return F.linear(input, self.original, self.bias)
+        return _expanded_linear(input, self.original, self.copied, self.copies(), self.bias)
+
+
+@torch.fx.wrap  # as a whole: tracing knows no shapes
+def _expanded_linear(input: Tensor, original: Tensor, copied: Tensor, copies: Tensor, bias: Tensor | None) -> Tensor:
+    if input.is_nested:
+        return F.linear(input, original, bias) + F.linear(input, _scattered(copied, copies, original))
+    if input.shape[-1:] != original.shape[1:]:
+        raise RuntimeError(f"QuantLinear: expected {original.shape[1]} input channels, not {list(input.shape)}")
+    x = input.reshape(-1, original.shape[1])
+    y = F.linear(x, original, bias)
+    y.addmm_(x[:, copies].to(y.dtype), copied.t().to(y.dtype))
+    return y.view(*input.shape[:-1], original.shape[0])
+
+
+def _scattered(copied: Tensor, copies: Tensor, original: Tensor) -> Tensor:
+    """The copies' weights on their source channels [O, C]."""
+    return torch.zeros_like(original).index_add(1, copies, copied)
+
+
+@torch.fx.wrap
+def _add_pointwise(y: Tensor, copied: Tensor, x: Tensor) -> Tensor:
+    """y [..., O, *spatial] + copied [O, n] x [..., n, *spatial], in one pass over y."""
+    rank = copied.dim() - 2
+    w, x = copied.flatten(1).to(y.dtype), x.flatten(-rank).to(y.dtype)
+    in_rows = y.view(*y.shape[:-rank], math.prod(y.shape[-rank:]))
+    if y.dim() == rank + 1:
+        in_rows.addmm_(w, x)
+    else:
+        in_rows.baddbmm_(w.expand(y.shape[0], -1, -1), x)
+    return y
 
 
 class _QuantConvolution(_QuantProduct):
@@ -116,8 +142,8 @@ class _QuantConv(_QuantConvolution):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self.copied is not None and self._is_pointwise() and x.dim() == 2 + len(self.kernel_size):
-            return self._pointwise(x)
+        if self.copied is not None and self._is_pointwise():  # which is mostly memory
+            return _add_pointwise(self.convolve(x, self.original, self.bias), self.copied, self.gather(x))
         return self.sum_parts(
             x, lambda x, w, b: self.convolve(x, w, b, self.stride, padding, self.dilation, self.groups)
         )
@@ -125,13 +151,6 @@ class _QuantConv(_QuantConvolution):
     def _is_pointwise(self) -> bool:
         plain = self.groups == 1 and (self.padding in ("valid", "same") or not any(self.padding))
         return plain and set(self.kernel_size) == set(self.stride) == {1}
-
-    def _pointwise(self, x: Tensor) -> Tensor:
-        """A 1 x 1 convolution is mostly memory: the copies are added in one pass over the output."""
-        y = self.convolve(x, self.original, self.bias)
-        w = self.copied.flatten(1).to(y.dtype).expand(y.shape[0], -1, -1)
-        y.view(*y.shape[:2], math.prod(y.shape[2:])).baddbmm_(w, self.gather(x).flatten(2).to(y.dtype))
-        return y
 
 
 class QuantConv1d(_QuantConv):

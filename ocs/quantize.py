@@ -174,7 +174,7 @@ def quantize(
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
     replacements, lines = {}, []
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         for layer in with_progress(layers, "quantize", progress):
             if layer.status != "quantized":
                 lines.append(LayerReport(**_common(layer), reason=layer.reason))

@@ -219,7 +219,7 @@ class _RecurrentLayer(_Recurrent):
             ends.append([state[..., :H] for state, H in zip(last, sizes, strict=True)])
             if layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+        return x.contiguous(), tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
 
     def run(self, x: Tensor, batch_sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
         """Expanded as a chain, folded in one call."""
@@ -324,7 +324,7 @@ class _RecurrentCell(_Recurrent):
             states = [state.index_select(-1, source) for state, source in zip(states, sources, strict=True)]
         biases = (self.bias_of(name, "") for name in ("bias_ih", "bias_hh"))
         last = self.kernel()(x, self.as_hx(states), self.running_ih, self.running_hh, *biases)
-        return tuple(state[..., : self.hidden_size] for state in (last if self.has_cell else (last,)))
+        return tuple(state[..., : self.hidden_size].contiguous() for state in (last if self.has_cell else (last,)))
 
 
 class QuantLSTMCell(_RecurrentCell):

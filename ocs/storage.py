@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         ValueError: nothing in the model is quantized, or it holds what a file of tensors cannot: extra state, sparse
             tensors, parameters without values.
     """
+    _check_module(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: call ocs.quantize first, or use torch.save")
@@ -111,16 +113,26 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
     _write(tensors, json.dumps(header), path)
 
 
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+
+
 def _write(tensors: dict[str, Tensor], header: str, path: str | os.PathLike[str]) -> None:
     """All of the file under another name, which then becomes its own."""
     safetensors = _safetensors()
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {target.parent}")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    if target.is_dir():
+        raise IsADirectoryError(f"{path}: it is a folder")
+    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.{threading.get_ident()}.partial")
     metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
     try:
+        partial.touch()
+        mode = (target if target.exists() else partial).stat().st_mode  # safetensors would make it private
         safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        partial.chmod(mode)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(target)
@@ -141,8 +153,9 @@ def _as_stored(entry: _Entry) -> Tensor:
     tensor = entry.tensor
     if nn.parameter.is_lazy(tensor) or tensor.is_meta:
         raise ValueError(f"{entry.name}: it holds no values yet")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{entry.name}: it is {tensor.layout}, which a safetensors file cannot hold")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{entry.name}: it is {kind}, which a safetensors file cannot hold")
     try:
         _safetensors().torch.save({"": tensor.new_empty(0, device="cpu")})
     except KeyError:
@@ -183,12 +196,15 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file.
         ValueError: the file is damaged, was not written by ocs.save or by a newer version of it, or does not fit the
             model. The model is then as it was.
     """
     safetensors = _safetensors()
-    with named(str(path)), torch.no_grad():
+    _check_module(model)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: it is a folder")
+    with named(str(path)), torch.inference_mode(False), torch.no_grad():
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 reader = _Reader(file)
@@ -251,7 +267,7 @@ class _Reader:
             raise ValueError(f"{name} is {found}, the model needs {shape}")
         if dtype not in (None, self.file.get_slice(name).get_dtype()):
             raise ValueError(f"{name} is not {dtype}")
-        tensor = self.file.get_tensor(name)
+        tensor = self.file.get_tensor(name).clone()  # not a window on a file that may change
         if _crc32(tensor) != self.sums[name]:
             raise ValueError(f"{name} is damaged")
         return tensor

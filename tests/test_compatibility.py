@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Everything
+from conftest import Everything, SmallNet
 from torch import Tensor, nn
 
 import ocs
@@ -165,6 +165,15 @@ def test_quantizing_in_inference_mode(inputs: tuple) -> None:
         outputs = model(*inputs)
     ocs.quantize(twin, wbits=5, r=0.2)
     assert_close(outputs, [output.detach() for output in twin(*inputs)])
+    sum(output.square().sum() for output in model(*inputs)).backward()  # it may still be trained on
+
+
+def test_symbolic_trace(net: SmallNet) -> None:
+    """As feature extractors do; torch's recurrent layers are leaves to it, ours are not."""
+    net.body.append(nn.Conv2d(16, 16, 1))
+    ocs.quantize(net, wbits=5, r=0.2)
+    for x in (torch.randn(2, 3, 8, 8), torch.randn(5, 3, 8, 8)):
+        torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
 
 
 def test_requires_grad() -> None:

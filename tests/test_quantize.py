@@ -138,6 +138,12 @@ class WithMethod(nn.Linear):
         return 2 * self(x)
 
 
+def without_a_weight() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = None
+    return model
+
+
 def with_a_buffer() -> nn.Module:
     """A mask that a hook applies."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -194,6 +200,7 @@ LEFT_ALONE = {
     "pruned bias": (pruned_bias, "0", "re-parametrized"),
     "wrapped": (wrapped, "0", "forward of its own"),
     "adapter": (lambda: nn.Sequential(LowRank()), "0", "LowRank has adapter of its own besides what Linear has"),
+    "no weight": (without_a_weight, "0", "it has no weight"),
     "own buffer": (with_a_buffer, "0", "Linear has mask of its own besides"),
     "own method": (lambda: nn.Sequential(WithMethod(4, 4), nn.Linear(4, 4)), "0", "WithMethod has scaled of its own"),
     "own forward": (lambda: nn.Sequential(Doubled(4, 4), nn.Linear(4, 4)), "0", "forward of its own"),

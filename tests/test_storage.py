@@ -169,6 +169,34 @@ def test_a_reader_of_the_old_file_keeps_it(saved: tuple[nn.Module, Path]) -> Non
     assert path.read_bytes() != before
 
 
+def test_a_loaded_model_has_left_its_file(saved: tuple[nn.Module, Path]) -> None:
+    """Which may be overwritten, or cut, while the model is in use."""
+    other = ocs.load(saved[1], fresh())
+    content = saved[1].read_bytes()
+    saved[1].write_bytes(bytes(len(content)))
+    assert_same_model(other, saved[0])
+
+
+def test_the_file_is_as_readable_as_others(saved: tuple[nn.Module, Path]) -> None:
+    model, path = saved
+    plain = path.with_name("plain")
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o604)
+    ocs.save(model, path)
+    assert path.stat().st_mode & 0o777 == 0o604
+
+
+def test_what_is_no_model_or_no_file(saved: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, not dict"):
+        ocs.save({}, saved[1])
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, not dict"):
+        ocs.load(saved[1], {})
+    for call in (lambda: ocs.save(saved[0], saved[1].parent), lambda: ocs.load(saved[1].parent, fresh())):
+        with pytest.raises(IsADirectoryError, match="it is a folder"):
+            call()
+
+
 def test_saving_through_a_link_keeps_the_link(saved: tuple[nn.Module, Path]) -> None:
     model, path = saved
     link = path.parent / "link"
