@@ -9,6 +9,7 @@ static const ocs_kernels kernels_ref = {
     .scaled_max = ocs_scaled_max_ref,
     .channel_max = ocs_channel_max_ref,
     .histogram = ocs_histogram_ref,
+    .octave_histogram = ocs_octave_histogram_ref,
     .quantize_row = ocs_quantize_row_ref,
     .fold_row = ocs_fold_row_ref,
     .squared_error = ocs_squared_error_ref,
@@ -89,13 +90,14 @@ const char *ocs_status_text(ocs_status status) {
     case OCS_NO_MEMORY: return "out of memory";
     case OCS_BAD_BITS: return "bits must be 2 to 8";
     case OCS_BAD_SCALE: return "every scale must be a positive finite number";
-    case OCS_BAD_BINS: return "bins must be 1 to 2^24, and the limit finite and not negative";
+    case OCS_BAD_BINS: return "bins must be 1 to 2^24, counts not negative, and the limit finite and not negative";
     case OCS_BAD_SHAPE:
         return "sizes must not be negative, and groups must divide the output channels and be at most their number";
     case OCS_BAD_PLAN: return "source, depth and offset are no split plan of this shape";
     case OCS_NOT_FINITE: return "the values hold NaN or Inf";
     case OCS_TOO_LARGE: return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep";
     case OCS_BAD_CODE: return "an integer is outside -qmax .. qmax, or bits beyond the last one are not 0";
+    case OCS_BAD_METHOD: return "there is no such clip method";
     case OCS_BAD_ISA: return "this build or CPU does not have that instruction set";
     }
     return "unknown status";

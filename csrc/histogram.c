@@ -38,6 +38,14 @@ void ocs_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int
     }
 }
 
+void ocs_octave_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t step, int32_t base) {
+    for (int64_t i = 0; i < N; ++i) {
+        int32_t bin = ocs_octave(x[i]) - base;
+        bin = bin < 0 ? 0 : bin;
+        counts[i * step + (bin < OCS_OCTAVE_BINS ? bin : OCS_OCTAVE_BINS - 1)] += 1;
+    }
+}
+
 /* --- Entries ---------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -106,7 +114,7 @@ typedef struct {
     bool failed;
 } histogram_job;
 
-/* Counts a range into four histograms of its own, and adds them up: sums of integers come out the same in any order. */
+/* Counts a range into four histograms of its own. */
 static void histogram_range(int64_t begin, int64_t end, void *ctx) {
     histogram_job *job = ctx;
     const int64_t bins = job->bins, piece = INT64_C(1) << 30;
@@ -119,10 +127,7 @@ static void histogram_range(int64_t begin, int64_t end, void *ctx) {
         int64_t N = end - begin < piece ? end - begin : piece;
         memset(own, 0, (size_t)bins * 4 * sizeof *own);
         job->kernels->histogram(own, job->x + begin, N, bins, job->limit);
-        for (int64_t i = 0; i < bins; ++i) {
-            int64_t sum = (int64_t)own[i] + own[bins + i] + own[2 * bins + i] + own[3 * bins + i];
-            __atomic_fetch_add(&job->counts[i], sum, __ATOMIC_RELAXED);
-        }
+        ocs_add_counts(job->counts, own, bins, 4);
     }
     free(own);
 }
@@ -139,5 +144,57 @@ ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t
     histogram_job job = {ocs_kernel_table(), counts, x, bins, limit, false};
     /* A range is worth its own counts only where it has many more elements than they have. */
     ocs_parallel_for(N, bins > OCS_GRAIN / 16 ? 16 * bins : OCS_GRAIN, histogram_range, &job);
+    return job.failed ? OCS_NO_MEMORY : OCS_OK;
+}
+
+typedef struct {
+    const ocs_kernels *kernels;
+    int64_t *counts;
+    const float *x;
+    int64_t C, length; /* a row of x: the K elements of one channel, or one element of each of C channels */
+    int64_t step;
+    int32_t base;
+    bool failed;
+} octave_job;
+
+static void octave_range(int64_t begin, int64_t end, void *ctx) {
+    octave_job *job = ctx;
+    const int64_t size = job->C * OCS_OCTAVE_BINS, rows = 1 + (INT64_C(1) << 30) / job->length;
+    uint32_t *own = malloc((size_t)size * sizeof *own);
+    if (own == NULL) {
+        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
+        return;
+    }
+    while (begin < end) {
+        const int64_t last = end - begin < rows ? end : begin + rows;
+        memset(own, 0, (size_t)size * sizeof *own);
+        for (; begin < last; ++begin) {
+            uint32_t *counts = own + (job->step == 0 ? begin % job->C * OCS_OCTAVE_BINS : 0);
+            job->kernels->octave_histogram(counts, job->x + begin * job->length, job->length, job->step, job->base);
+        }
+        ocs_add_counts(job->counts, own, size, 1);
+    }
+    free(own);
+}
+
+ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t C, int64_t K, float limit) {
+    int exponent;
+    if (!isfinite(limit) || frexpf(limit, &exponent) != 0.5f) {
+        return OCS_BAD_BINS;
+    }
+    memset(counts, 0, (size_t)(C * OCS_OCTAVE_BINS) * sizeof *counts);
+    if (N == 0 || C == 0 || K == 0) {
+        return OCS_OK;
+    }
+    const bool by_channel = K > 1;
+    octave_job job = {.kernels = ocs_kernel_table(),
+                      .counts = counts,
+                      .x = x,
+                      .C = C,
+                      .length = by_channel ? K : C,
+                      .step = by_channel ? 0 : OCS_OCTAVE_BINS,
+                      .base = ocs_octave(limit) - OCS_OCTAVE_BINS};
+    const int64_t worth = 4 * C * OCS_OCTAVE_BINS / job.length, grain = ocs_grain(job.length);
+    ocs_parallel_for(by_channel ? N * C : N, grain > worth ? grain : worth, octave_range, &job);
     return job.failed ? OCS_NO_MEMORY : OCS_OK;
 }

@@ -44,6 +44,10 @@ typedef struct {
     /* Adds to counts [4][bins], whose sum over the first axis is the histogram; N < 2^32. */
     void (*histogram)(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit);
 
+    /* Adds to counts[i * step + octave bin of x[i]], i < N; step 0 for one channel, else OCS_OCTAVE_BINS for N
+       channels. base: the octave bin of limit, minus OCS_OCTAVE_BINS. */
+    void (*octave_histogram)(uint32_t *restrict counts, const float *x, int64_t N, int64_t step, int32_t base);
+
     /* q [M] of one output channel w [N]. */
     void (*quantize_row)(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax);
 
@@ -74,6 +78,7 @@ float ocs_abs_max_ref(const float *x, int64_t N);
 float ocs_scaled_max_ref(const float *x, const float *factor, int64_t N);
 void ocs_channel_max_ref(float *restrict channel_max, const float *w, int64_t O, int64_t C, int64_t K, int64_t stride);
 void ocs_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit);
+void ocs_octave_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t step, int32_t base);
 void ocs_quantize_row_ref(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax);
 void ocs_fold_row_ref(float *restrict w_hat, const int8_t *q, const int32_t *index, int64_t N, int64_t M, float scale);
 void ocs_squared_error_ref(double error[2], const float *x, const float *q, int64_t N, float scale);
@@ -88,6 +93,11 @@ static inline uint32_t ocs_abs_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits & 0x7fffffffu;
+}
+
+/* Eight bins to the octave: exponent and three bits of the fraction. */
+static inline int32_t ocs_octave(float x) {
+    return (int32_t)(ocs_abs_bits(x) >> 20);
 }
 
 /* max(max, |x|) in that order, for max >= 0. */
@@ -118,6 +128,19 @@ static inline int8_t ocs_split_column(int32_t u2, int32_t addend, int32_t shift,
 /* How many items of `size` elements each make a grain. */
 static inline int64_t ocs_grain(int64_t size) {
     return size >= OCS_GRAIN ? 1 : OCS_GRAIN / (size > 1 ? size : 1);
+}
+
+/* Adds own [parts][size] to the counts [size] that all threads share: sums of integers are the same in any order. */
+static inline void ocs_add_counts(int64_t *counts, const uint32_t *own, int64_t size, int parts) {
+    for (int64_t i = 0; i < size; ++i) {
+        int64_t sum = 0;
+        for (int part = 0; part < parts; ++part) {
+            sum += own[part * size + i];
+        }
+        if (sum != 0) {
+            __atomic_fetch_add(&counts[i], sum, __ATOMIC_RELAXED);
+        }
+    }
 }
 
 ocs_status ocs_check_shape(const ocs_shape *shape);

@@ -48,6 +48,28 @@ static PyObject *py_histogram(PyObject *self, PyObject *args) {
     return finish("histogram", status, counts, &x, 1);
 }
 
+static PyObject *py_octave_histogram(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *x_object, *limit_object;
+    ocs_shape shape;
+    float limit;
+    if (!PyArg_ParseTuple(args, "OO:octave_histogram", &x_object, &limit_object) ||
+        !read_number("octave_histogram", "limit", limit_object, &limit)) {
+        return NULL;
+    }
+    ocs_status status = OCS_OK;
+    PyArrayObject *counts = NULL, *x = input("octave_histogram", "x", x_object, NPY_FLOAT32, 2);
+    if (x != NULL && read_shape("octave_histogram", x, 1, &shape)) {
+        counts = output(2, (npy_intp[]){(npy_intp)shape.C, OCS_OCTAVE_BINS}, NPY_INT64);
+    }
+    if (counts != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_octave_histogram_f32(PyArray_DATA(counts), PyArray_DATA(x), shape.O, shape.C, shape.K, limit);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish("octave_histogram", status, counts, &x, 1);
+}
+
 static PyObject *py_channel_max(PyObject *self, PyObject *args) {
     (void)self;
     PyObject *w_object;
@@ -137,6 +159,80 @@ static PyObject *py_output_max(PyObject *self, PyObject *args) {
         Py_END_ALLOW_THREADS;
     }
     return finish("output_max", status, result, taken, COUNT(taken));
+}
+
+/* --- Where to clip ---------------------------------------------------------------------------- */
+
+static PyObject *py_split_histogram(PyObject *self, PyObject *args) {
+    (void)self;
+    const char *name = "split_histogram";
+    PyObject *w_object, *source_object, *depth_object, *limit_object;
+    ocs_shape shape;
+    long long groups, bins;
+    int stride = 0;
+    if (!PyArg_ParseTuple(args, "OOOLLO:split_histogram", &w_object, &source_object, &depth_object, &groups, &bins,
+                          &limit_object)) {
+        return NULL;
+    }
+    if (bins < 1 || bins > 1 << 24) {
+        return fail(name, OCS_BAD_BINS);
+    }
+    PyArrayObject *counts = NULL;
+    PyArrayObject *taken[4] = {
+        input(name, "w", w_object, NPY_FLOAT32, 2),
+        input(name, "source", source_object, NPY_INT64, 1),
+        input(name, "depth", depth_object, NPY_INT32, 1),
+        input(name, "limit", limit_object, NPY_FLOAT32, 0),
+    };
+    PyArrayObject *w = taken[0], *source = taken[1], *depth = taken[2], *limit = taken[3];
+    ocs_status status = OCS_OK;
+    if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
+        read_stride(name, limit, shape.O, &stride)) {
+        status = PyArray_SIZE(depth) == PyArray_SIZE(source) ? OCS_OK : OCS_BAD_PLAN;
+        const npy_intp dims[2] = {(npy_intp)shape.O, (npy_intp)bins};
+        counts = output(1 + stride, dims + 1 - stride, NPY_INT64);
+    }
+    if (counts != NULL && status == OCS_OK) {
+        const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), NULL};
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_split_histogram_f32(PyArray_DATA(counts), PyArray_DATA(w), &plan, &shape, PyArray_SIZE(limit),
+                                         bins, PyArray_DATA(limit));
+        Py_END_ALLOW_THREADS;
+    }
+    return finish(name, status, counts, taken, COUNT(taken));
+}
+
+static PyObject *py_clip_threshold(PyObject *self, PyObject *args) {
+    (void)self;
+    const char *name = "clip_threshold";
+    PyObject *counts_object, *limit_object;
+    int bits, is_signed, method;
+    if (!PyArg_ParseTuple(args, "OOipi:clip_threshold", &counts_object, &limit_object, &bits, &is_signed, &method)) {
+        return NULL;
+    }
+    if (method < OCS_CLIP_MSE || method > OCS_CLIP_SAWB) {
+        return fail(name, OCS_BAD_METHOD);
+    }
+    PyArrayObject *threshold = NULL;
+    PyArrayObject *taken[2] = {
+        input(name, "counts", counts_object, NPY_INT64, 1),
+        input(name, "limit", limit_object, NPY_FLOAT32, 0),
+    };
+    PyArrayObject *counts = taken[0], *limit = taken[1];
+    ocs_status status = OCS_OK;
+    int64_t bins = 0;
+    if (!PyErr_Occurred()) {
+        bins = PyArray_DIM(counts, PyArray_NDIM(counts) - 1);
+        status = PyArray_SIZE(counts) == PyArray_SIZE(limit) * bins ? OCS_OK : OCS_BAD_BINS;
+        threshold = output(PyArray_NDIM(limit), PyArray_DIMS(limit), NPY_FLOAT32);
+    }
+    if (threshold != NULL && status == OCS_OK) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = ocs_clip_threshold_f32(PyArray_DATA(threshold), PyArray_DATA(counts), PyArray_DATA(limit),
+                                        PyArray_SIZE(limit), bins, bits, is_signed, (ocs_clip)method);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish(name, status, threshold, taken, COUNT(taken));
 }
 
 /* --- Weights to integers and back ------------------------------------------------------------- */
@@ -417,10 +513,15 @@ static PyObject *py_set_isa(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"abs_max", py_abs_max, METH_VARARGS, "abs_max(x) -> float32 []"},
     {"histogram", py_histogram, METH_VARARGS, "histogram(x, bins, limit) -> int64 [bins]"},
+    {"octave_histogram", py_octave_histogram, METH_VARARGS, "octave_histogram(x, limit) -> int64 [C, 128]"},
     {"channel_max", py_channel_max, METH_VARARGS, "channel_max(w, groups) -> float32 [C]"},
     {"split_plan", py_split_plan, METH_VARARGS,
      "split_plan(channel_max, groups, splits) -> (source, depth, offset, split_max)"},
     {"output_max", py_output_max, METH_VARARGS, "output_max(w, source, depth, groups) -> float32 [O]"},
+    {"split_histogram", py_split_histogram, METH_VARARGS,
+     "split_histogram(w, source, depth, groups, bins, limit) -> int64 [bins] or [O, bins]"},
+    {"clip_threshold", py_clip_threshold, METH_VARARGS,
+     "clip_threshold(counts, limit, bits, signed, method) -> float32, shaped like limit"},
     {"quantize_weight", py_quantize_weight, METH_VARARGS,
      "quantize_weight(w, scale, source, depth, offset, groups, bits, quantization_aware) -> int8 [O, C + n, ...]"},
     {"fold", py_fold, METH_VARARGS, "fold(ints, scale, source, groups, channels) -> float32 [O, C, ...]"},

@@ -42,12 +42,13 @@ typedef enum {
     OCS_NO_MEMORY,  /* scratch memory could not be allocated */
     OCS_BAD_BITS,   /* bits outside 2 .. 8 */
     OCS_BAD_SCALE,  /* a scale that is not a positive finite number */
-    OCS_BAD_BINS,   /* bins outside 1 .. 2^24, or a limit that is negative or not finite */
+    OCS_BAD_BINS,   /* bins outside 1 .. 2^24, a negative count, or a limit that is negative or not finite */
     OCS_BAD_SHAPE,  /* a negative size, G that does not divide O or exceeds it, or splits without channels */
     OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
     OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than 22 deep */
     OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
+    OCS_BAD_METHOD, /* a clip method that there is not */
     OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
 } ocs_status;
 
@@ -86,6 +87,14 @@ float ocs_abs_max_f32(const float *x, int64_t N);
    bin; NaN counts as beyond the limit. */
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit);
 
+/* counts [C, OCS_OCTAVE_BINS]: of each channel, the |x| of x [N, C, K] by size, on a logarithmic scale below limit.
+
+   Eight bins to the octave, of equal width within it; all that is below the last of 16 octaves is in the first bin.
+   limit must be a power of two above every |x|: doubling it moves every count eight bins down, so that histograms over
+   different limits add up. NaN counts into the last bin. */
+#define OCS_OCTAVE_BINS 128
+ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t C, int64_t K, float limit);
+
 /* channel_max [G C]: max |w| of each input channel; NaN or Inf in a channel gives NaN or Inf there. */
 ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape);
 
@@ -110,6 +119,31 @@ ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, floa
 
 /* output_max [O]: max |w| of each output channel after splitting, for one threshold per output channel. */
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape);
+
+/* counts [R, bins]: the histogram of |w| after splitting over [0, limit], of the whole weight (R = 1) or of each output
+   channel (R = O, limit [O]), as ocs_histogram_f32 counts. A copy of depth m counts as w / 2^m; zeros, which are on
+   every grid, do not count. */
+ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_plan *plan, const ocs_shape *shape,
+                                   int64_t R, int64_t bins, const float *limit);
+
+/* --- Where to clip (clip.c), sections 2.1 and 4 ----------------------------------------------- */
+
+typedef enum {
+    OCS_CLIP_MSE,          /* least squared error after rounding: every bin edge, refined around the best */
+    OCS_CLIP_ACIQ,         /* the optimum for the likelier of a Gaussian and a Laplace distribution */
+    OCS_CLIP_ACIQ_RELEASE, /* as the paper's own release computes it, for its tables */
+    OCS_CLIP_KL,           /* least Kullback-Leibler divergence of the rounded from the clipped distribution */
+    OCS_CLIP_PERCENTILE,   /* 99.99 % of the values at 8 bits, 99.9 % at 4, 1 - 10^-(2 + bits / 4) at any */
+    OCS_CLIP_STD,          /* (bits + 1) / 2 root mean squares */
+    OCS_CLIP_SAWB,         /* a linear function of root mean square and mean |x| */
+} ocs_clip;
+
+/* threshold [R] in (0, limit], from R histograms of |x|: counts [R, bins] over [0, limit [R]].
+
+   The grid to come is -qmax .. qmax, or 0 .. 2^bits - 1 where not is_signed. A histogram without values, or with limit
+   0, gives its limit. O(bins qmax) at most for each. */
+ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const float *limit, int64_t R, int64_t bins,
+                                  int bits, bool is_signed, ocs_clip method);
 
 /* --- Weights to integers and back (quantize.c) ------------------------------------------------ */
 

@@ -260,3 +260,84 @@ ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan 
     free(factor);
     return status;
 }
+
+/* --- The histogram that a clip threshold is searched in --------------------------------------- */
+
+typedef struct {
+    const ocs_kernels *kernels;
+    int64_t *counts;
+    const float *w;
+    const ocs_plan *plan;
+    const ocs_columns *columns;
+    const ocs_shape *shape;
+    const float *limit;
+    int64_t R, bins;
+    bool failed;
+} split_histogram_job;
+
+/* The row w [N] split: its channels and their copies, halved as often as the plan says. Returns how many are not zero;
+   those are in split [M]. */
+static int64_t split_row(float *restrict split, const float *w, const split_histogram_job *job, int64_t g) {
+    const int64_t C = job->shape->C, E = C + job->shape->S, K = job->shape->K;
+    int64_t count = 0;
+    for (int64_t j = 0; j < E; ++j) {
+        const float halved = ldexpf(1.0f, -job->plan->depth[g * E + j]);
+        const float *of_source = w + (job->plan->source[g * E + j] - g * C) * K;
+        for (int64_t k = 0; k < K; ++k) {
+            split[count] = of_source[k] * halved;
+            count += split[count] != 0.0f;
+        }
+    }
+    return count;
+}
+
+static void split_histogram_range(int64_t begin, int64_t end, void *ctx) {
+    split_histogram_job *job = ctx;
+    const int64_t N = job->columns->N, M = job->columns->M, bins = job->bins, rows = job->shape->O / job->shape->G;
+    uint32_t *own = malloc((size_t)bins * 4 * sizeof *own + (size_t)(M + 1) * sizeof(float));
+    if (own == NULL) {
+        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
+        return;
+    }
+    float *split = (float *)(own + bins * 4);
+    memset(own, 0, (size_t)bins * 4 * sizeof *own);
+    int64_t counted = 0;
+    for (int64_t o = begin; o < end; ++o) {
+        const int64_t row = job->R == 1 ? 0 : o;
+        const int64_t count = split_row(split, job->w + o * N, job, o / rows);
+        if (job->limit[row] > 0.0f) {
+            job->kernels->histogram(own, split, count, bins, job->limit[row]);
+        } else {
+            own[0] += (uint32_t)count;
+        }
+        counted += count;
+        if (job->R > 1 || o + 1 == end || counted >= INT64_C(1) << 30) {
+            ocs_add_counts(job->counts + row * bins, own, bins, 4);
+            memset(own, 0, (size_t)bins * 4 * sizeof *own);
+            counted = 0;
+        }
+    }
+    free(own);
+}
+
+ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_plan *plan, const ocs_shape *shape,
+                                   int64_t R, int64_t bins, const float *limit) {
+    if (bins < 1 || bins > INT64_C(1) << 24 || (R != 1 && R != shape->O)) {
+        return OCS_BAD_BINS;
+    }
+    for (int64_t row = 0; row < R; ++row) {
+        if (!isfinite(limit[row]) || limit[row] < 0.0f) {
+            return OCS_BAD_BINS;
+        }
+    }
+    ocs_columns columns; /* checks shape and plan */
+    ocs_status status = ocs_columns_make(&columns, plan, shape);
+    if (status != OCS_OK) {
+        return status;
+    }
+    memset(counts, 0, (size_t)(R * bins) * sizeof *counts);
+    split_histogram_job job = {ocs_kernel_table(), counts, w, plan, &columns, shape, limit, R, bins, false};
+    ocs_parallel_for(shape->O, ocs_grain(columns.M), split_histogram_range, &job);
+    ocs_columns_free(&columns);
+    return job.failed ? OCS_NO_MEMORY : OCS_OK;
+}

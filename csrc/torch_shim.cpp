@@ -195,6 +195,15 @@ Tensor histogram(const Tensor &x_any, int64_t bins, double limit) {
     return counts;
 }
 
+Tensor octave_histogram(const Tensor &x_any, double limit) {
+    const Tensor x = floats("octave_histogram", "x", x_any, 2);
+    const ocs_shape shape = shape_of("octave_histogram", x, 1);
+    Tensor counts = empty({shape.C, OCS_OCTAVE_BINS}, ScalarType::Long);
+    check("octave_histogram",
+          ocs_octave_histogram_f32(write<int64_t>(counts), read<float>(x), shape.O, shape.C, shape.K, narrow(limit)));
+    return counts;
+}
+
 Tensor channel_max(const Tensor &w_any, int64_t groups) {
     const Tensor w = floats("channel_max", "w", w_any, 2);
     const ocs_shape shape = shape_of("channel_max", w, groups);
@@ -229,6 +238,48 @@ Tensor output_max(const Tensor &w_any, const Tensor &source_any, const Tensor &d
     const ocs_plan plan = {read<int64_t>(source), read<int32_t>(depth), nullptr};
     check(op, ocs_output_max_f32(write<float>(max), read<float>(w), &plan, &shape));
     return max;
+}
+
+// --- Where to clip -------------------------------------------------------------------------------
+
+// [bins], or [O, bins] where there is a limit for each output channel.
+Tensor split_histogram(const Tensor &w_any, const Tensor &source_any, const Tensor &depth_any, int64_t groups,
+                       int64_t bins, const Tensor &limit_any) {
+    const char *op = "split_histogram";
+    const Tensor w = floats(op, "w", w_any, 2), limit = floats(op, "limit", limit_any);
+    const Tensor source = integers(op, "source", source_any, ScalarType::Long);
+    const Tensor depth = integers(op, "depth", depth_any, ScalarType::Int);
+    ocs_shape shape = shape_of(op, w, groups);
+    set_splits(op, source, &shape);
+    check_numel(op, depth, source.numel());
+    if (bins < 1 || bins > 1 << 24) {
+        check(op, OCS_BAD_BINS);
+    }
+    stride_of(op, limit, shape.O);
+    auto sizes = sizes_of(limit);
+    sizes.push_back(bins);
+    Tensor counts = empty(sizes, ScalarType::Long);
+    const ocs_plan plan = {read<int64_t>(source), read<int32_t>(depth), nullptr};
+    check(op, ocs_split_histogram_f32(write<int64_t>(counts), read<float>(w), &plan, &shape, limit.numel(), bins,
+                                      read<float>(limit)));
+    return counts;
+}
+
+Tensor clip_threshold(const Tensor &counts_any, const Tensor &limit_any, int64_t bits, bool is_signed, int64_t method) {
+    const char *op = "clip_threshold";
+    const Tensor counts = integers(op, "counts", counts_any, ScalarType::Long);
+    const Tensor limit = floats(op, "limit", limit_any);
+    const int64_t rows = limit.numel(), bins = counts.size(counts.dim() - 1);
+    if (counts.numel() != rows * bins) {
+        fail(op, "counts must be [..., bins], and limit hold one number for each histogram");
+    }
+    if (method < OCS_CLIP_MSE || method > OCS_CLIP_SAWB) {
+        check(op, OCS_BAD_METHOD);
+    }
+    Tensor threshold = empty(sizes_of(limit), ScalarType::Float);
+    check(op, ocs_clip_threshold_f32(write<float>(threshold), read<int64_t>(counts), read<float>(limit), rows, bins,
+                                     narrow(bits), is_signed, static_cast<ocs_clip>(method)));
+    return threshold;
 }
 
 // --- Weights to integers and back ----------------------------------------------------------------
@@ -414,9 +465,12 @@ STABLE_TORCH_LIBRARY(ocs, m) {
     ocs_set_parallel_for(run_in_torch_threads);
     m.def("abs_max(Tensor x) -> Tensor");
     m.def("histogram(Tensor x, int bins, float limit) -> Tensor");
+    m.def("octave_histogram(Tensor x, float limit) -> Tensor");
     m.def("channel_max(Tensor w, int groups) -> Tensor");
     m.def("split_plan(Tensor channel_max, int groups, int splits) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("output_max(Tensor w, Tensor source, Tensor depth, int groups) -> Tensor");
+    m.def("split_histogram(Tensor w, Tensor source, Tensor depth, int groups, int bins, Tensor limit) -> Tensor");
+    m.def("clip_threshold(Tensor counts, Tensor limit, int bits, bool signed, int method) -> Tensor");
     m.def("quantize_weight(Tensor w, Tensor scale, Tensor source, Tensor depth, Tensor offset, int groups, int bits, "
           "bool quantization_aware) -> Tensor");
     m.def("fold(Tensor ints, Tensor scale, Tensor source, int groups, int channels) -> Tensor");
@@ -431,9 +485,12 @@ STABLE_TORCH_LIBRARY(ocs, m) {
 STABLE_TORCH_LIBRARY_IMPL(ocs, CPU, m) {
     m.impl("abs_max", TORCH_BOX(&abs_max));
     m.impl("histogram", TORCH_BOX(&histogram));
+    m.impl("octave_histogram", TORCH_BOX(&octave_histogram));
     m.impl("channel_max", TORCH_BOX(&channel_max));
     m.impl("split_plan", TORCH_BOX(&split_plan));
     m.impl("output_max", TORCH_BOX(&output_max));
+    m.impl("split_histogram", TORCH_BOX(&split_histogram));
+    m.impl("clip_threshold", TORCH_BOX(&clip_threshold));
     m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
     m.impl("fold", TORCH_BOX(&fold));
     m.impl("weight_error", TORCH_BOX(&weight_error));

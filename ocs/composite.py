@@ -14,9 +14,12 @@ from torch import Tensor
 KERNELS = (
     "abs_max",
     "histogram",
+    "octave_histogram",
     "channel_max",
     "split_plan",
     "output_max",
+    "split_histogram",
+    "clip_threshold",
     "quantize_weight",
     "fold",
     "weight_error",
@@ -82,11 +85,22 @@ def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
     x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
     valid = 1 <= bins <= 2**24 and 0 <= width < math.inf
-    _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
+    _require(
+        bool(valid), "histogram", "bins must be 1 to 2^24, counts not negative, and the limit finite and not negative"
+    )
     if width == 0:
         return torch.cat([x.new_full((1,), x.numel(), dtype=torch.int64), x.new_zeros(bins - 1, dtype=torch.int64)])
     position = x.abs().flatten() / width.to(x.device) * bins
     return torch.bincount(torch.nan_to_num(position, nan=bins).clamp(max=bins - 1).long(), minlength=bins)
+
+
+def octave_histogram(x: Tensor, limit: float) -> Tensor:
+    """Counts int64 [C, 128] of x [N, C, ...]: |x| below limit, a power of two, in eight bins to the octave."""
+    _require(math.isfinite(limit) and math.frexp(limit)[0] == 0.5, "octave_histogram", "limit must be a power of two")
+    octave = (_floats("octave_histogram", x).abs().contiguous().view(torch.int32) >> 20).transpose(0, 1).flatten(1)
+    base = (torch.tensor(limit, dtype=torch.float32).view(torch.int32) >> 20).item() - 128
+    bins = (octave - base).clamp(0, 127) + 128 * torch.arange(x.shape[1], device=x.device)[:, None]
+    return torch.bincount(bins.flatten().long(), minlength=128 * x.shape[1]).view(x.shape[1], 128)
 
 
 def channel_max(w: Tensor, groups: int) -> Tensor:
@@ -111,6 +125,26 @@ def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     if 0 in expanded.shape:
         return w.new_zeros(w.shape[0], dtype=torch.float32)
     return expanded.abs().amax((2, 3)).flatten()
+
+
+def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
+    """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
+    _check_plan("split_histogram", groups, w.shape[1], source, depth)
+    valid = 1 <= bins <= 2**24 and _all((limit >= 0) & limit.isfinite()) and limit.shape in ((), w.shape[:1])
+    _require(valid, "split_histogram", "bins must be 1 to 2^24, and limit [] or [O], finite and not negative")
+    halved = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    split = _gather(_floats("split_histogram", w), source, groups) * halved.reshape(groups, 1, -1, 1)
+    rows = split.abs().reshape(w.shape[0], -1) if limit.dim() and w.shape[0] else split.abs().reshape(1, -1)
+    width = limit.to(w.device, torch.float32).reshape(-1, 1)
+    position = torch.where(width > 0, rows / width, 0.0) * bins
+    at = torch.nan_to_num(position, nan=bins, posinf=bins).clamp(max=bins - 1).long()
+    at += bins * torch.arange(rows.shape[0], device=w.device)[:, None]
+    return torch.bincount(at[rows != 0], minlength=bins * rows.shape[0]).view(*limit.shape, bins)
+
+
+def clip_threshold(counts: Tensor, limit: Tensor, bits: int, signed: bool, method: int) -> Tensor:
+    """The C kernel on a CPU copy of the histogram."""
+    return torch.ops.ocs.clip_threshold(counts.cpu(), limit.cpu(), bits, signed, method).to(limit.device, copy=True)
 
 
 def quantize_weight(

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs import functional
+from ocs.activation import ActSplit
 from ocs.functional import Granularity, Rounding, Split
 from ocs.layer import QuantizedLayer
 from ocs.nn import CONVOLUTIONS, REPLACEMENTS
@@ -40,6 +42,11 @@ class Options:
     granularity: Granularity = "tensor"
     split: Split = "qa"
     rounding: Rounding = "nearest"
+    abits: int | None = None
+    act_clip: str | float = "none"
+    act_r: float = 0.0
+    act_split: ActSplit = "static"
+    act_signed: bool | str = True
     expand: bool = True
 
     def __post_init__(self) -> None:
@@ -48,14 +55,28 @@ class Options:
         functional.check_choice("granularity", self.granularity, get_args(Granularity))
         functional.check_choice("split", self.split, get_args(Split))
         functional.check_choice("rounding", self.rounding, get_args(Rounding))
-        functional.clip_fraction(self.clip)
+        functional.check_choice("act_split", self.act_split, get_args(ActSplit))
+        functional.check_clip("act_clip", self.act_clip)
+        if self.act_signed is not True and self.act_signed != "auto":
+            raise ValueError(
+                f'act_signed={self.act_signed!r}: use True, or "auto" (unsigned where nothing is negative)'
+            )
+        functional.check_clip("clip", self.clip, functional.AUTO_CHOICE)
         plain = {  # numpy's numbers become Python's, which JSON knows
             "wbits": functional.check_bits("wbits", self.wbits),
             "r": functional.check_ratio("r", self.r),
             "clip": self.clip if isinstance(self.clip, str) else float(self.clip),
+            "abits": self.abits if self.abits is None else functional.check_bits("abits", self.abits),
+            "act_r": functional.check_ratio("act_r", self.act_r),
+            "act_clip": self.act_clip if isinstance(self.act_clip, str) else float(self.act_clip),
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def of_inputs(self) -> bool:
+        """Whether it says anything of inputs."""
+        return any(getattr(self, each.name) != each.default for each in fields(self) if each.name.startswith("act_"))
 
 
 @dataclass
@@ -67,7 +88,9 @@ class Layer:
     status: str = "quantized"
     reason: str = ""
     only_folded: str = ""
+    float_input: str = ""  # why its input is not quantized, if so
     overridden: bool = False
+    asked_for: frozenset[str] = frozenset()  # the options that an override names
 
     @property
     def name(self) -> str:
@@ -82,10 +105,11 @@ class Layer:
 # --- Which layers: every weight is accounted for ----------------------------------------------------------------------
 
 # Modules whose forward reads their children's weights without calling them. They may: a quantized layer's `weight` has
-# the float layer's shape. But it would be folded anew at every call, so that these children run folded from the start.
+# the float layer's shape. But it would be folded anew at every call, so that these children run folded from the start;
+# and they would not see their input, so that it stays float.
 _READ_BY_PARENT = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
-    "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "linear2"),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": ("self_attn", "linear1", "linear2"),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
 }
 _METHODS = ("forward", "_conv_forward", "__call__")
@@ -111,13 +135,25 @@ def find_layers(model: nn.Module) -> list[Layer]:
             if reason:
                 layer.leave("float", reason)
             else:
-                layer.only_folded = _only_folded(model, layer)
+                layer.float_input = _reader(model, layer)
+                layer.only_folded = replacement_of(module).only_folded or layer.float_input
             layers.append(layer)
     return layers
 
 
 def _holds_weight(parameter: Tensor | None) -> bool:
     return parameter is not None and (nn.parameter.is_lazy(parameter) or parameter.dim() >= 2)
+
+
+def check_model(model: nn.Module) -> None:
+    """A module whose layers can be replaced."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, whose layers cannot be replaced: quantize the model it was made from")
+    if is_kind(model):
+        name = type(model).__name__
+        raise TypeError(f"model is a {name}, which cannot replace itself in place: wrap it, nn.Sequential({name}(...))")
 
 
 def is_kind(module: nn.Module) -> bool:
@@ -186,10 +222,8 @@ def _overrides_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return by_class or any(method in vars(module) for method in _METHODS)
 
 
-def _only_folded(model: nn.Module, layer: Layer) -> str:
-    """Why the layer cannot run expanded, or ""."""
-    if replacement_of(layer.module).only_folded:
-        return replacement_of(layer.module).only_folded
+def _reader(model: nn.Module, layer: Layer) -> str:
+    """Who reads its weight instead of calling it, or ""."""
     for name in layer.aliases:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
@@ -268,6 +302,7 @@ def options_for(
             raise ValueError(f"overrides[{pattern!r}]: unknown option {unknown[0]!r}; use {', '.join(known)}")
         for layer in fitting:
             layer.overridden = True
+            layer.asked_for |= changes.keys()
             with named(layer.name, f"overrides[{pattern!r}]"):
                 chosen[layer.name] = replace(chosen[layer.name], **changes)
     return chosen

@@ -6,6 +6,9 @@ added back onto their source channel, so that the layer costs what the float one
 hold the same state. A weight called `weight_hh_l0` is held as `weight_hh_l0_int` int8 [O, C + n, ...], `scale_hh_l0`
 float32 [] or [O] and `source_hh_l0` int64 [C + n]; plain `weight` as `weight_int`, `scale` and `source`. The float
 weights that run are not saved but rebuilt whenever the integers or the layer's dtype change.
+
+A layer may quantize its input too (ocs.activation): `input_grid` says how, `input_scale` float32 [] and, where
+channels of it are split, `input_source` int64 [C + n] hold what calibration gave.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ocs.activation import Cuts, InputGrid, QuantizedInput, folded, oracle_cuts
 from ocs.composite import source_valid
 from ocs.functional import QuantizedWeight, qmax
 
@@ -46,6 +50,21 @@ def problem_of(
     return ""
 
 
+INPUT_NAMES = ("input_scale", "input_source")
+
+
+def problem_of_input(grid: InputGrid, scale: Tensor, source: Tensor | None, groups: int, channels: int) -> str:
+    """The same of a quantized input."""
+    if not bool(scale.isfinite() & (scale > 0)):
+        return "input_scale is not positive and finite (in float32)"
+    if source is None:
+        return ""
+    if source.is_floating_point() or not source_valid(source.long(), groups, channels):
+        return "input_source is no split plan of this layer"
+    copies = source.view(groups, -1)[:, channels:].flatten()
+    return "" if copies.unique().numel() == copies.numel() else "input_source splits a channel twice"
+
+
 class QuantizedLayer(nn.Module):
     """A layer with quantized weights.
 
@@ -55,6 +74,7 @@ class QuantizedLayer(nn.Module):
         quantized: its weights by name, from functional.quantize_weight.
         bits: what the integers fit, 2 to 8.
         expand: run expanded, else folded.
+        quantized_input: how the input is quantized; None keeps it float.
     """
 
     float_kind: ClassVar[type[nn.Module]]  # what it replaces
@@ -62,15 +82,24 @@ class QuantizedLayer(nn.Module):
     kept_children: ClassVar[tuple[str, ...]] = ()
     only_folded: ClassVar[str] = ""  # why it cannot run expanded, if so
     more_running: ClassVar[tuple[str, ...]] = ()  # buffers of what runs besides those of running()
+    splits_input: ClassVar[bool] = False  # whether channels of its input may be split
+    input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
 
     groups: int = 1
     bits: int
     expand: bool
     channels: dict[str, int]  # of each weight: C, the original input channels of one group
     settings: dict[str, object]  # how it was quantized, for people and files
+    input_grid: InputGrid | None = None
+    input_axis: int = -1  # where the input has its channels
 
     def __init__(
-        self, float_layer: nn.Module, quantized: Mapping[str, QuantizedWeight], bits: int, expand: bool = True
+        self,
+        float_layer: nn.Module,
+        quantized: Mapping[str, QuantizedWeight],
+        bits: int,
+        expand: bool = True,
+        quantized_input: QuantizedInput | None = None,
     ) -> None:
         nn.Module.__init__(self)
         kept = {*self.kept, *_HOOKS}
@@ -83,6 +112,10 @@ class QuantizedLayer(nn.Module):
             for buffer, tensor in zip(state_names(name), weight[:3], strict=True):
                 self.register_buffer(buffer, tensor)
             self.register_buffer(self.running(name), float_weight, persistent=False)  # its dtype counts, until rebuilt
+        if quantized_input is not None:
+            self.input_grid = quantized_input.grid
+            for buffer, tensor in zip(INPUT_NAMES, quantized_input[1:], strict=True):
+                self.register_buffer(buffer, tensor)
         for name in self.more_running:
             self.register_buffer(name, None, persistent=False)
         for name in self.other_names(float_layer):
@@ -167,11 +200,19 @@ class QuantizedLayer(nn.Module):
             weight = weight.to(like.dtype).contiguous(memory_format=_memory_format(like))
         self._buffers[buffer] = weight
 
+    def on_grid(self, x: Tensor) -> Tensor:
+        """An input as the layer sees it: rounded, where its input is quantized."""
+        if self.input_grid is None:
+            return x
+        grid, axis = self.input_grid, self.input_axis
+        return folded(x, grid, oracle_cuts(grid, x, axis, 1) if grid.oracle else Cuts(self.input_scale), axis)
+
     # --- As an nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Moves and casts as nn.Module does; scales stay float32, and weights are rounded once, from the integers."""
-        before = {buffer: getattr(self, buffer) for name in self.channels for buffer in state_names(name)}
+        names = [*(buffer for name in self.channels for buffer in state_names(name)), *self._input_names()]
+        before = {buffer: getattr(self, buffer) for buffer in names}
         running = self.running(next(iter(self.channels)))
         dtype = getattr(self, running).dtype
         super()._apply(fn, recurse)
@@ -193,6 +234,7 @@ class QuantizedLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         problems = [self._problem_of(name, state_dict, prefix) for name in self.channels]
+        problems.append(self._problem_of_input(state_dict, prefix))
         if any(problems):  # nothing of this layer is loaded
             error_msgs.extend(f"{prefix.removesuffix('.')}: {problem}" for problem in problems if problem)
             return
@@ -202,29 +244,51 @@ class QuantizedLayer(nn.Module):
         for name in self.channels:  # assigned ones may have come in another dtype
             _, scale, source = state_names(name)
             self._buffers.update({scale: self._buffers[scale].float(), source: self._buffers[source].long()})
+        for buffer, dtype in zip(self._input_names(), (torch.float32, torch.int64), strict=False):
+            self._buffers[buffer] = self._buffers[buffer].to(dtype)
         self.rebuild()
 
     def _problem_of(self, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> str:
         """Why a state cannot be this weight's, or "". Its three tensors belong together: all of them, or none."""
         names = state_names(name)
+        given, problem = self._given(names, state_dict, prefix)
+        return problem or (problem_of(names, *given, self.bits, self.groups, self.channels[name]) if given else "")
+
+    def _problem_of_input(self, state_dict: Mapping[str, Tensor], prefix: str) -> str:
+        """Likewise of its quantized input."""
+        given, problem = self._given(self._input_names(), state_dict, prefix)
+        if problem or not given:
+            return problem
+        scale, source, *_ = (*given, None)
+        channels = next(iter(self.channels.values()))
+        return problem_of_input(self.input_grid, scale.float(), source, self.groups, channels)
+
+    def _input_names(self) -> tuple[str, ...]:
+        """The buffers of its quantized input that it has."""
+        return tuple(name for name in INPUT_NAMES if self._buffers.get(name) is not None)
+
+    def _given(self, names: tuple[str, ...], state_dict: Mapping[str, Tensor], prefix: str) -> tuple[list[Tensor], str]:
+        """The tensors of a state that belong together, none where there are none or without values; what is wrong."""
         given = [state_dict.get(prefix + buffer) for buffer in names]
         if all(tensor is None for tensor in given):
-            return ""
-        for buffer, tensor, held in zip(names, given, self.held(name), strict=True):
+            return [], ""
+        for buffer, tensor in zip(names, given, strict=True):
+            held = self._buffers[buffer]
             if tensor is None:
-                return f"{buffer} is missing, without which {names[0]} means nothing"
+                return [], f"{buffer} is missing, without which {', '.join(set(names) - {buffer})} means nothing"
             if tensor.shape != held.shape:
-                return f"{buffer} has a size mismatch: {list(tensor.shape)}, this layer needs {list(held.shape)}"
-        if any(tensor.is_meta for tensor in given):
-            return ""
-        return problem_of(names, *given, self.bits, self.groups, self.channels[name])
+                return [], f"{buffer} has a size mismatch: {list(tensor.shape)}, this layer needs {list(held.shape)}"
+        return ([] if any(tensor.is_meta for tensor in given) else given), ""
 
     def extra_repr(self) -> str:
         """Hyperparameters as the float layer shows them, then what was quantized."""
         form = "expanded" if self.expand else "folded"
         scales = "channel" if self.held(next(iter(self.channels)))[1].dim() else "tensor"
         shown = self.float_kind.extra_repr(self)
-        return f"{shown}{', ' if shown else ''}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}"
+        grid = f", input of {self.input_grid}" if self.input_grid else ""
+        return (
+            f"{shown}{', ' if shown else ''}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}{grid}"
+        )
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ocs.activation import (
+    CopiedChannels,
+    Cuts,
+    copied_channels,
+    folded,
+    gather,
+    oracle_cuts,
+    rounded,
+    static_cuts,
+)
 from ocs.layer import QuantizedLayer
 from ocs.recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell, QuantRNN, QuantRNNCell
 
@@ -43,7 +53,8 @@ class _QuantProduct(QuantizedLayer):
     original: Tensor
     copied: Tensor | None
     bias: nn.Parameter | None
-    more_running = ("copied",)
+    more_running = ("copied", "copied_index", "copied_at", "cut_source", "cut_factor", "cut_shift")
+    splits_input = True
 
     @property
     def weight(self) -> Tensor:
@@ -61,15 +72,54 @@ class _QuantProduct(QuantizedLayer):
 
     def rebuild(self) -> None:
         """Both parts from the integers, each in one pass."""
+        ints, scale, source = self.held("weight")
+        C, like = self.channels["weight"], self.original
+        cuts = self._static_cuts()
+        self._buffers.update(cut_source=cuts.source, cut_factor=cuts.factor, cut_shift=cuts.shift)
+        self._buffers.update(copied=None, copied_index=None, copied_at=None)
+        if not self.expand:
+            self.set_running("original", self.layout(self.folded("weight"), self.groups), like)
+            return
+        self.set_running("original", self.layout(torch.ops.ocs.dequantize(ints[:, :C], scale), self.groups), like)
+        if cuts.source is not None:
+            channels = copied_channels(source, cuts, self.groups, C)
+            self._buffers.update(copied_index=channels.index, copied_at=channels.at)
+            self.set_running("copied", self._copied_weight(channels), like)
+        elif ints.shape[1] > C:
+            self._buffers["copied_index"] = self.copies()
+            self.set_running("copied", self.layout(torch.ops.ocs.dequantize(ints[:, C:], scale), self.groups), like)
+
+    def _static_cuts(self) -> Cuts:
+        """Of the input, as long as they do not depend on the batch."""
+        if self.input_grid is None or self.input_grid.oracle:
+            return Cuts(None)
+        return static_cuts(self.input_grid, self.input_scale, self._buffers.get("input_source"), self.groups)
+
+    def _copied_weight(self, channels: CopiedChannels) -> Tensor:
+        """The columns of the expanded weight that these channels need, in the float layer's layout."""
         ints, scale, _ = self.held("weight")
-        C, like, copied = self.channels["weight"], self.original, None
-        if self.expand and ints.shape[1] > C:
-            original = torch.ops.ocs.dequantize(ints[:, :C], scale)
-            copied = self.layout(torch.ops.ocs.dequantize(ints[:, C:], scale), self.groups)
+        grouped = ints.unflatten(0, (self.groups, -1))
+        shape = (self.groups, 1, -1, *[1] * (ints.dim() - 2))
+        columns = channels.column.view(shape).expand(-1, grouped.shape[1], -1, *ints.shape[2:])
+        chosen = (grouped.gather(2, columns) * channels.used.view(shape)).flatten(0, 1)
+        return self.layout(torch.ops.ocs.dequantize(chosen, scale), self.groups)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The input of the original channels and, where there are any, of the copies, with the copies' weight."""
+        grid, axis = self.input_grid, self.input_axis
+        if grid is None:
+            return x, None if self.copied is None else gather(x, self.copied_index, axis), self.copied
+        if grid.oracle:
+            cuts = oracle_cuts(grid, x, axis, self.groups)
         else:
-            original = self.folded("weight")
-        self.set_running("original", self.layout(original, self.groups), like)
-        self.set_running("copied", copied, like)
+            cuts = Cuts(self.input_scale, self.cut_source, self.cut_factor, self.cut_shift)
+        if not self.expand:
+            return folded(x, grid, cuts, axis), None, None
+        own, index, at, copied = rounded(x, grid, cuts, axis), self.copied_index, self.copied_at, self.copied
+        if grid.oracle and cuts.source is not None:
+            channels = copied_channels(self.source_of("weight"), cuts, self.groups, self.channels["weight"])
+            index, at, copied = channels.index, channels.at, self._copied_weight(channels).to(self.original.dtype)
+        return own, None if copied is None else rounded(x, grid, cuts, axis, index, at), copied
 
 
 class QuantLinear(_QuantProduct):
@@ -79,6 +129,10 @@ class QuantLinear(_QuantProduct):
 
     def forward(self, input: Tensor) -> Tensor:
         """input W^T + bias."""
+        if self.input_grid is not None:
+            own, more, copied = self.operands(input)
+            y = F.linear(own, self.original, self.bias)
+            return y if copied is None else y + F.linear(more, copied)
         if self.copied is None:
             return F.linear(input, self.original, self.bias)
         return _expanded_linear(input, self.original, self.copied, self.copies(), self.bias)
@@ -119,16 +173,16 @@ class _QuantConvolution(_QuantProduct):
 
     kept = ("_reversed_padding_repeated_twice",)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The copies' input. Indexing, not index_select, which is slow on channels-last inputs."""
-        return x[(..., self.copies(), *[slice(None)] * len(self.kernel_size))]
+    @property
+    def input_axis(self) -> int:
+        """Before the spatial ones."""
+        return -1 - len(self.kernel_size)
 
     def sum_parts(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """product(x, weight, bias) over the original channels plus that over the copies."""
-        y = product(x, self.original, self.bias)
-        if self.copied is None:
-            return y
-        return y.add_(product(self.gather(x), self.copied, None))
+        own, more, copied = self.operands(x)
+        y = product(own, self.original, self.bias)
+        return y if copied is None else y.add_(product(more, copied, None))
 
 
 class _QuantConv(_QuantConvolution):
@@ -142,8 +196,10 @@ class _QuantConv(_QuantConvolution):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self.copied is not None and self._is_pointwise():  # which is mostly memory
-            return _add_pointwise(self.convolve(x, self.original, self.bias), self.copied, self.gather(x))
+        if self._is_pointwise():  # which is mostly memory
+            own, more, copied = self.operands(x)
+            y = self.convolve(own, self.original, self.bias)
+            return y if copied is None else _add_pointwise(y, copied, more)
         return self.sum_parts(
             x, lambda x, w, b: self.convolve(x, w, b, self.stride, padding, self.dilation, self.groups)
         )
@@ -236,6 +292,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         if float_layer._qkv_same_embed_dim:
             return ("in_proj_weight",)
         return ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, on quantized inputs where they are to be; what is one tensor stays one."""
+        seen = {id(x): x for x in (query, key, value)}
+        on_grid = {name: self.on_grid(x) for name, x in seen.items()}
+        return super().forward(*(on_grid[id(x)] for x in (query, key, value)), *args, **kwargs)
 
     @staticmethod
     def other_names(float_layer: nn.Module) -> tuple[str, ...]:

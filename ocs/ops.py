@@ -48,6 +48,11 @@ def _(x: Tensor, bins: int, limit: float) -> Tensor:
     return x.new_empty(bins, dtype=torch.int64)
 
 
+@torch.library.register_fake("ocs::octave_histogram")
+def _(x: Tensor, limit: float) -> Tensor:
+    return x.new_empty((x.shape[1], 128), dtype=torch.int64)
+
+
 @torch.library.register_fake("ocs::channel_max")
 def _(w: Tensor, groups: int) -> Tensor:
     return w.new_empty(groups * w.shape[1], dtype=torch.float32)
@@ -64,6 +69,18 @@ def _(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, Tensor, Te
 def _(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     _meta_together(w, source, depth)
     return w.new_empty(w.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("ocs::split_histogram")
+def _(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
+    _meta_together(w, source, depth, limit)
+    return limit.new_empty((*limit.shape, bins), dtype=torch.int64)
+
+
+@torch.library.register_fake("ocs::clip_threshold")
+def _(counts: Tensor, limit: Tensor, bits: int, signed: bool, method: int) -> Tensor:
+    _meta_together(counts, limit)
+    return limit.new_empty(limit.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("ocs::quantize_weight")
@@ -143,3 +160,10 @@ class StraightThrough(torch.autograd.Function):
         """The gradient where nothing was clipped."""
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """The operator, with that gradient where one is asked for. Nothing is checked."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return StraightThrough.apply(x, scale, bits, signed)
+    return torch.ops.ocs.fake_quantize(x, scale, bits, signed)

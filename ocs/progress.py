@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def with_progress(items: Collection[T], title: str, progress: bool | None) -> Iterable[T]:
+def with_progress(items: Iterable[T], title: str, progress: bool | None, unit: str = "layer") -> Iterable[T]:
     """The items behind a bar: always where progress is True, never where it is False, by itself where it is None."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if progress is False or (progress is None and not terminal):
@@ -20,4 +20,4 @@ def with_progress(items: Collection[T], title: str, progress: bool | None) -> It
         if progress:
             raise ImportError("progress=True needs tqdm: pip install torch-ocs[progress]") from None
         return items
-    return tqdm(items, title, unit="layer", delay=0 if progress else 2)
+    return tqdm(items, title, unit=unit, delay=0 if progress else 2)

@@ -6,18 +6,22 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ocs import functional
+from ocs.activation import ActSplit, InputGrid, QuantizedInput, scale_of
+from ocs.batchnorm import Folding, plan_folding
+from ocs.calibrate import Calibration, Data, Statistics, observe, statistics_for
 from ocs.find import (
     FIRST_LAYER,
     Layer,
     Options,
     Selector,
     apply_skip,
+    check_model,
     find_layers,
     is_kind,
     named,
@@ -26,7 +30,7 @@ from ocs.find import (
     selectors,
     show,
 )
-from ocs.functional import Granularity, QuantizedWeight, Rounding, Split, SplitPlan
+from ocs.functional import Granularity, Quantization, Rounding, Split, SplitPlan
 from ocs.layer import QuantizedLayer
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
@@ -35,8 +39,13 @@ from ocs.rewrite import exchange, module_slots
 # --- One layer --------------------------------------------------------------------------------------------------------
 
 
-def quantize_layer(layer: Layer, options: Options) -> tuple[QuantizedLayer, list[LayerReport]]:
-    """The layer that replaces this one, and a line of the report for each of its weights."""
+def quantize_layer(
+    layer: Layer, options: Options, statistics: Statistics | None = None
+) -> tuple[QuantizedLayer, list[LayerReport]]:
+    """The layer that replaces this one, and a line of the report for each of its weights.
+
+    statistics: of its input, where that is to be quantized with a scale of its own.
+    """
     module, kind = layer.module, replacement_of(layer.module)
     if layer.only_folded:
         options = replace(options, expand=False)
@@ -47,21 +56,67 @@ def quantize_layer(layer: Layer, options: Options) -> tuple[QuantizedLayer, list
             raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
         with named(*[name] * (name != "weight")):
             steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options)
-    quantized = {name: weight for name, (_, weight, _) in steps.items()}
-    replacement = kind(module, quantized, options.wbits, options.expand)
+    quantized = {name: step.quantized for name, (_, step) in steps.items()}
+    quantized_input = quantize_input(layer, options, statistics) if wants_input(layer, options) else None
+    replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
     replacement.settings = dict(vars(options))
     return replacement, [_report_weight(layer, options, replacement, name, *step) for name, step in steps.items()]
 
 
 def _quantize_weight(
     weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options
-) -> tuple[SplitPlan, QuantizedWeight, tuple[float, float]]:
+) -> tuple[SplitPlan, Quantization]:
     """The plan of a weight, its integers, and their signal and noise."""
     w = kind.layout(weight, groups).float().contiguous()
     plan = functional.plan_splits(w, options.r, groups)
-    threshold = functional.weight_threshold(w, plan, options.clip, options.granularity, groups)
-    quantized = functional.quantize_split(w, plan, threshold, options.wbits, options.split, groups)
-    return plan, quantized, functional.weight_error(w, quantized, groups)
+    return plan, functional.quantize_plan(
+        w, plan, options.wbits, options.clip, options.granularity, options.split, groups
+    )
+
+
+def wants_input(layer: Layer, options: Options) -> bool:
+    """Whether its input is to be quantized."""
+    if options.abits is None or layer.float_input or layer.status != "quantized":
+        return False
+    return not replacement_of(layer.module).input_if_asked or "abits" in layer.asked_for
+
+
+def wants_statistics(layer: Layer, options: Options) -> bool:
+    """Whether calibration must tell of its input."""
+    known = options.act_split == "oracle" and options.act_signed is True
+    return wants_input(layer, options) and not known
+
+
+def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
+    """Its grid, which channels are split (those with most values beyond the layer's 99th percentile), and its scale."""
+    kind, weight, groups = _anatomy(layer)
+    C = kind.layout(weight, groups).shape[1]
+    grid = InputGrid(
+        bits=options.abits,
+        signed=options.act_signed is True or statistics.smallest < 0,
+        splits=functional.splits_for(options.act_r, C, groups) if kind.splits_input else 0,
+        split=options.split,
+        act_split=options.act_split,
+        clip=options.act_clip,
+    )
+    if grid.oracle:
+        return QuantizedInput(grid)
+    source = split = None
+    if grid.splits:
+        if statistics.channels != groups * C:
+            raise ValueError(f"calibration saw {statistics.channels} input channels where {groups * C} are to be split")
+        order = statistics.outliers().view(groups, C).argsort(dim=1, descending=True, stable=True)[:, : grid.splits]
+        own = torch.arange(groups * C).view(groups, C)
+        split = (order + own[:, :1]).flatten()
+        source = torch.cat([own, split.view(groups, -1)], 1).flatten().to(weight.device)
+    threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
+    return QuantizedInput(grid, scale_of(torch.tensor(threshold), grid).to(weight.device), source)
+
+
+def _anatomy(layer: Layer) -> tuple[type[QuantizedLayer], Tensor, int]:
+    """The class that replaces it, its first weight and its groups."""
+    kind = replacement_of(layer.module)
+    return kind, layer.module._parameters[kind.weight_names(layer.module)[0]], getattr(layer.module, "groups", 1)
 
 
 def _report_weight(
@@ -70,15 +125,16 @@ def _report_weight(
     replacement: QuantizedLayer,
     name: str,
     plan: SplitPlan,
-    quantized: QuantizedWeight,
-    error: tuple[float, float],
+    step: Quantization,
 ) -> LayerReport:
+    quantized = step.quantized
     groups, C = replacement.groups, replacement.channels[name]
     sources = replacement.copies(name).tolist()
     return LayerReport(
         **_common(layer, name),
         bits=options.wbits,
         granularity=options.granularity,
+        clip=step.clip,
         channels=groups * C,
         splits=len(sources),
         sources=tuple(sources),
@@ -86,19 +142,46 @@ def _report_weight(
         scale=_numbers(quantized.scale),
         max_before=max(plan.channel_max.tolist(), default=0.0),
         max_after=max(plan.split_max.tolist(), default=0.0),
-        sqnr_db=functional.sqnr_db(*error),
+        sqnr_db=functional.sqnr_db(*step.error),
         packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8)
         + 4 * (quantized.scale.numel() + len(sources)),
         expanded_shape=replacement.expanded_shape(name),
+        **_report_input(replacement),
         reason=_note(layer, options, C, groups),
     )
 
 
+def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
+    """The part of a report that is about its input."""
+    grid = replacement.input_grid
+    if grid is None:
+        return {}
+    source, scale = (replacement._buffers.get(name) for name in ("input_source", "input_scale"))
+    copies = [] if source is None else source.view(replacement.groups, -1)[:, -grid.splits :].flatten().tolist()
+    return {
+        "act_bits": grid.bits,
+        "act_signed": grid.signed,
+        "act_clip": grid.clip,
+        "act_split": grid.act_split,
+        "act_splits": grid.splits * replacement.groups,
+        "act_sources": tuple(copies),
+        "act_scale": None if scale is None else float(scale),
+        "act_threshold": None if scale is None else float(scale) * grid.qmax,
+    }
+
+
 def _note(layer: Layer, options: Options, channels: int, groups: int) -> str:
     """What is not as it was asked for."""
-    if options.r and groups > 1 and channels == 1:
-        return "depthwise: not split"
-    return f"runs folded: {layer.only_folded}" if layer.only_folded else ""
+    kind, notes = replacement_of(layer.module), []
+    if (options.r or options.act_r) and groups > 1 and channels == 1:
+        notes.append("depthwise: not split")
+    if layer.only_folded:
+        notes.append(f"runs folded: {layer.only_folded}")
+    if options.abits is not None and not wants_input(layer, options):
+        notes.append("input stays float" + (": name it in overrides" if kind.input_if_asked else ""))
+    elif options.abits is not None and options.act_r and not kind.splits_input:
+        notes.append("input not split")
+    return "; ".join(notes)
 
 
 def _common(layer: Layer, name: str | None = None) -> dict[str, Any]:
@@ -132,24 +215,45 @@ def quantize(
     granularity: Granularity = "tensor",
     split: Split = "qa",
     rounding: Rounding = "nearest",
+    abits: int | None = None,
+    act_clip: str | float = "none",
+    act_r: float = 0.0,
+    act_split: ActSplit = "static",
+    act_signed: bool | Literal["auto"] = True,
+    calibration: Data | Calibration | None = None,
+    fold_bn: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
     progress: bool | None = None,
 ) -> Report:
-    """Quantize the weights of a model in place by outlier channel splitting, without data (section 3 of the paper).
+    """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
 
     Every convolution (transposed ones too), nn.Linear, nn.MultiheadAttention, and every LSTM, GRU and RNN, layer or
-    cell, becomes an ocs.nn layer; whatever fails, the model is as it was.
+    cell, becomes an ocs.nn layer; whatever fails, the model is as it was. Sections 3 and 5 of the paper.
 
     Args:
         model: a float model on any device, in train or eval mode.
         wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1.
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
-        clip: "none", or the fraction in (0, 1] of the largest split |w| that is kept.
+        clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
+            functional.clip_threshold; "auto" is for each layer the method that leaves the least squared error.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2).
+        abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor, rounded half to even; None keeps
+            inputs float. Those of recurrent layers stay float, as in the paper, unless an override names their abits.
+        act_clip: where inputs saturate, a method or fraction as of `clip`, but for "auto".
+        act_r: expand ratio of the inputs: ceil(act_r C) channels of a convolution or linear layer are split, in each
+            group, those with most values beyond the layer's 99th percentile (`split` says how).
+        act_split: "static" (from calibration), or "oracle": scale and splits for each batch from its own values, the
+            largest |x| halved again and again. It bounds what splitting inputs can give, and is slow.
+        act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
+            nothing negative.
+        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
+            model, or what ocs.calibrate returned. The model runs in eval mode and without gradients.
+        fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
+            sees; the report says of the others why not.
         skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates
             (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.
         overrides: options for the layers that fit a name or pattern: {"layer4.*": dict(wbits=8)}.
@@ -161,39 +265,71 @@ def quantize(
         A Report with a line for every weight, and one for every layer that was left as it is.
 
     Raises:
-        ValueError: an option is out of range, a name or pattern fits no layer, a weight holds NaN, Inf or nothing yet,
-            the model is quantized already or has no layer to quantize.
+        ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
+            nothing yet, calibration is missing or empty, the model is quantized already or has no layer to quantize.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin = time.perf_counter()
-    options = Options(wbits, r, clip, granularity, split, rounding, expand)
-    _check_model(model)
+    options = Options(
+        wbits, r, clip, granularity, split, rounding, abits, act_clip, act_r, act_split, act_signed, expand
+    )
+    check_model(model)
     layers = find_layers(model)
     if not any(is_kind(layer.module) for layer in layers):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
-    replacements, lines = {}, []
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
+        inputs = _look_at_inputs(model, layers, chosen, calibration, progress)
+        folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
+        replacements, lines = {**folding.layers, **folding.norms}, []
         for layer in with_progress(layers, "quantize", progress):
             if layer.status != "quantized":
                 lines.append(LayerReport(**_common(layer), reason=layer.reason))
                 continue
+            old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
             with named(layer.name):
-                replacements[id(layer.module)], of_layer = quantize_layer(layer, chosen[layer.name])
+                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], inputs.get(layer.name))
             lines += of_layer
+    norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
-    return Report(tuple(lines), _settings(options, skip, overrides), time.perf_counter() - begin)
+    settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn}
+    return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a ScriptModule, whose layers cannot be replaced: quantize the model it was made from")
-    if is_kind(model):
-        name = type(model).__name__
-        raise TypeError(f"model is a {name}, which cannot replace itself in place: wrap it, nn.Sequential({name}(...))")
+def _look_at_inputs(
+    model: nn.Module,
+    layers: list[Layer],
+    chosen: Mapping[str, Options],
+    calibration: Data | Calibration | None,
+    progress: bool | None,
+) -> Mapping[str, Statistics]:
+    """What calibration tells of the layers whose inputs are quantized; those it never reaches stay float."""
+    of_inputs = [layer for layer in layers if chosen[layer.name].abits is not None]
+    vain = next((name for name, options in chosen.items() if options.abits is None and options.of_inputs), None)
+    if vain is not None:
+        raise ValueError(f"{vain}: an act_ option without abits has no effect: set abits, too")
+    watched = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
+    if calibration is None:
+        if watched:
+            raise ValueError(
+                f"{watched[0].name}: abits={chosen[watched[0].name].abits} needs calibration=: batches of inputs, say"
+            )
+        return {}
+    if not of_inputs:
+        raise ValueError("calibration= without abits has no effect: set abits, too")
+    if not isinstance(calibration, Calibration):
+        statistics = {}
+        for layer in watched:
+            options = chosen[layer.name]
+            split = options.act_r > 0 and options.act_split == "static"
+            statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
+        observe(model, calibration, statistics, progress)
+        calibration = {name: seen for name, (_, seen) in statistics.items() if seen.inputs}
+    for layer in watched:
+        if layer.name not in calibration:
+            layer.leave("float", "calibration never reached it")
+    return calibration
 
 
 def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class _Recurrent(QuantizedLayer):
     """What layers and cells share: gates, widening, and states."""
 
     gates: ClassVar[int]
+    input_if_asked = True  # as in the paper
     has_cell: ClassVar[bool] = False  # a cell state besides the hidden one
 
     def suffixes(self) -> Iterator[str]:
@@ -232,7 +233,7 @@ class _RecurrentLayer(_Recurrent):
         """(output, final states), as the float layer; input batched, unbatched or packed, hx initial states or None."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        x = input
+        x = self.on_grid(input)
         if x.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: expected 2 or 3 dimensions, not {x.dim()}")
         self.check_input_size(x)
@@ -247,6 +248,7 @@ class _RecurrentLayer(_Recurrent):
 
     def _forward_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         x, batch_sizes, order, back = packed
+        x = self.on_grid(x)
         self.check_input_size(x)
         states = self.as_states(hx, x, self.num_layers * (1 + self.bidirectional), int(batch_sizes[0]))
         if order is not None:
@@ -308,7 +310,7 @@ class _RecurrentCell(_Recurrent):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """The next states, h or (h, c) [N, H]; input [N, input_size], or unbatched [input_size]."""
-        x = input
+        x = self.on_grid(input)
         if x.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: expected 1 or 2 dimensions, not {x.dim()}")
         self.check_input_size(x)

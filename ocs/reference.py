@@ -32,6 +32,16 @@ def histogram(x: Floats, bins: int, limit: float) -> NDArray[np.int64]:
     return np.bincount(np.fmin(position, bins - 1).astype(np.int64), minlength=bins)
 
 
+def octave_histogram(x: Floats, limit: float) -> NDArray[np.int64]:
+    """Counts int64 [C, 128] of x [N, C, ...]: |x| below limit, a power of two, in eight bins to the octave."""
+    fraction, exponent = np.frexp(np.abs(x))  # |x| = fraction * 2^exponent, fraction in [1/2, 1)
+    octaves = np.where(np.isfinite(x), exponent + 1 - np.frexp(np.float32(limit))[1], 9)  # 0: the highest
+    within = np.floor(np.nan_to_num(fraction, posinf=0.0) * 16) - 8
+    bins = np.clip(np.where(x == 0, 0, 120 + 8 * octaves + within), 0, 127).astype(np.int64)
+    flat = bins.swapaxes(0, 1).reshape(x.shape[1], x.size // max(x.shape[1], 1))
+    return np.array([np.bincount(row, minlength=128) for row in flat], np.int64).reshape(x.shape[1], 128)
+
+
 def channel_max(w: Floats, groups: int) -> Floats:
     """max|w| of each input channel [groups C]."""
     return np.abs(_grouped(w, groups)).max(axis=(1, 3), initial=np.float32(0)).ravel()
@@ -103,6 +113,115 @@ def gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
     """[groups, O / groups, C + n, K]: each expanded channel's original weights."""
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * w.shape[1]
     return np.stack([part[:, columns] for part, columns in zip(_grouped(w, groups), within, strict=True)])
+
+
+# --- Where to clip: sections 2.1 and 4 --------------------------------------------------------------------------------
+
+
+def split_histogram(
+    w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int, bins: int, limit: Floats
+) -> NDArray[np.int64]:
+    """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
+    halved = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
+    rows = (gather(w, source, groups) * halved).reshape(w.shape[0], math.prod(w.shape[2:]) * (source.size // groups))
+    if limit.ndim == 0:
+        return histogram(rows[rows != 0], bins, limit)
+    counts = [histogram(row[row != 0], bins, of_row) for row, of_row in zip(rows, limit, strict=True)]
+    return np.array(counts, np.int64).reshape(w.shape[0], bins)
+
+
+METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # a method's number is its place
+
+
+def clip_threshold(counts: NDArray[np.int64], limit: Floats, bits: int, signed: bool, method: int) -> Floats:
+    """The threshold float32 in (0, limit] of each histogram [..., bins] of |x| over [0, limit]."""
+    rows = zip(counts.reshape(limit.size, -1), limit.ravel(), strict=True)
+    found = [min(_clip_position(row, bits, signed, METHODS[method]) * float(of_row) / row.size, float(of_row))
+             if row.any() and of_row else of_row for row, of_row in rows]  # fmt: skip
+    return np.array(found, np.float32).reshape(limit.shape)
+
+
+def _clip_position(counts: NDArray[np.int64], bits: int, signed: bool, method: str) -> float:  # noqa: PLR0911
+    """In bins. The values are taken to be spread evenly within each bin."""
+    k = bits if signed else bits + 1  # an unsigned grid is the positive half of one with a bit more
+    qmax, centers, total = grid(k, True)[1], np.arange(counts.size) + 0.5, counts.sum()
+    mean, rms = counts @ centers / total, math.sqrt(counts @ (centers**2 + 1 / 12) / total)
+    if method == "mse":
+        return _clip_mse(counts, qmax)
+    if method == "aciq":
+        laplace = math.log(2 * math.e * mean) < math.log(2 * math.pi * math.e * rms**2) / 2  # the likelier one
+        return LAPLACE_OPTIMUM[k - 2] * mean if laplace else GAUSS_OPTIMUM[k - 2] * rms
+    if method == "aciq-release":
+        share = 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4))) / math.sqrt(2 * math.log(max(total, 2)))
+        both = (
+            GAUSS_RELEASE[min(k, 8) - 2] * 2 * (np.flatnonzero(counts)[-1] + 1) * share,
+            LAPLACE_RELEASE[min(k, 8) - 2] * mean,
+        )
+        return min((min(t, counts.size) for t in reversed(both)), key=lambda t: clip_error(counts, t, qmax))
+    if method == "kl":
+        return _clip_kl(counts, qmax)
+    if method == "percentile":
+        below = np.concatenate([[0], np.cumsum(counts)])
+        wanted = total * (1 - 10 ** -(2 + bits / 4))
+        last = int(np.searchsorted(below, wanted, "right"))
+        return last - (below[last] - wanted) / counts[last - 1]
+    if method == "std":
+        return (k + 1) / 2 * rms
+    return SAWB_RMS[k - 2] * max(rms, mean * 2 / math.sqrt(3)) - SAWB_MEAN[k - 2] * mean
+
+
+# In standard deviations and mean absolute deviations, for k = 2 .. 9; see csrc/clip.c.
+GAUSS_OPTIMUM = (1.2240, 1.9523, 2.4739, 2.8987, 3.2699, 3.6075, 3.9205, 4.2146)
+LAPLACE_OPTIMUM = (2.0000, 3.4864, 4.8199, 6.0984, 7.3582, 8.6184, 9.8824, 11.1554)
+GAUSS_RELEASE = (1.4782, 1.8049, 2.1923, 2.5773, 2.9445, 3.2908, 3.6169)
+LAPLACE_RELEASE = (2.3315, 3.0453, 4.0038, 5.0825, 6.2321, 7.4270, 8.6527)
+SAWB_RMS = (3.12, 6.942, 11.823, 16.928, 22.181, 27.557, 33.022, 38.568)
+SAWB_MEAN = (2.064, 6.304, 11.859, 17.811, 24.003, 30.378, 36.879, 43.490)
+
+
+def clip_error(counts: NDArray[np.int64], t: float, qmax: int) -> float:
+    """Equation 9: the sum of (x - Q(x))^2, x in bins, where the grid of qmax steps ends at t.
+
+    Bin edges and rounding boundaries cut the axis into pieces, in each of which density and Q(x) are constant.
+    """
+    step = t / qmax
+    cuts = np.union1d(np.arange(counts.size + 1), (np.arange(1, qmax + 1) - 0.5) * step)
+    begin, end = cuts[:-1], cuts[1:]
+    middle = (begin + end) / 2
+    rounded = step * np.minimum(np.floor(middle / step + 0.5), qmax)
+    density = counts[np.minimum(middle.astype(np.int64), counts.size - 1)]
+    return float(np.sum(density * ((end - rounded) ** 3 - (begin - rounded) ** 3) / 3))
+
+
+def _clip_mse(counts: NDArray[np.int64], qmax: int) -> float:
+    """The best bin edge, then finer and finer steps around it."""
+    best = min(range(counts.size, 0, -1), key=lambda t: clip_error(counts, t, qmax))
+    for step in 0.5 ** np.arange(1, 7):
+        near = [t for t in (best, best - step, best + step) if 0 < t <= counts.size]
+        best = min(near, key=lambda t: clip_error(counts, t, qmax))
+    return float(best)
+
+
+def _clip_kl(counts: NDArray[np.int64], qmax: int) -> float:
+    """The edge, beyond qmax bins, where the rounded distribution diverges least from the clipped one."""
+    return float(min(range(counts.size, qmax, -1), key=lambda t: divergence(counts, t, qmax), default=counts.size))
+
+
+def divergence(counts: NDArray[np.int64], t: int, qmax: int) -> float:
+    """Kullback-Leibler divergence, not normalized, of the histogram rounded to a grid that ends at edge t."""
+    inside = counts[:t].astype(np.float64)
+    if not inside.any():
+        return math.inf
+    clipped = inside.copy()
+    clipped[-1] += counts[t:].sum()
+    cell = ((2 * np.arange(t) + 1) * qmax + t) // (2 * t)  # bin centers, in steps of t / qmax, rounded
+    totals, occupied = np.bincount(cell, inside), np.bincount(cell, inside > 0)
+    rounded = np.where(inside > 0, (totals / np.maximum(occupied, 1))[cell], 0.0)
+    if clipped[-1] > 0 and rounded[-1] == 0:
+        rounded[-1] = 1e-4  # MXNet's smoothing
+    held = clipped > 0
+    p, q = clipped[held], rounded[held]
+    return float(np.sum(p * np.log(p / q)) - p.sum() + q.sum())
 
 
 # --- Weights to integers and back -------------------------------------------------------------------------------------

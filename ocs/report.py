@@ -30,6 +30,7 @@ class LayerReport:
     float_bytes: int = 0  # of the float weight
     bits: int | None = None
     granularity: str | None = None
+    clip: str | float | None = None  # the method that gave the threshold; where "auto" was asked for, the one chosen
     channels: int | None = None  # C over all groups
     splits: int | None = None  # n over all groups
     sources: tuple[int, ...] = ()  # the channel that each copy came from, in the order of splitting
@@ -42,6 +43,16 @@ class LayerReport:
 
     expanded_shape: tuple[int, ...] = ()  # of the weight that runs expanded: C + n channels, and in recurrent layers
     # the gate rows of split units too
+
+    # Of the layer's input; None and 0 where it stays float
+    act_bits: int | None = None
+    act_signed: bool | None = None
+    act_clip: str | float | None = None  # the method that gave the threshold
+    act_split: str | None = None  # "static", or "oracle": scale and splits are made anew for each batch
+    act_splits: int = 0  # over all groups
+    act_sources: tuple[int, ...] = ()  # the channel that each copy came from
+    act_threshold: float | None = None
+    act_scale: float | None = None
 
     @property
     def weights(self) -> int:
@@ -67,6 +78,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    batch_norms: dict[str, str] = field(default_factory=dict)  # where fold_bn: "" if folded, else why not
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -111,7 +123,7 @@ class Report:
             "seconds": self.seconds,
         }
         content = {"settings": self.settings, "totals": totals, "layers": [asdict(layer) for layer in self.layers]}
-        return _plain(content)
+        return _plain(content | ({"batch_norms": self.batch_norms} if self.batch_norms else {}))
 
     def to_json(self) -> str:
         """to_dict() as JSON."""
@@ -132,11 +144,9 @@ class Report:
 
     def __str__(self) -> str:
         rows = [HEADER, *(_cells(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-        lines = [
-            "  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
+        kept = [i for i in range(len(HEADER)) if i != _INPUT_COLUMN or any(row[i] for row in rows[1:])]
+        widths = [max(len(row[i]) for row in rows) if i in kept else 0 for i in range(len(HEADER))]
+        lines = ["  ".join(_pad(row[i], widths[i], i) for i in kept) for row in rows]
         return "\n".join([*(line.rstrip() for line in lines), self._summary()])
 
     def _repr_html_(self) -> str:
@@ -151,6 +161,9 @@ class Report:
         layers, left = len({layer.name for layer in self.quantized}), len(self.layers) - len(self.quantized)
         weights = f" ({len(self.quantized)} weights)" if len(self.quantized) > layers else ""
         text = f"{layers} layer{'s' * (layers != 1)} quantized{weights}, {left} left float, in {self.seconds:.2f} s"
+        if self.batch_norms:
+            folded = sum(not reason for reason in self.batch_norms.values())
+            text = f"{text}, {folded} of {len(self.batch_norms)} batch norms folded"
         if not self.quantized:
             return text
         saving = self.float_bytes / self.packed_bytes if self.packed_bytes else math.inf
@@ -160,8 +173,22 @@ class Report:
         )
 
 
-HEADER = ("layer", "kind", "weight", "bits", "splits", "max |w|", "once split", "clip at", "SQNR dB", "packed", "")
-_TEXT_COLUMNS = (0, 1, 2, len(HEADER) - 1)
+HEADER = (
+    "layer",
+    "kind",
+    "weight",
+    "bits",
+    "splits",
+    "max |w|",
+    "once split",
+    "clip at",
+    "SQNR dB",
+    "packed",
+    "input",
+    "",
+)
+_INPUT_COLUMN = HEADER.index("input")
+_TEXT_COLUMNS = (0, 1, 2, _INPUT_COLUMN, len(HEADER) - 1)
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
@@ -177,11 +204,28 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         f"+{layer.splits}",
         f"{layer.max_before:.3g}",
         f"{layer.max_after:.3g}",
-        f"{clip:.3g}" + ("" if isinstance(layer.threshold, float) else " max"),
+        f"{clip:.3g}" + ("" if isinstance(layer.threshold, float) else " max") + _method(layer.clip),
         f"{layer.sqnr_db:.1f}",
         _size(layer.packed_bytes),
+        _input(layer),
         layer.reason,
     )
+
+
+def _method(clip: str | float) -> str:
+    """Which clip method, where there is one."""
+    return "" if clip == "none" else f" {clip}" if isinstance(clip, str) else f" x{clip:g}"
+
+
+def _input(layer: LayerReport) -> str:
+    """How the input is quantized."""
+    if layer.act_bits is None:
+        return ""
+    splits = f" +{layer.act_splits}" if layer.act_splits else ""
+    if layer.act_split == "oracle":
+        return f"{layer.act_bits} bits{splits} oracle"
+    reach = f"{'+-' if layer.act_signed else '0 .. '}{layer.act_threshold:.3g}{_method(layer.act_clip)}"
+    return f"{layer.act_bits} bits{splits}, {reach}"
 
 
 def _pad(cell: str, width: int, column: int) -> str:

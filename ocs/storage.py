@@ -3,34 +3,39 @@
 A file holds, under the names of the model's state_dict, every parameter and persistent buffer as it is, except that of
 each quantized weight there are `weight_int` (uint8: the k-bit codes of its integers [O, C + n, ...], see csrc/pack.c),
 `scale` and `source` (int32: the original channel of each copy, group by group; the original channels go without
-saying). Its metadata has, under "ocs", what a reader needs as JSON: the format and the version that wrote it; of each
-layer the kind, the settings and the shapes; of each tensor a CRC-32. And under "crc32" that of this JSON.
+saying), and likewise `input_scale` and `input_source` of a quantized input. Its metadata has, under "ocs", what a
+reader needs as JSON: the format and the version that wrote it; of each layer the kind, the settings and the shapes;
+which batch norms were folded; of each tensor a CRC-32. And under "crc32" that of this JSON.
 
 Nothing in a file is trusted: the model decides which layers and shapes there may be.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ocs.activation import InputGrid, QuantizedInput, check_grid
+from ocs.batchnorm import FoldedBatchNorm
 from ocs.find import Layer, find_layers, named, replacement_of
 from ocs.functional import QuantizedWeight
-from ocs.layer import QuantizedLayer, problem_of, state_names
+from ocs.layer import INPUT_NAMES, QuantizedLayer, problem_of, problem_of_input, state_names
+from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.rewrite import Slot, exchange, module_slots
 
-FORMAT = 1
+FORMAT = 2  # 1 had neither quantized inputs nor folded batch norms
 
 
 def _safetensors() -> Any:
@@ -60,7 +65,7 @@ def _entries(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[_E
         module = replacements.get(id(old), old)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{prefix or 'model'}: it has extra state, which a file of tensors cannot hold")
-        held = {buffer for weight in getattr(module, "channels", ()) for buffer in state_names(weight)}
+        held = {buffer for weight in getattr(module, "channels", ()) for buffer in state_names(weight)} | {*INPUT_NAMES}
         for where in (module._parameters, module._buffers):
             for key, tensor in where.items():
                 if tensor is not None and key not in held and key not in module._non_persistent_buffers_set:
@@ -108,6 +113,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         "format": FORMAT,
         "ocs": _version(),
         "layers": {name: _describe(layer) for name, layer in layers.items()},
+        "batch_norms": [name for name, module in model.named_modules() if isinstance(module, FoldedBatchNorm)],
         "tensors": {name: _crc32(tensor) for name, tensor in tensors.items()},
     }
     _write(tensors, json.dumps(header), path)
@@ -170,6 +176,13 @@ def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
         yield ints_name, torch.ops.ocs.pack(ints, layer.bits)
         yield scale_name, scale.clone()
         yield source_name, layer.copies(weight).to("cpu", torch.int32, copy=True)
+    scale_name, source_name = (_full(name, buffer) for buffer in INPUT_NAMES)
+    scale, source = (layer._buffers.get(buffer) for buffer in INPUT_NAMES)
+    if scale is not None:
+        yield scale_name, scale.to("cpu", copy=True)
+    if source is not None:
+        copies = source.view(layer.groups, -1)[:, -layer.input_grid.splits :]
+        yield source_name, copies.flatten().to("cpu", torch.int32, copy=True)
 
 
 def _describe(layer: QuantizedLayer) -> dict[str, Any]:
@@ -178,6 +191,7 @@ def _describe(layer: QuantizedLayer) -> dict[str, Any]:
         "bits": layer.bits,
         "expand": layer.expand,
         "settings": layer.settings,
+        "input": layer.input_grid and asdict(layer.input_grid),
         "weights": {name: list(layer.held(name)[0].shape) for name in layer.channels},
     }
 
@@ -208,7 +222,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 reader = _Reader(file)
-                replacements = _replacements(reader, model, progress)
+                folded = _folded(reader, model)
+                replacements = folded | _replacements(reader, model, folded, progress)
                 slots, values = _plan_floats(reader, model, replacements)
         except safetensors.SafetensorError as error:
             raise ValueError(f"it is no complete safetensors file ({error})") from error
@@ -223,11 +238,20 @@ class _SavedLayer:
     expand: bool
     settings: dict[str, Any]
     weights: dict[str, list[int]]  # the shapes of the integers
+    input: dict[str, Any] | None = None  # of an InputGrid
 
     def __post_init__(self) -> None:
         types = (str, int, bool, dict, dict)
-        if tuple(map(type, vars(self).values())) != types or not 2 <= self.bits <= 8:
+        if tuple(map(type, vars(self).values()))[:5] != types or not 2 <= self.bits <= 8:
             raise TypeError
+        if self.input is not None:
+            self.grid()
+
+    def grid(self) -> InputGrid:
+        """How the input is quantized; a TypeError or ValueError where it cannot be so."""
+        grid = InputGrid(**self.input)
+        check_grid(grid)
+        return grid
 
 
 class _Reader:
@@ -248,6 +272,7 @@ class _Reader:
             if metadata["crc32"] != str(zlib.crc32(metadata["ocs"].encode())):
                 raise KeyError("crc32")
             self.layers = {name: _SavedLayer(**saved) for name, saved in header["layers"].items()}
+            self.batch_norms = [str(name) for name in header.get("batch_norms", [])]
             self.sums = {name: int(crc) for name, crc in header["tensors"].items()}
         except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError("its header is damaged") from error
@@ -273,15 +298,44 @@ class _Reader:
         return tensor
 
 
-def _replacements(reader: _Reader, model: nn.Module, progress: bool | None) -> dict[int, QuantizedLayer]:
+def _folded(reader: _Reader, model: nn.Module) -> dict[int, nn.Module]:
+    """What stands for the batch norms that were folded, and for layers that got a bias so, by id of the old modules."""
+    modules = dict(model.named_modules())
+    replacements: dict[int, nn.Module] = {}
+    for name in reader.batch_norms:
+        if not isinstance(modules.get(name), nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"it was saved from another model: this one has no batch norm {name[:200]!r} to fold")
+        replacements[id(modules[name])] = FoldedBatchNorm()
+    for name, module in modules.items():
+        gains = replacements and isinstance(module, CONVOLUTIONS) and module.bias is None
+        if gains and _full(name, "bias") in reader.sums:
+            replacements[id(module)] = _with_bias(module)
+    return replacements
+
+
+def _with_bias(layer: nn.Module) -> nn.Module:
+    """A copy of the layer that shares all but a bias of its own, still without values."""
+    copied = copy.copy(layer)
+    copied._parameters = dict(layer._parameters)
+    device = "cpu" if layer.weight.is_meta else layer.weight.device
+    bias = torch.zeros(layer.out_channels, dtype=layer.weight.dtype, device=device)
+    copied._parameters["bias"] = nn.Parameter(bias, layer.weight.requires_grad)
+    return copied
+
+
+def _replacements(
+    reader: _Reader, model: nn.Module, folded: Mapping[int, nn.Module], progress: bool | None
+) -> dict[int, QuantizedLayer]:
     """The quantized layers of the file, by id of the float ones."""
     layers = {layer.name: layer for layer in find_layers(model)}
     replacements = {}
     for name, saved in with_progress(reader.layers.items(), "load", progress):
         if name not in layers or not name:
             raise ValueError(f"it was saved from another model: this one has no layer {name[:200]!r} to replace")
+        old = layers[name].module
+        layers[name].module = folded.get(id(old), old)
         with named(name):
-            replacements[id(layers[name].module)] = _rebuilt(reader, layers[name], saved)
+            replacements[id(old)] = _rebuilt(reader, layers[name], saved)
     return replacements
 
 
@@ -293,7 +347,8 @@ def _rebuilt(reader: _Reader, layer: Layer, saved: _SavedLayer) -> QuantizedLaye
     if saved.kind != kind.float_kind.__name__ or list(saved.weights) != list(kind.weight_names(module)):
         raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
     quantized = {weight: _read_weight(reader, layer, weight, saved) for weight in saved.weights}
-    replacement = kind(module, quantized, saved.bits, saved.expand and not layer.only_folded)
+    quantized_input = None if saved.input is None else _read_input(reader, layer, saved.grid())
+    replacement = kind(module, quantized, saved.bits, saved.expand and not layer.only_folded, quantized_input)
     replacement.settings = saved.settings
     return replacement
 
@@ -327,6 +382,28 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
     return QuantizedWeight(ints.to(device), scale.to(device), source.to(device), scale)
 
 
+def _read_input(reader: _Reader, layer: Layer, grid: InputGrid) -> QuantizedInput:
+    """How a layer quantizes its input; the model says how many channels that has."""
+    kind, groups = replacement_of(layer.module), getattr(layer.module, "groups", 1)
+    weight = layer.module._parameters[kind.weight_names(layer.module)[0]]
+    C = kind.layout(weight, groups).shape[1]
+    if layer.float_input or grid.splits > C * kind.splits_input:
+        raise ValueError(f"it was saved with an input of {grid}, which this layer cannot have")
+    if grid.oracle:
+        return QuantizedInput(grid)
+    scale_name, source_name = (_full(layer.name, buffer) for buffer in INPUT_NAMES)
+    scale, source = reader.read(scale_name, [], "F32"), None
+    if grid.splits:
+        own = torch.arange(groups * C).view(groups, C)
+        copies = reader.read(source_name, [groups * grid.splits], "I32").long()
+        source = torch.cat([own, copies.view(groups, -1)], 1).flatten()
+    problem = problem_of_input(grid, scale, source, groups, C)
+    if problem:
+        raise ValueError(problem)
+    device = "cpu" if weight.is_meta else weight.device
+    return QuantizedInput(grid, scale.to(device), source if source is None else source.to(device))
+
+
 Values = list[tuple[Tensor, Tensor]]  # what is copied into which tensor of the model
 
 
@@ -338,6 +415,8 @@ def _plan_floats(
     expected = {entry.name for entry in entries}
     for name, saved in reader.layers.items():
         expected |= {_full(name, buffer) for weight in saved.weights for buffer in state_names(weight)}
+        if saved.input is not None and not saved.grid().oracle:
+            expected |= {_full(name, buffer) for buffer in INPUT_NAMES[: 1 + (saved.grid().splits > 0)]}
     for what, names in (("has no", expected - set(reader.sums)), ("has besides", set(reader.sums) - expected)):
         if names:
             raise ValueError(f"it was saved from another model: it {what} {', '.join(sorted(names)[:3])}")

@@ -226,7 +226,7 @@ BAD_WEIGHTS = [
     (lambda: F.histogram(W, 0), ValueError, "bins=0: use an integer from 1"),
     (lambda: F.histogram(np.float32([np.inf]), 4), ValueError, "x holds NaN or Inf"),
     (lambda: F.clip_threshold(np.float32([np.nan]), 4, "none"), ValueError, "x holds NaN or Inf"),
-    (lambda: F.clip_threshold(W, 4, "entropy"), ValueError, "clip='entropy'"),
+    (lambda: F.clip_threshold(W, 4, "entropy"), ValueError, "method='entropy'"),
 ]  # fmt: skip
 
 

@@ -21,14 +21,18 @@ PLAN = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(W, 3), 3, 4)
 SCALE = torch.tensor(0.1)
 SCALES = torch.linspace(0.05, 0.2, 12)
 INTS = torch.ops.ocs.quantize_weight(W, SCALE, *PLAN[:3], 3, 5, True)
+COUNTS = torch.stack([torch.ops.ocs.histogram(W, 64, 1.0), torch.ops.ocs.histogram(W, 64, 2.0)])
 PACKED = torch.ops.ocs.pack(INTS, 5)
 
 CALLS = {
     "abs_max": [(W,), (W.half(),)],
     "histogram": [(W, 32, 3.0)],
+    "octave_histogram": [(W, 4.0), (W.half().flatten(1), 4.0)],
     "channel_max": [(W, 3), (W.double().transpose(0, 1), 1)],
     "split_plan": [(torch.rand(30), 3, 4), (torch.rand(5), 1, 0)],
     "output_max": [(W, PLAN[0], PLAN[1], 3)],
+    "split_histogram": [(W, *PLAN[:2], 3, 32, limit) for limit in (PLAN[3].max(), W.abs().amax((1, 2, 3)))],
+    "clip_threshold": [(COUNTS, torch.tensor([1.0, 2.0]), 4, True, method) for method in range(7)],
     "quantize_weight": [(W, s, *PLAN[:3], 3, 5, qa) for s in (SCALE, SCALES) for qa in (True, False)],
     "fold": [(INTS, s, PLAN[0], 3, 10) for s in (SCALE, SCALES)],
     "weight_error": [(W, INTS, SCALE, PLAN[0], 3)],

@@ -1,0 +1,215 @@
+"""Quantized inputs of layers, and their outlier channel splitting (sections 3.4 and 5.3 of the paper).
+
+An input x is rounded to k bits with one scale d, round_half_even(x / d). Where a channel is split, its values are cut
+in two, (x - d/2) / 2 and (x + d/2) / 2 where quantization-aware, x / 2 both where naive, and its weights are there
+twice. With u = x / d, round((u - 1/2) / 2) + round((u + 1/2) / 2) = round(u) but for ties (Hermite): the grid then
+holds values twice as large, or is twice as fine. The channels are chosen once, from calibration, or (Oracle OCS) for
+each batch from its own values, where a channel may be split repeatedly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from ocs import functional
+from ocs.functional import Split
+from ocs.ops import fake_quantize
+
+ActSplit = Literal["static", "oracle"]
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How a layer quantizes its input; what files keep of it."""
+
+    bits: int
+    signed: bool = True  # integers -qmax .. qmax, else 0 .. 2^k - 1
+    splits: int = 0  # in each group
+    split: Split = "qa"
+    act_split: ActSplit = "static"
+    clip: str | float = "none"  # which method gave the threshold, or gives it for each batch
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer."""
+        return functional.qmax(self.bits + (not self.signed))
+
+    @property
+    def oracle(self) -> bool:
+        """Whether each batch has its own splits and scale."""
+        return self.act_split == "oracle"
+
+    def __str__(self) -> str:
+        kind = "oracle" if self.oracle else ""
+        splits = [f"{self.splits} {kind} splits".replace("  ", " ")] * bool(self.splits)
+        return ", ".join([f"{self.bits}{'' if self.signed else ' unsigned'} bits", *splits])
+
+
+def check_grid(grid: InputGrid) -> None:
+    """That it is possible: it may come from a stranger's file."""
+    functional.check_bits("bits", grid.bits)
+    functional.check_choice("split", grid.split, get_args(Split))
+    functional.check_choice("act_split", grid.act_split, get_args(ActSplit))
+    functional.check_clip("clip", grid.clip)
+    if not isinstance(grid.signed, bool) or type(grid.splits) is not int or grid.splits < 0:
+        raise ValueError(f"signed={grid.signed!r}, splits={grid.splits!r}: use a bool and a number of splits")
+
+
+class QuantizedInput(NamedTuple):
+    """A layer's grid, and what calibration gave; Oracle OCS needs neither."""
+
+    grid: InputGrid
+    scale: Tensor | None = None  # float32 []
+    source: Tensor | None = None  # int64 [C + n]: the original channel of each, group by group, as of a weight
+
+
+class Cuts(NamedTuple):
+    """How channels are cut: x * factor + shift * scale is what is rounded; None where no channel is split."""
+
+    scale: Tensor | None
+    source: Tensor | None = None  # int64 [copies]: the original channel, over all groups
+    factor: Tensor | None = None  # float32 [channels + copies], the original channels first
+    shift: Tensor | None = None
+
+
+def cut(scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, channels: int, split: Split) -> Cuts:
+    """Cuts from a plan over the original channels, then the copies: part `offset` of 2^depth."""
+    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    shift = (offset + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
+    return Cuts(scale, source[channels:], factor, shift)
+
+
+def static_cuts(grid: InputGrid, scale: Tensor, source: Tensor, groups: int) -> Cuts:
+    """Of channels chosen before, each of which is split once. source [C + n] is laid out group by group."""
+    if not grid.splits:
+        return Cuts(scale)
+    own, copies = (part.flatten() for part in source.view(groups, -1).tensor_split([-grid.splits], 1))
+    depth = torch.zeros_like(own).index_fill(0, copies, 1)
+    plan = (torch.cat([own, copies]), torch.cat([depth, torch.ones_like(copies)]))
+    offset = torch.cat([torch.zeros_like(own), torch.ones_like(copies)])
+    return cut(scale, plan[0], plan[1].int(), offset.int(), own.numel(), grid.split)
+
+
+def oracle_cuts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> Cuts:
+    """Of the channels with the largest |x| in this batch, one split at a time; the scale from the split values."""
+    rows = as_rows(x.detach(), axis)
+    channels = x.shape[axis]
+    plan = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(rows, 1), groups, grid.splits)
+    source, depth, offset, split_max = (_originals_first(part, groups, grid.splits) for part in plan)
+    threshold = split_max.amax()
+    if grid.clip in functional.CLIP_METHODS:
+        counts = torch.ops.ocs.split_histogram(rows, source, depth, 1, functional.BINS, threshold)
+        number = functional.CLIP_METHODS.index(grid.clip)
+        threshold = torch.ops.ocs.clip_threshold(counts, threshold, grid.bits, grid.signed, number)
+    elif grid.clip != "none":
+        threshold = threshold * grid.clip
+    scale = scale_of(threshold, grid)
+    return cut(scale, source, depth, offset, channels, grid.split) if grid.splits else Cuts(scale)
+
+
+def as_rows(x: Tensor, axis: int) -> Tensor:
+    """x as [N, C, K], without a copy where its memory is in that order, or has the channels last."""
+    last = x.movedim(axis, -1)
+    if last.is_contiguous():
+        return last.reshape(-1, last.shape[-1], 1)
+    x = x.contiguous()
+    return x.view(math.prod(x.shape[: x.dim() + axis]), x.shape[axis], -1)
+
+
+def _originals_first(part: Tensor, groups: int, splits: int) -> Tensor:
+    """A plan's array, laid out group by group, with all original channels before all copies."""
+    if not splits:
+        return part
+    own, copies = part.view(groups, -1).tensor_split([-splits], 1)
+    return torch.cat([own.flatten(), copies.flatten()])
+
+
+def scale_of(threshold: Tensor, grid: InputGrid) -> Tensor:
+    """threshold / qmax, float32; 1 where the threshold is 0."""
+    scale = threshold.float() / torch.full_like(threshold, grid.qmax, dtype=torch.float32)
+    return scale.clamp(min=functional.SMALLEST).masked_fill(threshold == 0, 1.0)
+
+
+def gather(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Channels of x. By indexing, not index_select, which is slow on channels-last inputs."""
+    return x[(..., index, *[slice(None)] * (-axis - 1))]
+
+
+def rounded(
+    x: Tensor, grid: InputGrid, cuts: Cuts, axis: int, index: Tensor | None = None, at: Tensor | None = None
+) -> Tensor:
+    """Channels of x on the grid, in the dtype of x.
+
+    index: which channels of x, None for all. at: where their cuts are in cuts.factor, None for the first ones.
+    """
+    return _rounded(x, cuts.scale, cuts.factor, cuts.shift, grid.bits, grid.signed, axis, index, at)
+
+
+@torch.fx.wrap  # as a whole: tracing knows neither shapes nor gradients
+def _rounded(
+    x: Tensor,
+    scale: Tensor,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    signed: bool,
+    axis: int,
+    index: Tensor | None,
+    at: Tensor | None,
+) -> Tensor:
+    dtype = x.dtype
+    if index is not None:
+        x = gather(x, index, axis)
+    if factor is not None:
+        at = slice(x.shape[axis]) if at is None else at
+        per_channel = (-1, *[1] * (-axis - 1))
+        x = x * factor[at].view(per_channel) + (shift[at] * scale).view(per_channel)
+    return fake_quantize(x, scale, bits, signed).to(dtype)
+
+
+def folded(x: Tensor, grid: InputGrid, cuts: Cuts, axis: int) -> Tensor:
+    """x on the grid in its own shape, the rounded copies added up: what an expanded layer computes with."""
+    own = rounded(x, grid, cuts, axis)
+    if cuts.source is None:
+        return own
+    at = torch.arange(x.shape[axis], cuts.factor.numel(), device=x.device)
+    return own.index_add(axis, cuts.source, rounded(x, grid, cuts, axis, cuts.source, at))
+
+
+class CopiedChannels(NamedTuple):
+    """The expanded channels beyond the original ones, of weight and input splits together, group by group.
+
+    Each pairs a column of the expanded weight with a part of the input: the weight's copies with their channel's first
+    part, and every column of a channel with each further part of it. Groups are filled up with zero columns.
+    """
+
+    column: Tensor  # int64 [groups, m]: of the expanded weight of the group
+    used: Tensor  # bool [groups, m]
+    index: Tensor  # int64 [groups m]: the input channel
+    at: Tensor  # int64 [groups m]: where its cut is, see Cuts
+
+
+def copied_channels(weight_source: Tensor, cuts: Cuts, groups: int, channels: int) -> CopiedChannels:
+    """weight_source [groups (C + n)], as QuantizedLayer has it; channels: C."""
+    columns = weight_source.view(groups, -1)
+    own = torch.arange(groups * channels, device=columns.device).view(groups, channels)
+    parts, where = own, own
+    if cuts.source is not None:
+        copies = cuts.source.view(groups, -1)
+        after = torch.arange(copies.numel(), device=columns.device).view_as(copies) + own.numel()
+        parts, where = torch.cat([own, copies], 1), torch.cat([own, after], 1)
+    pairs = parts[:, :, None] == columns[:, None, :]  # [groups, parts, columns]
+    pairs[:, :channels, :channels] = False  # an original column with its channel's first part is no copy
+    flat = pairs.flatten(1)
+    most = int(flat.sum(1).max()) if flat.numel() else 0
+    chosen = flat.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    part, column = chosen.div(columns.shape[1], rounding_mode="floor"), chosen % columns.shape[1]
+    return CopiedChannels(
+        column, flat.gather(1, chosen), parts.gather(1, part).flatten(), where.gather(1, part).flatten()
+    )

@@ -1,0 +1,294 @@
+"""Calibration: run batches through the float model, and keep of each layer's input what thresholds and splits need.
+
+What is kept does not grow with the number of batches: a histogram of |x|, the largest and smallest value, and where
+channels shall be split a logarithmic histogram of each. Limits are powers of two, so that a histogram over a larger one
+has the counts of the smaller one added up: statistics merge exactly, over batches as over the ranks of a
+torch.distributed group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ocs import functional
+from ocs.activation import as_rows
+from ocs.find import Layer, check_model, find_layers, is_kind, named, replacement_of
+from ocs.nn import CONVOLUTIONS
+from ocs.progress import with_progress
+
+BINS, OCTAVE_BINS = 4096, 128  # of |x| below the limit: linear, and eight to the octave for each channel
+PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
+
+Data = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+class Statistics:
+    """Of the inputs of one layer, whose channels are on axis `axis`.
+
+    channels: their number, where they may be split; None keeps no histogram for each of them.
+    """
+
+    def __init__(self, axis: int, channels: int | None = None) -> None:
+        self.axis, self.channels = axis, channels
+        self.inputs = 0  # tensors seen
+        self.zeros = 0
+        self.largest, self.smallest = 0.0, math.inf  # max |x|, min x
+        self.limit = 0.0  # a power of two above every |x|, or 0 as long as there are only zeros
+        self.counts = torch.zeros(BINS, dtype=torch.int64)  # of |x| over [0, limit]
+        self.octaves = torch.zeros(channels or 0, OCTAVE_BINS, dtype=torch.int64)
+        self.channel_max = torch.zeros(channels or 0)
+
+    # --- Growing
+
+    def update(self, x: Tensor) -> None:
+        """Take in one more input."""
+        if not x.is_floating_point() or x.is_nested or not x.numel():
+            return
+        rows = as_rows(x.detach(), self.axis)
+        smallest, most = (float(bound) for bound in rows.aminmax())
+        largest = max(abs(smallest), abs(most))
+        if not largest < 2.0**127:  # NaN, too
+            raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
+        self.inputs += 1
+        self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
+        self._grow(largest)
+        nonzero = int(rows.count_nonzero())
+        self.zeros += rows.numel() - nonzero
+        if not nonzero:
+            return
+        self.counts += torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
+        if self.channels is not None:
+            self.octaves += torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
+            self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
+
+    def _grow(self, largest: float) -> None:
+        """Raise the limit to a power of two above `largest`."""
+        limit = math.ldexp(1.0, math.frexp(largest)[1]) if largest else 0.0
+        if limit <= self.limit:
+            return
+        doublings = round(math.log2(limit / self.limit)) if self.limit else 0
+        if doublings:
+            merged = 2 ** min(doublings, int(math.log2(BINS)))
+            self.counts = nn.functional.pad(self.counts.view(-1, merged).sum(1), (0, BINS - BINS // merged))
+            down = min(8 * doublings, OCTAVE_BINS - 1)
+            lowest = self.octaves[:, : down + 1].sum(1, keepdim=True)
+            self.octaves = nn.functional.pad(torch.cat([lowest, self.octaves[:, down + 1 :]], 1), (0, down))
+        self.limit = limit
+
+    def merge(self, other: Statistics) -> None:
+        """Take in what another has seen of the same layer."""
+        self._grow(other.largest)
+        other._grow(self.largest)
+        self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        self.inputs, self.zeros = self.inputs + other.inputs, self.zeros + other.zeros
+        self.counts, self.octaves = self.counts + other.counts, self.octaves + other.octaves
+        self.channel_max = self.channel_max.maximum(other.channel_max)
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen, so that each has the same."""
+        bounds = _reduced(torch.tensor([self.largest, -self.smallest], dtype=torch.float64), dist.ReduceOp.MAX)
+        self.largest, self.smallest = bounds[0].item(), -bounds[1].item()
+        self._grow(self.largest)
+        sums = _reduced(torch.tensor([self.inputs, self.zeros]), dist.ReduceOp.SUM)
+        self.inputs, self.zeros = sums.tolist()
+        self.counts = _reduced(self.counts, dist.ReduceOp.SUM)
+        if self.channels:
+            self.octaves = _reduced(self.octaves, dist.ReduceOp.SUM)
+            self.channel_max = _reduced(self.channel_max, dist.ReduceOp.MAX)
+
+    # --- What follows from them
+
+    def threshold(self, bits: int, method: str | float, signed: bool, split: Tensor | None = None) -> float:
+        """Where the inputs are clipped, by functional.clip_threshold's methods; at most max|x|.
+
+        split: the channels (int64, distinct) whose values are halved first.
+        """
+        largest = self.largest if split is None else float(self._split_max(split))
+        if method not in functional.CLIP_METHODS or not largest:
+            return largest * (1.0 if method == "none" else method)
+        counts = self.counts.clone()
+        counts[0] -= min(self.zeros, int(counts[0]))
+        if split is not None and split.numel():
+            counts = self._split_counts(counts, self.octaves[split].sum(0))
+        number = functional.CLIP_METHODS.index(method)
+        found = torch.ops.ocs.clip_threshold(counts, torch.tensor(self.limit), bits, signed, number)
+        return min(float(found), largest)
+
+    def _split_max(self, split: Tensor) -> Tensor:
+        halved = torch.ones_like(self.channel_max).index_fill(0, split, 0.5)
+        return (self.channel_max * halved).amax()
+
+    def _split_counts(self, counts: Tensor, of_split: Tensor) -> Tensor:
+        """The counts once the values that `of_split` [128] counts by octave are halved and there twice.
+
+        In each eighth of an octave those values are taken to be spread as all values are.
+        """
+        centers = (torch.arange(BINS) + 0.5) / BINS
+        eighth = (8 * (16 + centers.log2().floor()) + 8 * (centers / 2 ** centers.log2().floor() - 1)).long()
+        share = of_split / self.octaves.sum(0).clamp(min=1)
+        split = nn.functional.pad((counts * share[eighth.clamp(min=0)]).cumsum(0), (1, 0)).round().diff().long()
+        halved = nn.functional.pad(split.view(-1, 2).sum(1), (0, BINS // 2))
+        return (counts - split).clamp(min=0) + 2 * halved
+
+    def outliers(self) -> Tensor:
+        """float64 [channels]: how many |x| of each channel are beyond the layer's 99th percentile."""
+        in_all = self.octaves.sum(0).double()
+        beyond = in_all.flip(0).cumsum(0).flip(0)
+        wanted = (1 - PERCENTILE) * beyond[0]
+        at = int((beyond > wanted).sum()) - 1  # the percentile is in this bin, so many of which are beyond it:
+        share = (wanted - (beyond[at] - in_all[at])) / in_all[at] if at >= 0 and in_all[at] else 0.0
+        of_channel = self.octaves.double()
+        return of_channel[:, at + 1 :].sum(1) + share * of_channel[:, max(at, 0)]
+
+
+def _reduced(x: Tensor, op: Any) -> Tensor:
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else x.device
+    moved = x.to(device, copy=True)
+    dist.all_reduce(moved, op)
+    return moved.to(x.device)
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+# --- Running the model ------------------------------------------------------------------------------------------------
+
+
+def observe(
+    model: nn.Module,
+    data: Data,
+    watched: Mapping[str, tuple[nn.Module, Statistics]],
+    progress: bool | None = None,
+) -> None:
+    """Run the batches through the model, in eval mode and without gradients, and fill the statistics.
+
+    watched: by name, the layers, and what is kept of their inputs. The model is as it was afterwards, whatever happens.
+    """
+    failure: Exception | None = None
+    try:
+        with _undisturbed(model), ExitStack() as hooks:
+            for name, (layer, statistics) in watched.items():
+                hook = layer.register_forward_pre_hook(_observer(name, statistics), with_kwargs=True)
+                hooks.callback(hook.remove)
+            _run(model, data, progress)
+    except Exception as error:  # noqa: BLE001 - other ranks must hear of it, or they would wait for this one
+        failure = error
+    if _several_ranks():
+        failed = int(_reduced(torch.tensor(int(failure is not None)), dist.ReduceOp.SUM))
+        if failed and failure is None:
+            raise RuntimeError(f"calibration failed on {failed} other ranks")
+    if failure is not None:
+        raise failure
+    if _several_ranks():
+        for _, statistics in watched.values():
+            statistics.reduce()
+
+
+def _observer(name: str, statistics: Statistics) -> Callable[..., None]:
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = [*args, *kwargs.values()][:1] if statistics.channels is not None else [*args, *kwargs.values()]
+        with named(name):
+            for x in {id(x): x for x in map(_tensor_of, inputs[:3]) if isinstance(x, Tensor)}.values():
+                statistics.update(x)
+
+    return take
+
+
+def _tensor_of(x: Any) -> Any:
+    return x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and no fused transformer layers, which would not call their children."""
+    training = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _run(model: nn.Module, data: Data, progress: bool | None) -> None:
+    if isinstance(data, Callable):
+        data(model)
+        return
+    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
+        raise TypeError(f"calibration={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    count = 0
+    for batch in with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"):
+        _call(model, batch, device)
+        count += 1
+    if not count:
+        raise ValueError("calibration is empty: it gave no batch (was it an iterator that is used up?)")
+
+
+def _call(model: nn.Module, batch: Any, device: torch.device) -> None:
+    """model(batch); of a (batch, target) pair the batch alone, of a dict its entries by name."""
+    if isinstance(batch, Mapping):
+        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+        return
+    if isinstance(batch, tuple | list):
+        if not 1 <= len(batch) <= 2:
+            raise ValueError(
+                f"calibration gave {len(batch)} things at once: use a callable that runs the model on them"
+            )
+        batch = batch[0]
+    model(batch.to(device) if isinstance(batch, Tensor) else batch)
+
+
+# --- Once for many settings -------------------------------------------------------------------------------------------
+
+
+class Calibration(dict[str, Statistics]):
+    """What calibrate() has seen, by layer name; quantize(calibration=) takes it in place of data, again and again."""
+
+
+def calibrate(model: nn.Module, data: Data, *, progress: bool | None = None) -> Calibration:
+    """Run batches through a float model and keep what quantize(abits=...) needs to know of every layer's input.
+
+    Args:
+        model: a float model; it is run in eval mode and without gradients, and is as it was afterwards.
+        data: batches, (batch, target) pairs of which the target is not used, dicts of keyword arguments, or a callable
+            that runs the model on what it likes: data(model). Where torch.distributed is initialized, each rank gives
+            its own, and all get the statistics of all.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
+
+    Returns:
+        Statistics by layer name: per layer some 40 KB and 1 KB for each input channel, however many batches there are.
+
+    Raises:
+        ValueError: there is no batch, or a layer's input holds NaN, Inf or values beyond 2^127.
+    """
+    check_model(model)
+    watched = {
+        layer.name: (layer.module, statistics_for(layer)) for layer in find_layers(model) if is_kind(layer.module)
+    }
+    observe(model, data, watched, progress)
+    return Calibration({name: statistics for name, (_, statistics) in watched.items() if statistics.inputs})
+
+
+def statistics_for(layer: Layer, *, channels: bool = True) -> Statistics:
+    """Empty ones, with a histogram for each channel where there shall be and the layer can have its input split."""
+    kind, module = replacement_of(layer.module), layer.module
+    axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
+    splits = channels and kind.splits_input and not nn.parameter.is_lazy(module.weight)
+    if not splits:
+        return Statistics(axis)
+    return Statistics(
+        axis, getattr(module, "groups", 1) * kind.layout(module.weight, getattr(module, "groups", 1)).shape[1]
+    )
