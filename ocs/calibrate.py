@@ -41,7 +41,7 @@ class Statistics:
         self.zeros = 0
         self.largest, self.smallest = 0.0, math.inf  # max |x|, min x
         self.limit = 0.0  # a power of two above every |x|, or 0 as long as there are only zeros
-        self.counts = torch.zeros(BINS, dtype=torch.int64)  # of |x| over [0, limit]
+        self.counts = torch.zeros(BINS, dtype=torch.int64)  # of |x| over [0, limit], zeros left out
         self.octaves = torch.zeros(channels or 0, OCTAVE_BINS, dtype=torch.int64)
         self.channel_max = torch.zeros(channels or 0)
 
@@ -62,8 +62,10 @@ class Statistics:
         nonzero = int(rows.count_nonzero())
         self.zeros += rows.numel() - nonzero
         if not nonzero:
+            self.octaves[:, 0] += rows.numel() // max(rows.shape[1], 1)
             return
         self.counts += torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
+        self.counts[0] -= rows.numel() - nonzero
         if self.channels is not None:
             self.octaves += torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
             self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
@@ -112,11 +114,10 @@ class Statistics:
         """
         largest = self.largest if split is None else float(self._split_max(split))
         if method not in functional.CLIP_METHODS or not largest:
-            return largest * (1.0 if method == "none" else method)
-        counts = self.counts.clone()
-        counts[0] -= min(self.zeros, int(counts[0]))
+            return largest * method if isinstance(method, float) else largest
+        counts = self.counts
         if split is not None and split.numel():
-            counts = self._split_counts(counts, self.octaves[split].sum(0))
+            counts = self._split_counts(self.octaves[split].sum(0))
         number = functional.CLIP_METHODS.index(method)
         found = torch.ops.ocs.clip_threshold(counts, torch.tensor(self.limit), bits, signed, number)
         return min(float(found), largest)
@@ -125,7 +126,7 @@ class Statistics:
         halved = torch.ones_like(self.channel_max).index_fill(0, split, 0.5)
         return (self.channel_max * halved).amax()
 
-    def _split_counts(self, counts: Tensor, of_split: Tensor) -> Tensor:
+    def _split_counts(self, of_split: Tensor) -> Tensor:
         """The counts once the values that `of_split` [128] counts by octave are halved and there twice.
 
         In each eighth of an octave those values are taken to be spread as all values are.
@@ -133,9 +134,9 @@ class Statistics:
         centers = (torch.arange(BINS) + 0.5) / BINS
         eighth = (8 * (16 + centers.log2().floor()) + 8 * (centers / 2 ** centers.log2().floor() - 1)).long()
         share = of_split / self.octaves.sum(0).clamp(min=1)
-        split = nn.functional.pad((counts * share[eighth.clamp(min=0)]).cumsum(0), (1, 0)).round().diff().long()
+        split = nn.functional.pad((self.counts * share[eighth.clamp(min=0)]).cumsum(0), (1, 0)).round().diff().long()
         halved = nn.functional.pad(split.view(-1, 2).sum(1), (0, BINS // 2))
-        return (counts - split).clamp(min=0) + 2 * halved
+        return (self.counts - split).clamp(min=0) + 2 * halved
 
     def outliers(self) -> Tensor:
         """float64 [channels]: how many |x| of each channel are beyond the layer's 99th percentile."""

@@ -168,7 +168,7 @@ class _RecurrentLayer(_Recurrent):
         C = self.channels[name]
         return torch.cat([weight[:, :C], zeros, weight[:, C:]] if reverse else [weight, zeros], 1)
 
-    def input_source(self, layer: int) -> Tensor:
+    def channels_of_input(self, layer: int) -> Tensor:
         """The original channel of each channel of a layer's widened input."""
         forward, *reverse = self.directions(layer)
         copies = [self.copies(f"weight_ih{suffix}") for suffix in reverse]
@@ -214,7 +214,7 @@ class _RecurrentLayer(_Recurrent):
                 torch.stack([state[at + d].index_select(-1, source) for d, source in enumerate(by_direction)])
                 for state, by_direction in zip(states, sources, strict=True)
             )
-            x = x.index_select(-1, self.input_source(layer))
+            x = x.index_select(-1, self.channels_of_input(layer))
             x, *last = self.fused(x, batch_sizes, wide, layer, layer + 1, 0.0)
             x = x.unflatten(-1, (len(directions), -1))[..., : sizes[0]].flatten(-2)
             ends.append([state[..., :H] for state, H in zip(last, sizes, strict=True)])

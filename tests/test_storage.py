@@ -116,13 +116,15 @@ def test_the_file_is_readable_by_others(saved: tuple[nn.Module, Path]) -> None:
     with safetensors.safe_open(path, framework="np") as file:
         header = json.loads(file.metadata()["ocs"])
         packed, copies = file.get_tensor("net.head.weight_int"), file.get_tensor("net.head.source")
-    assert (header["format"], header["ocs"]) == (1, ocs.__version__)
+    assert (header["format"], header["ocs"]) == (2, ocs.__version__)
     assert header["layers"]["net.head"] == {
         "kind": "Linear",
         "bits": 5,
         "expand": True,
         "settings": {"wbits": 5, "r": 0.1, "clip": "none", "granularity": "tensor", "split": "qa",
-                     "rounding": "nearest", "expand": True},
+                     "rounding": "nearest", "abits": None, "act_clip": "none", "act_r": 0.0, "act_split": "static",
+                     "act_signed": True, "expand": True},
+        "input": None,
         "weights": {"weight": [5, 18]},
     }  # fmt: skip
     assert np.array_equal(_C.unpack(packed, 5 * 18, 5).reshape(5, 18), model.net.head.weight_int.numpy())
@@ -320,7 +322,7 @@ def tensor(name: str, to: Callable[[Tensor], Tensor]) -> Callable[[dict, dict], 
 HEAD = ("layers", "net.head")
 LAYER = {"kind": "Linear", "bits": 5, "expand": True, "settings": {}, "weights": {}}
 FORGED = {
-    "newer": (setting("format", to=2), "wrote it in format 2, newer than 1: upgrade torch-ocs"),
+    "newer": (setting("format", to=3), "wrote it in format 3, newer than 2: upgrade torch-ocs"),
     "format of another type": (setting("format", to="1"), "header is damaged"),
     "format zero": (setting("format", to=0), "header is damaged"),
     "format of no number": (setting("format", to=True), "header is damaged"),
