@@ -1,6 +1,6 @@
 # make demo     set up, then OCS on a trained ResNet-20 and real images (FULL=1: all images and bits; FRESH=1: again)
 # make test     set up, check the style, run the tests (what CI runs)
-# make bench    kernels and whole networks against their rivals
+# make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
 # make format   put Python and C in order
 # make clean    remove all that these made
@@ -20,6 +20,7 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/*.cpp)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(FULL),--full) $(if $(FRESH),--fresh)
+	$(BIN)/python examples/activations.py $(if $(FULL),--full) $(if $(FRESH),--fresh)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest
@@ -36,6 +37,7 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/models.py
 
 wheel: $(VENV)/.torch

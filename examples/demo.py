@@ -8,32 +8,24 @@ layer float. Finished cells are kept in build/, so that a second run prints them
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
 import json
 import math
-import os
-import sys
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_mnist import WEIGHTS, ResNet20, count_correct, load, load_model
+from cells import BUILD, Cache, Cells, fill, shown
+from fashion_mnist import WEIGHTS, ResNet20, load, load_model
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import ocs
 import ocs.plot
 
-BUILD = Path(__file__).resolve().parent.parent / "build"
 RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2)
 SPLITS = ("qa", "naive")
 LOW_BITS, ALL_BITS = (5, 4, 3, 2), (8, 6, 5, 4, 3, 2)
 SHOWN = {"wbits": 4, "r": 0.1}  # the setting of the report and of the picture
-
-Cells = dict[str, dict[str, Any]]
 
 
 def key(bits: int, r: float, split: str) -> str:
@@ -41,62 +33,12 @@ def key(bits: int, r: float, split: str) -> str:
     return f"{bits} bits, r={r:g}, {split if r else 'qa'}"
 
 
-def fingerprint(images: int) -> str:
-    """Changes with the package, the weights and the number of images, so that stale cells are never shown."""
-    digest = hashlib.sha256(f"{images} {torch.__version__}".encode())
-    package = sorted(path for path in Path(ocs.__file__).parent.iterdir() if path.suffix in (".py", ".so"))
-    for path in (*package, WEIGHTS):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-class Cache:
-    """Finished cells on disk, valid as long as the fingerprint is the same."""
-
-    def __init__(self, images: int, *, fresh: bool) -> None:
-        self.path = BUILD / f"demo-{images}.json"
-        self.stamp = fingerprint(images)
-        self.cells: Cells = {}
-        if self.path.exists() and not fresh:
-            self.cells = json.loads(self.path.read_text()).get(self.stamp, {})
-
-    def add(self, name: str, cell: dict[str, Any]) -> None:
-        """Keep one more cell."""
-        self.cells[name] = cell
-        self.path.parent.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({self.stamp: self.cells}, indent=1))
-
-
-def measure(model: nn.Module, settings: dict[str, Any] | None, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Quantize a copy of the float model (folded: same values, no extra cost), and count the right answers."""
-    begin = time.perf_counter()
-    model = copy.deepcopy(model)
-    sqnr = None
-    if settings is not None:
-        sqnr = ocs.quantize(model, **settings, expand=False, progress=False).mean_sqnr_db
-    ready = time.perf_counter()
-    correct = count_correct(model, images, labels)
-    end = time.perf_counter()
-    return {"correct": correct, "sqnr": sqnr, "planning": ready - begin, "forward": end - ready}
-
-
-def fill(cache: Cache, bits: tuple[int, ...], images: Tensor, labels: Tensor) -> None:
-    """Measure what is missing, from one float model that is loaded once."""
+def settings(bits: tuple[int, ...]) -> dict[str, dict[str, Any] | None]:
+    """Every cell of the tables."""
     todo: dict[str, dict[str, Any] | None] = {"float": None}
     for b, r, split in product(bits, RATIOS, SPLITS):
         todo[key(b, r, split)] = {"wbits": b, "r": r, "split": split}
-    missing = [name for name in todo if name not in cache.cells]
-    if not missing:
-        return
-    model = load_model()
-    count_correct(model, images[:500], labels[:500])  # the first forward pass of a process also sets the library up
-    bar = tqdm(missing, unit="setting", mininterval=1, leave=False, disable=None)
-    for name in bar:
-        bar.set_description(name)
-        cache.add(name, measure(model, todo[name], images, labels))
-    spent = {part: sum(cache.cells[name][part] for name in missing) for part in ("planning", "forward")}
-    share = 100 * spent["planning"] / sum(spent.values())
-    say(f"{len(missing)} settings in {sum(spent.values()):.0f} s, {share:.1f} % of it outside forward passes")
+    return todo
 
 
 def print_table(title: str, cells: Cells, bits: tuple[int, ...], show: Any) -> None:
@@ -140,16 +82,6 @@ def show_one(out: Path) -> None:
     print(f"\nFigure 1 for {name}, the layer with the worst outlier: {shown(out)}")
 
 
-def say(text: str) -> None:
-    """To standard error: about the run, not its result."""
-    print(text, file=sys.stderr)
-
-
-def shown(path: Path) -> str:
-    """The path as a reader in this folder would type it."""
-    return os.path.relpath(path)
-
-
 def main() -> None:
     """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,11 +92,9 @@ def main() -> None:
     args = parser.parse_args()
     count, bits = (10_000, ALL_BITS) if args.full else (2_000, LOW_BITS)
     images, labels = (part[:count] for part in load("t10k"))
-    cache = Cache(count, fresh=args.fresh)
+    cache = Cache("demo", count, fresh=args.fresh)
     cells = cache.cells
-    if cells:
-        say(f"{len(cells)} settings measured before, in {shown(cache.path)}; --fresh measures again")
-    fill(cache, bits, images, labels)
+    fill(cache, settings(bits), images, labels)
     if args.json:
         print(json.dumps({"images": count, "cells": cells}))
         return

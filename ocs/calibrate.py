@@ -59,13 +59,13 @@ class Statistics:
         self.inputs += 1
         self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
         self._grow(largest)
-        nonzero = int(rows.count_nonzero())
-        self.zeros += rows.numel() - nonzero
-        if not nonzero:
+        zeros = functional.zeros(rows)
+        self.zeros += zeros
+        if zeros == rows.numel():
             self.octaves[:, 0] += rows.numel() // max(rows.shape[1], 1)
             return
         self.counts += torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
-        self.counts[0] -= rows.numel() - nonzero
+        self.counts[0] -= zeros
         if self.channels is not None:
             self.octaves += torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
             self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())

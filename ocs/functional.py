@@ -226,8 +226,13 @@ def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True
     if method not in CLIP_METHODS:
         return float(largest) * method
     counts = kernels(x).histogram(x, BINS, float(largest))
-    counts[0] -= x.size - np.count_nonzero(x) if isinstance(x, np.ndarray) else x.numel() - torch.count_nonzero(x)
+    counts[0] -= zeros(x)
     return float(kernels(x).clip_threshold(counts, largest, bits, signed, CLIP_METHODS.index(method)))
+
+
+def zeros(x: Array) -> int:
+    """How many values are zero, or too small for a normal float32. Some times faster than count_nonzero."""
+    return int(kernels(x).histogram(x, 2, 2 * float(np.finfo(np.float32).tiny))[0])
 
 
 def check_clip(name: str, clip: Any, others: tuple[str, ...] = ()) -> None:

@@ -64,6 +64,26 @@ def test_assets() -> None:
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 6_000_000
 
 
+def test_clipping_beats_none_and_oracle_beats_static_splits() -> None:
+    """The order of the paper's Tables 3 and 4, at few bits: examples/activations.py in short."""
+    images, labels = (part[:500] for part in load("t10k"))
+    model = load_model()
+    calibration = ocs.calibrate(model, load("calibration")[0].split(64))
+
+    def correct(bits: int, batch: int = 500, **options: object) -> int:
+        ours = copy.deepcopy(model)
+        ocs.quantize(ours, wbits=8, abits=bits, calibration=calibration, expand=False, **options)
+        return count_correct(ours, images, labels, batch)
+
+    for bits in (4, 3):
+        none = correct(bits)
+        for clip in ("mse", "aciq", "kl"):
+            assert correct(bits, act_clip=clip) > none + 30
+        static = correct(bits, act_r=0.02)
+        oracle = [correct(bits, batch, act_r=0.02, act_split="oracle") for batch in (128, 8)]
+        assert static + 20 < oracle[0] < oracle[1]
+
+
 def test_read_idx_refuses_other_files(tmp_path: Path) -> None:
     import gzip
 
