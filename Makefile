@@ -1,4 +1,4 @@
-# make demo     set up, then OCS on a trained ResNet-20 and real images (FULL=1: all images and bits; FRESH=1: again)
+# make demo     set up, then OCS on a trained ResNet-20 and real images (FULL=1: more of them; FRESH=1: again)
 # make test     set up, check the style, run the tests (what CI runs)
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
@@ -20,7 +20,7 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/*.cpp)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(FULL),--full) $(if $(FRESH),--fresh)
-	$(BIN)/python examples/activations.py $(if $(FULL),--full) $(if $(FRESH),--fresh)
+	$(BIN)/python examples/activations.py $(if $(FULL),--images 2000) $(if $(FRESH),--fresh)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest

@@ -93,13 +93,13 @@ static bool read_splits(const char *function, PyArrayObject *source, ocs_shape *
     return true;
 }
 
-/* 0 where one scale serves all, 1 where each output channel has its own. */
-static bool read_stride(const char *function, PyArrayObject *scale, npy_intp rows, int *stride) {
-    *stride = PyArray_NDIM(scale);
-    bool valid = *stride == 0 || (*stride == 1 && PyArray_SIZE(scale) == rows);
+/* 0 where one number (a scale, say) serves all, 1 where each output channel has its own. */
+static bool read_stride(const char *function, const char *name, PyArrayObject *numbers, npy_intp rows, int *stride) {
+    *stride = PyArray_NDIM(numbers);
+    bool valid = *stride == 0 || (*stride == 1 && PyArray_SIZE(numbers) == rows);
     if (!valid) {
-        PyErr_Format(PyExc_ValueError, "%s: scale must have no dimension, or one of the %lld output channels", function,
-                     (long long)rows);
+        PyErr_Format(PyExc_ValueError, "%s: %s must have no dimension, or one of the %lld output channels", function,
+                     name, (long long)rows);
     }
     return valid;
 }

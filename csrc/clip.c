@@ -8,23 +8,23 @@
 #include <float.h>
 #include <stdlib.h>
 
-/* What lies beyond each bin edge; every array is [bins + 1]. */
+/* What lies beyond each bin edge; every array but the histogram itself is [bins + 1]. */
 typedef struct {
     const int64_t *counts;
     int64_t bins;
-    double *above;  /* number of values beyond edge j */
-    double *first;  /* sum of their positions */
-    double *second; /* sum of their squared positions */
+    double *beyond;  /* number of values beyond edge j */
+    double *sum;     /* of their positions */
+    double *squares; /* sum of their squared positions */
 } ocs_tails;
 
 static void fill_tails(ocs_tails *tails) {
     const int64_t bins = tails->bins;
-    tails->above[bins] = tails->first[bins] = tails->second[bins] = 0.0;
+    tails->beyond[bins] = tails->sum[bins] = tails->squares[bins] = 0.0;
     for (int64_t j = bins - 1; j >= 0; --j) {
         double n = (double)tails->counts[j], center = (double)j + 0.5;
-        tails->above[j] = tails->above[j + 1] + n;
-        tails->first[j] = tails->first[j + 1] + n * center;
-        tails->second[j] = tails->second[j + 1] + n * (center * center + 1.0 / 12.0);
+        tails->beyond[j] = tails->beyond[j + 1] + n;
+        tails->sum[j] = tails->sum[j + 1] + n * center;
+        tails->squares[j] = tails->squares[j + 1] + n * (center * center + 1.0 / 12.0);
     }
 }
 
@@ -33,30 +33,31 @@ static void fill_tails(ocs_tails *tails) {
 /* The sum of (x - Q(x))^2 where the grid ends at t (equation 9).
 
    Q(x) is a sum of Q steps of size d = t / Q, one at each rounding boundary (q - 1/2) d that x exceeds. Hence
-   sum x Q(x) = d sum_q first(beyond boundary q) and sum Q(x)^2 = d^2 sum_q (2 q - 1) above(boundary q). */
-static double squared_error(const ocs_tails *tails, double t, int Q) {
+   sum x Q(x) = d sum_q (sum of x beyond boundary q), sum Q(x)^2 = d^2 sum_q (2 q - 1) (number of x beyond it). */
+static double rounding_error(const ocs_tails *tails, double t, int Q) {
     double d = t / Q, products = 0.0, squares = 0.0;
     for (int q = 1; q <= Q; ++q) {
         double boundary = (q - 0.5) * d;
         int64_t j = (int64_t)boundary;
         double part = (double)tails->counts[j] * ((double)(j + 1) - boundary); /* of bin j, beyond the boundary */
-        products += tails->first[j + 1] + part * 0.5 * (boundary + (double)(j + 1));
-        squares += (2 * q - 1) * (tails->above[j + 1] + part);
+        products += tails->sum[j + 1] + part * 0.5 * (boundary + (double)(j + 1));
+        squares += (2 * q - 1) * (tails->beyond[j + 1] + part);
     }
-    return tails->second[0] - 2.0 * d * products + d * d * squares;
+    return tails->squares[0] - 2.0 * d * products + d * d * squares;
 }
 
 /* The part of it that comes from clipping at edge t alone. */
 static double clipping_error(const ocs_tails *tails, int64_t t) {
     double edge = (double)t;
-    return tails->second[t] - 2.0 * edge * tails->first[t] + edge * edge * tails->above[t];
+    return tails->squares[t] - 2.0 * edge * tails->sum[t] + edge * edge * tails->beyond[t];
 }
 
-/* Every edge from the largest down until clipping alone costs more than the best, then finer steps around that. */
+/* Every edge from the largest down until clipping alone costs more than the best, then finer steps around that.
+   What clipping costs never exceeds the whole error, and only grows as t falls: no edge below can be better. */
 static double clip_mse(const ocs_tails *tails, int Q) {
-    double best = (double)tails->bins, least = squared_error(tails, best, Q);
+    double best = (double)tails->bins, least = rounding_error(tails, best, Q);
     for (int64_t t = tails->bins - 1; t > 0 && clipping_error(tails, t) < least; --t) {
-        double error = squared_error(tails, (double)t, Q);
+        double error = rounding_error(tails, (double)t, Q);
         if (error < least) {
             least = error;
             best = (double)t;
@@ -66,7 +67,7 @@ static double clip_mse(const ocs_tails *tails, int Q) {
         const double center = best;
         for (int side = -1; side <= 1; side += 2) {
             double t = center + side * step;
-            double error = t > 0.0 && t <= (double)tails->bins ? squared_error(tails, t, Q) : DBL_MAX;
+            double error = t > 0.0 && t <= (double)tails->bins ? rounding_error(tails, t, Q) : DBL_MAX;
             if (error < least) {
                 least = error;
                 best = t;
@@ -88,42 +89,43 @@ static const double gauss_release[] = {1.4782, 1.8049, 2.1923, 2.5773, 2.9445, 3
 static const double laplace_release[] = {2.3315, 3.0453, 4.0038, 5.0825, 6.2321, 7.4270, 8.6527};
 
 /* SAWB's t = c1 rms - c2 mean|x|: as published for 2 bits, then fitted likewise on 2^k - 1 points to the optima of
-   Gaussian, Laplace, uniform, logistic, triangular and von Mises densities. tests/test_clip.py derives those. */
+   Gaussian, Laplace, uniform, logistic, triangular and von Mises densities. tests/test_clip.py derives those. From 6
+   bits on no line fits all six: a uniform density is clipped far too low. */
 static const double sawb_rms[] = {3.12, 6.942, 11.823, 16.928, 22.181, 27.557, 33.022, 38.568};
 static const double sawb_mean[] = {2.064, 6.304, 11.859, 17.811, 24.003, 30.378, 36.879, 43.490};
 
 static double mean_of(const ocs_tails *tails) {
-    return tails->first[0] / tails->above[0];
+    return tails->sum[0] / tails->beyond[0];
 }
 
 static double rms_of(const ocs_tails *tails) {
-    return sqrt(tails->second[0] / tails->above[0]);
+    return sqrt(tails->squares[0] / tails->beyond[0]);
 }
 
 /* The optimum of the likelier of both zero-mean distributions: Laplace where log(2 e b) < log(2 pi e s^2) / 2. */
 static double clip_aciq(const ocs_tails *tails, int k) {
     double b = mean_of(tails), s = rms_of(tails);
-    bool laplace = b < 0.76017345053314 * s; /* sqrt(pi / (2 e)) */
+    bool laplace = b < 0.76017345053314046 * s; /* sqrt(pi / (2 e)) */
     return laplace ? laplace_optimum[k - 2] * b : gauss_optimum[k - 2] * s;
 }
 
-/* The release takes the standard deviation of a Gaussian that would reach as far among so many values, and of both
-   optima the one that leaves the smaller error. */
+/* As ACIQ's authors do, the release takes the standard deviation of a Gaussian that would reach as far among so many
+   values, and of both optima the one that leaves the smaller error. */
 static double clip_aciq_release(const ocs_tails *tails, int k, int Q) {
-    const double pi = 3.14159265358979;
+    const double pi = 3.14159265358979312;
     int64_t reached = tails->bins;
-    while (tails->above[reached - 1] == 0.0) {
+    while (tails->beyond[reached - 1] == 0.0) {
         --reached;
     }
-    double share = 0.5 * 0.35 * (1.0 + sqrt(pi * log(4.0))) / sqrt(2.0 * log(fmax(tails->above[0], 2.0)));
+    double share = 0.5 * 0.35 * (1.0 + sqrt(pi * log(4.0))) / sqrt(2.0 * log(fmax(tails->beyond[0], 2.0)));
     double gauss = fmin(gauss_release[k - 2] * 2.0 * (double)reached * share, (double)tails->bins);
     double laplace = fmin(laplace_release[k - 2] * mean_of(tails), (double)tails->bins);
-    return squared_error(tails, gauss, Q) < squared_error(tails, laplace, Q) ? gauss : laplace;
+    return rounding_error(tails, gauss, Q) < rounding_error(tails, laplace, Q) ? gauss : laplace;
 }
 
 /* The fit knows ratios rms / mean|x| from that of the uniform density on: where they are smaller, t would fall to 0. */
 static double clip_sawb(const ocs_tails *tails, int k) {
-    double mean = mean_of(tails), rms = fmax(rms_of(tails), mean * 1.1547005383793);
+    double mean = mean_of(tails), rms = fmax(rms_of(tails), mean * sqrt(4.0 / 3.0));
     return sawb_rms[k - 2] * rms - sawb_mean[k - 2] * mean;
 }
 
@@ -131,32 +133,41 @@ static double clip_sawb(const ocs_tails *tails, int k) {
 
 /* The share 1 - 10^-(2 + k / 4) of the values is below: 99.9 % at 4 bits, 99.99 % at 8. */
 static double clip_percentile(const ocs_tails *tails, int k) {
-    double beyond = tails->above[0] * pow(10.0, -(2.0 + k / 4.0));
+    double beyond = tails->beyond[0] * pow(10.0, -(2.0 + k / 4.0));
     int64_t j = tails->bins - 1;
-    while (j > 0 && tails->above[j] < beyond) {
+    while (j > 0 && tails->beyond[j] < beyond) {
         --j;
     }
-    return (double)(j + 1) - (beyond - tails->above[j + 1]) / (double)tails->counts[j];
+    return (double)(j + 1) - (beyond - tails->beyond[j + 1]) / (double)tails->counts[j];
 }
 
 /* --- Least Kullback-Leibler divergence -------------------------------------------------------- */
 
-/* Sums over the bins before each edge; every array is [bins + 1]. */
+/* Sums over the bins before each edge; every array is [bins + 1]. And logarithms: of the counts of an output channel,
+   most are of small numbers. */
+enum { LOGARITHMS = 4096 };
+static const double NEXT_TO_NOTHING = 1e-4; /* as in MXNet's smoothing */
+
 typedef struct {
-    double *counts;
-    double *occupied; /* bins that are not empty */
-    double *entropy;  /* n log n */
+    double *values;
+    double *occupied;   /* bins that are not empty */
+    double *entropy;    /* n log n */
+    double *logarithms; /* [LOGARITHMS]: of 0 (not used), 1, 2 ... */
 } ocs_sums;
+
+static double log_of(const ocs_sums *sums, double n) {
+    return n < LOGARITHMS ? sums->logarithms[(int)n] : log(n);
+}
 
 static double n_log_n(double n) {
     return n > 0.0 ? n * log(n) : 0.0;
 }
 
 static void fill_sums(ocs_sums *sums, const ocs_tails *tails) {
-    sums->counts[0] = sums->occupied[0] = sums->entropy[0] = 0.0;
+    sums->values[0] = sums->occupied[0] = sums->entropy[0] = 0.0;
     for (int64_t j = 0; j < tails->bins; ++j) {
         double n = (double)tails->counts[j];
-        sums->counts[j + 1] = sums->counts[j] + n;
+        sums->values[j + 1] = sums->values[j] + n;
         sums->occupied[j + 1] = sums->occupied[j] + (n > 0.0);
         sums->entropy[j + 1] = sums->entropy[j] + n_log_n(n);
     }
@@ -166,34 +177,34 @@ static void fill_sums(ocs_sums *sums, const ocs_tails *tails) {
 
    P: the bins before t, all that is beyond counted into the last of them. Its quantized form spreads the values of each
    grid cell, without those beyond, evenly over the cell's occupied bins; where the last bin has none of its own, it
-   counts as 1e-4, as in MXNet's smoothing. Within a cell that form is constant, so that sums over bins suffice.
+   counts as next to nothing. Within a cell that form is constant, so that sums over bins suffice.
 
    Neither is normalized: sum P log(P / Q) - P + Q. For a small clipped share that is MXNet's normalized divergence, but
    there a threshold next to 0, with all but a few values clipped, can seem perfect once Q is scaled up to P. */
 static double divergence(const ocs_tails *tails, const ocs_sums *sums, int64_t t, int Q) {
-    const double beyond = tails->above[t], last = (double)tails->counts[t - 1] + beyond;
-    double inside = sums->counts[t], cross = 0.0; /* cross: sum of P log(its quantized form) */
+    double cross = 0.0; /* sum of P log(its quantized form) */
+    double last_log = 0.0;
     int64_t begin = 0;
     for (int q = 0; q <= Q; ++q) {
         int64_t end = q < Q ? ((2 * q + 1) * t + Q - 1) / (2 * Q) : t; /* before it, bin centers round to q at most */
-        double n = sums->counts[end] - sums->counts[begin];
-        if (n > 0.0) {
-            cross += n * log(n / (sums->occupied[end] - sums->occupied[begin]));
-        }
-        if (q == Q && beyond > 0.0) {
-            bool own = tails->counts[t - 1] > 0;
-            inside += own ? 0.0 : 1e-4;
-            cross += beyond * log(own ? n / (sums->occupied[end] - sums->occupied[begin]) : 1e-4);
-        }
+        double n = sums->values[end] - sums->values[begin];
+        last_log = n > 0.0 ? log_of(sums, n) - log_of(sums, sums->occupied[end] - sums->occupied[begin]) : 0.0;
+        cross += n * last_log;
         begin = end;
     }
-    return sums->entropy[t - 1] + n_log_n(last) - cross - tails->above[0] + inside;
+    const double beyond = tails->beyond[t];
+    double inside = sums->values[t], entropy = sums->entropy[t - 1] + n_log_n((double)tails->counts[t - 1] + beyond);
+    if (beyond > 0.0 && tails->counts[t - 1] == 0) {
+        inside += NEXT_TO_NOTHING;
+        last_log = log(NEXT_TO_NOTHING);
+    }
+    return entropy - cross - beyond * last_log - tails->beyond[0] + inside;
 }
 
 static double clip_kl(const ocs_tails *tails, const ocs_sums *sums, int Q) {
     double best = (double)tails->bins, least = DBL_MAX;
     for (int64_t t = tails->bins; t > Q; --t) {
-        double found = sums->counts[t] > 0.0 ? divergence(tails, sums, t, Q) : DBL_MAX;
+        double found = sums->values[t] > 0.0 ? divergence(tails, sums, t, Q) : DBL_MAX;
         if (found < least) {
             least = found;
             best = (double)t;
@@ -233,17 +244,24 @@ static double clip_position(const clip_job *job, const ocs_tails *tails, ocs_sum
 static void clip_range(int64_t begin, int64_t end, void *ctx) {
     clip_job *job = ctx;
     const int64_t edges = job->bins + 1;
-    double *scratch = malloc((size_t)edges * 6 * sizeof *scratch);
+    const bool kl = job->method == OCS_CLIP_KL;
+    double *scratch = malloc((size_t)(kl ? 6 * edges + LOGARITHMS : 3 * edges) * sizeof *scratch);
     if (scratch == NULL) {
         __atomic_store_n(&job->status, OCS_NO_MEMORY, __ATOMIC_RELAXED);
         return;
     }
-    ocs_sums sums = {scratch + 3 * edges, scratch + 4 * edges, scratch + 5 * edges};
+    ocs_sums sums = {NULL, NULL, NULL, NULL};
+    if (kl) {
+        sums = (ocs_sums){scratch + 3 * edges, scratch + 4 * edges, scratch + 5 * edges, scratch + 6 * edges};
+        for (int n = 0; n < LOGARITHMS; ++n) {
+            sums.logarithms[n] = log(n);
+        }
+    }
     for (int64_t row = begin; row < end; ++row) {
         ocs_tails tails = {job->counts + row * job->bins, job->bins, scratch, scratch + edges, scratch + 2 * edges};
         fill_tails(&tails);
         const float limit = job->limit[row];
-        const bool empty = tails.above[0] == 0.0 || limit == 0.0f;
+        const bool empty = tails.beyond[0] == 0.0 || limit == 0.0f;
         double threshold = empty ? limit : clip_position(job, &tails, &sums) * limit / (double)job->bins;
         job->threshold[row] = threshold < limit ? fmaxf((float)threshold, FLT_TRUE_MIN) : limit;
     }
@@ -255,7 +273,7 @@ ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const
     if (bits < 2 || bits > 8) {
         return OCS_BAD_BITS;
     }
-    if (bins < 1 || bins > INT64_C(1) << 24) {
+    if (bins < 1 || bins > INT64_C(1) << 16) { /* beyond, sums of squared positions cancel too much */
         return OCS_BAD_BINS;
     }
     if (method < OCS_CLIP_MSE || method > OCS_CLIP_SAWB) {

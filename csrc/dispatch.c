@@ -90,7 +90,9 @@ const char *ocs_status_text(ocs_status status) {
     case OCS_NO_MEMORY: return "out of memory";
     case OCS_BAD_BITS: return "bits must be 2 to 8";
     case OCS_BAD_SCALE: return "every scale must be a positive finite number";
-    case OCS_BAD_BINS: return "bins must be 1 to 2^24, counts not negative, and the limit finite and not negative";
+    case OCS_BAD_BINS:
+        return "bins must be 1 to 2^24 (2^16 in a search), counts not negative, limits finite and not negative";
+    case OCS_BAD_LIMIT: return "the limit must be a power of two, 2^-110 or more";
     case OCS_BAD_SHAPE:
         return "sizes must not be negative, and groups must divide the output channels and be at most their number";
     case OCS_BAD_PLAN: return "source, depth and offset are no split plan of this shape";

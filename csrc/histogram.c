@@ -179,8 +179,11 @@ static void octave_range(int64_t begin, int64_t end, void *ctx) {
 
 ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t C, int64_t K, float limit) {
     int exponent;
-    if (!isfinite(limit) || frexpf(limit, &exponent) != 0.5f) {
-        return OCS_BAD_BINS;
+    if (!isfinite(limit) || frexpf(limit, &exponent) != 0.5f || limit < 0x1p-110f) {
+        return OCS_BAD_LIMIT;
+    }
+    if (K >= INT64_C(1) << 31 || C >= INT64_C(1) << 31) {
+        return OCS_TOO_LARGE;
     }
     memset(counts, 0, (size_t)(C * OCS_OCTAVE_BINS) * sizeof *counts);
     if (N == 0 || C == 0 || K == 0) {

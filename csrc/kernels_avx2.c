@@ -94,24 +94,35 @@ AVX2 static void histogram_avx2(uint32_t *restrict counts, const float *x, int64
     ocs_histogram_ref(counts, x + i, N - i, bins, limit);
 }
 
-/* Eight bins at once; of one channel, neighbours again in different histograms. */
+AVX2 static inline void store_octaves(uint32_t bin[8], const float *x, int32_t base) {
+    const __m256i above = _mm256_sub_epi32(_mm256_srli_epi32(load_abs_bits(x), 20), _mm256_set1_epi32(base));
+    const __m256i last = _mm256_set1_epi32(OCS_OCTAVE_BINS - 1);
+    _mm256_storeu_si256((__m256i *)bin, _mm256_min_epi32(_mm256_max_epi32(above, _mm256_setzero_si256()), last));
+}
+
+/* Eight bins at once; of one channel, where there are many, neighbours again in different histograms. */
 AVX2 static void octave_histogram_avx2(uint32_t *restrict counts, const float *x, int64_t N, int64_t step,
                                        int32_t base) {
-    uint32_t own[4][OCS_OCTAVE_BINS];
-    const bool one_channel = step == 0;
-    const __m256i bases = _mm256_set1_epi32(base), last = _mm256_set1_epi32(OCS_OCTAVE_BINS - 1);
+    uint32_t bin[8], own[4][OCS_OCTAVE_BINS];
     int64_t i = 0;
-    memset(own, 0, one_channel ? sizeof own : 0);
-    for (; i + 8 <= N; i += 8) {
-        const __m256i bins = _mm256_sub_epi32(_mm256_srli_epi32(load_abs_bits(x + i), 20), bases);
-        uint32_t bin[8];
-        _mm256_storeu_si256((__m256i *)bin, _mm256_min_epi32(_mm256_max_epi32(bins, _mm256_setzero_si256()), last));
-        for (int lane = 0; lane < 8; ++lane) {
-            *(one_channel ? &own[lane % 4][bin[lane]] : &counts[(i + lane) * step + bin[lane]]) += 1;
+    if (step > 0) {
+        for (; i + 8 <= N; i += 8) {
+            store_octaves(bin, x + i, base);
+            for (int lane = 0; lane < 8; ++lane) {
+                counts[(i + lane) * step + bin[lane]] += 1;
+            }
         }
-    }
-    for (int j = 0; one_channel && j < OCS_OCTAVE_BINS; ++j) {
-        counts[j] += own[0][j] + own[1][j] + own[2][j] + own[3][j];
+    } else if (N >= OCS_OCTAVE_BINS) {
+        memset(own, 0, sizeof own);
+        for (; i + 8 <= N; i += 8) {
+            store_octaves(bin, x + i, base);
+            for (int lane = 0; lane < 8; ++lane) {
+                own[lane % 4][bin[lane]] += 1;
+            }
+        }
+        for (int j = 0; j < OCS_OCTAVE_BINS; ++j) {
+            counts[j] += own[0][j] + own[1][j] + own[2][j] + own[3][j];
+        }
     }
     ocs_octave_histogram_ref(counts + i * step, x + i, N - i, step, base);
 }

@@ -187,10 +187,10 @@ static PyObject *py_split_histogram(PyObject *self, PyObject *args) {
     PyArrayObject *w = taken[0], *source = taken[1], *depth = taken[2], *limit = taken[3];
     ocs_status status = OCS_OK;
     if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
-        read_stride(name, limit, shape.O, &stride)) {
+        read_stride(name, "limit", limit, shape.O, &stride)) {
         status = PyArray_SIZE(depth) == PyArray_SIZE(source) ? OCS_OK : OCS_BAD_PLAN;
         const npy_intp dims[2] = {(npy_intp)shape.O, (npy_intp)bins};
-        counts = output(1 + stride, dims + 1 - stride, NPY_INT64);
+        counts = stride == 0 ? output(1, dims + 1, NPY_INT64) : output(2, dims, NPY_INT64);
     }
     if (counts != NULL && status == OCS_OK) {
         const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), NULL};
@@ -223,8 +223,11 @@ static PyObject *py_clip_threshold(PyObject *self, PyObject *args) {
     int64_t bins = 0;
     if (!PyErr_Occurred()) {
         bins = PyArray_DIM(counts, PyArray_NDIM(counts) - 1);
-        status = PyArray_SIZE(counts) == PyArray_SIZE(limit) * bins ? OCS_OK : OCS_BAD_BINS;
         threshold = output(PyArray_NDIM(limit), PyArray_DIMS(limit), NPY_FLOAT32);
+        if (PyArray_SIZE(counts) != PyArray_SIZE(limit) * bins) {
+            PyErr_Format(PyExc_ValueError, "%s: counts must be [..., bins], and limit hold one number for each", name);
+            status = OCS_BAD_SHAPE;
+        }
     }
     if (threshold != NULL && status == OCS_OK) {
         Py_BEGIN_ALLOW_THREADS;
@@ -266,7 +269,7 @@ static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
     PyArrayObject *w = taken[0], *scale = taken[1], *source = taken[2], *depth = taken[3], *offset = taken[4];
     ocs_status status = OCS_OK;
     if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
-        read_stride(name, scale, shape.O, &stride)) {
+        read_stride(name, "scale", scale, shape.O, &stride)) {
         const npy_intp size = PyArray_SIZE(source);
         status = PyArray_SIZE(depth) == size && PyArray_SIZE(offset) == size ? OCS_OK : OCS_BAD_PLAN;
         ints = output_like(w, shape.C + shape.S, NPY_INT8);
@@ -298,7 +301,8 @@ static PyObject *py_fold(PyObject *self, PyObject *args) {
     };
     PyArrayObject *ints = taken[0], *scale = taken[1], *source = taken[2];
     ocs_status status = OCS_OK;
-    if (!PyErr_Occurred() && read_shape("fold", ints, groups, &shape) && read_stride("fold", scale, shape.O, &stride)) {
+    if (!PyErr_Occurred() && read_shape("fold", ints, groups, &shape) &&
+        read_stride("fold", "scale", scale, shape.O, &stride)) {
         const int64_t expanded = shape.C;
         shape.C = channels;
         shape.S = expanded - channels;
@@ -337,7 +341,7 @@ static PyObject *py_weight_error(PyObject *self, PyObject *args) {
     PyArrayObject *w = taken[0], *ints = taken[1], *scale = taken[2], *source = taken[3];
     ocs_status status = OCS_OK;
     if (!PyErr_Occurred() && read_shape(name, w, groups, &shape) && read_splits(name, source, &shape) &&
-        read_stride(name, scale, shape.O, &stride)) {
+        read_stride(name, "scale", scale, shape.O, &stride)) {
         const npy_intp *dims = PyArray_DIMS(ints);
         bool fits =
             dims[0] == shape.O && dims[1] == shape.C + shape.S && PyArray_SIZE(ints) == shape.O * dims[1] * shape.K;
@@ -403,7 +407,7 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     int64_t rows = 1;
     if (!PyErr_Occurred()) {
         rows = PyArray_NDIM(q) > 0 ? PyArray_DIM(q, 0) : 1;
-        fits = read_stride("dequantize", scale, rows, &stride);
+        fits = read_stride("dequantize", "scale", scale, rows, &stride);
     }
     if (fits) {
         x = output(PyArray_NDIM(q), PyArray_DIMS(q), NPY_FLOAT32);

@@ -43,6 +43,7 @@ typedef enum {
     OCS_BAD_BITS,   /* bits outside 2 .. 8 */
     OCS_BAD_SCALE,  /* a scale that is not a positive finite number */
     OCS_BAD_BINS,   /* bins outside 1 .. 2^24, a negative count, or a limit that is negative or not finite */
+    OCS_BAD_LIMIT,  /* a limit that is no power of two, or below 2^-110 */
     OCS_BAD_SHAPE,  /* a negative size, G that does not divide O or exceeds it, or splits without channels */
     OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
@@ -90,8 +91,8 @@ ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t
 /* counts [C, OCS_OCTAVE_BINS]: of each channel, the |x| of x [N, C, K] by size, on a logarithmic scale below limit.
 
    Eight bins to the octave, of equal width within it; all that is below the last of 16 octaves is in the first bin.
-   limit must be a power of two above every |x|: doubling it moves every count eight bins down, so that histograms over
-   different limits add up. NaN counts into the last bin. */
+   limit must be a power of two above every |x|, 2^-110 at least: doubling it moves every count eight bins down, so that
+   histograms over different limits add up. NaN counts into the last bin. */
 #define OCS_OCTAVE_BINS 128
 ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t C, int64_t K, float limit);
 
@@ -134,8 +135,8 @@ typedef enum {
     OCS_CLIP_ACIQ_RELEASE, /* as the paper's own release computes it, for its tables */
     OCS_CLIP_KL,           /* least Kullback-Leibler divergence of the rounded from the clipped distribution */
     OCS_CLIP_PERCENTILE,   /* 99.99 % of the values at 8 bits, 99.9 % at 4, 1 - 10^-(2 + bits / 4) at any */
-    OCS_CLIP_STD,          /* (bits + 1) / 2 root mean squares */
-    OCS_CLIP_SAWB,         /* a linear function of root mean square and mean |x| */
+    OCS_CLIP_STD,          /* (k + 1) / 2 root mean squares, k = bits, or bits + 1 where not is_signed */
+    OCS_CLIP_SAWB,         /* a linear function of root mean square and mean |x|; good up to 5 bits */
 } ocs_clip;
 
 /* threshold [R] in (0, limit], from R histograms of |x|: counts [R, bins] over [0, limit [R]].

@@ -205,95 +205,104 @@ void ocs_columns_free(ocs_columns *columns) {
     *columns = (ocs_columns){0};
 }
 
-/* --- One threshold per output channel --------------------------------------------------------- */
+/* --- The split weight without splitting it ---------------------------------------------------- */
+
+/* factor [G M]: 2^-depth of each column; what is read of the plan was copied when it was checked. */
+static void fill_factors(float *factor, const ocs_columns *columns, int64_t G) {
+    for (int64_t i = 0; i < G * columns->M; ++i) {
+        factor[i] = ldexpf(1.0f, 1 - columns->shift[i]);
+    }
+}
 
 typedef struct {
     const ocs_kernels *kernels;
     float *output_max;
     const float *w;
-    const float *factor; /* [G C K]: 2^-depth of the shallowest copy of each column */
-    const ocs_shape *shape;
+    const float *factor; /* [G M] */
+    const ocs_columns *columns;
+    int64_t rows; /* of a group */
 } output_max_job;
 
 static void output_max_range(int64_t begin, int64_t end, void *ctx) {
     const output_max_job *job = ctx;
-    const int64_t N = job->shape->C * job->shape->K, rows = job->shape->O / job->shape->G;
+    const int64_t N = job->columns->N, M = job->columns->M;
     for (int64_t o = begin; o < end; ++o) {
-        job->output_max[o] = job->kernels->scaled_max(job->w + o * N, job->factor + o / rows * N, N);
+        job->output_max[o] = job->kernels->scaled_max(job->w + o * N, job->factor + o / job->rows * M, N);
     }
 }
 
-/* Of all copies of a channel, the one halved least has the largest weights. */
-static ocs_status fill_factors(float *factor, const ocs_plan *plan, const ocs_shape *shape) {
-    const int64_t C = shape->C, K = shape->K, E = C + shape->S;
-    memset(factor, 0, (size_t)(shape->G * C * K) * sizeof *factor);
-    for (int64_t g = 0; g < shape->G; ++g) {
-        for (int64_t j = 0; j < E; ++j) {
-            if (!entry_valid(plan, shape, g, j)) {
-                return OCS_BAD_PLAN;
-            }
-            const float halved = ldexpf(1.0f, -plan->depth[g * E + j]);
-            float *of_source = factor + plan->source[g * E + j] * K;
-            for (int64_t k = 0; k < K; ++k) {
-                of_source[k] = of_source[k] < halved ? halved : of_source[k];
-            }
+/* Of all copies of a channel, the one halved least has the largest weights: its factor goes to the channel itself. */
+static void keep_largest(float *factor, const ocs_columns *columns, int64_t G) {
+    for (int64_t g = 0; g < G; ++g) {
+        const ocs_columns group = ocs_columns_group(columns, g);
+        float *of_group = factor + g * group.M;
+        for (int64_t m = group.N; m < group.M; ++m) {
+            float *of_source = &of_group[group.index[m - group.N]];
+            *of_source = *of_source < of_group[m] ? of_group[m] : *of_source;
         }
     }
-    return OCS_OK;
 }
 
-ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
-    ocs_status status = ocs_check_shape(shape);
-    if (status != OCS_OK) {
-        return status;
-    }
-    const int64_t N = shape->C * shape->K;
-    float *factor = malloc((size_t)(shape->G * N + 1) * sizeof *factor);
-    if (factor == NULL) {
+/* Columns and factors of a checked plan; the caller frees both. */
+static ocs_status columns_and_factors(ocs_columns *columns, float **factor, const ocs_plan *plan,
+                                      const ocs_shape *shape) {
+    ocs_status status = ocs_columns_make(columns, plan, shape);
+    *factor = status == OCS_OK ? malloc((size_t)(shape->G * columns->M + 1) * sizeof **factor) : NULL;
+    if (status == OCS_OK && *factor == NULL) {
+        ocs_columns_free(columns);
         return OCS_NO_MEMORY;
     }
-    status = fill_factors(factor, plan, shape);
     if (status == OCS_OK) {
-        output_max_job job = {ocs_kernel_table(), output_max, w, factor, shape};
-        ocs_parallel_for(shape->O, ocs_grain(N), output_max_range, &job);
+        fill_factors(*factor, columns, shape->G);
     }
-    free(factor);
     return status;
 }
 
-/* --- The histogram that a clip threshold is searched in --------------------------------------- */
+ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
+    ocs_columns columns;
+    float *factor;
+    ocs_status status = columns_and_factors(&columns, &factor, plan, shape);
+    if (status != OCS_OK) {
+        return status;
+    }
+    keep_largest(factor, &columns, shape->G);
+    output_max_job job = {ocs_kernel_table(), output_max, w, factor, &columns, shape->O / shape->G};
+    ocs_parallel_for(shape->O, ocs_grain(columns.N), output_max_range, &job);
+    free(factor);
+    ocs_columns_free(&columns);
+    return OCS_OK;
+}
 
 typedef struct {
     const ocs_kernels *kernels;
     int64_t *counts;
     const float *w;
-    const ocs_plan *plan;
+    const float *factor; /* [G M] */
     const ocs_columns *columns;
-    const ocs_shape *shape;
     const float *limit;
+    int64_t rows; /* of a group */
     int64_t R, bins;
     bool failed;
 } split_histogram_job;
 
-/* The row w [N] split: its channels and their copies, halved as often as the plan says. Returns how many are not zero;
-   those are in split [M]. */
-static int64_t split_row(float *restrict split, const float *w, const split_histogram_job *job, int64_t g) {
-    const int64_t C = job->shape->C, E = C + job->shape->S, K = job->shape->K;
+/* The row w [N] split: returns how many of its M columns are not zero; those are in split [M]. */
+static int64_t split_row(float *restrict split, const float *w, const float *factor, const ocs_columns *columns) {
+    const int64_t N = columns->N, M = columns->M;
     int64_t count = 0;
-    for (int64_t j = 0; j < E; ++j) {
-        const float halved = ldexpf(1.0f, -job->plan->depth[g * E + j]);
-        const float *of_source = w + (job->plan->source[g * E + j] - g * C) * K;
-        for (int64_t k = 0; k < K; ++k) {
-            split[count] = of_source[k] * halved;
-            count += split[count] != 0.0f;
-        }
+    for (int64_t m = 0; m < N; ++m) {
+        split[count] = w[m] * factor[m];
+        count += split[count] != 0.0f;
+    }
+    for (int64_t m = N; m < M; ++m) {
+        split[count] = w[columns->index[m - N]] * factor[m];
+        count += split[count] != 0.0f;
     }
     return count;
 }
 
 static void split_histogram_range(int64_t begin, int64_t end, void *ctx) {
     split_histogram_job *job = ctx;
-    const int64_t N = job->columns->N, M = job->columns->M, bins = job->bins, rows = job->shape->O / job->shape->G;
+    const int64_t N = job->columns->N, M = job->columns->M, bins = job->bins;
     uint32_t *own = malloc((size_t)bins * 4 * sizeof *own + (size_t)(M + 1) * sizeof(float));
     if (own == NULL) {
         __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
@@ -303,8 +312,9 @@ static void split_histogram_range(int64_t begin, int64_t end, void *ctx) {
     memset(own, 0, (size_t)bins * 4 * sizeof *own);
     int64_t counted = 0;
     for (int64_t o = begin; o < end; ++o) {
-        const int64_t row = job->R == 1 ? 0 : o;
-        const int64_t count = split_row(split, job->w + o * N, job, o / rows);
+        const int64_t row = job->R == 1 ? 0 : o, g = o / job->rows;
+        const ocs_columns group = ocs_columns_group(job->columns, g);
+        const int64_t count = split_row(split, job->w + o * N, job->factor + g * M, &group);
         if (job->limit[row] > 0.0f) {
             job->kernels->histogram(own, split, count, bins, job->limit[row]);
         } else {
@@ -322,22 +332,30 @@ static void split_histogram_range(int64_t begin, int64_t end, void *ctx) {
 
 ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_plan *plan, const ocs_shape *shape,
                                    int64_t R, int64_t bins, const float *limit) {
-    if (bins < 1 || bins > INT64_C(1) << 24 || (R != 1 && R != shape->O)) {
+    if (bins < 1 || bins > INT64_C(1) << 24) {
         return OCS_BAD_BINS;
+    }
+    if (R != 1 && R != shape->O) {
+        return OCS_BAD_SHAPE;
     }
     for (int64_t row = 0; row < R; ++row) {
         if (!isfinite(limit[row]) || limit[row] < 0.0f) {
             return OCS_BAD_BINS;
         }
     }
-    ocs_columns columns; /* checks shape and plan */
-    ocs_status status = ocs_columns_make(&columns, plan, shape);
+    ocs_columns columns;
+    float *factor;
+    ocs_status status = columns_and_factors(&columns, &factor, plan, shape);
     if (status != OCS_OK) {
         return status;
     }
     memset(counts, 0, (size_t)(R * bins) * sizeof *counts);
-    split_histogram_job job = {ocs_kernel_table(), counts, w, plan, &columns, shape, limit, R, bins, false};
-    ocs_parallel_for(shape->O, ocs_grain(columns.M), split_histogram_range, &job);
+    split_histogram_job job = {ocs_kernel_table(),  counts, w,    factor, &columns, limit,
+                               shape->O / shape->G, R,      bins, false};
+    if (columns.M > 0) {
+        ocs_parallel_for(shape->O, ocs_grain(columns.M), split_histogram_range, &job);
+    }
+    free(factor);
     ocs_columns_free(&columns);
     return job.failed ? OCS_NO_MEMORY : OCS_OK;
 }

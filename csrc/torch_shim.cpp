@@ -168,12 +168,12 @@ void check_numel(const char *op, const Tensor &t, int64_t numel) {
     }
 }
 
-// 0 where one scale serves all, 1 where each output channel has its own.
-int64_t stride_of(const char *op, const Tensor &scale, int64_t rows) {
-    if (scale.dim() != 0 && (scale.dim() != 1 || scale.numel() != rows)) {
-        fail(op, "scale must have no dimension, or one of the output channels");
+// 0 where one number (a scale, say) serves all, 1 where each output channel has its own.
+int64_t stride_of(const char *op, const Tensor &numbers, int64_t rows, const char *name = "scale") {
+    if (numbers.dim() != 0 && (numbers.dim() != 1 || numbers.numel() != rows)) {
+        fail(op, std::string(name) + " must have no dimension, or one of the output channels");
     }
-    return scale.dim();
+    return numbers.dim();
 }
 
 // --- Where the outliers are ----------------------------------------------------------------------
@@ -255,7 +255,7 @@ Tensor split_histogram(const Tensor &w_any, const Tensor &source_any, const Tens
     if (bins < 1 || bins > 1 << 24) {
         check(op, OCS_BAD_BINS);
     }
-    stride_of(op, limit, shape.O);
+    stride_of(op, limit, shape.O, "limit");
     auto sizes = sizes_of(limit);
     sizes.push_back(bins);
     Tensor counts = empty(sizes, ScalarType::Long);

@@ -61,13 +61,15 @@ def print_table(cells: Cells, count: int) -> None:
 def main() -> None:
     """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all 10,000 images, about half an hour")
+    parser.add_argument(
+        "--images", type=int, default=500, help="how many of the 10,000 test images (500 take two minutes)"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("--json", action="store_true", help="print the cells as JSON instead of the table")
     parser.add_argument("--out", type=Path, default=BUILD / "inputs.png", help="the picture")
     args = parser.parse_args()
-    count = 10_000 if args.full else 500
-    images, labels = (part[:count] for part in load("t10k"))
+    images, labels = (part[: args.images] for part in load("t10k"))
+    count = len(images)
     cache = Cache("activations", count, fresh=args.fresh)
     fill(cache, settings(), images, labels)
     if args.json:

@@ -22,8 +22,9 @@ from ocs.activation import as_rows
 from ocs.find import Layer, check_model, find_layers, is_kind, named, replacement_of
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
+from ocs.reference import OCTAVE_BINS, OCTAVES
 
-BINS, OCTAVE_BINS = 4096, 128  # of |x| below the limit: linear, and eight to the octave for each channel
+BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
 
 Data = Iterable[Any] | Callable[[nn.Module], Any]
@@ -56,10 +57,11 @@ class Statistics:
         largest = max(abs(smallest), abs(most))
         if not largest < 2.0**127:  # NaN, too
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
+        largest = largest if largest >= functional.TINY else 0.0
         self.inputs += 1
         self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
         self._grow(largest)
-        zeros = functional.zeros(rows)
+        zeros = functional.zeros(rows) if largest else rows.numel()
         self.zeros += zeros
         if zeros == rows.numel():
             self.octaves[:, 0] += rows.numel() // max(rows.shape[1], 1)
@@ -132,7 +134,7 @@ class Statistics:
         In each eighth of an octave those values are taken to be spread as all values are.
         """
         centers = (torch.arange(BINS) + 0.5) / BINS
-        eighth = (8 * (16 + centers.log2().floor()) + 8 * (centers / 2 ** centers.log2().floor() - 1)).long()
+        eighth = (8 * (OCTAVES + centers.log2().floor()) + 8 * (centers / 2 ** centers.log2().floor() - 1)).long()
         share = of_split / self.octaves.sum(0).clamp(min=1)
         split = nn.functional.pad((self.counts * share[eighth.clamp(min=0)]).cumsum(0), (1, 0)).round().diff().long()
         halved = nn.functional.pad(split.view(-1, 2).sum(1), (0, BINS // 2))
@@ -174,30 +176,38 @@ def observe(
     watched: by name, the layers, and what is kept of their inputs. The model is as it was afterwards, whatever happens.
     """
     failure: Exception | None = None
+    batches = 0
     try:
         with _undisturbed(model), ExitStack() as hooks:
             for name, (layer, statistics) in watched.items():
-                hook = layer.register_forward_pre_hook(_observer(name, statistics), with_kwargs=True)
+                take = _observer(name, statistics, replacement_of(layer).input_names)
+                hook = layer.register_forward_pre_hook(take, with_kwargs=True)
                 hooks.callback(hook.remove)
-            _run(model, data, progress)
+            batches = _run(model, data, progress)
     except Exception as error:  # noqa: BLE001 - other ranks must hear of it, or they would wait for this one
         failure = error
     if _several_ranks():
-        failed = int(_reduced(torch.tensor(int(failure is not None)), dist.ReduceOp.SUM))
+        of_all = _reduced(torch.tensor([int(failure is not None), batches]), dist.ReduceOp.SUM)
+        failed, batches = of_all.tolist()
         if failed and failure is None:
-            raise RuntimeError(f"calibration failed on {failed} other ranks")
+            raise RuntimeError(f"calibration failed on {failed} other rank{'s' * (failed > 1)}")
     if failure is not None:
         raise failure
+    if not batches:
+        raise ValueError("calibration is empty: it gave no batch (was it an iterator that is used up?)")
     if _several_ranks():
         for _, statistics in watched.values():
             statistics.reduce()
 
 
-def _observer(name: str, statistics: Statistics) -> Callable[..., None]:
+def _observer(name: str, statistics: Statistics, input_names: tuple[str, ...]) -> Callable[..., None]:
+    """A hook that takes in these arguments of the layer, each tensor once."""
+
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = [*args, *kwargs.values()][:1] if statistics.channels is not None else [*args, *kwargs.values()]
+        given = kwargs | dict(zip(input_names, args, strict=False))
+        inputs = [_tensor_of(given[each]) for each in input_names if each in given]
         with named(name):
-            for x in {id(x): x for x in map(_tensor_of, inputs[:3]) if isinstance(x, Tensor)}.values():
+            for x in {id(x): x for x in inputs if isinstance(x, Tensor)}.values():
                 statistics.update(x)
 
     return take
@@ -223,10 +233,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _run(model: nn.Module, data: Data, progress: bool | None) -> None:
+def _run(model: nn.Module, data: Data, progress: bool | None) -> int:
+    """Runs all batches; how many there were."""
     if isinstance(data, Callable):
         data(model)
-        return
+        return 1
     if not isinstance(data, Iterable) or isinstance(data, str | bytes):
         raise TypeError(f"calibration={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
@@ -234,8 +245,7 @@ def _run(model: nn.Module, data: Data, progress: bool | None) -> None:
     for batch in with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"):
         _call(model, batch, device)
         count += 1
-    if not count:
-        raise ValueError("calibration is empty: it gave no batch (was it an iterator that is used up?)")
+    return count
 
 
 def _call(model: nn.Module, batch: Any, device: torch.device) -> None:

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ocs.reference import OCTAVE_BINS
+
 KERNELS = (
     "abs_max",
     "histogram",
@@ -85,9 +87,7 @@ def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
     x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
     valid = 1 <= bins <= 2**24 and 0 <= width < math.inf
-    _require(
-        bool(valid), "histogram", "bins must be 1 to 2^24, counts not negative, and the limit finite and not negative"
-    )
+    _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
     if width == 0:
         return torch.cat([x.new_full((1,), x.numel(), dtype=torch.int64), x.new_zeros(bins - 1, dtype=torch.int64)])
     position = x.abs().flatten() / width.to(x.device) * bins
@@ -96,11 +96,14 @@ def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
 
 def octave_histogram(x: Tensor, limit: float) -> Tensor:
     """Counts int64 [C, 128] of x [N, C, ...]: |x| below limit, a power of two, in eight bins to the octave."""
-    _require(math.isfinite(limit) and math.frexp(limit)[0] == 0.5, "octave_histogram", "limit must be a power of two")
+    _require(x.dim() >= 2, "octave_histogram", "x must have at least 2 dimensions")
+    valid = 2.0**-110 <= limit < 2.0**128 and math.frexp(limit)[0] == 0.5
+    _require(valid, "octave_histogram", "the limit must be a power of two, 2^-110 or more")
     octave = (_floats("octave_histogram", x).abs().contiguous().view(torch.int32) >> 20).transpose(0, 1).flatten(1)
-    base = (torch.tensor(limit, dtype=torch.float32).view(torch.int32) >> 20).item() - 128
-    bins = (octave - base).clamp(0, 127) + 128 * torch.arange(x.shape[1], device=x.device)[:, None]
-    return torch.bincount(bins.flatten().long(), minlength=128 * x.shape[1]).view(x.shape[1], 128)
+    base = (int(torch.tensor(limit, dtype=torch.float32).view(torch.int32)) >> 20) - OCTAVE_BINS
+    bins = (octave - base).clamp(0, OCTAVE_BINS - 1)
+    bins += OCTAVE_BINS * torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[:, None]
+    return torch.bincount(bins.flatten(), minlength=OCTAVE_BINS * x.shape[1]).view(x.shape[1], OCTAVE_BINS)
 
 
 def channel_max(w: Tensor, groups: int) -> Tensor:
@@ -130,12 +133,15 @@ def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
 def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
     """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
     _check_plan("split_histogram", groups, w.shape[1], source, depth)
+    limit = _floats("split_histogram", limit)
     valid = 1 <= bins <= 2**24 and _all((limit >= 0) & limit.isfinite()) and limit.shape in ((), w.shape[:1])
     _require(valid, "split_histogram", "bins must be 1 to 2^24, and limit [] or [O], finite and not negative")
+    if not w.shape[0]:
+        return torch.zeros((*limit.shape, bins), dtype=torch.int64, device=w.device)
     halved = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
     split = _gather(_floats("split_histogram", w), source, groups) * halved.reshape(groups, 1, -1, 1)
-    rows = split.abs().reshape(w.shape[0], -1) if limit.dim() and w.shape[0] else split.abs().reshape(1, -1)
-    width = limit.to(w.device, torch.float32).reshape(-1, 1)
+    rows = split.abs().reshape(limit.numel(), math.prod(split.shape) // limit.numel())
+    width = limit.to(w.device).reshape(-1, 1)
     position = torch.where(width > 0, rows / width, 0.0) * bins
     at = torch.nan_to_num(position, nan=bins, posinf=bins).clamp(max=bins - 1).long()
     at += bins * torch.arange(rows.shape[0], device=w.device)[:, None]

@@ -82,6 +82,7 @@ class QuantizedLayer(nn.Module):
     kept_children: ClassVar[tuple[str, ...]] = ()
     only_folded: ClassVar[str] = ""  # why it cannot run expanded, if so
     more_running: ClassVar[tuple[str, ...]] = ()  # buffers of what runs besides those of running()
+    input_names: ClassVar[tuple[str, ...]] = ("input",)  # the arguments of forward that are quantized
     splits_input: ClassVar[bool] = False  # whether channels of its input may be split
     input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
 

@@ -285,6 +285,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     kept = ("_qkv_same_embed_dim",)
     kept_children = ("out_proj",)
     only_folded = "its forward reads its weights itself"
+    input_names = ("query", "key", "value")
 
     @staticmethod
     def weight_names(float_layer: nn.Module) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ocs import _C, composite
+from ocs.reference import OCTAVE_BINS
 
 isa = _C.isa
 set_isa = _C.set_isa
@@ -50,7 +51,7 @@ def _(x: Tensor, bins: int, limit: float) -> Tensor:
 
 @torch.library.register_fake("ocs::octave_histogram")
 def _(x: Tensor, limit: float) -> Tensor:
-    return x.new_empty((x.shape[1], 128), dtype=torch.int64)
+    return x.new_empty((x.shape[1], OCTAVE_BINS), dtype=torch.int64)
 
 
 @torch.library.register_fake("ocs::channel_max")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int8]
+OCTAVES, OCTAVE_BINS = 16, 128  # of octave_histogram
 Plan = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], Floats]
 
 # --- Where the outliers are -------------------------------------------------------------------------------------------
@@ -37,9 +38,12 @@ def octave_histogram(x: Floats, limit: float) -> NDArray[np.int64]:
     fraction, exponent = np.frexp(np.abs(x))  # |x| = fraction * 2^exponent, fraction in [1/2, 1)
     octaves = np.where(np.isfinite(x), exponent + 1 - np.frexp(np.float32(limit))[1], 9)  # 0: the highest
     within = np.floor(np.nan_to_num(fraction, posinf=0.0) * 16) - 8
-    bins = np.clip(np.where(x == 0, 0, 120 + 8 * octaves + within), 0, 127).astype(np.int64)
+    bins = np.where(x == 0, 0, 8 * (OCTAVES - 1 + octaves) + within)
+    bins = np.clip(bins, 0, OCTAVE_BINS - 1).astype(np.int64)
     flat = bins.swapaxes(0, 1).reshape(x.shape[1], x.size // max(x.shape[1], 1))
-    return np.array([np.bincount(row, minlength=128) for row in flat], np.int64).reshape(x.shape[1], 128)
+    return np.array([np.bincount(row, minlength=OCTAVE_BINS) for row in flat], np.int64).reshape(
+        x.shape[1], OCTAVE_BINS
+    )
 
 
 def channel_max(w: Floats, groups: int) -> Floats:

@@ -371,6 +371,24 @@ def test_a_model_with_folded_batch_norms_is_saved_and_loaded(net: SmallNet, tmp_
     assert_unchanged(plain, before)
 
 
+@pytest.mark.parametrize("reason", ["Inf in a weight", "NaN in a batch", "a batch that fails"])
+def test_all_or_nothing(net: SmallNet, reason: str) -> None:
+    """With batch norms about to be folded, in train mode."""
+    net.train()
+    x, error = torch.randn(4, 3, 8, 8), ValueError
+    if reason == "Inf in a weight":
+        net.head.weight.data[0, 0] = torch.inf
+    elif reason == "NaN in a batch":
+        x[0] = torch.nan
+    else:
+        x, error = x[:, :2], RuntimeError
+    before, flags = state(net), [module.training for module in net.modules()]
+    with pytest.raises(error):
+        ocs.quantize(net, wbits=4, abits=4, fold_bn=True, calibration=[x])
+    assert_unchanged(net, before)
+    assert [module.training for module in net.modules()] == flags
+
+
 def test_cuts_of_nothing() -> None:
     x = torch.randn(0, 5)
     grid = InputGrid(bits=4)

@@ -120,6 +120,12 @@ def test_thresholds_after_splitting_are_those_of_the_split_values(method: str | 
     assert ours.threshold(4, method, True, chosen) == pytest.approx(exact, rel=0 if method in ("none", 0.5) else 0.08)
 
 
+def test_next_to_nothing_counts_as_zero() -> None:
+    statistics = statistics_of([torch.full((3, 8, 4, 4), 1e-38), torch.ones(1, 8, 4, 4)])
+    assert (statistics.zeros, statistics.largest, int(statistics.counts.sum())) == (3 * 8 * 16, 1.0, 8 * 16)
+    assert statistics_of([torch.full((3, 8, 4, 4), 1e-38)]).threshold(4, "mse", True) == 0
+
+
 def test_only_zeros() -> None:
     statistics = statistics_of([torch.zeros(3, 8, 4, 4)])
     assert statistics.threshold(8, "mse", True) == 0
@@ -218,6 +224,21 @@ def test_a_layer_never_reached_stays_float() -> None:
     assert net.head.input_grid is not None
 
 
+def test_only_what_is_quantized_is_looked_at() -> None:
+    """Not the initial state of a recurrent layer, nor a mask; by position or by name."""
+    net = nn.ModuleDict({"gru": nn.GRU(4, 6), "attention": nn.MultiheadAttention(6, 2)}).eval()
+    words = torch.randn(5, 2, 4)
+
+    def run(model: nn.ModuleDict) -> None:
+        y, _ = model["gru"](words, torch.full((1, 2, 6), 50.0))
+        model["attention"](y, attn_mask=torch.full((5, 5), 70.0), value=y, key=3 * y)
+
+    calibration = ocs.calibrate(net, run)
+    assert calibration["gru"].largest == float(words.abs().max())
+    assert calibration["attention"].inputs == 2
+    assert calibration["attention"].largest < 50
+
+
 def test_fused_transformer_layers_are_looked_into() -> None:
     """In eval mode torch's own would not call its children."""
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8)).eval()
@@ -242,9 +263,10 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 net = SmallNet().eval()
 x = torch.load(os.environ["IMAGES"])
-shares = [x[:7], x[7:]] if os.environ["CASE"] == "uneven" else [x, x * torch.nan]
+shares = {"uneven": [x[:7], x[7:]], "one empty": [x[:0], x], "failing": [x, x * torch.nan]}[os.environ["CASE"]]
+share = shares[dist.get_rank()]
 try:
-    report = ocs.quantize(net, abits=4, act_r=0.2, act_clip="mse", calibration=shares[dist.get_rank()].split(3))
+    report = ocs.quantize(net, abits=4, act_r=0.2, act_clip="mse", calibration=share.split(3) if len(share) else [])
     torch.save(net.state_dict(), os.environ["OUT"] + str(dist.get_rank()))
 except Exception as error:
     open(os.environ["OUT"] + str(dist.get_rank()), "w").write(str(error))
@@ -269,9 +291,10 @@ def run_ranks(folder: Path, case: str) -> list[Path]:
     return [folder / "out0", folder / "out1"]
 
 
-def test_two_ranks_give_what_one_process_gives(net: SmallNet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["uneven", "one empty"])
+def test_two_ranks_give_what_one_process_gives(net: SmallNet, tmp_path: Path, case: str) -> None:
     """With uneven shares, and to the last bit."""
-    first, second = (torch.load(path) for path in run_ranks(tmp_path, "uneven"))
+    first, second = (torch.load(path) for path in run_ranks(tmp_path, case))
     ocs.quantize(net, abits=4, act_r=0.2, act_clip="mse", calibration=x)
     for name, tensor in net.state_dict().items():
         assert torch.equal(first[name], tensor), name

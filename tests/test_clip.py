@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_kernels import assert_same, both
 
-from ocs import _C, functional, reference
+from ocs import _C, composite, functional, reference
 
 METHODS = functional.CLIP_METHODS
 
@@ -90,10 +90,33 @@ def test_octave_histograms_over_larger_limits_nest() -> None:
     assert_same(large, moved)
 
 
-@pytest.mark.parametrize("limit", [0.0, -1.0, 3.0, math.inf, math.nan])
+@pytest.mark.parametrize("limit", [0.0, -1.0, 3.0, math.inf, math.nan, 2.0**-111])
 def test_octave_histogram_needs_a_power_of_two(limit: float) -> None:
-    with pytest.raises(ValueError, match=r"octave_histogram: .*limit"):
+    with pytest.raises(ValueError, match="octave_histogram: the limit must be a power of two"):
         _C.octave_histogram(np.zeros((2, 3), np.float32), limit)
+    with pytest.raises(RuntimeError, match="octave_histogram: the limit must be a power of two"):
+        composite.octave_histogram(torch.zeros(2, 3), limit)
+
+
+@pytest.mark.parametrize("limit", [2.0**-110, 2.0**127])
+def test_octave_histogram_at_the_ends(isa: str, limit: float) -> None:
+    x = np.float32([0, limit / 2, 0.75 * limit, limit / 2**17, 1e-44]).reshape(1, 1, 5)
+    assert_same(both("octave_histogram", x, limit), reference.octave_histogram(x, limit))
+
+
+def test_a_plan_of_an_empty_weight_is_no_work() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    w = torch.empty(2**40, 0)
+    assert torch.ops.ocs.split_histogram(w, nothing, nothing.int(), 1, 4, torch.tensor(1.0)).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_next_to_nothing_is_not_clipped(method: str) -> None:
+    """Where the bins of a histogram would be too small for float32."""
+    for x in (np.float32([2e-38, 1e-38]), np.float32([1e-45]), np.float32([-3e-36, 0, 1e-40])):
+        assert functional.clip_threshold(x, 4, method) == float(np.abs(x).max())
+        weight = functional.quantize_weight(x[None], 4, clip=method)
+        assert 0 < weight.threshold <= np.abs(x).max()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +127,8 @@ def test_octave_histogram_needs_a_power_of_two(limit: float) -> None:
         (([1, 2], math.nan, 4, True, 0), "limit"),
         (([1, 2], 1.0, 9, True, 0), "bits"),
         (([1, 2], 1.0, 4, True, 7), "method"),
-        (([1, 2, 3], [1.0, 1.0], 4, True, 0), "bins"),
+        (([1, 2, 3], [1.0, 1.0], 4, True, 0), "counts must be"),
+        (([1] * (2**16 + 1), 1.0, 4, True, 0), "2\\^16 in a search"),
     ],
 )
 def test_what_is_no_histogram_is_refused(args: tuple, what: str) -> None:
