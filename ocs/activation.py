@@ -164,6 +164,8 @@ def _rounded(
     at: Tensor | None,
 ) -> Tensor:
     dtype = x.dtype
+    if x.is_nested:
+        raise RuntimeError("a quantized layer input cannot be a nested tensor: pad it, torch.nested.to_padded_tensor")
     if index is not None:
         x = gather(x, index, axis)
     if factor is not None:

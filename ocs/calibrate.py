@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ocs import functional
 from ocs.activation import as_rows
-from ocs.find import Layer, check_model, find_layers, is_kind, named, replacement_of
+from ocs.find import Layer, check_lazy, check_model, find_layers, named, replacement_of
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.reference import OCTAVE_BINS, OCTAVES
@@ -52,6 +54,10 @@ class Statistics:
         """Take in one more input."""
         if not x.is_floating_point() or x.is_nested or not x.numel():
             return
+        if x.is_meta:
+            raise ValueError("its input holds no values: give a model on the meta device weights first")
+        if self.channels not in (None, x.shape[self.axis]):
+            raise ValueError(f"its input has {x.shape[self.axis]} channels, it needs {self.channels}")
         rows = as_rows(x.detach(), self.axis)
         smallest, most = (float(bound) for bound in rows.aminmax())
         largest = max(abs(smallest), abs(most))
@@ -64,12 +70,15 @@ class Statistics:
         zeros = functional.zeros(rows) if largest else rows.numel()
         self.zeros += zeros
         if zeros == rows.numel():
-            self.octaves[:, 0] += rows.numel() // max(rows.shape[1], 1)
+            self.octaves = self.octaves + nn.functional.pad(
+                torch.full((len(self.octaves), 1), rows.numel() // rows.shape[1]), (0, OCTAVE_BINS - 1)
+            )
             return
-        self.counts += torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
-        self.counts[0] -= zeros
+        counts = torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
+        counts[0] -= zeros
+        self.counts = self.counts + counts  # not in place: they may be of inference mode
         if self.channels is not None:
-            self.octaves += torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
+            self.octaves = self.octaves + torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
             self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
 
     def _grow(self, largest: float) -> None:
@@ -116,10 +125,10 @@ class Statistics:
         """
         largest = self.largest if split is None else float(self._split_max(split))
         if method not in functional.CLIP_METHODS or not largest:
-            return largest * method if isinstance(method, float) else largest
+            return largest if method == "none" or not largest else largest * float(method)
         counts = self.counts
         if split is not None and split.numel():
-            counts = self._split_counts(self.octaves[split].sum(0))
+            counts = self.split_counts(split)
         number = functional.CLIP_METHODS.index(method)
         found = torch.ops.ocs.clip_threshold(counts, torch.tensor(self.limit), bits, signed, number)
         return min(float(found), largest)
@@ -128,17 +137,23 @@ class Statistics:
         halved = torch.ones_like(self.channel_max).index_fill(0, split, 0.5)
         return (self.channel_max * halved).amax()
 
-    def _split_counts(self, of_split: Tensor) -> Tensor:
-        """The counts once the values that `of_split` [128] counts by octave are halved and there twice.
+    def split_counts(self, split: Tensor) -> Tensor:
+        """The counts once the values of these channels are halved and there twice.
 
-        In each eighth of an octave those values are taken to be spread as all values are.
+        In each eighth of an octave they are taken to be spread as all values are.
         """
         centers = (torch.arange(BINS) + 0.5) / BINS
         eighth = (8 * (OCTAVES + centers.log2().floor()) + 8 * (centers / 2 ** centers.log2().floor() - 1)).long()
-        share = of_split / self.octaves.sum(0).clamp(min=1)
+        share = self.octaves[split].sum(0) / self.octaves.sum(0).clamp(min=1)
         split = nn.functional.pad((self.counts * share[eighth.clamp(min=0)]).cumsum(0), (1, 0)).round().diff().long()
         halved = nn.functional.pad(split.view(-1, 2).sum(1), (0, BINS // 2))
         return (self.counts - split).clamp(min=0) + 2 * halved
+
+    def most_outliers(self, splits: int, groups: int = 1) -> Tensor:
+        """int64 [groups, splits]: the channels of each group with most outliers, the lowest first where they tie."""
+        own = torch.arange(self.channels).view(groups, -1)
+        order = self.outliers().view(groups, -1).argsort(dim=1, descending=True, stable=True)
+        return order[:, :splits] + own[:, :1]
 
     def outliers(self) -> Tensor:
         """float64 [channels]: how many |x| of each channel are beyond the layer's 99th percentile."""
@@ -214,18 +229,22 @@ def _observer(name: str, statistics: Statistics, input_names: tuple[str, ...]) -
 
 
 def _tensor_of(x: Any) -> Any:
-    return x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
+    return x.data if isinstance(x, PackedSequence) else x
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no fused transformer layers, which would not call their children."""
+    """Eval mode, no gradients, and no compiled code or fused transformer layers, which would not call the hooks.
+
+    Flags are set one by one, as a train() of the model's own may do more than set them.
+    """
     training = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for module in training:
+                module.training = False
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -238,28 +257,43 @@ def _run(model: nn.Module, data: Data, progress: bool | None) -> int:
     if isinstance(data, Callable):
         data(model)
         return 1
-    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
-        raise TypeError(f"calibration={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
+    _check_data(data)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     count = 0
     for batch in with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"):
-        _call(model, batch, device)
+        try:
+            _call(model, batch, device)
+        except Exception as error:
+            error.add_note(f"while calibrating on batch {count}")
+            raise
         count += 1
     return count
 
 
+def _check_data(data: Any) -> None:
+    """Batches, not one of them."""
+    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
+        raise TypeError(f"calibration={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
+    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    if isinstance(data, Mapping | PackedSequence | np.ndarray) or (pair and data[0].dim() != data[1].dim()):
+        kind = "(batch, target) pair" if pair else type(data).__name__
+        raise TypeError(f"calibration is one {kind}: put it in a list, calibration=[...]; of arrays make tensors")
+
+
 def _call(model: nn.Module, batch: Any, device: torch.device) -> None:
     """model(batch); of a (batch, target) pair the batch alone, of a dict its entries by name."""
-    if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-        return
-    if isinstance(batch, tuple | list):
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         if not 1 <= len(batch) <= 2:
             raise ValueError(
                 f"calibration gave {len(batch)} things at once: use a callable that runs the model on them"
             )
         batch = batch[0]
-    model(batch.to(device) if isinstance(batch, Tensor) else batch)
+    if isinstance(batch, np.ndarray):
+        raise TypeError("calibration gave a numpy array: give tensors, torch.from_numpy(batch)")
+    if isinstance(batch, Mapping):
+        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+        return
+    model(batch.to(device) if isinstance(batch, Tensor | PackedSequence) else batch)
 
 
 # --- Once for many settings -------------------------------------------------------------------------------------------
@@ -283,22 +317,33 @@ def calibrate(model: nn.Module, data: Data, *, progress: bool | None = None) -> 
         Statistics by layer name: per layer some 40 KB and 1 KB for each input channel, however many batches there are.
 
     Raises:
-        ValueError: there is no batch, or a layer's input holds NaN, Inf or values beyond 2^127.
+        ValueError: there is no batch or none reaches a layer, a layer's input holds NaN, Inf or values beyond 2^127, or
+            a layer is lazy and has no shape yet.
     """
     check_model(model)
-    watched = {
-        layer.name: (layer.module, statistics_for(layer)) for layer in find_layers(model) if is_kind(layer.module)
-    }
+    layers = [layer for layer in find_layers(model) if layer.status == "quantized"]
+    watched = {layer.name: (layer.module, statistics_for(layer)) for layer in layers}
     observe(model, data, watched, progress)
-    return Calibration({name: statistics for name, (_, statistics) in watched.items() if statistics.inputs})
+    return reached(watched)
+
+
+def reached(watched: Mapping[str, tuple[nn.Module, Statistics]]) -> Calibration:
+    """The statistics of the layers that had an input; that none had one is a ValueError."""
+    found = Calibration({name: statistics for name, (_, statistics) in watched.items() if statistics.inputs})
+    if watched and not found:
+        raise ValueError(
+            f"calibration reached none of the layers {', '.join([*watched][:3])} ...: does it run the model?"
+        )
+    return found
 
 
 def statistics_for(layer: Layer, *, channels: bool = True) -> Statistics:
     """Empty ones, with a histogram for each channel where there shall be and the layer can have its input split."""
     kind, module = replacement_of(layer.module), layer.module
+    with named(layer.name):
+        check_lazy(module._parameters[kind.weight_names(module)[0]])
     axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
-    splits = channels and kind.splits_input and not nn.parameter.is_lazy(module.weight)
-    if not splits:
+    if not (channels and kind.splits_input):
         return Statistics(axis)
     return Statistics(
         axis, getattr(module, "groups", 1) * kind.layout(module.weight, getattr(module, "groups", 1)).shape[1]

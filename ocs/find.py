@@ -156,6 +156,12 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model is a {name}, which cannot replace itself in place: wrap it, nn.Sequential({name}(...))")
 
 
+def check_lazy(weight: Tensor) -> None:
+    """A weight that has values."""
+    if nn.parameter.is_lazy(weight) or weight.is_meta:
+        raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
+
+
 def is_kind(module: nn.Module) -> bool:
     """Whether it is among the layers that can be quantized."""
     return isinstance(module, tuple(REPLACEMENTS))

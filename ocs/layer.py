@@ -7,8 +7,9 @@ hold the same state. A weight called `weight_hh_l0` is held as `weight_hh_l0_int
 float32 [] or [O] and `source_hh_l0` int64 [C + n]; plain `weight` as `weight_int`, `scale` and `source`. The float
 weights that run are not saved but rebuilt whenever the integers or the layer's dtype change.
 
-A layer may quantize its input too (ocs.activation): `input_grid` says how, `input_scale` float32 [] and, where
-channels of it are split, `input_source` int64 [C + n] hold what calibration gave.
+A layer may quantize its input too (ocs.activation): `input_grid` says how, the buffer `input_form` likewise, so that no
+state is taken for that of another grid; `input_scale` float32 [] and, where channels of it are split, `input_source`
+int64 [C + n] hold what calibration gave.
 """
 
 from __future__ import annotations
@@ -50,10 +51,22 @@ def problem_of(
     return ""
 
 
-INPUT_NAMES = ("input_scale", "input_source")
+INPUT_NAMES = ("input_form", "input_scale", "input_source")
 
 
-def problem_of_input(grid: InputGrid, scale: Tensor, source: Tensor | None, groups: int, channels: int) -> str:
+def input_names(grid: InputGrid | None) -> tuple[str, ...]:
+    """The tensors that calibration gave, of a quantized input."""
+    if grid is None or grid.oracle:
+        return ()
+    return INPUT_NAMES[1 : 2 + (grid.splits > 0)]
+
+
+def form_of(grid: InputGrid) -> Tensor:
+    """A grid as a state_dict has it, uint8 [4]: bits, whether signed, quantization-aware, Oracle OCS."""
+    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8)
+
+
+def problem_of_input(scale: Tensor, source: Tensor | None, groups: int, channels: int) -> str:
     """The same of a quantized input."""
     if not bool(scale.isfinite() & (scale > 0)):
         return "input_scale is not positive and finite (in float32)"
@@ -104,7 +117,9 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         kept = {*self.kept, *_HOOKS}
-        vars(self).update({k: v for k, v in vars(float_layer).items() if k in kept or not k.startswith("_")})
+        mine = {"input_grid", *INPUT_NAMES}
+        carried = {k: v for k, v in vars(float_layer).items() if k in kept or not k.startswith("_")}
+        vars(self).update({k: v for k, v in carried.items() if k not in mine})
         vars(self).update(bits=bits, expand=expand)
         self.channels, self.settings = {}, {"wbits": bits, "expand": expand}
         for name, weight in quantized.items():
@@ -114,8 +129,10 @@ class QuantizedLayer(nn.Module):
                 self.register_buffer(buffer, tensor)
             self.register_buffer(self.running(name), float_weight, persistent=False)  # its dtype counts, until rebuilt
         if quantized_input is not None:
-            self.input_grid = quantized_input.grid
-            for buffer, tensor in zip(INPUT_NAMES, quantized_input[1:], strict=True):
+            grid, scale, source = quantized_input
+            self.input_grid = grid
+            form = form_of(grid).to(next(iter(quantized.values())).ints.device)
+            for buffer, tensor in zip(INPUT_NAMES, (form, scale, source), strict=True):
                 self.register_buffer(buffer, tensor)
         for name in self.more_running:
             self.register_buffer(name, None, persistent=False)
@@ -245,7 +262,7 @@ class QuantizedLayer(nn.Module):
         for name in self.channels:  # assigned ones may have come in another dtype
             _, scale, source = state_names(name)
             self._buffers.update({scale: self._buffers[scale].float(), source: self._buffers[source].long()})
-        for buffer, dtype in zip(self._input_names(), (torch.float32, torch.int64), strict=False):
+        for buffer, dtype in zip(self._input_names()[1:], (torch.float32, torch.int64), strict=False):
             self._buffers[buffer] = self._buffers[buffer].to(dtype)
         self.rebuild()
 
@@ -260,9 +277,11 @@ class QuantizedLayer(nn.Module):
         given, problem = self._given(self._input_names(), state_dict, prefix)
         if problem or not given:
             return problem
-        scale, source, *_ = (*given, None)
+        form, scale, source, *_ = (*given, None, None)
+        if not torch.equal(form, self.input_form.to(form.device)):
+            return f"input_form is {form.tolist()}: the state is of another input than one of {self.input_grid}"
         channels = next(iter(self.channels.values()))
-        return problem_of_input(self.input_grid, scale.float(), source, self.groups, channels)
+        return "" if scale is None else problem_of_input(scale.float(), source, self.groups, channels)
 
     def _input_names(self) -> tuple[str, ...]:
         """The buffers of its quantized input that it has."""

@@ -148,13 +148,20 @@ class StraightThrough(torch.autograd.Function):
     A Function beside the operator, not registered on it: that would cost every call without a gradient 8 us.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
         """x_hat, in x's shape and dtype."""
+        return torch.ops.ocs.fake_quantize(x, scale, bits, signed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Remembers where nothing was clipped."""
+        x, scale, bits, signed = inputs
         qmin, qmax = composite.grid(bits, signed)
         q = torch.round(x.float() / scale)
         ctx.save_for_backward((q >= qmin) & (q <= qmax))
-        return torch.ops.ocs.fake_quantize(x, scale, bits, signed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ocs import functional
 from ocs.activation import ActSplit, InputGrid, QuantizedInput, scale_of
 from ocs.batchnorm import Folding, plan_folding
-from ocs.calibrate import Calibration, Data, Statistics, observe, statistics_for
+from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for
 from ocs.find import (
     FIRST_LAYER,
     Layer,
     Options,
     Selector,
     apply_skip,
+    check_lazy,
     check_model,
     find_layers,
     is_kind,
@@ -52,8 +53,7 @@ def quantize_layer(
     steps = {}
     for name in kind.weight_names(module):
         weight = module._parameters[name]
-        if nn.parameter.is_lazy(weight) or weight.is_meta:
-            raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
+        check_lazy(weight)
         with named(*[name] * (name != "weight")):
             steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options)
     quantized = {name: step.quantized for name, (_, step) in steps.items()}
@@ -102,13 +102,12 @@ def quantize_input(layer: Layer, options: Options, statistics: Statistics | None
     if grid.oracle:
         return QuantizedInput(grid)
     source = split = None
+    if kind.splits_input and statistics.channels not in (None, groups * C):
+        raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")
     if grid.splits:
-        if statistics.channels != groups * C:
-            raise ValueError(f"calibration saw {statistics.channels} input channels where {groups * C} are to be split")
-        order = statistics.outliers().view(groups, C).argsort(dim=1, descending=True, stable=True)[:, : grid.splits]
-        own = torch.arange(groups * C).view(groups, C)
-        split = (order + own[:, :1]).flatten()
-        source = torch.cat([own, split.view(groups, -1)], 1).flatten().to(weight.device)
+        chosen = statistics.most_outliers(grid.splits, groups)
+        split = chosen.flatten()
+        source = torch.cat([torch.arange(groups * C).view(groups, C), chosen], 1).flatten().to(weight.device)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
     return QuantizedInput(grid, scale_of(torch.tensor(threshold), grid).to(weight.device), source)
 
@@ -241,13 +240,15 @@ def quantize(
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2).
-        abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor, rounded half to even; None keeps
-            inputs float. Those of recurrent layers stay float, as in the paper, unless an override names their abits.
+        abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
+            and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
+            paper, unless an override names their abits.
         act_clip: where inputs saturate, a method or fraction as of `clip`, but for "auto".
         act_r: expand ratio of the inputs: ceil(act_r C) channels of a convolution or linear layer are split, in each
             group, those with most values beyond the layer's 99th percentile (`split` says how).
         act_split: "static" (from calibration), or "oracle": scale and splits for each batch from its own values, the
-            largest |x| halved again and again. It bounds what splitting inputs can give, and is slow.
+            largest |x| halved again and again. It bounds what splitting inputs can give, is slow, needs no calibration,
+            and can be neither compiled whole nor exported.
         act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
             nothing negative.
         calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
@@ -274,13 +275,15 @@ def quantize(
         wbits, r, clip, granularity, split, rounding, abits, act_clip, act_r, act_split, act_signed, expand
     )
     check_model(model)
+    if not isinstance(fold_bn, bool):
+        raise ValueError(f"fold_bn={fold_bn!r}: use True or False")
     layers = find_layers(model)
     if not any(is_kind(layer.module) for layer in layers):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
+    inputs = _look_at_inputs(model, layers, chosen, calibration, progress)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
-        inputs = _look_at_inputs(model, layers, chosen, calibration, progress)
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         replacements, lines = {**folding.layers, **folding.norms}, []
         for layer in with_progress(layers, "quantize", progress):
@@ -306,9 +309,10 @@ def _look_at_inputs(
 ) -> Mapping[str, Statistics]:
     """What calibration tells of the layers whose inputs are quantized; those it never reaches stay float."""
     of_inputs = [layer for layer in layers if chosen[layer.name].abits is not None]
-    vain = next((name for name, options in chosen.items() if options.abits is None and options.of_inputs), None)
-    if vain is not None:
-        raise ValueError(f"{vain}: an act_ option without abits has no effect: set abits, too")
+    for layer in layers:
+        options = chosen[layer.name]
+        if options.abits is None and options.of_inputs and "abits" not in layer.asked_for:
+            raise ValueError(f"{layer.name}: an act_ option without abits has no effect: set abits, too")
     watched = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
     if calibration is None:
         if watched:
@@ -318,6 +322,8 @@ def _look_at_inputs(
         return {}
     if not of_inputs:
         raise ValueError("calibration= without abits has no effect: set abits, too")
+    if not watched:
+        return {}
     if not isinstance(calibration, Calibration):
         statistics = {}
         for layer in watched:
@@ -325,7 +331,9 @@ def _look_at_inputs(
             split = options.act_r > 0 and options.act_split == "static"
             statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
         observe(model, calibration, statistics, progress)
-        calibration = {name: seen for name, (_, seen) in statistics.items() if seen.inputs}
+        calibration = reached(statistics)
+    elif not any(layer.name in calibration for layer in watched):
+        raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
     for layer in watched:
         if layer.name not in calibration:
             layer.leave("float", "calibration never reached it")

@@ -30,7 +30,7 @@ from ocs.activation import InputGrid, QuantizedInput, check_grid
 from ocs.batchnorm import FoldedBatchNorm
 from ocs.find import Layer, find_layers, named, replacement_of
 from ocs.functional import QuantizedWeight
-from ocs.layer import INPUT_NAMES, QuantizedLayer, problem_of, problem_of_input, state_names
+from ocs.layer import INPUT_NAMES, QuantizedLayer, input_names, problem_of, problem_of_input, state_names
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.rewrite import Slot, exchange, module_slots
@@ -65,7 +65,9 @@ def _entries(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[_E
         module = replacements.get(id(old), old)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{prefix or 'model'}: it has extra state, which a file of tensors cannot hold")
-        held = {buffer for weight in getattr(module, "channels", ()) for buffer in state_names(weight)} | {*INPUT_NAMES}
+        held = set()
+        if isinstance(module, QuantizedLayer):
+            held = {*INPUT_NAMES, *(buffer for weight in module.channels for buffer in state_names(weight))}
         for where in (module._parameters, module._buffers):
             for key, tensor in where.items():
                 if tensor is not None and key not in held and key not in module._non_persistent_buffers_set:
@@ -176,13 +178,11 @@ def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
         yield ints_name, torch.ops.ocs.pack(ints, layer.bits)
         yield scale_name, scale.clone()
         yield source_name, layer.copies(weight).to("cpu", torch.int32, copy=True)
-    scale_name, source_name = (_full(name, buffer) for buffer in INPUT_NAMES)
-    scale, source = (layer._buffers.get(buffer) for buffer in INPUT_NAMES)
-    if scale is not None:
-        yield scale_name, scale.to("cpu", copy=True)
-    if source is not None:
-        copies = source.view(layer.groups, -1)[:, -layer.input_grid.splits :]
-        yield source_name, copies.flatten().to("cpu", torch.int32, copy=True)
+    for buffer in input_names(layer.input_grid):
+        tensor = layer._buffers[buffer]
+        if buffer == "input_source":
+            tensor = tensor.view(layer.groups, -1)[:, -layer.input_grid.splits :].flatten().int()
+        yield _full(name, buffer), tensor.to("cpu", copy=True)
 
 
 def _describe(layer: QuantizedLayer) -> dict[str, Any]:
@@ -244,13 +244,16 @@ class _SavedLayer:
         types = (str, int, bool, dict, dict)
         if tuple(map(type, vars(self).values()))[:5] != types or not 2 <= self.bits <= 8:
             raise TypeError
-        if self.input is not None:
-            self.grid()
 
-    def grid(self) -> InputGrid:
-        """How the input is quantized; a TypeError or ValueError where it cannot be so."""
-        grid = InputGrid(**self.input)
-        check_grid(grid)
+    def grid(self) -> InputGrid | None:
+        """How the input is quantized, None where it is not; a ValueError where it cannot be so."""
+        if self.input is None:
+            return None
+        try:
+            grid = InputGrid(**self.input)
+            check_grid(grid)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"its input is described wrongly ({str(error)[:200]})") from error
         return grid
 
 
@@ -272,8 +275,12 @@ class _Reader:
             if metadata["crc32"] != str(zlib.crc32(metadata["ocs"].encode())):
                 raise KeyError("crc32")
             self.layers = {name: _SavedLayer(**saved) for name, saved in header["layers"].items()}
-            self.batch_norms = [str(name) for name in header.get("batch_norms", [])]
-            self.sums = {name: int(crc) for name, crc in header["tensors"].items()}
+            self.batch_norms = header.get("batch_norms", [])
+            self.sums = header["tensors"]
+            if {type(self.batch_norms), *map(type, self.batch_norms)} - {list, str}:
+                raise TypeError
+            if {*map(type, self.sums.values())} - {int}:
+                raise TypeError
         except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError("its header is damaged") from error
         if set(self.sums) != set(file.keys()):
@@ -347,7 +354,8 @@ def _rebuilt(reader: _Reader, layer: Layer, saved: _SavedLayer) -> QuantizedLaye
     if saved.kind != kind.float_kind.__name__ or list(saved.weights) != list(kind.weight_names(module)):
         raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
     quantized = {weight: _read_weight(reader, layer, weight, saved) for weight in saved.weights}
-    quantized_input = None if saved.input is None else _read_input(reader, layer, saved.grid())
+    grid = saved.grid()
+    quantized_input = None if grid is None else _read_input(reader, layer, grid)
     replacement = kind(module, quantized, saved.bits, saved.expand and not layer.only_folded, quantized_input)
     replacement.settings = saved.settings
     return replacement
@@ -391,13 +399,12 @@ def _read_input(reader: _Reader, layer: Layer, grid: InputGrid) -> QuantizedInpu
         raise ValueError(f"it was saved with an input of {grid}, which this layer cannot have")
     if grid.oracle:
         return QuantizedInput(grid)
-    scale_name, source_name = (_full(layer.name, buffer) for buffer in INPUT_NAMES)
-    scale, source = reader.read(scale_name, [], "F32"), None
+    scale, source = reader.read(_full(layer.name, "input_scale"), [], "F32"), None
     if grid.splits:
         own = torch.arange(groups * C).view(groups, C)
-        copies = reader.read(source_name, [groups * grid.splits], "I32").long()
+        copies = reader.read(_full(layer.name, "input_source"), [groups * grid.splits], "I32").long()
         source = torch.cat([own, copies.view(groups, -1)], 1).flatten()
-    problem = problem_of_input(grid, scale, source, groups, C)
+    problem = problem_of_input(scale, source, groups, C)
     if problem:
         raise ValueError(problem)
     device = "cpu" if weight.is_meta else weight.device
@@ -415,8 +422,7 @@ def _plan_floats(
     expected = {entry.name for entry in entries}
     for name, saved in reader.layers.items():
         expected |= {_full(name, buffer) for weight in saved.weights for buffer in state_names(weight)}
-        if saved.input is not None and not saved.grid().oracle:
-            expected |= {_full(name, buffer) for buffer in INPUT_NAMES[: 1 + (saved.grid().splits > 0)]}
+        expected |= {_full(name, buffer) for buffer in input_names(saved.grid())}
     for what, names in (("has no", expected - set(reader.sums)), ("has besides", set(reader.sums) - expected)):
         if names:
             raise ValueError(f"it was saved from another model: it {what} {', '.join(sorted(names)[:3])}")

@@ -224,9 +224,8 @@ def test_every_kind_of_layer() -> None:
     assert "input not split" in lines["attention.in_proj_weight"].reason
     assert lines["net.body.5"].reason == "depthwise: not split"
     ours = copy.deepcopy(model)
-    overrides = {"lstm": {"abits": 6}, "cell": {"abits": 5}, "net.head": {"abits": None, "act_r": 0.0}}
-    ocs.quantize(ours, abits=8, act_clip="mse", overrides=overrides | {"net.head": {"abits": None, "act_clip": "none"}},
-                 calibration=lambda m: m(*inputs))  # fmt: skip
+    overrides = {"lstm": {"abits": 6}, "cell": {"abits": 5}, "net.head": {"abits": None}}
+    ocs.quantize(ours, abits=8, act_clip="mse", overrides=overrides, calibration=lambda m: m(*inputs))
     assert [ours.lstm.input_grid.bits, ours.cell.input_grid.bits, ours.net.head.input_grid] == [6, 5, None]
     plain = folded_twin(model, ours)
     words = inputs[1]
@@ -257,6 +256,7 @@ def test_every_kind_of_layer() -> None:
         ({"abits": 4, "act_signed": False}, 'act_signed=False: use True, or "auto"'),
         ({"act_r": 0.1}, "an act_ option without abits has no effect"),
         ({"act_clip": "mse"}, "an act_ option without abits has no effect"),
+        ({"abits": 4, "fold_bn": "no"}, "fold_bn='no': use True or False"),
         ({"abits": None}, "calibration= without abits has no effect"),
     ],
 )
@@ -267,10 +267,40 @@ def test_bad_options(net: SmallNet, options: dict, message: str) -> None:
     assert_unchanged(net, before)
 
 
+def test_a_nested_input_is_one_clear_error(net: SmallNet) -> None:
+    ocs.quantize(net, abits=4, calibration=torch.randn(2, 3, 8, 8))
+    words = torch.nested.nested_tensor([torch.randn(2, 16), torch.randn(3, 16)], layout=torch.jagged)
+    with pytest.raises(RuntimeError, match="a quantized layer input cannot be a nested tensor: pad it"):
+        net.head(words)
+
+
+def test_attributes_that_are_called_like_ours() -> None:
+    layer = nn.Linear(4, 3)
+    layer.input_grid, layer.input_scale = "mine", 3.0
+    ours = quantized(layer, torch.randn(5, 4), abits=8)
+    assert ours.input_grid == InputGrid(bits=8)
+    assert quantize_only_weights(layer).input_grid is None
+
+
+def quantize_only_weights(layer: nn.Module) -> nn.Module:
+    net = nn.Sequential(layer)
+    ocs.quantize(net)
+    return net[0]
+
+
+def test_functional_gradients(net: SmallNet) -> None:
+    ocs.quantize(net, abits=4, calibration=torch.randn(2, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    gradient = torch.func.grad(lambda x: net(x).sum())(x)
+    x.requires_grad_(True)
+    net(x).sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
+
+
 def test_a_calibration_of_another_model(net: SmallNet) -> None:
     calibration = ocs.calibrate(net, torch.randn(2, 3, 8, 8))
     calibration["head"] = ocs.calibrate(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))["0"]
-    with pytest.raises(ValueError, match="head: calibration saw 4 input channels where 16 are to be split"):
+    with pytest.raises(ValueError, match="head: calibration saw 4 input channels, this layer has 16"):
         ocs.quantize(net, abits=4, act_r=0.1, calibration=calibration)
 
 
@@ -337,6 +367,8 @@ def test_states_that_cannot_be_are_refused(net: SmallNet) -> None:
         ("head.input_source", good["head.input_source"][:-1], "head: input_source has a size mismatch"),
         ("head.input_source", torch.tensor([*range(16), 3, 3, 3, 3]), "head: input_source splits a channel twice"),
         ("head.input_scale", None, "head: input_scale is missing"),
+        ("head.input_form", torch.tensor([4, 0, 1, 0]).byte(), "head: input_form is .*: the state is of another input"),
+        ("head.input_form", torch.tensor([4, 1, 0, 0]).byte(), "head: input_form is .*: the state is of another input"),
     ):
         bad = dict(good)
         bad.pop(name)

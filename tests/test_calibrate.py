@@ -201,6 +201,12 @@ def test_the_model_is_undisturbed(net: SmallNet, fails: bool) -> None:
         (lambda: 7, TypeError, "calibration=7: use batches"),
         (lambda: "images", TypeError, "calibration='images': use batches"),
         (lambda: [x, x * torch.nan], ValueError, "body.0: its input holds NaN"),
+        (lambda: {"x": x}, TypeError, "calibration is one dict: put it in a list"),
+        (lambda: (x, torch.zeros(len(x))), TypeError, r"calibration is one \(batch, target\) pair: put it in a list"),
+        (lambda: x.numpy(), TypeError, "calibration is one ndarray: put it in a list"),
+        (lambda: [x.numpy()], TypeError, "gave a numpy array: give tensors"),
+        (lambda: lambda model: None, ValueError, r"calibration reached none of the layers body\.0, body\.3"),
+        (lambda: ocs.Calibration(), ValueError, "calibration is of another model"),
         (lambda: [x * torch.inf], ValueError, "body.0: its input holds NaN"),
         (lambda: [x * 2.0**126], ValueError, "its input holds NaN, Inf or values that float32 hardly holds"),
         (lambda: None, ValueError, "body.0: abits=4 needs calibration=: batches"),
@@ -237,6 +243,70 @@ def test_only_what_is_quantized_is_looked_at() -> None:
     assert calibration["gru"].largest == float(words.abs().max())
     assert calibration["attention"].inputs == 2
     assert calibration["attention"].largest < 50
+
+
+def test_a_model_whose_train_does_more_than_set_flags() -> None:
+    """As layers that merge a low-rank update into their weight for evaluation: a round trip would round."""
+
+    class Merging(nn.Linear):
+        def train(self, mode: bool = True) -> nn.Module:
+            raise AssertionError("not for us to call")
+
+    net = nn.Sequential(nn.Linear(4, 4), Merging(4, 4))
+    ocs.calibrate(net, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_compiled_models_are_looked_into(net: SmallNet, ran_before: bool) -> None:
+    """Compiled code would not call the hooks."""
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    expected = copy.deepcopy(net)
+    with torch.no_grad():
+        if ran_before:
+            compiled(x)
+        ocs.quantize(compiled, abits=6, calibration=x)
+        ocs.quantize(expected, abits=6, calibration=x)
+        torch.testing.assert_close(compiled(x), expected(x))
+
+
+def test_in_inference_mode() -> None:
+    """With a batch made there, and a layer that works in place."""
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Linear(4, 2)).eval()
+    with torch.inference_mode():
+        calibration = ocs.calibrate(net, torch.randn(3, 4))
+        ocs.quantize(copy.deepcopy(net), abits=8, calibration=calibration)
+        ocs.quantize(net, abits=8, calibration=[torch.randn(3, 4), torch.randn(3, 4)])
+    calibration["1"].update(torch.randn(2, 4))
+    net(torch.randn(3, 4)).sum().backward()
+    assert net[1].bias.grad is not None
+
+
+def test_packed_sequences_pairs_and_lazy_layers() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 4), [5, 3])
+    for batch in (packed, (packed, 0), ({"input": packed}, 0)):
+        calibration = ocs.calibrate(Wrapped(), [batch])
+        assert calibration["lstm"].largest == float(packed.data.abs().max())
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="0: its weight holds no values yet"):
+        ocs.quantize(lazy, abits=8, calibration=torch.randn(2, 4))
+    assert isinstance(lazy[0], nn.LazyLinear)
+
+
+class Wrapped(nn.Module):
+    """A recurrent layer in a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3)
+
+    def forward(self, input: Any) -> Any:
+        return self.lstm(input)
+
+
+def test_the_failing_batch_is_named(net: SmallNet) -> None:
+    with pytest.raises(ValueError, match="its input has 2 channels, it needs 3") as error:
+        ocs.calibrate(net, [x, x[:, :2]])
+    assert error.value.__notes__ == ["while calibrating on batch 1"]
 
 
 def test_fused_transformer_layers_are_looked_into() -> None:

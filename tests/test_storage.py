@@ -111,6 +111,30 @@ def test_bits_take_bits(tmp_path: Path) -> None:
         assert report.packed_bytes == 1000 * 1020 * bits // 8 + 4 + 20 * 4
 
 
+class Scaled(nn.Module):
+    """With a tensor of its own that is called as a quantized layer's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("input_scale", torch.tensor(1.0))
+        self.input_source = nn.Parameter(torch.zeros(4))
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x * self.input_scale + self.input_source)
+
+
+def test_tensors_that_are_called_like_ours_are_kept(tmp_path: Path) -> None:
+    model, x = Scaled(), torch.randn(3, 4)
+    with torch.no_grad():
+        model.input_scale.fill_(7)
+        model.input_source.fill_(3)
+    ocs.quantize(model, abits=8, calibration=x)
+    ocs.save(model, tmp_path / "scaled.safetensors")
+    for target in (Scaled(), Scaled().to("meta")):
+        assert torch.equal(ocs.load(tmp_path / "scaled.safetensors", target)(x), model(x))
+
+
 def test_the_file_is_readable_by_others(saved: tuple[nn.Module, Path]) -> None:
     model, path = saved
     with safetensors.safe_open(path, framework="np") as file:
