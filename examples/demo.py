@@ -1,8 +1,9 @@
 """The main job on real data: OCS on a trained ResNet-20, judged on Fashion-MNIST test images.
 
 Prints top-1 and mean weight SQNR over bits and expand ratio (the form of the paper's Table 1) and the report of one
-setting, and saves the weight histograms of the layer with the worst outlier (the paper's Figure 1). Weights only, first
-layer float. Finished cells are kept in build/, so that a second run prints them at once; --fresh measures again.
+setting, and saves pictures of the layer with the worst outlier: its histograms (the paper's Figure 1), and where each
+clip method cuts them. Weights only, first layer float. Finished cells are kept in build/, so that a second run prints
+them at once; --fresh measures again.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def show_one(out: Path) -> None:
         weight, SHOWN["wbits"], SHOWN["r"], title=f"{name}: largest weight {sigmas:.0f} standard deviations out"
     )
     figure.savefig(out, dpi=120)
+    clips = out.with_name("clips.png")
+    ocs.plot.clip_thresholds(weight, SHOWN["wbits"], SHOWN["r"], title=f"{name}: weights").savefig(clips, dpi=120)
     report = ocs.quantize(model, **SHOWN)
     print(f"\nocs.quantize(model, wbits={SHOWN['wbits']}, r={SHOWN['r']})\n{report}")
     saved = BUILD / f"resnet20-{SHOWN['wbits']}bit.safetensors"
@@ -80,6 +83,7 @@ def show_one(out: Path) -> None:
     outputs = "the same outputs" if same else "OTHER OUTPUTS"
     print(f"\nSaved in {shown(saved)}: {saved_kb} KB, {float_kb} KB as floats; loaded into a fresh network: {outputs}")
     print(f"\nFigure 1 for {name}, the layer with the worst outlier: {shown(out)}")
+    print(f"Where each method clips its weights, before and after OCS: {shown(clips)}")
 
 
 def main() -> None:
