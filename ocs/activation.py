@@ -200,18 +200,47 @@ class CopiedChannels(NamedTuple):
 def copied_channels(weight_source: Tensor, cuts: Cuts, groups: int, channels: int) -> CopiedChannels:
     """weight_source [groups (C + n)], as QuantizedLayer has it; channels: C."""
     columns = weight_source.view(groups, -1)
-    own = torch.arange(groups * channels, device=columns.device).view(groups, channels)
-    parts, where = own, own
+    source = columns[
+        :, channels:
+    ]  # of the weight's copies, which see their channel's first part: cut at its own number
+    column = torch.arange(channels, columns.shape[1], device=source.device).expand_as(source)
+    found = CopiedChannels(column, torch.ones_like(source, dtype=torch.bool), source, source)
     if cuts.source is not None:
-        copies = cuts.source.view(groups, -1)
-        after = torch.arange(copies.numel(), device=columns.device).view_as(copies) + own.numel()
-        parts, where = torch.cat([own, copies], 1), torch.cat([own, after], 1)
-    pairs = parts[:, :, None] == columns[:, None, :]  # [groups, parts, columns]
-    pairs[:, :channels, :channels] = False  # an original column with its channel's first part is no copy
-    flat = pairs.flatten(1)
-    most = int(flat.sum(1).max()) if flat.numel() else 0
-    chosen = flat.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    part, column = chosen.div(columns.shape[1], rounding_mode="floor"), chosen % columns.shape[1]
-    return CopiedChannels(
-        column, flat.gather(1, chosen), parts.gather(1, part).flatten(), where.gather(1, part).flatten()
+        more = _further_parts(columns, cuts.source.view(groups, -1), groups * channels)
+        found = CopiedChannels(*(torch.cat(both, 1) for both in zip(found, more, strict=True)))
+    return found._replace(index=found.index.flatten(), at=found.at.flatten())
+
+
+def _further_parts(columns: Tensor, copies: Tensor, first: int) -> CopiedChannels:
+    """Every column [groups, C + n] that the input's copies [groups, n_a] are multiplied with, all [groups, m].
+
+    first: where the cut of the first copy is.
+    """
+    group, copy, column = (copies[:, :, None] == columns[:, None, :]).nonzero(as_tuple=True)
+    counts = group.bincount(minlength=len(copies))
+    place = torch.arange(group.numel(), device=group.device) - (counts.cumsum(0) - counts)[group]
+    shape = (len(copies), int(counts.max()))
+    more = CopiedChannels(
+        columns.new_zeros(shape), columns.new_zeros(shape, dtype=torch.bool), copies[:, :1].repeat(1, shape[1]),
+        columns.new_full(shape, first)
+    )  # fmt: skip
+    values = (
+        column,
+        torch.ones_like(column, dtype=torch.bool),
+        copies[group, copy],
+        first + group * copies.shape[1] + copy,
     )
+    for tensor, value in zip(more, values, strict=True):
+        tensor[group, place] = value
+    return more
+
+
+def copies_needed(weight_source: Tensor, input_source: Tensor | None, groups: int, channels: int) -> int:
+    """How many channels of each group copied_channels() gives."""
+    columns = weight_source.view(groups, -1)
+    needed = columns.shape[1] - channels
+    if input_source is None:
+        return needed
+    copies = input_source.view(groups, -1)[:, channels:]
+    columns_of = columns.flatten().bincount(minlength=groups * channels)
+    return needed + int(columns_of[copies].sum(1).max())

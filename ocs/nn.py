@@ -19,6 +19,7 @@ from ocs.activation import (
     CopiedChannels,
     Cuts,
     copied_channels,
+    copies_needed,
     folded,
     gather,
     oracle_cuts,
@@ -88,6 +89,15 @@ class _QuantProduct(QuantizedLayer):
         elif ints.shape[1] > C:
             self._buffers["copied_index"] = self.copies()
             self.set_running("copied", self.layout(torch.ops.ocs.dequantize(ints[:, C:], scale), self.groups), like)
+
+    def expanded_shape(self, name: str) -> tuple[int, ...]:
+        """C + the copies of weight and input together; of Oracle OCS the least, as batches may need some more."""
+        shape, channels = list(self.held(name)[0].shape), self.channels[name]
+        of_input = self._buffers.get("input_source")
+        shape[1] = channels + copies_needed(self.source_of(name), of_input, self.groups, channels)
+        if self.input_grid is not None and self.input_grid.oracle:
+            shape[1] += self.input_grid.splits
+        return tuple(self.layout(torch.empty(shape, device="meta"), self.groups).shape)
 
     def _static_cuts(self) -> Cuts:
         """Of the input, as long as they do not depend on the batch."""

@@ -128,7 +128,7 @@ def _report_weight(
 ) -> LayerReport:
     quantized = step.quantized
     groups, C = replacement.groups, replacement.channels[name]
-    sources = replacement.copies(name).tolist()
+    sources, of_input = replacement.copies(name).tolist(), _report_input(replacement)
     return LayerReport(
         **_common(layer, name),
         bits=options.wbits,
@@ -143,9 +143,10 @@ def _report_weight(
         max_after=max(plan.split_max.tolist(), default=0.0),
         sqnr_db=functional.sqnr_db(*step.error),
         packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8)
-        + 4 * (quantized.scale.numel() + len(sources)),
+        + 4
+        * (quantized.scale.numel() + len(sources) + len(of_input.get("act_sources", ())) + ("act_scale" in of_input)),
         expanded_shape=replacement.expanded_shape(name),
-        **_report_input(replacement),
+        **of_input,
         reason=_note(layer, options, C, groups),
     )
 
@@ -157,6 +158,7 @@ def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
         return {}
     source, scale = (replacement._buffers.get(name) for name in ("input_source", "input_scale"))
     copies = [] if source is None else source.view(replacement.groups, -1)[:, -grid.splits :].flatten().tolist()
+    scales = {} if scale is None else {"act_scale": float(scale), "act_threshold": float(scale) * grid.qmax}
     return {
         "act_bits": grid.bits,
         "act_signed": grid.signed,
@@ -164,8 +166,7 @@ def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
         "act_split": grid.act_split,
         "act_splits": grid.splits * replacement.groups,
         "act_sources": tuple(copies),
-        "act_scale": None if scale is None else float(scale),
-        "act_threshold": None if scale is None else float(scale) * grid.qmax,
+        **scales,
     }
 
 

@@ -39,10 +39,11 @@ class LayerReport:
     max_before: float | None = None  # max|w|
     max_after: float | None = None  # max|w| of the split weight
     sqnr_db: float | None = None  # 10 log10(sum w^2 / sum (w - w_hat)^2); inf where exact
-    packed_bytes: int | None = None  # k-bit integers of the expanded weight, scales, and sources of the copies
+    packed_bytes: int | None = None  # k-bit integers of the expanded weight, scales, and sources of the copies; of an
+    # input's copies the sources alone, as their weights are there already
 
-    expanded_shape: tuple[int, ...] = ()  # of the weight that runs expanded: C + n channels, and in recurrent layers
-    # the gate rows of split units too
+    expanded_shape: tuple[int, ...] = ()  # of the weight that runs expanded: C + n channels, those of split inputs too,
+    # and in recurrent layers the gate rows of split units
 
     # Of the layer's input; None and 0 where it stays float
     act_bits: int | None = None

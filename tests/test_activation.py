@@ -187,6 +187,30 @@ def test_a_channel_split_in_weight_and_input_has_every_pair() -> None:
     assert ours.source.tolist() == ours.input_source.tolist() == [*range(6), 4]
     assert ours.copied.shape == (3, 3)
     assert ours.copied_index.tolist() == [4, 4, 4]
+    assert ours.expanded_shape("weight") == (3, 9)
+
+
+def test_the_report_counts_the_channels_of_both(net: SmallNet) -> None:
+    x = torch.randn(8, 3, 8, 8)
+    for expand in (True, False):
+        ours = copy.deepcopy(net)
+        report = ocs.quantize(ours, abits=4, wbits=5, r=0.2, act_r=0.2, calibration=x, expand=expand)
+        for line in report.quantized:
+            layer = ours.get_submodule(line.name)
+            assert line.act_splits == len(line.act_sources) == layer.input_grid.splits * layer.groups
+            assert line.shape[1] + (line.splits + line.act_splits) / layer.groups <= line.expanded_shape[1]
+            if expand and layer.copied is not None:
+                running = layer.original.shape[1] + layer.copied.shape[1]
+                assert line.expanded_shape == (*line.shape[:1], running, *line.shape[2:])
+        assert report.relative_size > 1.35
+
+
+def test_a_wide_layer_takes_no_square_of_its_width() -> None:
+    source = torch.cat([torch.arange(30_000), torch.arange(300)])
+    splits = torch.cat([torch.arange(30_000), torch.arange(100, 400)])
+    cuts = activation.static_cuts(InputGrid(bits=4, splits=300), torch.tensor(1.0), splits, 1)
+    channels = activation.copied_channels(source, cuts, 1, 30_000)
+    assert channels.column.shape[1] == activation.copies_needed(source, splits, 1, 30_000) == 300 + 300 + 200
 
 
 def test_oracle_depends_on_the_batch_and_static_does_not() -> None:
