@@ -145,18 +145,24 @@ class Report:
 
     def __str__(self) -> str:
         rows = [HEADER, *(_cells(layer) for layer in self.layers)]
-        kept = [i for i in range(len(HEADER)) if i != _INPUT_COLUMN or any(row[i] for row in rows[1:])]
+        kept = self._columns()
         widths = [max(len(row[i]) for row in rows) if i in kept else 0 for i in range(len(HEADER))]
         lines = ["  ".join(_pad(row[i], widths[i], i) for i in kept) for row in rows]
         return "\n".join([*(line.rstrip() for line in lines), self._summary()])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(title)}</th>" for title in HEADER)
-        body = "".join(_html_row(layer) for layer in self.layers)
+        kept = self._columns()
+        head = "".join(f"<th>{html.escape(HEADER[i])}</th>" for i in kept)
+        body = "".join(_html_row(layer, kept) for layer in self.layers)
         return (
             f'<table style="border-collapse:collapse" border="1" cellpadding="4"><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table><p>{html.escape(self._summary())}</p>"
         )
+
+    def _columns(self) -> list[int]:
+        """All, but that of inputs only where one is quantized."""
+        of_inputs = any(layer.act_bits is not None for layer in self.layers)
+        return [i for i in range(len(HEADER)) if i != _INPUT_COLUMN or of_inputs]
 
     def _summary(self) -> str:
         layers, left = len({layer.name for layer in self.quantized}), len(self.layers) - len(self.quantized)
@@ -233,10 +239,10 @@ def _pad(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column in _TEXT_COLUMNS else cell.rjust(width)
 
 
-def _html_row(layer: LayerReport) -> str:
+def _html_row(layer: LayerReport, kept: list[int]) -> str:
     style = "" if layer.status == "quantized" else ' style="color:#777"'
-    aligned = ("" if i in _TEXT_COLUMNS else ' style="text-align:right"' for i in range(len(HEADER)))
-    cells = zip(aligned, _cells(layer), strict=True)
+    row = _cells(layer)
+    cells = (("" if i in _TEXT_COLUMNS else ' style="text-align:right"', row[i]) for i in kept)
     return f"<tr{style}>" + "".join(f"<td{align}>{html.escape(cell)}</td>" for align, cell in cells) + "</tr>"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -57,10 +58,35 @@ def test_text(report: ocs.Report) -> None:
     text = str(report)
     lines = text.splitlines()
     assert len(lines) == len(report.layers) + 2
-    assert lines[0].split() == list(filter(None, " ".join(HEADER).split(" ")))
+    assert lines[0].split() == [word for title in HEADER if title != "input" for word in title.split()]
     assert "skipped: first convolution" in lines[1]
     assert "depthwise: not split" in text
     assert lines[-1].startswith("4 layers quantized, 1 left float")
+
+
+def test_inputs_have_a_column(net: SmallNet) -> None:
+    report = ocs.quantize(
+        net, abits=4, act_r=0.2, act_clip="mse", act_signed="auto", calibration=torch.randn(8, 3, 8, 8),
+        overrides={"head": {"act_split": "oracle", "act_clip": 0.5}, "body.3": {"abits": None}},
+    )  # fmt: skip
+    assert "input" in str(report).splitlines()[0]
+    assert "<th>input</th>" in report.to_html()
+    for name, shown in (("body.0", r"4 bits \+2, 0 \.\. [\d.]+ mse"), ("head", r"4 bits \+4 oracle")):
+        line = next(line for line in str(report).splitlines() if line.startswith(name))
+        assert re.search(shown, line)
+    plain = report.to_dict()["layers"][1]
+    assert (plain["act_bits"], plain["act_signed"], plain["act_clip"], plain["act_splits"]) == (4, False, "mse", 2)
+    assert len(plain["act_sources"]) == 2
+    assert plain["act_scale"] * 15 == pytest.approx(plain["act_threshold"])
+
+
+def test_the_clip_method_is_shown(net: SmallNet) -> None:
+    report = ocs.quantize(net, wbits=3, clip="auto", overrides={"head": {"clip": 0.5}})
+    for line in report.quantized:
+        shown = next(text for text in str(report).splitlines() if text.startswith(line.label))
+        assert line.clip in functional.AUTO or line.label == "head"
+        assert "x0.5" in shown if line.label == "head" else line.clip == "none" or f" {line.clip}" in shown
+    assert json.loads(report.to_json())["layers"][1]["clip"] in functional.AUTO
 
 
 def test_html_is_well_formed(report: ocs.Report) -> None:
