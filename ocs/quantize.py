@@ -253,7 +253,8 @@ def quantize(
         act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
             nothing negative.
         calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
-            model, or what ocs.calibrate returned. The model runs in eval mode and without gradients.
+            model, or what ocs.calibrate returned. The model runs in eval mode and without gradients. Where
+            torch.distributed is initialized, every rank calls quantize with batches of its own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
         skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates

@@ -91,6 +91,16 @@ def test_oracle_splits_are_the_papers(split: str) -> None:
     np.testing.assert_allclose(ours, literal_input(x, float(cuts.scale), picks, grid), atol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.6, "mse", "percentile"])
+def test_oracle_clips_the_split_values(clip: str | float) -> None:
+    x = torch.randn(40, 10, 6) ** 3
+    x[:, 3] *= 9
+    grid = InputGrid(bits=4, splits=3, act_split="oracle", clip=clip)
+    split = reference.split_channels(x.numpy(), reference.pick_channels(x.numpy(), 3), False)[0]
+    expected = functional.clip_threshold(split, 4, clip)
+    assert float(activation.oracle_cuts(grid, x, -2, 1).scale) == pytest.approx(expected / 7, rel=1e-6)
+
+
 def test_quantization_aware_splits_round_as_if_nothing_were_split() -> None:
     """Hermite's identity off ties, with twice the range: what no other channel can hold, a split one can."""
     u = torch.linspace(-14.03, 14.03, 4001)[:, None].expand(-1, 2)

@@ -322,6 +322,15 @@ def test_fused_transformer_layers_are_looked_into() -> None:
     assert torch.isfinite(net(words)).all()
 
 
+def test_padded_sequences_do_not_become_nested() -> None:
+    """As the fused encoder makes them of a padding mask; nested tensors have no statistics."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    calibration = ocs.calibrate(net, [{"src": torch.randn(2, 5, 8), "src_key_padding_mask": padding}])
+    assert {f"layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "linear1", "linear2")} <= set(calibration)
+
+
 # --- Several ranks ----------------------------------------------------------------------------------------------------
 
 RANK = """
