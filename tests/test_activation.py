@@ -186,6 +186,18 @@ def test_what_is_multiplied_fits_the_bits(name: str, options: dict) -> None:
     assert more.shape[ours.input_axis] >= copies
 
 
+def test_groups_have_cuts_of_their_own() -> None:
+    """Oracle OCS halves one channel of the second group again and again, and those of the others once or not at all."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(12, 6, 3, groups=3), torch.randn(2, 12, 9, 9)
+    x[:, 5] *= 50
+    x[:, 9] *= 5
+    a, b = (quantized(layer, x, abits=6, r=0.5, act_r=1.0, act_split="oracle", expand=e) for e in (True, False))
+    depths = activation.oracle_cuts(a.input_grid, x, -3, 3).factor
+    assert len(depths.unique()) > 2
+    torch.testing.assert_close(a(x), b(x), rtol=0, atol=1e-5 * float(b(x).detach().abs().max()))
+
+
 def test_a_channel_split_in_weight_and_input_has_every_pair() -> None:
     """Two parts of the weight times two parts of the input are four channels, three of them new."""
     layer = nn.Linear(6, 3)
