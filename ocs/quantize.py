@@ -129,6 +129,7 @@ def _report_weight(
     quantized = step.quantized
     groups, C = replacement.groups, replacement.channels[name]
     sources, of_input = replacement.copies(name).tolist(), _report_input(replacement)
+    numbers = quantized.scale.numel() + len(sources) + len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
     return LayerReport(
         **_common(layer, name),
         bits=options.wbits,
@@ -142,9 +143,7 @@ def _report_weight(
         max_before=max(plan.channel_max.tolist(), default=0.0),
         max_after=max(plan.split_max.tolist(), default=0.0),
         sqnr_db=functional.sqnr_db(*step.error),
-        packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8)
-        + 4
-        * (quantized.scale.numel() + len(sources) + len(of_input.get("act_sources", ())) + ("act_scale" in of_input)),
+        packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8) + 4 * numbers,
         expanded_shape=replacement.expanded_shape(name),
         **of_input,
         reason=_note(layer, options, C, groups),
