@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, get_args
 
 import torch
@@ -76,7 +77,8 @@ class Options:
     @property
     def of_inputs(self) -> bool:
         """Whether it says anything of inputs."""
-        return any(getattr(self, each.name) != each.default for each in fields(self) if each.name.startswith("act_"))
+        given = (self.act_clip, self.act_r, self.act_split, self.act_signed)
+        return given != (Options.act_clip, Options.act_r, Options.act_split, Options.act_signed)
 
 
 @dataclass
@@ -216,10 +218,11 @@ def _is_lazy(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values())
 
 
-def _own_methods(kind: type[nn.Module], of: type[nn.Module]) -> set[str]:
+@lru_cache(maxsize=256)
+def _own_methods(kind: type[nn.Module], of: type[nn.Module]) -> frozenset[str]:
     """What a subclass can do that its replacement could not."""
     names = (name for name in set(dir(kind)) - set(dir(of)) if not name.startswith("_"))
-    return {name for name in names if isinstance(getattr(kind, name), property) or callable(getattr(kind, name))}
+    return frozenset(n for n in names if isinstance(getattr(kind, n), property) or callable(getattr(kind, n)))
 
 
 def _overrides_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

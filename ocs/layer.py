@@ -134,8 +134,8 @@ class QuantizedLayer(nn.Module):
             form = form_of(grid).to(next(iter(quantized.values())).ints.device)
             for buffer, tensor in zip(INPUT_NAMES, (form, scale, source), strict=True):
                 self.register_buffer(buffer, tensor)
-        for name in self.more_running:
-            self.register_buffer(name, None, persistent=False)
+        self._buffers.update(dict.fromkeys(self.more_running))
+        self._non_persistent_buffers_set.update(self.more_running)
         for name in self.other_names(float_layer):
             if name in float_layer._parameters:
                 self.register_parameter(name, float_layer._parameters[name])

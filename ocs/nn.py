@@ -92,10 +92,12 @@ class _QuantProduct(QuantizedLayer):
 
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """C + the copies of weight and input together; of Oracle OCS the least, as batches may need some more."""
+        if self.input_grid is None or not self.input_grid.splits:
+            return super().expanded_shape(name)
         shape, channels = list(self.held(name)[0].shape), self.channels[name]
         of_input = self._buffers.get("input_source")
         shape[1] = channels + copies_needed(self.source_of(name), of_input, self.groups, channels)
-        if self.input_grid is not None and self.input_grid.oracle:
+        if self.input_grid.oracle:
             shape[1] += self.input_grid.splits
         return tuple(self.layout(torch.empty(shape, device="meta"), self.groups).shape)
 
