@@ -279,10 +279,8 @@ ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const
     if (method < OCS_CLIP_MSE || method > OCS_CLIP_SAWB) {
         return OCS_BAD_METHOD;
     }
-    for (int64_t row = 0; row < R; ++row) {
-        if (!isfinite(limit[row]) || limit[row] < 0.0f) {
-            return OCS_BAD_BINS;
-        }
+    if (!ocs_limits_valid(limit, R)) {
+        return OCS_BAD_BINS;
     }
     for (int64_t i = 0; i < R * bins; ++i) {
         if (counts[i] < 0) {

@@ -133,7 +133,7 @@ static void histogram_range(int64_t begin, int64_t end, void *ctx) {
 }
 
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
-    if (bins < 1 || bins > INT64_C(1) << 24 || !isfinite(limit) || limit < 0.0f) {
+    if (bins < 1 || bins > INT64_C(1) << 24 || !ocs_limits_valid(&limit, 1)) {
         return OCS_BAD_BINS;
     }
     memset(counts, 0, (size_t)bins * sizeof *counts);

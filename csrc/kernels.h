@@ -143,6 +143,16 @@ static inline void ocs_add_counts(int64_t *counts, const uint32_t *own, int64_t 
     }
 }
 
+/* Every limit of a histogram is finite and not negative. */
+static inline bool ocs_limits_valid(const float *limit, int64_t R) {
+    for (int64_t row = 0; row < R; ++row) {
+        if (!isfinite(limit[row]) || limit[row] < 0.0f) {
+            return false;
+        }
+    }
+    return true;
+}
+
 ocs_status ocs_check_shape(const ocs_shape *shape);
 
 /* The columns of every group, one after the other: group g's are ocs_columns_group(&columns, g). plan->depth may be

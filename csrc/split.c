@@ -247,15 +247,16 @@ static void keep_largest(float *factor, const ocs_columns *columns, int64_t G) {
 static ocs_status columns_and_factors(ocs_columns *columns, float **factor, const ocs_plan *plan,
                                       const ocs_shape *shape) {
     ocs_status status = ocs_columns_make(columns, plan, shape);
-    *factor = status == OCS_OK ? malloc((size_t)(shape->G * columns->M + 1) * sizeof **factor) : NULL;
-    if (status == OCS_OK && *factor == NULL) {
+    if (status != OCS_OK) {
+        return status;
+    }
+    *factor = malloc((size_t)(shape->G * columns->M + 1) * sizeof **factor);
+    if (*factor == NULL) {
         ocs_columns_free(columns);
         return OCS_NO_MEMORY;
     }
-    if (status == OCS_OK) {
-        fill_factors(*factor, columns, shape->G);
-    }
-    return status;
+    fill_factors(*factor, columns, shape->G);
+    return OCS_OK;
 }
 
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
@@ -338,10 +339,8 @@ ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_pl
     if (R != 1 && R != shape->O) {
         return OCS_BAD_SHAPE;
     }
-    for (int64_t row = 0; row < R; ++row) {
-        if (!isfinite(limit[row]) || limit[row] < 0.0f) {
-            return OCS_BAD_BINS;
-        }
+    if (!ocs_limits_valid(limit, R)) {
+        return OCS_BAD_BINS;
     }
     ocs_columns columns;
     float *factor;

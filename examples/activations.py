@@ -45,7 +45,7 @@ def settings() -> dict[str, dict[str, Any] | None]:
 
 
 def print_table(cells: Cells, count: int) -> None:
-    """One line per bit-width, the best number of its clipping and its OCS columns marked."""
+    """One line per bit-width."""
     top1 = cells["float"]["correct"] / count
     error = 100 * math.sqrt(top1 * (1 - top1) / count)
     print(

@@ -18,7 +18,7 @@ import torch.fx
 from torch import Tensor
 
 from ocs import functional
-from ocs.functional import Split
+from ocs.functional import Split, SplitPlan
 from ocs.ops import fake_quantize
 
 ActSplit = Literal["static", "oracle"]
@@ -89,28 +89,24 @@ def static_cuts(grid: InputGrid, scale: Tensor, source: Tensor, groups: int) -> 
     """Of channels chosen before, each of which is split once. source [C + n] is laid out group by group."""
     if not grid.splits:
         return Cuts(scale)
-    own, copies = (part.flatten() for part in source.view(groups, -1).tensor_split([-grid.splits], 1))
-    depth = torch.zeros_like(own).index_fill(0, copies, 1)
-    plan = (torch.cat([own, copies]), torch.cat([depth, torch.ones_like(copies)]))
-    offset = torch.cat([torch.zeros_like(own), torch.ones_like(copies)])
-    return cut(scale, plan[0], plan[1].int(), offset.int(), own.numel(), grid.split)
+    source = _originals_first(source, groups, grid.splits)
+    channels = source.numel() - groups * grid.splits
+    further = torch.arange(source.numel(), device=source.device) >= channels
+    depth = further.int().index_fill(0, source[channels:], 1)
+    return cut(scale, source, depth, further.int(), channels, grid.split)
 
 
 def oracle_cuts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> Cuts:
     """Of the channels with the largest |x| in this batch, one split at a time; the scale from the split values."""
     rows = as_rows(x.detach(), axis)
-    channels = x.shape[axis]
-    plan = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(rows, 1), groups, grid.splits)
-    source, depth, offset, split_max = (_originals_first(part, groups, grid.splits) for part in plan)
-    threshold = split_max.amax()
-    if grid.clip in functional.CLIP_METHODS:
-        counts = torch.ops.ocs.split_histogram(rows, source, depth, 1, functional.BINS, threshold)
-        number = functional.CLIP_METHODS.index(grid.clip)
-        threshold = torch.ops.ocs.clip_threshold(counts, threshold, grid.bits, grid.signed, number)
-    elif grid.clip != "none":
-        threshold = threshold * grid.clip
-    scale = scale_of(threshold, grid)
-    return cut(scale, source, depth, offset, channels, grid.split) if grid.splits else Cuts(scale)
+    channel_max = torch.ops.ocs.channel_max(rows, 1)
+    plan = torch.ops.ocs.split_plan(channel_max, groups, grid.splits)
+    plan = SplitPlan(*(_originals_first(part, groups, grid.splits) for part in plan), channel_max)
+    (threshold,) = functional.split_thresholds(rows, plan, grid.bits, (grid.clip,), "tensor", signed=grid.signed)
+    scale = functional.scale_for(threshold, grid.qmax)
+    if not grid.splits:
+        return Cuts(scale)
+    return cut(scale, plan.source, plan.depth, plan.offset, x.shape[axis], grid.split)
 
 
 def as_rows(x: Tensor, axis: int) -> Tensor:
@@ -128,12 +124,6 @@ def _originals_first(part: Tensor, groups: int, splits: int) -> Tensor:
         return part
     own, copies = part.view(groups, -1).tensor_split([-splits], 1)
     return torch.cat([own.flatten(), copies.flatten()])
-
-
-def scale_of(threshold: Tensor, grid: InputGrid) -> Tensor:
-    """threshold / qmax, float32; 1 where the threshold is 0."""
-    scale = threshold.float() / torch.full_like(threshold, grid.qmax, dtype=torch.float32)
-    return scale.clamp(min=functional.SMALLEST).masked_fill(threshold == 0, 1.0)
 
 
 def gather(x: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -200,9 +190,7 @@ class CopiedChannels(NamedTuple):
 def copied_channels(weight_source: Tensor, cuts: Cuts, groups: int, channels: int) -> CopiedChannels:
     """weight_source [groups (C + n)], as QuantizedLayer has it; channels: C."""
     columns = weight_source.view(groups, -1)
-    source = columns[
-        :, channels:
-    ]  # of the weight's copies, which see their channel's first part: cut at its own number
+    source = columns[:, channels:]  # the weight's copies see their channel's first part, cut at the channel's number
     column = torch.arange(channels, columns.shape[1], device=source.device).expand_as(source)
     found = CopiedChannels(column, torch.ones_like(source, dtype=torch.bool), source, source)
     if cuts.source is not None:

@@ -82,11 +82,16 @@ def folded_layer(layer: nn.Module, norm: _BatchNorm) -> nn.Module | None:
         weight, bias = _folded_parameters(layer, norm)
         if not (weight.isfinite().all() and bias.isfinite().all()):
             return None
-        folded = type(layer).__new__(type(layer))
-        vars(folded).update({k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in vars(layer).items()})
         trained = layer.weight.requires_grad
-        folded._parameters.update(weight=nn.Parameter(weight, trained), bias=nn.Parameter(bias, trained))
-    return folded
+        return with_parameters(layer, weight=nn.Parameter(weight, trained), bias=nn.Parameter(bias, trained))
+
+
+def with_parameters(layer: nn.Module, **parameters: nn.Parameter) -> nn.Module:
+    """A copy with other parameters, that shares none of the tables of an nn.Module with the old one."""
+    copied = type(layer).__new__(type(layer))
+    vars(copied).update({k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in vars(layer).items()})
+    copied._parameters.update(parameters)
+    return copied
 
 
 def _folded_parameters(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ocs import functional
 from ocs.activation import as_rows
-from ocs.find import Layer, check_lazy, check_model, find_layers, named, replacement_of
+from ocs.find import Layer, check_lazy, check_model, find_layers, first_weight, named, replacement_of
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.reference import OCTAVE_BINS, OCTAVES
@@ -69,10 +69,10 @@ class Statistics:
         self._grow(largest)
         zeros = functional.zeros(rows) if largest else rows.numel()
         self.zeros += zeros
-        if zeros == rows.numel():
-            self.octaves = self.octaves + nn.functional.pad(
-                torch.full((len(self.octaves), 1), rows.numel() // rows.shape[1]), (0, OCTAVE_BINS - 1)
-            )
+        if not largest:
+            lowest = torch.zeros_like(self.octaves)
+            lowest[:, 0] = rows.numel() // rows.shape[1]
+            self.octaves = self.octaves + lowest
             return
         counts = torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
         counts[0] -= zeros
@@ -129,8 +129,7 @@ class Statistics:
         counts = self.counts
         if split is not None and split.numel():
             counts = self.split_counts(split)
-        number = functional.CLIP_METHODS.index(method)
-        found = torch.ops.ocs.clip_threshold(counts, torch.tensor(self.limit), bits, signed, number)
+        found = functional.search_threshold(counts, torch.tensor(self.limit), bits, method, signed)
         return min(float(found), largest)
 
     def _split_max(self, split: Tensor) -> Tensor:
@@ -345,6 +344,5 @@ def statistics_for(layer: Layer, *, channels: bool = True) -> Statistics:
     axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
     if not (channels and kind.splits_input):
         return Statistics(axis)
-    return Statistics(
-        axis, getattr(module, "groups", 1) * kind.layout(module.weight, getattr(module, "groups", 1)).shape[1]
-    )
+    _, groups, C = first_weight(module)
+    return Statistics(axis, groups * C)

@@ -123,8 +123,7 @@ def split_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, T
 def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     """max|w| of each output channel after splitting [O]."""
     _check_plan("output_max", groups, w.shape[1], source, depth)
-    halved = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
-    expanded = _gather(_floats("output_max", w), source, groups) * halved.reshape(groups, 1, -1, 1)
+    expanded = _halved(_floats("output_max", w), source, depth, groups)
     if 0 in expanded.shape:
         return w.new_zeros(w.shape[0], dtype=torch.float32)
     return expanded.abs().amax((2, 3)).flatten()
@@ -138,8 +137,7 @@ def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins:
     _require(valid, "split_histogram", "bins must be 1 to 2^24, and limit [] or [O], finite and not negative")
     if not w.shape[0]:
         return torch.zeros((*limit.shape, bins), dtype=torch.int64, device=w.device)
-    halved = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
-    split = _gather(_floats("split_histogram", w), source, groups) * halved.reshape(groups, 1, -1, 1)
+    split = _halved(_floats("split_histogram", w), source, depth, groups)
     rows = split.abs().reshape(limit.numel(), math.prod(split.shape) // limit.numel())
     width = limit.to(w.device).reshape(-1, 1)
     position = torch.where(width > 0, rows / width, 0.0) * bins
@@ -259,6 +257,12 @@ def _grouped(w: Tensor, groups: int) -> Tensor:
 
 def _within_group(source: Tensor, groups: int, channels: int) -> Tensor:
     return source.reshape(groups, -1) - torch.arange(groups, device=source.device)[:, None] * channels
+
+
+def _halved(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
+    """The split weight [groups, O / groups, C + n, K]."""
+    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    return _gather(w, source, groups) * factor.reshape(groups, 1, -1, 1)
 
 
 def _gather(w: Tensor, source: Tensor, groups: int) -> Tensor:

@@ -62,7 +62,7 @@ class Options:
             raise ValueError(
                 f'act_signed={self.act_signed!r}: use True, or "auto" (unsigned where nothing is negative)'
             )
-        functional.check_clip("clip", self.clip, functional.AUTO_CHOICE)
+        functional.check_clip("clip", self.clip, auto=True)
         plain = {  # numpy's numbers become Python's, which JSON knows
             "wbits": functional.check_bits("wbits", self.wbits),
             "r": functional.check_ratio("r", self.r),
@@ -167,6 +167,13 @@ def check_lazy(weight: Tensor) -> None:
 def is_kind(module: nn.Module) -> bool:
     """Whether it is among the layers that can be quantized."""
     return isinstance(module, tuple(REPLACEMENTS))
+
+
+def first_weight(module: nn.Module) -> tuple[Tensor, int, int]:
+    """The weight that a layer's input meets, its groups, and the input channels C of one group."""
+    kind, groups = replacement_of(module), getattr(module, "groups", 1)
+    weight = module._parameters[kind.weight_names(module)[0]]
+    return weight, groups, kind.layout(weight, groups).shape[1]
 
 
 def replacement_of(module: nn.Module) -> type[QuantizedLayer]:

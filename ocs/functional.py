@@ -84,7 +84,7 @@ def quantize_weight(
     check_choice("split", split, get_args(Split))
     check_choice("rounding", rounding, get_args(Rounding))
     _check_groups(groups, w.shape[0])
-    check_clip("clip", clip, AUTO_CHOICE)
+    check_clip("clip", clip, auto=True)
     return quantize_plan(w, plan_splits(w, r, groups), bits, clip, granularity, split, groups).quantized
 
 
@@ -119,9 +119,9 @@ def quantize_plan(
     w: Array, plan: SplitPlan, bits: int, clip: str | float, granularity: Granularity, split: Split, groups: int = 1
 ) -> Quantization:
     """Steps 2 and 3: threshold and integers; of clip="auto", the method with the least squared error of the weight."""
-    best = None
-    for method in AUTO if clip == "auto" else (clip,):
-        threshold = weight_threshold(w, plan, bits, method, granularity, groups)
+    methods, best = AUTO if clip == "auto" else (clip,), None
+    thresholds = split_thresholds(w, plan, bits, methods, granularity, groups)
+    for method, threshold in zip(methods, thresholds, strict=True):
         quantized = quantize_split(w, plan, threshold, bits, split, groups)
         found = Quantization(quantized, method, weight_error(w, quantized, groups))
         if best is None or found.error[1] < best.error[1]:
@@ -129,20 +129,35 @@ def quantize_plan(
     return best
 
 
-def weight_threshold(
-    w: Array, plan: SplitPlan, bits: int, clip: str | float, granularity: Granularity, groups: int = 1
-) -> Array:
-    """Step 2: the clip threshold float32 [] or [O] of the split weight ("OCS + clip" in the paper)."""
+def split_thresholds(
+    w: Array,
+    plan: SplitPlan,
+    bits: int,
+    clips: tuple[str | float, ...],
+    granularity: Granularity,
+    groups: int = 1,
+    signed: bool = True,
+) -> list[Array]:
+    """Step 2: the clip threshold float32 [] or [O] of the split w by each method ("OCS + clip" in the paper).
+
+    w: a weight [O, C, ...], or a batch of activations [N, C, ...]. One histogram serves all methods.
+    """
     check_choice("granularity", granularity, get_args(Granularity))
     by_channel = granularity == "channel"
     if by_channel:
         largest = kernels(w).output_max(w, plan.source, plan.depth, groups)
     else:
         largest = kernels(plan.split_max).abs_max(plan.split_max)
-    if clip in CLIP_METHODS:
+    counts = None
+    if any(clip in CLIP_METHODS for clip in clips):
         bins = CHANNEL_BINS if by_channel else BINS
         counts = kernels(w).split_histogram(w, plan.source, plan.depth, groups, bins, largest)
-        return kernels(w).clip_threshold(counts, largest, bits, True, CLIP_METHODS.index(clip))
+    return [_threshold(counts, largest, bits, clip, signed) for clip in clips]
+
+
+def _threshold(counts: Array | None, largest: Array, bits: int, clip: str | float, signed: bool) -> Array:
+    if clip in CLIP_METHODS:
+        return search_threshold(counts, largest, bits, clip, signed)
     if clip == "none":
         return largest
     threshold = largest * _like(largest, clip)
@@ -153,13 +168,17 @@ def quantize_split(
     w: Array, plan: SplitPlan, threshold: Array, bits: int, split: Split = "qa", groups: int = 1
 ) -> QuantizedWeight:
     """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
-    scale = threshold / _like(threshold, qmax(bits))
-    if isinstance(scale, Tensor):
-        scale = scale.clamp(min=SMALLEST).masked_fill(threshold == 0, 1.0)
-    else:
-        scale = np.where(threshold > 0, np.maximum(scale, SMALLEST), np.float32(1))
+    scale = scale_for(threshold, qmax(bits))
     ints = kernels(w).quantize_weight(w, scale, plan.source, plan.depth, plan.offset, groups, bits, split == "qa")
     return QuantizedWeight(ints, scale, plan.source, threshold)
+
+
+def scale_for(threshold: Array, largest_integer: int) -> Array:
+    """threshold / largest_integer, float32 and positive; 1 where the threshold is 0."""
+    scale = threshold / _like(threshold, largest_integer)
+    if isinstance(scale, Tensor):
+        return scale.clamp(min=SMALLEST).masked_fill(threshold == 0, 1.0)
+    return np.where(threshold > 0, np.maximum(scale, SMALLEST), np.float32(1))
 
 
 def qmax(bits: int) -> int:
@@ -197,9 +216,6 @@ def sqnr_db(signal: float, noise: float) -> float:
 # --- Clipping ---------------------------------------------------------------------------------------------------------
 
 
-AUTO_CHOICE = ("auto",)
-
-
 def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True) -> float:
     """The clip threshold t of x: values beyond +-t saturate (sections 2.1 and 4 of the paper). At most max|x|.
 
@@ -229,7 +245,12 @@ def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True
         return float(largest)
     counts = kernels(x).histogram(x, BINS, float(largest))
     counts[0] -= zeros(x)
-    return float(kernels(x).clip_threshold(counts, largest, bits, signed, CLIP_METHODS.index(method)))
+    return float(search_threshold(counts, largest, bits, method, signed))
+
+
+def search_threshold(counts: Array, limit: Array, bits: int, method: str, signed: bool) -> Array:
+    """The threshold by one of CLIP_METHODS in histograms [..., bins] of |x| over [0, limit], shaped like limit."""
+    return kernels(counts).clip_threshold(counts, limit, bits, signed, CLIP_METHODS.index(method))
 
 
 def zeros(x: Array) -> int:
@@ -237,9 +258,9 @@ def zeros(x: Array) -> int:
     return int(kernels(x).histogram(x, 2, 2 * float(np.finfo(np.float32).tiny))[0])
 
 
-def check_clip(name: str, clip: Any, others: tuple[str, ...] = ()) -> None:
-    """A clip method's name, or a fraction of the largest magnitude; `others` are allowed here besides."""
-    names = ("none", *others, *CLIP_METHODS)
+def check_clip(name: str, clip: Any, *, auto: bool = False) -> None:
+    """A clip method's name, or a fraction of the largest magnitude; or "auto", where that is a choice."""
+    names = ("none", *["auto"] * auto, *CLIP_METHODS)
     fraction = isinstance(clip, Real) and not isinstance(clip, bool) and 0 < clip <= 1
     if not fraction and not (isinstance(clip, str) and clip in names):
         shown = ", ".join(f'"{each}"' for each in names)

@@ -66,6 +66,12 @@ def form_of(grid: InputGrid) -> Tensor:
     return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8)
 
 
+def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:
+    """A source [groups (C + n)] from that of its copies alone, group by group: the original channels come first."""
+    own = torch.arange(groups * channels, device=copies.device).view(groups, channels)
+    return torch.cat([own, copies.view(groups, -1)], 1).flatten()
+
+
 def problem_of_input(scale: Tensor, source: Tensor | None, groups: int, channels: int) -> str:
     """The same of a quantized input."""
     if not bool(scale.isfinite() & (scale > 0)):
@@ -197,6 +203,13 @@ class QuantizedLayer(nn.Module):
         """The source of each copy, group by group."""
         source, C = self.source_of(name), self.channels[name]
         return source[C:] if self.groups == 1 else source.view(self.groups, -1)[:, C:].flatten()
+
+    def input_copies(self) -> Tensor:
+        """Likewise of the input's copies, where calibration chose them; empty where there are none."""
+        source = self._buffers.get("input_source")
+        if source is None:
+            return torch.empty(0, dtype=torch.int64)
+        return source.view(self.groups, -1)[:, -self.input_grid.splits :].flatten()
 
     def splits_of(self, name: str) -> int:
         """The copies of one weight over all groups."""

@@ -147,7 +147,7 @@ class QuantLinear(_QuantProduct):
             return y if copied is None else y + F.linear(more, copied)
         if self.copied is None:
             return F.linear(input, self.original, self.bias)
-        return _expanded_linear(input, self.original, self.copied, self.copies(), self.bias)
+        return _expanded_linear(input, self.original, self.copied, self.copied_index, self.bias)
 
 
 @torch.fx.wrap  # as a whole: tracing knows no shapes

@@ -248,7 +248,7 @@ def _as_floats(x: Array) -> np.ndarray:
 def _halves(w: np.ndarray, plan: SplitPlan, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """The split weight [groups, O / groups, C + n, K] before it is rounded, and which of it was halved."""
     halvings = plan.depth.reshape(groups, 1, -1, 1)
-    split = reference.gather(w, plan.source, groups) * np.ldexp(np.float32(1), -halvings)
+    split = reference.halved(w, plan.source, plan.depth, groups)
     return split, np.broadcast_to(halvings > 0, split.shape)
 
 

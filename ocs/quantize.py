@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ocs import functional
-from ocs.activation import ActSplit, InputGrid, QuantizedInput, scale_of
+from ocs.activation import ActSplit, InputGrid, QuantizedInput
 from ocs.batchnorm import Folding, plan_folding
 from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for
 from ocs.find import (
@@ -24,6 +24,7 @@ from ocs.find import (
     check_lazy,
     check_model,
     find_layers,
+    first_weight,
     is_kind,
     named,
     options_for,
@@ -32,7 +33,7 @@ from ocs.find import (
     show,
 )
 from ocs.functional import Granularity, Quantization, Rounding, Split, SplitPlan
-from ocs.layer import QuantizedLayer
+from ocs.layer import QuantizedLayer, with_originals
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
@@ -89,8 +90,8 @@ def wants_statistics(layer: Layer, options: Options) -> bool:
 
 def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
     """Its grid, which channels are split (those with most values beyond the layer's 99th percentile), and its scale."""
-    kind, weight, groups = _anatomy(layer)
-    C = kind.layout(weight, groups).shape[1]
+    kind = replacement_of(layer.module)
+    weight, groups, C = first_weight(layer.module)
     grid = InputGrid(
         bits=options.abits,
         signed=options.act_signed is True or statistics.smallest < 0,
@@ -105,17 +106,11 @@ def quantize_input(layer: Layer, options: Options, statistics: Statistics | None
     if kind.splits_input and statistics.channels not in (None, groups * C):
         raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")
     if grid.splits:
-        chosen = statistics.most_outliers(grid.splits, groups)
-        split = chosen.flatten()
-        source = torch.cat([torch.arange(groups * C).view(groups, C), chosen], 1).flatten().to(weight.device)
+        split = statistics.most_outliers(grid.splits, groups).flatten()
+        source = with_originals(split, groups, C).to(weight.device)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
-    return QuantizedInput(grid, scale_of(torch.tensor(threshold), grid).to(weight.device), source)
-
-
-def _anatomy(layer: Layer) -> tuple[type[QuantizedLayer], Tensor, int]:
-    """The class that replaces it, its first weight and its groups."""
-    kind = replacement_of(layer.module)
-    return kind, layer.module._parameters[kind.weight_names(layer.module)[0]], getattr(layer.module, "groups", 1)
+    scale = functional.scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
+    return QuantizedInput(grid, scale.to(weight.device), source)
 
 
 def _report_weight(
@@ -155,8 +150,7 @@ def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
     grid = replacement.input_grid
     if grid is None:
         return {}
-    source, scale = (replacement._buffers.get(name) for name in ("input_source", "input_scale"))
-    copies = [] if source is None else source.view(replacement.groups, -1)[:, -grid.splits :].flatten().tolist()
+    scale = replacement._buffers.get("input_scale")
     scales = {} if scale is None else {"act_scale": float(scale), "act_threshold": float(scale) * grid.qmax}
     return {
         "act_bits": grid.bits,
@@ -164,7 +158,7 @@ def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
         "act_clip": grid.clip,
         "act_split": grid.act_split,
         "act_splits": grid.splits * replacement.groups,
-        "act_sources": tuple(copies),
+        "act_sources": tuple(replacement.input_copies().tolist()),
         **scales,
     }
 

@@ -108,9 +108,13 @@ def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tu
 
 def output_max(w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int) -> Floats:
     """max|w| of each output channel after splitting [O]."""
-    expanded = gather(w, source, groups)
-    halved = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
-    return np.abs(expanded * halved).max(axis=(2, 3), initial=np.float32(0)).ravel()
+    return np.abs(halved(w, source, depth, groups)).max(axis=(2, 3), initial=np.float32(0)).ravel()
+
+
+def halved(w: NDArray, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int) -> NDArray:
+    """The split weight [groups, O / groups, C + n, K]."""
+    factor = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
+    return gather(w, source, groups) * factor
 
 
 def gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
@@ -126,8 +130,7 @@ def split_histogram(
     w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int, bins: int, limit: Floats
 ) -> NDArray[np.int64]:
     """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
-    halved = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
-    rows = (gather(w, source, groups) * halved).reshape(w.shape[0], math.prod(w.shape[2:]) * (source.size // groups))
+    rows = halved(w, source, depth, groups).reshape(w.shape[0], math.prod(w.shape[2:]) * (source.size // groups))
     if limit.ndim == 0:
         return histogram(rows[rows != 0], bins, limit)
     counts = [histogram(row[row != 0], bins, of_row) for row, of_row in zip(rows, limit, strict=True)]

@@ -12,7 +12,6 @@ Nothing in a file is trusted: the model decides which layers and shapes there ma
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -27,10 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from ocs.activation import InputGrid, QuantizedInput, check_grid
-from ocs.batchnorm import FoldedBatchNorm
-from ocs.find import Layer, find_layers, named, replacement_of
+from ocs.batchnorm import FoldedBatchNorm, with_parameters
+from ocs.find import Layer, find_layers, first_weight, named, replacement_of
 from ocs.functional import QuantizedWeight
-from ocs.layer import INPUT_NAMES, QuantizedLayer, input_names, problem_of, problem_of_input, state_names
+from ocs.layer import (
+    INPUT_NAMES,
+    QuantizedLayer,
+    input_names,
+    problem_of,
+    problem_of_input,
+    state_names,
+    with_originals,
+)
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.rewrite import Slot, exchange, module_slots
@@ -179,9 +186,7 @@ def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
         yield scale_name, scale.clone()
         yield source_name, layer.copies(weight).to("cpu", torch.int32, copy=True)
     for buffer in input_names(layer.input_grid):
-        tensor = layer._buffers[buffer]
-        if buffer == "input_source":
-            tensor = tensor.view(layer.groups, -1)[:, -layer.input_grid.splits :].flatten().int()
+        tensor = layer.input_copies().int() if buffer == "input_source" else layer._buffers[buffer]
         yield _full(name, buffer), tensor.to("cpu", copy=True)
 
 
@@ -322,12 +327,9 @@ def _folded(reader: _Reader, model: nn.Module) -> dict[int, nn.Module]:
 
 def _with_bias(layer: nn.Module) -> nn.Module:
     """A copy of the layer that shares all but a bias of its own, still without values."""
-    copied = copy.copy(layer)
-    copied._parameters = dict(layer._parameters)
     device = "cpu" if layer.weight.is_meta else layer.weight.device
     bias = torch.zeros(layer.out_channels, dtype=layer.weight.dtype, device=device)
-    copied._parameters["bias"] = nn.Parameter(bias, layer.weight.requires_grad)
-    return copied
+    return with_parameters(layer, bias=nn.Parameter(bias, layer.weight.requires_grad))
 
 
 def _replacements(
@@ -374,8 +376,7 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
     shape = [outputs, C + copies // groups, *filters]
     if saved.weights[weight] != shape:
         raise ValueError(f"{weight} is {str(saved.weights[weight])[:80]}, the model needs {shape}")
-    own = torch.arange(groups * C).view(groups, C)
-    source = torch.cat([own, reader.read(source_name, [copies], "I32").long().view(groups, -1)], 1).flatten()
+    source = with_originals(reader.read(source_name, [copies], "I32").long(), groups, C)
     scale = reader.read(scale_name, [outputs] if reader.shape(scale_name) else [], "F32")
     numel = math.prod(shape)
     packed = reader.read(ints_name, [(numel * saved.bits + 7) // 8], "U8")
@@ -392,18 +393,15 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
 
 def _read_input(reader: _Reader, layer: Layer, grid: InputGrid) -> QuantizedInput:
     """How a layer quantizes its input; the model says how many channels that has."""
-    kind, groups = replacement_of(layer.module), getattr(layer.module, "groups", 1)
-    weight = layer.module._parameters[kind.weight_names(layer.module)[0]]
-    C = kind.layout(weight, groups).shape[1]
+    kind, (weight, groups, C) = replacement_of(layer.module), first_weight(layer.module)
     if layer.float_input or grid.splits > C * kind.splits_input:
         raise ValueError(f"it was saved with an input of {grid}, which this layer cannot have")
     if grid.oracle:
         return QuantizedInput(grid)
     scale, source = reader.read(_full(layer.name, "input_scale"), [], "F32"), None
     if grid.splits:
-        own = torch.arange(groups * C).view(groups, C)
         copies = reader.read(_full(layer.name, "input_source"), [groups * grid.splits], "I32").long()
-        source = torch.cat([own, copies.view(groups, -1)], 1).flatten()
+        source = with_originals(copies, groups, C)
     problem = problem_of_input(scale, source, groups, C)
     if problem:
         raise ValueError(problem)
