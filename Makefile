@@ -1,4 +1,5 @@
-# make demo     set up, then OCS on a trained ResNet-20 and real images (FULL=1: more of them; FRESH=1: again)
+# make demo     set up, then OCS on a trained ResNet-20 and real images
+# make tables   the paper's tables, as far as the bundled data goes, into docs/results.md
 # make test     set up, check the style, run the tests (what CI runs)
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
@@ -16,11 +17,26 @@ export OCS_WERROR ?= $(CI)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test lint format bench wheel clean
+# What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
+IMAGES := --dataset fashion-mnist
+
+.PHONY: demo tables test lint format bench wheel clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py $(if $(FULL),--full) $(if $(FRESH),--fresh)
-	$(BIN)/python examples/activations.py $(if $(FULL),--images 2000) $(if $(FRESH),--fresh)
+	$(BIN)/python benchmarks/tables/table1.py $(IMAGES) --bits 5 4 3 2 --limit 2000 --out build/demo
+	$(BIN)/python benchmarks/tables/table3.py $(IMAGES) --bits 8 6 5 4 3 --limit 500 --out build/demo
+	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES) --out build/demo
+	$(BIN)/python examples/demo.py --out build/demo
+
+tables: $(VENV)/.test
+	$(BIN)/python benchmarks/tables/table1.py $(IMAGES)
+	$(BIN)/python benchmarks/tables/table2.py $(IMAGES) --bits 8 7 6 5 4 3
+	$(BIN)/python benchmarks/tables/table3.py $(IMAGES) --bits 8 7 6 5 4 3
+	$(BIN)/python benchmarks/tables/table4.py $(IMAGES) --bits 6 4 3 --limit 2000
+	$(BIN)/python benchmarks/tables/table5.py
+	$(BIN)/python benchmarks/tables/table6.py --dataset bible --bits 6 5 4
+	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
+	$(BIN)/python benchmarks/tables/results.py
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest

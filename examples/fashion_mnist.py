@@ -44,9 +44,9 @@ class BasicBlock(nn.Module):
 class ResNet20(nn.Module):
     """16-32-64 channels, three blocks each: 19 convolutions and one linear layer, 0.27 million weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16), BasicBlock(16, 16))
         self.layer2 = nn.Sequential(BasicBlock(16, 32), BasicBlock(32, 32), BasicBlock(32, 32))
@@ -54,7 +54,7 @@ class ResNet20(nn.Module):
         self.fc = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, 1, 32, 32] -> logits [N, 10]."""
+        """x [N, in_channels, 32, 32] -> logits [N, 10]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
 from itertools import pairwise
@@ -65,7 +64,7 @@ def test_assets() -> None:
 
 
 def test_clipping_beats_none_and_oracle_beats_static_splits() -> None:
-    """The order of the paper's Tables 3 and 4, at few bits: examples/activations.py in short."""
+    """The order of the paper's Tables 3 and 4, at few bits: benchmarks/tables/table3.py in short."""
     images, labels = (part[:500] for part in load("t10k"))
     model = load_model()
     calibration = ocs.calibrate(model, load("calibration")[0].split(64))
@@ -109,15 +108,8 @@ def test_figure_1(bits: int, r: float, groups: int, tmp_path: Path) -> None:
 
 
 def test_demo_as_a_user_runs_it(tmp_path: Path) -> None:
-    """Few images would be a toy: this runs the real thing once if it has not run yet, and from its cells after."""
-    command = [sys.executable, ROOT / "examples" / "demo.py", "--out", tmp_path / "figure1.png"]
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "quantization-aware / naive split" in done.stdout
     assert "19 layers quantized, 1 left float" in done.stdout
-    assert "loaded into a fresh network: the same outputs" in done.stdout
-    assert (tmp_path / "figure1.png").exists()
-    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    cells = json.loads(again.stdout)["cells"]
-    assert len(cells) == 37
-    spent = [sum(cell[part] for cell in cells.values()) for part in ("planning", "forward")]
-    assert spent[0] / sum(spent) < 0.05
+    assert "into a fresh network: the same outputs" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"clips.png", "inputs.png", "resnet20.safetensors"}

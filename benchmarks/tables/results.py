@@ -1,0 +1,55 @@
+"""Put the tables that the commands have written into docs/results.md, and their pictures beside it.
+
+The page's text is written by hand; between <!-- table1 --> and <!-- /table1 --> comes build/tables/table1.md. Tables
+that have not been made are left as they are, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+import paths
+
+PAGE = paths.ROOT / "docs" / "results.md"
+MARKER = re.compile(r"(<!-- ([\w/-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def fill(page: str, folder: Path, pictures: Path) -> tuple[str, list[str]]:
+    """The page with every table that lies in the folder, and the names of those that do not."""
+    missing = []
+
+    def table(match: re.Match[str]) -> str:
+        name = match[2]
+        source = folder / f"{name}.md"
+        if not source.exists():
+            missing.append(name)
+            return match[0]
+        text = source.read_text()
+        picture = source.with_suffix(".png")
+        if picture.exists():
+            copy = pictures / f"{name.replace('/', '-')}.png"
+            shutil.copyfile(picture, copy)
+            text += f"\n![{name}]({copy.name})\n"
+        return f"{match[1]}\n{text}\n{match[3]}"
+
+    return MARKER.sub(table, page), missing
+
+
+def main() -> None:
+    """Rewrite the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=Path, default=paths.ROOT / "build" / "tables", help="what the commands wrote")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args()
+    page, missing = fill(args.page.read_text(), args.tables, args.page.parent)
+    args.page.write_text(page)
+    print(f"written: {paths.shown(args.page)}")
+    if missing:
+        print(f"left as they were, as they have not been made here: {', '.join(missing)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What is measured: a float model, its data, and how well a quantized copy of it does on them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from language_model import losses
+from torch import Tensor, nn
+
+import ocs
+
+Options = Mapping[str, Any]
+Advance = Callable[[int], object]
+Measured = tuple[Tensor, dict[str, Any], dict[str, float]]  # sums over this rank's share, details, seconds by part
+Z = 1.959964  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a cell's number is, and how it follows from sums that add up over batches and ranks."""
+
+    name: str
+    higher_is_better: bool
+    digits: int
+    estimate: Callable[[list[float]], tuple[float, float, float]]  # the value, and its 95 % interval
+    relative: bool = False  # a size: no float model's to compare with, and no best
+
+    def best(self, results: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The best result, the first where several are; None of none."""
+        sign = 1 if self.higher_is_better else -1
+        return max(results, key=lambda result: sign * result["value"], default=None)
+
+
+def wilson(sums: list[float]) -> tuple[float, float, float]:
+    """Percent and Wilson's interval, from [count, right answers]."""
+    n, right = sums
+    p, z2 = right / n, Z * Z
+    center, half = (p + z2 / (2 * n)) / (1 + z2 / n), Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return 100 * p, 100 * max(center - half, 0.0), 100 * min(center + half, 1.0)
+
+
+def perplexity(sums: list[float]) -> tuple[float, float, float]:
+    """exp of the mean loss, and an interval from how much windows of text differ.
+
+    sums: over all windows of text, with loss s and t words each: of s, s^2, s t, t, t^2, and their number. Words of one
+    window are not independent, windows nearly are.
+    """
+    s, ss, st, t, tt, windows = sums
+    mean = s / t
+    spread = max(ss - 2 * mean * st + mean * mean * tt, 0.0)
+    half = Z * math.sqrt(spread * windows / max(windows - 1, 1)) / t
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+TOP1 = Metric("top-1 %", True, 1, wilson)
+PERPLEXITY = Metric("perplexity", False, 2, perplexity)
+SIZE = Metric("relative size", False, 3, lambda sums: (sums[0] / sums[1],) * 3, relative=True)
+
+
+class Task(Protocol):
+    """A float model and how its quantized copies are judged."""
+
+    name: str
+    what: str  # the data, in words
+    identity: list[Any]  # besides the options, all that a result depends on
+    metric: Metric
+    unit: str
+    count: int  # units of this rank's share, for the progress bar
+
+    def prepare(self, options: Options | None) -> None:
+        """Do once what measuring under these options needs; ranks wait for each other here."""
+
+    def measure(self, options: Options | None, advance: Advance) -> Measured:
+        """Judge a quantized copy of the float model (None: the float model) on this rank's share of the data."""
+
+
+class Evaluation:
+    """A network on batches; subclasses say what a batch tells."""
+
+    name: str
+    what: str
+    identity: list[Any]
+    metric: Metric
+    unit: str
+    count: int
+    model: nn.Module  # float, in eval mode, on its device
+    batches: Iterable[Any]
+    sums: int  # how many numbers score() adds up
+
+    def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
+        """Units done, and float64 sums for the metric, bit by bit; size: how many images may run at once."""
+        raise NotImplementedError
+
+    def prepare(self, options: Options | None) -> None:
+        """Nothing but for quantized inputs."""
+
+    def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """A folded copy (the same values as expanded, at the float model's cost), and what its report says."""
+        model = copy.deepcopy(self.model)
+        report = ocs.quantize(model, **options, expand=False, progress=False)
+        return model, {"mean_sqnr_db": report.mean_sqnr_db}
+
+    @torch.inference_mode()
+    def measure(self, options: Options | None, advance: Advance) -> Measured:
+        """See Task."""
+        begin = time.perf_counter()
+        settings = dict(options or {})
+        size = settings.pop("batch", None)
+        model, details = (self.model, {}) if options is None else self.quantized(settings)
+        sums = torch.zeros(self.sums, dtype=torch.float64, device=next(model.parameters()).device)
+        ready = time.perf_counter()
+        data, last = 0.0, ready
+        for batch in self.batches:
+            data += time.perf_counter() - last
+            for done, part in self.score(model, batch, size):
+                sums += part
+                advance(done)
+            last = time.perf_counter()
+        sums = sums.cpu()  # waits for the device
+        seconds = {"planning": ready - begin, "data": data, "forward": time.perf_counter() - ready - data}
+        return sums, details, seconds
+
+
+class Classification(Evaluation):
+    """Top-1 accuracy of a network on images, and statistics of its layers' inputs from others."""
+
+    metric, unit, sums = TOP1, "image", 2
+
+    def __init__(
+        self, name: str, what: str, identity: list[Any], model: nn.Module, batches: Any, calibration: Any,
+        prepare: Callable[[Tensor], Tensor],
+    ) -> None:  # fmt: skip
+        """batches, calibration: data.Batches, this rank's share; prepare: normalizes a batch."""
+        self.name, self.what, self.identity, self.model, self.count = name, what, identity, model, batches.images
+        self.batches, self.calibration, self._normalize = batches, calibration, prepare
+        self.device = next(model.parameters()).device
+        self._statistics: ocs.Calibration | None = None
+
+    def _ready(self, images: Tensor) -> Tensor:
+        return self._normalize(images.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+
+    def prepare(self, options: Options | None) -> None:
+        """Look at the calibration images once, for every setting with quantized inputs; ranks add their shares up."""
+        if self._statistics is not None or "abits" not in (options or {}):
+            return
+
+        def run(model: nn.Module) -> None:
+            for images, _ in self.calibration:
+                model(self._ready(images))
+
+        self._statistics = ocs.calibrate(self.model, run, progress=False)
+
+    def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """See Evaluation; with the statistics where inputs are quantized."""
+        if "abits" in options:
+            options["calibration"] = self._statistics
+        return super().quantized(options)
+
+    def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
+        """[images, right answers]."""
+        images, labels = batch
+        for x, y in zip(self._ready(images).split(size or len(images)), labels.split(size or len(labels)), strict=True):
+            right = (model(x).argmax(1) == y.to(self.device)).sum()
+            yield len(y), torch.stack((torch.full_like(right, len(y)), right)).double()
+
+
+class LanguageModelling(Evaluation):
+    """Perplexity of a language model on streams of text, a group of streams at a time."""
+
+    metric, unit, sums = PERPLEXITY, "word", 6
+
+    def __init__(self, name: str, what: str, identity: list[Any], model: nn.Module, groups: list[Tensor]) -> None:
+        """groups: int64 [T, B] each, this rank's share."""
+        self.name, self.what, self.identity, self.model, self.batches = name, what, identity, model, groups
+        self.count = sum((len(group) - 1) * group.shape[1] for group in groups)
+
+    def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
+        """The six sums of perplexity(), window by window."""
+        for loss in losses(model, batch.to(next(model.parameters()).device)):
+            steps, streams = loss.shape
+            s = loss.double().sum(0)
+            sums = torch.stack([s.sum(), (s * s).sum(), steps * s.sum()])
+            known = torch.tensor([steps * streams, steps * steps * streams, streams], dtype=s.dtype, device=s.device)
+            yield loss.numel(), torch.cat([sums, known])
