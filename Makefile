@@ -30,9 +30,9 @@ demo: $(VENV)/.demo
 
 tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/table1.py $(IMAGES)
-	$(BIN)/python benchmarks/tables/table2.py $(IMAGES) --bits 8 7 6 5 4 3
-	$(BIN)/python benchmarks/tables/table3.py $(IMAGES) --bits 8 7 6 5 4 3
-	$(BIN)/python benchmarks/tables/table4.py $(IMAGES) --bits 6 4 3 --limit 2000
+	$(BIN)/python benchmarks/tables/table2.py $(IMAGES) --bits 8 7 6 5 4 3 --limit 5000
+	$(BIN)/python benchmarks/tables/table3.py $(IMAGES) --bits 8 7 6 5 4 3 --limit 5000
+	$(BIN)/python benchmarks/tables/table4.py $(IMAGES) --bits 6 4 3 --limit 1000
 	$(BIN)/python benchmarks/tables/table5.py
 	$(BIN)/python benchmarks/tables/table6.py --dataset bible --bits 6 5 4
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)

@@ -211,6 +211,8 @@ def _draw_panel(panel: Axes, block: Block, cells: list[Cell], axis: str) -> None
         _draw_curve(panel, block, points, axis, {**style, "label": ", ".join(filter(None, (curve, rest)))})
     if block.float_value is not None and not block.metric.relative:
         panel.axhline(block.float_value, color=GREY, linewidth=1, label="float")
+    if block.same:
+        panel.plot([], [], linestyle="", marker="o", fillstyle="none", color=GREY, label="hollow: the paper's")
     if axis == "batch size":
         panel.set_xscale("log", base=2)
     numbers = [block.result(cell)["value"] for cell in cells]
@@ -219,7 +221,7 @@ def _draw_panel(panel: Axes, block: Block, cells: list[Cell], axis: str) -> None
     panel.set_xlabel({"r": "expand ratio r"}.get(axis, axis))
     panel.set_ylabel(block.metric.name)
     panel.grid(alpha=0.25)
-    panel.legend(fontsize=7, ncols=2)
+    panel.legend(fontsize=7, ncols=2, handlelength=3.5)
 
 
 def _draw_curve(panel: Axes, block: Block, points: list[Cell], axis: str, style: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     for bits in args.bits:
         paper = of_model("table2", model).get(str(bits), {})
         fixed = {"wbits": bits, "abits": args.abits}
-        found += clip_cells(bits, args.clip, fixed, "clip", paper)
+        found += clip_cells(bits, args.clip, fixed, "clip", paper, best=("OCS + best clip", {"r": 0.0}))
         found += split_cells(bits, args.r, fixed, "r", paper)
         methods = tuple(f"clip {clip}" for clip in args.clip if clip != "none")
         for r in args.r if methods else ():
@@ -36,17 +36,18 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     return found
 
 
-def clip_cells(bits: int, methods: list[str], fixed: dict, option: str, paper: dict) -> list[Cell]:
-    """A cell for each clip method, and their best."""
+def clip_cells(
+    bits: int, methods: list[str], fixed: dict, option: str, paper: dict, best: tuple[str, dict] = ("best clip", {})
+) -> list[Cell]:
+    """A cell for each clip method, and their best; that one's curve in the picture, and where it is besides bits."""
     row, names = f"{bits} bits", tuple(f"clip {method}" for method in methods)
     found = []
     for method, name in zip(methods, names, strict=True):
         axes, curve = ({"bits": bits, "r": 0.0}, "OCS") if method == "none" else ({"bits": bits}, name)
         theirs = paper.get(f"clip_{method}")
         found.append(Cell(row, name, fixed | {option: number(method)}, paper=theirs, axes=axes, curve=curve))
-    axes = {"bits": bits, "r": 0.0}
-    best = Cell(row, "best", best_of=names, paper=paper.get("clip_best"), axes=axes, curve="OCS + best clip")
-    return [*found, best]
+    curve, axes = best[0], {"bits": bits, **best[1]}
+    return [*found, Cell(row, "best", best_of=names, paper=paper.get("clip_best"), axes=axes, curve=curve)]
 
 
 def split_cells(bits: int, ratios: list[float], fixed: dict, option: str, paper: dict) -> list[Cell]:
