@@ -15,26 +15,38 @@ enum { STEP = 1 << 24, HALF_STEP = 1 << 23 };
 
 /* --- The largest of many ---------------------------------------------------------------------- */
 
-/* A binary heap of the `wanted` largest keys that were offered, the least of them on top. */
+/* A binary heap of the `wanted` largest keys that were offered, the least of them on top. Keys of larger sizes are
+   larger, of equal ones that of the lower index. */
 typedef struct {
     uint64_t *key;
-    int64_t size, wanted;
+    int64_t count, wanted;
 } largest;
 
-static bool enters(const largest *top, uint64_t key) {
-    return top->size < top->wanted || key > top->key[0];
+static uint64_t key_of(uint64_t size, int64_t index) {
+    return size << 32 | (UINT32_MAX - (uint32_t)index);
 }
 
-static void offer(largest *top, uint64_t key) {
+static int64_t index_of(uint64_t key) {
+    return UINT32_MAX - (uint32_t)key;
+}
+
+/* The size beyond which another is among the largest, if indices are offered in ascending order. */
+static int64_t least_size(const largest *top) {
+    return top->count < top->wanted ? 0 : (int64_t)(top->key[0] >> 32);
+}
+
+/* Of a size above least_size. */
+static void offer(largest *top, int64_t size, int64_t index) {
+    const uint64_t key = key_of(size < INT32_MAX ? (uint64_t)size : INT32_MAX, index);
     uint64_t *heap = top->key;
     int64_t at = 0;
-    if (top->size < top->wanted) {
-        for (at = top->size++; at > 0 && key < heap[(at - 1) / 2]; at = (at - 1) / 2) {
+    if (top->count < top->wanted) {
+        for (at = top->count++; at > 0 && key < heap[(at - 1) / 2]; at = (at - 1) / 2) {
             heap[at] = heap[(at - 1) / 2];
         }
     } else {
-        for (int64_t child; (child = 2 * at + 1) < top->size; at = child) {
-            child += child + 1 < top->size && heap[child + 1] < heap[child];
+        for (int64_t child; (child = 2 * at + 1) < top->count; at = child) {
+            child += child + 1 < top->count && heap[child + 1] < heap[child];
             if (heap[child] >= key) {
                 break;
             }
@@ -42,16 +54,6 @@ static void offer(largest *top, uint64_t key) {
         }
     }
     heap[at] = key;
-}
-
-/* Keys of larger errors are larger, of equal ones that of the lower index; none is 0. */
-static uint64_t key_of(int64_t error, int64_t index) {
-    const uint64_t size = error < INT32_MAX ? (uint64_t)error : INT32_MAX;
-    return size << 32 | (UINT32_MAX - (uint32_t)index);
-}
-
-static int64_t index_of(uint64_t key) {
-    return UINT32_MAX - (uint32_t)key;
 }
 
 /* --- One output channel ----------------------------------------------------------------------- */
@@ -74,20 +76,18 @@ static int64_t steps(int64_t error) {
     return (llabs(error) + HALF_STEP) >> 24;
 }
 
-/* Whether element i of channel c may move a step against errors of this sign. */
+/* Whether element i of channel c may move a step against errors of this sign, which its own has. */
 static bool can_move(const row *r, int64_t c, int64_t i, int32_t sign) {
     const int64_t moved = (int64_t)r->sum[i] - sign;
-    return r->error[i] * (int64_t)sign > 0 && moved >= r->low[c] && moved <= r->high[c];
+    return moved >= r->low[c] && moved <= r->high[c];
 }
 
 /* Moves it, and splits the moved sum into its parts; see ocs_columns. */
-static void move(row *r, int64_t c, int64_t k, int32_t sign) {
-    const int64_t i = c * r->K + k;
+static void move(row *r, int64_t c, int64_t i, int32_t sign) {
     r->sum[i] -= (float)sign;
     r->error[i] -= sign * STEP;
-    r->filter[c] -= sign * (int64_t)STEP;
     for (int64_t j = c; j >= 0; j = r->next[j]) {
-        const int64_t at = j * r->K + k;
+        const int64_t at = i + (j - c) * r->K;
         r->q[at] = ocs_split_column(2 * (int32_t)r->sum[i], r->columns.addend[at], r->columns.shift[at], r->qmax);
     }
 }
@@ -101,69 +101,82 @@ static void find_errors(int32_t *restrict error, const float *w, const float *su
     }
 }
 
-/* The kernel step: as many elements of filter c as there are whole steps in its error. */
-static void settle_filter(row *r, int64_t c) {
-    const int32_t *error = r->error + c * r->K;
-    const int32_t sign = r->filter[c] < 0 ? -1 : 1;
-    largest top = {r->keys, 0, steps(r->filter[c])};
-    for (int64_t k = 0; k < r->K; ++k) {
-        const int64_t size = error[k] * (int64_t)sign;
-        if (size > 0 && enters(&top, key_of(size, k)) && can_move(r, c, c * r->K + k, sign)) {
-            offer(&top, key_of(size, k));
+static int64_t sum_of(const int32_t *error, int64_t n) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        sum += error[i];
+    }
+    return sum;
+}
+
+/* Moves as many of the elements begin .. end - 1 as there are whole steps in their error; returns what is left of it.
+   They are of one channel, or each of its own (K = 1). */
+static int64_t settle(row *r, int64_t begin, int64_t end, int64_t error) {
+    const int32_t sign = error < 0 ? -1 : 1;
+    largest top = {r->keys, 0, steps(error)};
+    if (top.wanted == 0) {
+        return error;
+    }
+    const int64_t channel = begin / r->K;
+    int64_t least = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t size = r->error[i] * sign;
+        if (size > least && can_move(r, r->K == 1 ? i : channel, i, sign)) {
+            offer(&top, size, i);
+            least = least_size(&top);
         }
     }
-    for (int64_t i = 0; i < top.size; ++i) {
-        move(r, c, index_of(top.key[i]), sign);
+    for (int64_t n = 0; n < top.count; ++n) {
+        const int64_t i = index_of(top.key[n]);
+        move(r, r->K == 1 ? i : channel, i, sign);
     }
+    return error - sign * top.count * STEP;
 }
 
 /* The element of filter c with the largest error of this sign that can move, or -1. */
 static int64_t first_to_move(const row *r, int64_t c, int32_t sign) {
-    int64_t first = -1, largest_size = 0;
-    for (int64_t k = 0; k < r->K; ++k) {
-        const int64_t i = c * r->K + k, size = r->error[i] * (int64_t)sign;
-        if (size > largest_size && can_move(r, c, i, sign)) {
-            first = k;
-            largest_size = size;
+    int64_t first = -1, least = 0;
+    for (int64_t i = c * r->K; i < (c + 1) * r->K; ++i) {
+        const int64_t size = r->error[i] * sign;
+        if (size > least && can_move(r, c, i, sign)) {
+            first = i;
+            least = size;
         }
     }
     return first;
 }
 
 /* The channel step: one element in as many filters as there are whole steps in the output channel's error. */
-static void settle_row(row *r) {
-    int64_t error = 0;
-    for (int64_t c = 0; c < r->C; ++c) {
-        error += r->filter[c];
-    }
+static void settle_filters(row *r, int64_t error) {
     const int32_t sign = error < 0 ? -1 : 1;
     largest top = {r->keys, 0, steps(error)};
-    if (top.wanted == 0) {
-        return;
-    }
-    for (int64_t c = 0; c < r->C; ++c) {
+    int64_t least = 0;
+    for (int64_t c = 0; top.wanted > 0 && c < r->C; ++c) {
         const int64_t size = r->filter[c] * sign;
-        if (size > 0 && enters(&top, key_of(size, c)) && first_to_move(r, c, sign) >= 0) {
-            offer(&top, key_of(size, c));
+        if (size > least && first_to_move(r, c, sign) >= 0) {
+            offer(&top, size, c);
+            least = least_size(&top);
         }
     }
-    for (int64_t i = 0; i < top.size; ++i) {
-        const int64_t c = index_of(top.key[i]);
+    for (int64_t n = 0; n < top.count; ++n) {
+        const int64_t c = index_of(top.key[n]);
         move(r, c, first_to_move(r, c, sign), sign);
     }
 }
 
+/* Both steps, which are one where a filter is an element. */
 static void compensate(row *r) {
-    for (int64_t c = 0; c < r->C; ++c) {
-        r->filter[c] = 0;
-        for (int64_t k = 0; k < r->K; ++k) {
-            r->filter[c] += r->error[c * r->K + k];
-        }
-        if (r->K > 1 && steps(r->filter[c]) > 0) {
-            settle_filter(r, c);
-        }
+    const int64_t C = r->C, K = r->K;
+    if (K == 1) {
+        settle(r, 0, C, sum_of(r->error, C));
+        return;
     }
-    settle_row(r);
+    int64_t error = 0;
+    for (int64_t c = 0; c < C; ++c) {
+        r->filter[c] = settle(r, c * K, (c + 1) * K, sum_of(r->error + c * K, K));
+        error += r->filter[c];
+    }
+    settle_filters(r, error);
 }
 
 /* --- All of them ------------------------------------------------------------------------------ */
