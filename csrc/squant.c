@@ -60,14 +60,14 @@ static void offer(largest *top, int64_t size, int64_t index) {
 
 typedef struct {
     int64_t C, K;
-    ocs_columns columns;
+    ocs_columns columns;       /* of the row's group, as are next, low and high */
     const int32_t *next;       /* [C + S]: the next part of the same channel, -1 after its last */
     const int32_t *low, *high; /* [C]: the range of a channel's sum */
     int32_t qmax;
     int8_t *q;       /* [C + S, K] */
     float *sum;      /* [C, K]: of a channel's integers and its copies' */
     int32_t *error;  /* [C, K]: sum - w / scale */
-    int64_t *filter; /* [C]: the sum of a filter's errors */
+    int64_t *filter; /* [C]: the sum of a filter's errors, where K > 1 */
     uint64_t *keys;  /* [max(C, K)] */
 } row;
 
