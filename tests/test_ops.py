@@ -77,6 +77,13 @@ def test_composite_handles_nothing_and_nan() -> None:
     assert composite.quantize(x, SCALE, 4, True).tolist() == torch.ops.ocs.quantize(x, SCALE, 4, True).tolist()
 
 
+def test_composite_squant_of_what_is_not_finite() -> None:
+    w = W.clone()
+    w[0, 1, 2], w[3, 5, 0, 0], w[7, 9] = float("nan"), float("inf"), -float("inf")
+    args = (w, SCALE, *PLAN[:3], 3, 4)
+    assert torch.equal(composite.squant_weight(*args), torch.ops.ocs.squant_weight(*args))
+
+
 def test_other_devices_are_registered() -> None:
     for name in CALLS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ocs::{name}", "CompositeExplicitAutograd")
