@@ -99,6 +99,19 @@ def compare(name: str, rounds: int, targets: dict[float, float], *, whole: bool)
     return rows
 
 
+def roundings(rounds: int) -> list[Row]:
+    """Squant against rounding to nearest (at most 3), over a whole network."""
+    model = torchvision_models().resnet50(weights=None).eval()
+    times: dict[str, list[float]] = {"nearest": [], "squant": []}
+    for _ in tqdm(range(rounds), "roundings", leave=False, delay=2, disable=None):
+        for rounding, of_rounding in times.items():
+            fresh = copy.deepcopy(model)
+            begin = time.perf_counter()
+            ocs.quantize(fresh, wbits=BITS, r=0.02, rounding=rounding, progress=False)
+            of_rounding.append(1e3 * (time.perf_counter() - begin))
+    return [at_most("quantize resnet50, squant", times, "squant", "nearest", 3)]
+
+
 def running(what: str, model: nn.Module, x: Tensor, rounds: int) -> list[Row]:
     """A forward pass of the folded form (at most 1.02 of the float model's time) and of the expanded one (1.15)."""
     folded, expanded = copy.deepcopy(model), copy.deepcopy(model)
@@ -163,6 +176,7 @@ def main() -> None:
     """Run all and publish."""
     rows = compare("resnet50", 7, {0.02: 20, 0.1: 60}, whole=True)
     rows += compare("vgg16_bn", 5, {0.02: 200, 0.1: 200}, whole=False)
+    rows += roundings(9)
     rows += all_running()
     notes = {f"peak extra memory, {name}": peak_memory(name) for name in ("resnet50", "vgg16_bn")}
     publish("models", rows, notes)

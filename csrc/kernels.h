@@ -155,6 +155,9 @@ static inline bool ocs_limits_valid(const float *limit, int64_t R) {
 
 ocs_status ocs_check_shape(const ocs_shape *shape);
 
+/* Every one of them is positive and finite. */
+ocs_status ocs_check_scale(const float *scale, int64_t count);
+
 /* The columns of every group, one after the other: group g's are ocs_columns_group(&columns, g). plan->depth may be
    NULL (addend and shift are then not made), plan->offset too (naive splitting). Frees what it made on an error. */
 ocs_status ocs_columns_make(ocs_columns *columns, const ocs_plan *plan, const ocs_shape *shape);

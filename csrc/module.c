@@ -249,15 +249,14 @@ static PyArrayObject *output_like(PyArrayObject *w, int64_t channels, int type) 
     return output(PyArray_NDIM(w), dims, type);
 }
 
-static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
-    (void)self;
-    const char *name = "quantize_weight";
+/* quantize_weight and squant_weight, which differ in the last argument. */
+static PyObject *weight_to_integers(const char *name, const char *format, PyObject *args, bool squant) {
     PyObject *w_object, *scale_object, *source_object, *depth_object, *offset_object;
     ocs_shape shape;
     long long groups;
-    int bits, quantization_aware, stride = 0;
-    if (!PyArg_ParseTuple(args, "OOOOOLip:quantize_weight", &w_object, &scale_object, &source_object, &depth_object,
-                          &offset_object, &groups, &bits, &quantization_aware)) {
+    int bits, quantization_aware = 1, stride = 0;
+    if (!PyArg_ParseTuple(args, format, &w_object, &scale_object, &source_object, &depth_object, &offset_object,
+                          &groups, &bits, &quantization_aware)) {
         return NULL;
     }
     PyArrayObject *ints = NULL;
@@ -277,11 +276,23 @@ static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
     if (ints != NULL && status == OCS_OK) {
         const ocs_plan plan = {PyArray_DATA(source), PyArray_DATA(depth), PyArray_DATA(offset)};
         Py_BEGIN_ALLOW_THREADS;
-        status = ocs_quantize_weight_f32(PyArray_DATA(ints), PyArray_DATA(w), &plan, PyArray_DATA(scale), stride,
-                                         &shape, bits, quantization_aware);
+        status = squant ? ocs_squant_weight_f32(PyArray_DATA(ints), PyArray_DATA(w), &plan, PyArray_DATA(scale), stride,
+                                                &shape, bits)
+                        : ocs_quantize_weight_f32(PyArray_DATA(ints), PyArray_DATA(w), &plan, PyArray_DATA(scale),
+                                                  stride, &shape, bits, quantization_aware);
         Py_END_ALLOW_THREADS;
     }
     return finish(name, status, ints, taken, COUNT(taken));
+}
+
+static PyObject *py_quantize_weight(PyObject *self, PyObject *args) {
+    (void)self;
+    return weight_to_integers("quantize_weight", "OOOOOLip:quantize_weight", args, false);
+}
+
+static PyObject *py_squant_weight(PyObject *self, PyObject *args) {
+    (void)self;
+    return weight_to_integers("squant_weight", "OOOOOLi:squant_weight", args, true);
 }
 
 static PyObject *py_fold(PyObject *self, PyObject *args) {
@@ -528,6 +539,8 @@ static PyMethodDef methods[] = {
      "clip_threshold(counts, limit, bits, signed, method) -> float32, shaped like limit"},
     {"quantize_weight", py_quantize_weight, METH_VARARGS,
      "quantize_weight(w, scale, source, depth, offset, groups, bits, quantization_aware) -> int8 [O, C + n, ...]"},
+    {"squant_weight", py_squant_weight, METH_VARARGS,
+     "squant_weight(w, scale, source, depth, offset, groups, bits) -> int8 [O, C + n, ...]"},
     {"fold", py_fold, METH_VARARGS, "fold(ints, scale, source, groups, channels) -> float32 [O, C, ...]"},
     {"weight_error", py_weight_error, METH_VARARGS,
      "weight_error(w, ints, scale, source, groups) -> float64 [2]: sums of w^2 and of (w - w_hat)^2"},

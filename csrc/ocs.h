@@ -159,6 +159,19 @@ int32_t ocs_qmax(int bits);
 ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
                                    int64_t scale_stride, const ocs_shape *shape, int bits, bool quantization_aware);
 
+/* The same of quantization-aware splits, then moved so that rounding errors cancel (squant.c; SQuant, ICLR 2022).
+
+   T is the sum of the integers of a channel and its copies, its error T - w / scale in grid steps (cut off below 2^-24,
+   at most 64). A candidate is an element whose error has the sign of the error that is to be reduced, and whose T,
+   moved a step against it, can be split into parts in [-qmax, qmax]. For each output channel:
+   1. in each filter whose errors sum to e, the floor(|e| + 1/2) candidates with the largest errors move (K > 1);
+   2. of all filters, whose errors sum to E then, floor(|E| + 1/2) move one more element: those that have the sign of E
+      and a candidate, with the largest |e|; in each the candidate with the largest error.
+   Lowest index on ties; fewer where there are not enough. Where nothing saturates, every error stays below 1, those of
+   filters too, and those of output channels end within 1/2. Saturated elements stay as they are. */
+ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
+                                 int64_t scale_stride, const ocs_shape *shape, int bits);
+
 /* w_hat [O, C, K] = scale * (sum of the integers of a channel and its copies): what the expanded weight computes. */
 ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, const float *scale,
                         int64_t scale_stride, const ocs_shape *shape);

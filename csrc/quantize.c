@@ -78,7 +78,7 @@ static bool bits_valid(int bits) {
     return bits >= 2 && bits <= 8;
 }
 
-static ocs_status check_scale(const float *scale, int64_t count) {
+ocs_status ocs_check_scale(const float *scale, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         if (!isfinite(scale[i]) || scale[i] <= 0.0f) {
             return OCS_BAD_SCALE;
@@ -110,7 +110,7 @@ static ocs_status prepare(weight_job *job, const ocs_plan *plan) {
     job->kernels = ocs_kernel_table();
     ocs_status status = ocs_columns_make(&job->columns, plan, job->shape);
     if (status == OCS_OK) {
-        status = check_scale(job->scale, job->scale_stride == 0 ? 1 : job->shape->O);
+        status = ocs_check_scale(job->scale, job->scale_stride == 0 ? 1 : job->shape->O);
         if (status != OCS_OK) {
             ocs_columns_free(&job->columns);
         }
@@ -241,7 +241,7 @@ static ocs_status run_on_grid(array_job *job, int bits, ocs_range_fn elements) {
     if (!bits_valid(bits)) {
         return OCS_BAD_BITS;
     }
-    ocs_status status = check_scale(job->scale, 1);
+    ocs_status status = ocs_check_scale(job->scale, 1);
     if (status == OCS_OK) {
         job->kernels = ocs_kernel_table();
         set_grid(job, bits);
@@ -283,7 +283,7 @@ ocs_status ocs_dequantize_f32(float *x, const void *q, const float *scale, int64
     array_job job = {.x_out = x, .q_in = q, .N = N, .q_stride = q_stride, .scale = scale, .scale_stride = scale_stride};
     job.is_signed = is_signed;
     job.kernels = ocs_kernel_table();
-    ocs_status status = check_scale(scale, scale_stride == 0 ? 1 : O);
+    ocs_status status = ocs_check_scale(scale, scale_stride == 0 ? 1 : O);
     if (status == OCS_OK && N > 0) {
         ocs_parallel_for(O, ocs_grain(N), dequantize_rows, &job);
     }

@@ -284,9 +284,10 @@ Tensor clip_threshold(const Tensor &counts_any, const Tensor &limit_any, int64_t
 
 // --- Weights to integers and back ----------------------------------------------------------------
 
-Tensor quantize_weight(const Tensor &w_any, const Tensor &scale_any, const Tensor &source_any, const Tensor &depth_any,
-                       const Tensor &offset_any, int64_t groups, int64_t bits, bool quantization_aware) {
-    const char *op = "quantize_weight";
+// What quantize_weight and squant_weight share; `entry` writes the integers.
+template <class Entry> Tensor weight_to_integers(const char *op, const Tensor &w_any, const Tensor &scale_any,
+                                                 const Tensor &source_any, const Tensor &depth_any,
+                                                 const Tensor &offset_any, int64_t groups, Entry entry) {
     const Tensor w = floats(op, "w", w_any, 2), scale = floats(op, "scale", scale_any);
     const Tensor source = integers(op, "source", source_any, ScalarType::Long);
     const Tensor depth = integers(op, "depth", depth_any, ScalarType::Int);
@@ -299,9 +300,21 @@ Tensor quantize_weight(const Tensor &w_any, const Tensor &scale_any, const Tenso
     sizes[1] = shape.C + shape.S;
     Tensor ints = empty(sizes, ScalarType::Char);
     const ocs_plan plan = {read<int64_t>(source), read<int32_t>(depth), read<int32_t>(offset)};
-    check(op, ocs_quantize_weight_f32(write<int8_t>(ints), read<float>(w), &plan, read<float>(scale),
-                                      stride_of(op, scale, shape.O), &shape, narrow(bits), quantization_aware));
+    check(op,
+          entry(write<int8_t>(ints), read<float>(w), &plan, read<float>(scale), stride_of(op, scale, shape.O), &shape));
     return ints;
+}
+
+Tensor quantize_weight(const Tensor &w, const Tensor &scale, const Tensor &source, const Tensor &depth,
+                       const Tensor &offset, int64_t groups, int64_t bits, bool quantization_aware) {
+    const auto entry = [=](auto... args) { return ocs_quantize_weight_f32(args..., narrow(bits), quantization_aware); };
+    return weight_to_integers("quantize_weight", w, scale, source, depth, offset, groups, entry);
+}
+
+Tensor squant_weight(const Tensor &w, const Tensor &scale, const Tensor &source, const Tensor &depth,
+                     const Tensor &offset, int64_t groups, int64_t bits) {
+    const auto entry = [=](auto... args) { return ocs_squant_weight_f32(args..., narrow(bits)); };
+    return weight_to_integers("squant_weight", w, scale, source, depth, offset, groups, entry);
 }
 
 Tensor fold(const Tensor &ints_any, const Tensor &scale_any, const Tensor &source_any, int64_t groups,
@@ -473,6 +486,8 @@ STABLE_TORCH_LIBRARY(ocs, m) {
     m.def("clip_threshold(Tensor counts, Tensor limit, int bits, bool signed, int method) -> Tensor");
     m.def("quantize_weight(Tensor w, Tensor scale, Tensor source, Tensor depth, Tensor offset, int groups, int bits, "
           "bool quantization_aware) -> Tensor");
+    m.def("squant_weight(Tensor w, Tensor scale, Tensor source, Tensor depth, Tensor offset, int groups, int bits) -> "
+          "Tensor");
     m.def("fold(Tensor ints, Tensor scale, Tensor source, int groups, int channels) -> Tensor");
     m.def("weight_error(Tensor w, Tensor ints, Tensor scale, Tensor source, int groups) -> Tensor");
     m.def("quantize(Tensor x, Tensor scale, int bits, bool signed) -> Tensor");
@@ -492,6 +507,7 @@ STABLE_TORCH_LIBRARY_IMPL(ocs, CPU, m) {
     m.impl("split_histogram", TORCH_BOX(&split_histogram));
     m.impl("clip_threshold", TORCH_BOX(&clip_threshold));
     m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+    m.impl("squant_weight", TORCH_BOX(&squant_weight));
     m.impl("fold", TORCH_BOX(&fold));
     m.impl("weight_error", TORCH_BOX(&weight_error));
     m.impl("quantize", TORCH_BOX(&quantize));

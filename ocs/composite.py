@@ -23,6 +23,7 @@ KERNELS = (
     "split_histogram",
     "clip_threshold",
     "quantize_weight",
+    "squant_weight",
     "fold",
     "weight_error",
     "quantize",
@@ -32,6 +33,7 @@ KERNELS = (
     "unpack",
 )
 GRID_LIMIT, MAX_DEPTH = 2.0**30, 22
+STEP = 2**24  # an error of one grid step, in squant_weight
 
 
 def _require(valid: bool, op: str, what: str) -> None:
@@ -171,6 +173,61 @@ def quantize_weight(
     split = (_gather(u2, source, groups) + addend.reshape(groups, 1, -1, 1)) >> (depth + 1).reshape(groups, 1, -1, 1)
     ints = split.clamp(-qmax, qmax).to(torch.int8)
     return ints.reshape(w.shape[0], source.numel() // groups, *w.shape[2:])
+
+
+def squant_weight(
+    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, bits: int
+) -> Tensor:
+    """Integers int8 [O, C + n, ...], quantization-aware, moved so that rounding errors cancel (csrc/ocs.h)."""
+    nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
+    if not nearest.numel():
+        return nearest
+    qmax, within = grid(bits, True)[1], _within_group(source, groups, w.shape[1])
+    u = _grouped(_floats("squant_weight", w) / _per_row(scale, w), groups)
+    parts = _grouped(nearest.int(), groups)
+    total = torch.zeros_like(u, dtype=torch.int32)
+    total.scatter_add_(2, within.reshape(groups, 1, -1, 1).expand(parts.shape), parts)
+    depth, offset = depth.reshape(groups, -1), offset.reshape(groups, -1)
+    low, high = -(qmax << depth) - offset, ((qmax + 1) << depth) - 1 - offset
+    low = low[:, : w.shape[1]].scatter_reduce(1, within, low, "amax")[:, None, :, None]
+    high = high[:, : w.shape[1]].scatter_reduce(1, within, high, "amin")[:, None, :, None]
+    moved = _gather((total - _moves(total, u, low, high)).reshape(w.shape), source, groups)
+    split = (moved + offset.reshape(groups, 1, -1, 1)) >> depth.reshape(groups, 1, -1, 1)
+    changed = moved != _gather(total.reshape(w.shape), source, groups)
+    return torch.where(changed, split, parts).to(torch.int8).reshape(nearest.shape)
+
+
+def _moves(total: Tensor, u: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What to subtract, -1, 0 or 1, from each sum [..., C, K] of a channel's integers."""
+    error = torch.nan_to_num((total.float() - u) * STEP, nan=2.0**30).clamp(-(2.0**30), 2.0**30).long()
+
+    def candidates(moves: Tensor, sign: Tensor) -> Tensor:
+        """The size of each element's error where it may move, else 0."""
+        after = total - moves - sign
+        return torch.where((error * sign > 0) & (after >= low) & (after <= high), error.abs(), 0)
+
+    moves = torch.zeros_like(total)
+    if total.shape[-1] > 1:
+        of_filter = error.sum(-1)
+        sign = of_filter.sign()[..., None]
+        moves = (sign * _largest(candidates(moves, sign), of_filter)).to(total.dtype)
+        error -= STEP * moves
+    of_filter = error.sum(-1)
+    of_row = of_filter.sum(-1)
+    sign = of_row.sign()[..., None]
+    size, first = (part[..., :1] for part in candidates(moves, sign[..., None]).sort(descending=True, stable=True))
+    movable = (of_filter * sign > 0) & (size[..., 0] > 0)
+    one_more = sign * _largest(torch.where(movable, of_filter.abs(), 0), of_row)
+    return moves.scatter_add(-1, first, one_more[..., None].to(total.dtype))
+
+
+def _largest(sizes: Tensor, error: Tensor) -> Tensor:
+    """Whether each of sizes [..., n] is among the floor(|error| + 1/2) largest, the first on ties, and not 0."""
+    order = sizes.sort(descending=True, stable=True)[1]
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(sizes.shape[-1], device=order.device).expand_as(order)
+    )
+    return (rank < ((error.abs() + STEP // 2) // STEP)[..., None]) & (sizes > 0)
 
 
 def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:

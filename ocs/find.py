@@ -54,8 +54,7 @@ class Options:
         if not isinstance(self.expand, bool):
             raise ValueError(f"expand={self.expand!r}: use True (expanded) or False (folded)")
         functional.check_choice("granularity", self.granularity, get_args(Granularity))
-        functional.check_choice("split", self.split, get_args(Split))
-        functional.check_choice("rounding", self.rounding, get_args(Rounding))
+        functional.check_rounding(self.rounding, self.split)
         functional.check_choice("act_split", self.act_split, get_args(ActSplit))
         functional.check_clip("act_clip", self.act_clip)
         if self.act_signed is not True and self.act_signed != "auto":

@@ -21,7 +21,7 @@ from ocs.ops import kernels
 Array = np.ndarray | Tensor
 Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
-Rounding = Literal["nearest"]
+Rounding = Literal["nearest", "squant"]
 CLIP_METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # numbered as in csrc/ocs.h
 AUTO = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what clip="auto" chooses from
 BINS, CHANNEL_BINS = 2048, 512  # of the histogram that a threshold is searched in: of a tensor, of an output channel
@@ -72,7 +72,10 @@ def quantize_weight(
             error of the weight.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
-        rounding: "nearest": floor(w / scale + 1/2).
+        rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": from there, some integers move a step
+            so that rounding errors cancel (Guo et al., ICLR 2022), those with the largest errors first. In each filter
+            whose errors sum to e, floor(|e| + 1/2) move; then in each output channel, whose errors sum to E,
+            floor(|E| + 1/2) filters with e of its sign move one more each. None leaves the grid, saturated ones stay.
         groups: of a grouped convolution; divides O.
 
     Raises:
@@ -81,11 +84,10 @@ def quantize_weight(
     """
     w = check_values("w", check_array("w", w, min_rank=2))
     bits, r = check_bits("bits", bits), check_ratio("r", r)
-    check_choice("split", split, get_args(Split))
-    check_choice("rounding", rounding, get_args(Rounding))
+    check_rounding(rounding, split)
     _check_groups(groups, w.shape[0])
     check_clip("clip", clip, auto=True)
-    return quantize_plan(w, plan_splits(w, r, groups), bits, clip, granularity, split, groups).quantized
+    return quantize_plan(w, plan_splits(w, r, groups), bits, clip, granularity, split, rounding, groups).quantized
 
 
 def plan_splits(w: Array, r: float, groups: int = 1) -> SplitPlan:
@@ -116,13 +118,20 @@ class Quantization(NamedTuple):
 
 
 def quantize_plan(
-    w: Array, plan: SplitPlan, bits: int, clip: str | float, granularity: Granularity, split: Split, groups: int = 1
+    w: Array,
+    plan: SplitPlan,
+    bits: int,
+    clip: str | float,
+    granularity: Granularity,
+    split: Split,
+    rounding: Rounding = "nearest",
+    groups: int = 1,
 ) -> Quantization:
     """Steps 2 and 3: threshold and integers; of clip="auto", the method with the least squared error of the weight."""
     methods, best = AUTO if clip == "auto" else (clip,), None
     thresholds = split_thresholds(w, plan, bits, methods, granularity, groups)
     for method, threshold in zip(methods, thresholds, strict=True):
-        quantized = quantize_split(w, plan, threshold, bits, split, groups)
+        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
         found = Quantization(quantized, method, weight_error(w, quantized, groups))
         if best is None or found.error[1] < best.error[1]:
             best = found
@@ -165,11 +174,19 @@ def _threshold(counts: Array | None, largest: Array, bits: int, clip: str | floa
 
 
 def quantize_split(
-    w: Array, plan: SplitPlan, threshold: Array, bits: int, split: Split = "qa", groups: int = 1
+    w: Array,
+    plan: SplitPlan,
+    threshold: Array,
+    bits: int,
+    split: Split = "qa",
+    rounding: Rounding = "nearest",
+    groups: int = 1,
 ) -> QuantizedWeight:
     """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
     scale = scale_for(threshold, qmax(bits))
-    ints = kernels(w).quantize_weight(w, scale, plan.source, plan.depth, plan.offset, groups, bits, split == "qa")
+    args = (w, scale, plan.source, plan.depth, plan.offset, groups, bits)
+    squant = rounding == "squant"
+    ints = kernels(w).squant_weight(*args) if squant else kernels(w).quantize_weight(*args, split == "qa")
     return QuantizedWeight(ints, scale, plan.source, threshold)
 
 
@@ -398,6 +415,16 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """One of the strings."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, choices))}")
+
+
+def check_rounding(rounding: Any, split: Any) -> None:
+    """Both are choices, and go together."""
+    check_choice("split", split, get_args(Split))
+    check_choice("rounding", rounding, get_args(Rounding))
+    if rounding == "squant" and split == "naive":
+        raise ValueError(
+            "rounding='squant' with split='naive': naive halves do not add up to a moved integer; use split='qa'"
+        )
 
 
 def _dtype_name(x: Array) -> str:

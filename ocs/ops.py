@@ -99,6 +99,12 @@ def _(
     return w.new_empty((w.shape[0], source.numel() // groups, *w.shape[2:]), dtype=torch.int8)
 
 
+@torch.library.register_fake("ocs::squant_weight")
+def _(w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, bits: int) -> Tensor:
+    _meta_together(w, scale, source, depth, offset)
+    return w.new_empty((w.shape[0], source.numel() // groups, *w.shape[2:]), dtype=torch.int8)
+
+
 @torch.library.register_fake("ocs::fold")
 def _(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:
     _meta_together(ints, scale, source)

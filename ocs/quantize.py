@@ -71,7 +71,7 @@ def _quantize_weight(
     w = kind.layout(weight, groups).float().contiguous()
     plan = functional.plan_splits(w, options.r, groups)
     return plan, functional.quantize_plan(
-        w, plan, options.wbits, options.clip, options.granularity, options.split, groups
+        w, plan, options.wbits, options.clip, options.granularity, options.split, options.rounding, groups
     )
 
 
@@ -233,7 +233,8 @@ def quantize(
             functional.clip_threshold; "auto" is for each layer the method that leaves the least squared error.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
-        rounding: "nearest": floor(w / scale + 1/2).
+        rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
+            rounding errors cancel in each filter and each output channel, see functional.quantize_weight.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.

@@ -261,6 +261,70 @@ def quantize_weight(
     return ints.reshape(w.shape[0], source.size // groups, *w.shape[2:])
 
 
+STEP = 2**24  # an error of one grid step, in squant_weight
+
+
+def squant_weight(
+    w: Floats,
+    scale: Floats,
+    source: NDArray[np.int64],
+    depth: NDArray[np.int32],
+    offset: NDArray[np.int32],
+    groups: int,
+    bits: int,
+) -> Ints:
+    """Integers int8 [O, C + n, ...], quantization-aware, moved so that rounding errors cancel (csrc/ocs.h).
+
+    What moves is T, the sum of a channel's integers and its copies'; part i of 2^m of it is floor((T + i) / 2^m).
+    """
+    qmax = 2 ** (bits - 1) - 1
+    nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
+    ints = _grouped(nearest, groups).astype(np.int64)
+    u = _grouped((w / np.broadcast_to(scale, w.shape[:1]).reshape(-1, *[1] * (w.ndim - 1))).astype(np.float32), groups)
+    within = source.reshape(groups, -1) - np.arange(groups)[:, None] * w.shape[1]
+    depth, offset = (part.reshape(groups, -1).astype(np.int64) for part in (depth, offset))
+    for g in range(groups):
+        parts = [(within[g] == c).nonzero()[0] for c in range(w.shape[1])]
+        lowest, highest = -qmax * 2 ** depth[g] - offset[g], (qmax + 1) * 2 ** depth[g] - 1 - offset[g]
+        low, high = [lowest[own].max() for own in parts], [highest[own].min() for own in parts]
+        for row, of_row in zip(ints[g], u[g], strict=True):
+            before = np.array([row[own].sum(0) for own in parts]).reshape(of_row.shape)
+            after = _squant_row(before.copy(), of_row, low, high)
+            for c, k in np.argwhere(after != before):
+                row[parts[c], k] = (after[c, k] + offset[g][parts[c]]) >> depth[g][parts[c]]
+    return ints.astype(np.int8).reshape(nearest.shape)
+
+
+def _squant_row(total: NDArray[np.int64], u: Floats, low: list[int], high: list[int]) -> NDArray[np.int64]:
+    """The sums [C, K] of one output channel, moved; low and high: the range of each channel's sum."""
+    error = np.clip((total.astype(np.float32) - u) * np.float32(STEP), -64 * STEP, 64 * STEP).astype(np.int64)
+
+    def candidates(c: int, sign: int) -> list[int]:
+        """Those of filter c that may move a step against this sign, the largest error first, then the lowest index."""
+        own = [k for k in range(u.shape[1]) if error[c, k] * sign > 0 and low[c] <= total[c, k] - sign <= high[c]]
+        return sorted(own, key=lambda k: -abs(error[c, k]))
+
+    def move(c: int, k: int, sign: int) -> None:
+        total[c, k] -= sign
+        error[c, k] -= sign * STEP
+
+    for c in range(u.shape[0] if u.shape[1] > 1 else 0):
+        e = error[c].sum()
+        for k in candidates(c, np.sign(e))[: _steps(e)]:
+            move(c, k, np.sign(e))
+    of_filter = error.sum(1)
+    E = of_filter.sum()
+    filters = [c for c in range(u.shape[0]) if of_filter[c] * np.sign(E) > 0 and candidates(c, np.sign(E))]
+    for c in sorted(filters, key=lambda c: -abs(of_filter[c]))[: _steps(E)]:
+        move(c, candidates(c, np.sign(E))[0], np.sign(E))
+    return total
+
+
+def _steps(error: np.int64) -> int:
+    """floor(|error| + 1/2) in grid steps."""
+    return int(abs(error) + STEP // 2) // STEP
+
+
 def fold(ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, channels: int) -> Floats:
     """float32 [O, channels, ...]: scale times the sum of each channel's integers and its copies'."""
     flat = ints.reshape(*ints.shape[:2], math.prod(ints.shape[2:])).astype(np.int64)

@@ -83,6 +83,21 @@ def test_clipping_beats_none_and_oracle_beats_static_splits() -> None:
         assert static + 20 < oracle[0] < oracle[1]
 
 
+@pytest.mark.parametrize(("granularity", "margin"), [("tensor", 10), ("channel", 0)])
+def test_squant_beats_nearest_at_three_bits(float_model: nn.Module, granularity: str, margin: int) -> None:
+    """On 500 images it is 467 against 450 right, 472 against 470 per channel; logits are 3 and 1.9 times nearer."""
+    images, labels = (part[:500] for part in load("t10k"))
+    correct, distance = {}, {}
+    for rounding in ("nearest", "squant"):
+        model = copy.deepcopy(float_model)
+        ocs.quantize(model, wbits=3, r=0.05, granularity=granularity, rounding=rounding, expand=False)
+        correct[rounding] = count_correct(model, images, labels)
+        with torch.inference_mode():
+            distance[rounding] = (model(images) - float_model(images)).square().mean()
+    assert correct["squant"] > correct["nearest"] + margin
+    assert distance["squant"] < 0.7 * distance["nearest"]
+
+
 def test_read_idx_refuses_other_files(tmp_path: Path) -> None:
     import gzip
 

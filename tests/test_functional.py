@@ -54,6 +54,23 @@ def test_splitting_narrows_the_grid_and_helps() -> None:
     assert noise[0.1, "qa"] < noise[0.1, "naive"] < noise[0, "naive"] == noise[0, "qa"]
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(("r", "groups", "clip"), [(0, 1, "none"), (0.1, 3, "none"), (0.1, 1, "mse"), (0, 1, "auto")])
+def test_squant_changes_the_integers_alone(kind, granularity: str, r: float, groups: int, clip: str) -> None:
+    """The same scale and splits; output channels sum to what they were, within half a step where nothing saturates."""
+    nearest, q = (F.quantize_weight(kind(W), 4, r, clip, granularity, rounding=rounding, groups=groups)
+                  for rounding in ("nearest", "squant"))  # fmt: skip
+    ints, scale, *_ = map(numpy_of, q)
+    assert all((numpy_of(a) == numpy_of(b)).all() for a, b in zip(q[1:], nearest[1:], strict=True))
+    expected = reference.squant_weight(W, scale, *reference_plan(r, groups)[:3], groups, 4)
+    np.testing.assert_array_equal(ints, expected)
+    assert (ints != numpy_of(nearest.ints)).any()
+    if clip == "none":
+        error = (numpy_of(F.fold(q, 30, groups)) - W).sum((1, 2, 3), dtype=np.float64) / scale
+        assert np.abs(error).max() < 0.501
+
+
 def test_clip_lowers_the_threshold_and_saturates() -> None:
     q, whole = F.quantize_weight(W, 4, 0.1, clip=0.5), F.quantize_weight(W, 4, 0.1)
     assert q.threshold == whole.threshold * np.float32(0.5)
@@ -198,6 +215,8 @@ BAD_WEIGHTS = [
     (lambda: F.quantize_weight(W, 4, granularity="row"), ValueError, "granularity='row': use 'tensor' or 'channel'"),
     (lambda: F.quantize_weight(W, 4, split="half"), ValueError, "split='half': use 'qa' or 'naive'"),
     (lambda: F.quantize_weight(W, 4, rounding="up"), ValueError, "rounding='up': use 'nearest'"),
+    (lambda: F.quantize_weight(W, 4, split="naive", rounding="squant"), ValueError,
+     "rounding='squant' with split='naive': .* use split='qa'"),
     (lambda: F.quantize_weight(W, 4, groups=5), ValueError, "groups=5: .* divides the 12 output channels"),
     (lambda: F.quantize_weight(W, 4, groups=0), ValueError, "groups=0"),
     (lambda: F.quantize_weight(np.float32([[1, np.nan]]), 4), ValueError, "NaN or Inf .*channel 1"),

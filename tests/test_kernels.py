@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ocs import _C, ops, reference
+from ocs import _C, composite, ops, reference
 
 # shape of the weight, groups, splits in each group
 WEIGHTS = {
@@ -108,13 +108,72 @@ def test_integers_are_those_of_the_papers_procedure(isa: str, splits: int, quant
     assert_same(ours, np.clip(reference.round_half_up(u), -qmax, qmax).astype(np.int8))
 
 
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("weight", [name for name in WEIGHTS if name != "several threads"])  # the twin is slow
+def test_squant_equals_its_twin(isa: str, weight: str, values: str) -> None:
+    """Numpy, torch and what other devices run; with and without clipping, and with every error half a step."""
+    shape, groups, splits = WEIGHTS[weight]
+    w = VALUES[values](shape)
+    source, depth, offset, split_max = reference.split_plan(reference.channel_max(w, groups), groups, splits)
+    output_max = reference.output_max(w, source, depth, groups)
+    for bits in (2, 3, 4, 8):
+        whole = scales_for((source, depth, offset, split_max), output_max, bits)
+        for scale in (*whole, *(s * np.float32(0.4) for s in whole), np.asarray(0.5, np.float32)):
+            args = (w, np.asarray(np.maximum(scale, np.float32(1e-44))), source, depth, offset, groups, bits)
+            ints = both("squant_weight", *args)
+            assert_same(ints, reference.squant_weight(*args))
+            tensors = [torch.from_numpy(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+            assert_same(composite.squant_weight(*tensors).numpy(), ints)
+
+
+ONE = np.asarray(1, np.float32)
+FINITE = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=3, max_side=9),
+                    elements=st.floats(-1000, 1000, width=32))  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(w=FINITE, splits=st.integers(0, 9), bits=st.integers(2, 8), share=st.sampled_from([1, 1, 0.5, 0.1]))
+def test_squant_cancels_errors(w: np.ndarray, splits: int, bits: int, share: float) -> None:
+    """What csrc/ocs.h promises; u that rounds to one of its neighbours has an error below 1."""
+    qmax = 2 ** (bits - 1) - 1
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, min(splits, w.shape[1]))
+    scale = np.asarray(max(plan[3].max() * np.float32(share) / np.float32(qmax), np.float32(1e-30)), np.float32)
+    args = (w, scale, *plan[:3], 1, bits)
+    nearest, ints = _C.quantize_weight(*args, True), _C.squant_weight(*args)
+    assert np.abs(ints).max() <= qmax
+    before, after = (_C.fold(q, ONE, plan[0], 1, w.shape[1]).astype(np.float64) for q in (nearest, ints))
+    u = (w / scale).astype(np.float64)
+    saturated = before != reference.round_half_up(u)
+    depth, offset = (part.reshape(-1, *[1] * (w.ndim - 2)) for part in plan[1:3])
+    parts = (after.astype(np.int64)[:, plan[0]] + offset) >> depth
+    assert_same(ints, np.where(saturated[:, plan[0]], nearest, parts).astype(np.int8))
+    np.testing.assert_array_equal(after[saturated], before[saturated])
+    assert (np.abs(after - u)[~saturated] < 1).all()
+    if share == 1:
+        assert not saturated.any()
+        errors = (after - u).reshape(w.shape[0], w.shape[1], -1)
+        cut_off = errors[0].size * 2.0**-24
+        assert (np.abs(errors.sum(2)) < 1 + cut_off).all()
+        assert (np.abs(errors.sum((1, 2))) <= 0.5 + cut_off).all()
+
+
+def test_squant_by_hand() -> None:
+    """The largest error of a filter moves, then that of the filter with the largest; of equal ones the first."""
+    assert squant([[[0.75, -0.375, -0.4375, 3]]]) == [[[1, 0, -1, 3]]]  # errors 0.25, 0.375, 0.4375, 0: one whole step
+    assert squant([[[0.625, -0.375, -0.375, 3]]]) == [[[0, 0, 0, 3]]]
+    assert squant([[[0.75, 1], [0.625, 1], [3, 0]]]) == [[[1, 1], [0, 1], [3, 0]]]  # errors of filters 0.25, 0.375, 0
+    assert squant([[0.5, 0.5, 0.5, -0.5, 3]]) == [[0, 0, 1, 0, 3]]  # 0.5 each, 0: two whole steps
+    assert squant([[[3.25, 3.25, 9, 0.375]]]) == [[[3, 3, 3, 1]]]  # saturated ones stay, and count: -6.875
+
+
+def squant(weight: list) -> list:
+    """Without splits, at scale 1, in 3 bits."""
+    w = np.float32(weight)
+    return _C.squant_weight(w, ONE, *_C.split_plan(_C.channel_max(w, 1), 1, 0)[:3], 1, 3).tolist()
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    w=hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=3, max_side=9),
-                 elements=st.floats(-1000, 1000, width=32)),
-    splits=st.integers(0, 9),
-    bits=st.integers(2, 8),
-)  # fmt: skip
+@given(w=FINITE, splits=st.integers(0, 9), bits=st.integers(2, 8))
 def test_hermites_identity(w: np.ndarray, splits: int, bits: int) -> None:
     """Folding the quantization-aware integers gives Q(w) for every w, ties included."""
     qmax = 2 ** (bits - 1) - 1
@@ -185,6 +244,9 @@ def test_results_do_not_depend_on_threads(threads: int) -> None:
     scale = np.asarray(plan[3].max() / np.float32(15))
     ints = _C.quantize_weight(w, scale, *plan[:3], 1, 5, True)
     assert_same(ints, reference.quantize_weight(w, scale, *plan[:3], 1, 5, True))
+    for part in (w[:120], np.ascontiguousarray(w[..., 0])):
+        args = (part, scale, *plan[:3], 1, 4)
+        assert_same(_C.squant_weight(*args), reference.squant_weight(*args))
     error = _C.weight_error(w, ints, scale, plan[0], 1)
     assert_same(error, reference.weight_error(w, ints, scale, plan[0], 1))
     limit = reference.abs_max(x)

@@ -34,6 +34,7 @@ CALLS = {
     "split_histogram": [(W, *PLAN[:2], 3, 32, limit) for limit in (PLAN[3].max(), W.abs().amax((1, 2, 3)))],
     "clip_threshold": [(COUNTS, torch.tensor([1.0, 2.0]), 4, True, method) for method in range(7)],
     "quantize_weight": [(W, s, *PLAN[:3], 3, 5, qa) for s in (SCALE, SCALES) for qa in (True, False)],
+    "squant_weight": [(w, s, *PLAN[:3], 3, 4) for w in (W, W.flatten(2)[..., 0]) for s in (SCALE, SCALES)],
     "fold": [(INTS, s, PLAN[0], 3, 10) for s in (SCALE, SCALES)],
     "weight_error": [(W, INTS, SCALE, PLAN[0], 3)],
     "quantize": [(W, SCALE, 8, signed) for signed in (True, False)],
@@ -74,6 +75,13 @@ def test_composite_handles_nothing_and_nan() -> None:
     assert composite.histogram(x, 4, 1.0).tolist() == torch.ops.ocs.histogram(x, 4, 1.0).tolist() == [2, 0, 0, 2]
     assert composite.histogram(x, 2, 0.0).tolist() == [4, 0]
     assert composite.quantize(x, SCALE, 4, True).tolist() == torch.ops.ocs.quantize(x, SCALE, 4, True).tolist()
+
+
+def test_composite_squant_of_what_is_not_finite() -> None:
+    w = W.clone()
+    w[0, 1, 2], w[3, 5, 0, 0], w[7, 9] = float("nan"), float("inf"), -float("inf")
+    args = (w, SCALE, *PLAN[:3], 3, 4)
+    assert torch.equal(composite.squant_weight(*args), torch.ops.ocs.squant_weight(*args))
 
 
 def test_other_devices_are_registered() -> None:
@@ -183,6 +191,18 @@ HOSTILE = [
     ("quantize_weight", (W, -SCALE, *PLAN[:3], 3, 5, True), "positive finite"),
     ("quantize_weight", (W, SCALES[:5], *PLAN[:3], 3, 5, True), "scale must have"),
     ("quantize_weight", (W, SCALE, PLAN[0].int(), *PLAN[1:3], 3, 5, True), "wrong dtype"),
+    ("squant_weight", (W, SCALE, BELOW, *PLAN[1:3], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, BEYOND, *PLAN[1:3], 3, 5), "no split plan"),
+    ("squant_weight", (torch.zeros(0, 0), SCALE, long(), int32(), int32(), 2**62, 8), "groups must divide"),
+    ("squant_weight", (W, SCALE, PLAN[0] - 2**63, *PLAN[1:3], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1] + 99, PLAN[2], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2] - 1, 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2][:-1], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0][:-1], *PLAN[1:3], 3, 5), "does not fit"),
+    ("squant_weight", (W, SCALE, *PLAN[:3], 3, 1), "bits must be 2 to 8"),
+    ("squant_weight", (W, SCALE * 0, *PLAN[:3], 3, 5), "positive finite"),
+    ("squant_weight", (W, SCALES[:5], *PLAN[:3], 3, 5), "scale must have"),
+    ("squant_weight", (W, SCALE, PLAN[0].int(), *PLAN[1:3], 3, 5), "wrong dtype"),
     ("fold", (INTS, SCALE, PLAN[0] + 1, 3, 10), "no split plan"),
     ("fold", (INTS, SCALE, PLAN[0], 3, 2**62), "channels must be"),
     ("fold", (INTS, SCALE, PLAN[0], 3, -1), "channels must be"),

@@ -81,6 +81,24 @@ def test_overrides(net: SmallNet) -> None:
     assert (report["body.0"].splits, report["body.3"].splits, report["head"].splits) == (1, 0, 2)
 
 
+def test_rounding_of_one_layer(net: SmallNet) -> None:
+    """Squant rounds every kind of layer; an override, one alone; the report tells."""
+    ours = {}
+    for name, options in {
+        "nearest": {},
+        "squant": {"rounding": "squant"},
+        "head": {"overrides": {"head": {"rounding": "squant"}}},
+    }.items():
+        ours[name] = copy.deepcopy(net)
+        report = ocs.quantize(ours[name], wbits=3, r=0.1, **options)
+        assert report.settings["rounding"] == options.get("rounding", "nearest")
+    ints = {name: {n: b for n, b in model.named_buffers() if n.endswith("_int")} for name, model in ours.items()}
+    assert not any(torch.equal(ints["squant"][layer], ints["nearest"][layer]) for layer in ints["nearest"])
+    same = [layer for layer in ints["head"] if torch.equal(ints["head"][layer], ints["nearest"][layer])]
+    assert same == [layer for layer in ints["head"] if layer != "head.weight_int"]
+    assert torch.equal(ints["head"]["head.weight_int"], ints["squant"]["head.weight_int"])
+
+
 def test_training_mode_hooks_and_gradients_are_kept(net: SmallNet) -> None:
     seen = []
     net.head.register_forward_hook(lambda module, args, output: seen.append(type(module)))
@@ -277,6 +295,9 @@ ERRORS = [
     (nothing, {"granularity": "group"}, ValueError, "granularity='group'"),
     (nothing, {"split": "quantization-aware"}, ValueError, "split='quantization-aware'"),
     (nothing, {"rounding": "stochastic"}, ValueError, "rounding='stochastic'"),
+    (nothing, {"rounding": "squant", "split": "naive"}, ValueError, "rounding='squant' with split='naive'"),
+    (nothing, {"split": "naive", "overrides": {"head": {"rounding": "squant"}}}, ValueError,
+     r"head: overrides\['head'\]: rounding='squant' with split='naive': .* use split='qa'"),
     (nothing, {"expand": 1}, ValueError, "expand=1: use True"),
     (nothing, {"skip": "heda"}, ValueError, "skip='heda': no layer has that name; the layers are stem, body.0"),
     (nothing, {"skip": 3}, TypeError, "skip=3: use ocs.FIRST_LAYER"),

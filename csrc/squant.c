@@ -1,0 +1,275 @@
+/* Data-free compensation of rounding errors: Guo et al., "SQuant: On-the-Fly Data-Free Quantization via Diagonal
+   Hessian Approximation", ICLR 2022, arXiv 2202.07471, its kernel-wise and channel-wise steps (section 3).
+
+   Nearest rounding comes first, by the kernels of quantize.c. Then some integers move by one step, so that the errors
+   of each filter, and those of each output channel, add up to about nothing. What moves is the sum of a channel's
+   integers and its copies', as that is what the layer computes with; the moved sum is split again, which is exact.
+   Errors are whole numbers of a 2^24th of a step, so that their sums are exact and no order of summation matters.
+   Shapes as in ocs.h. */
+#include "kernels.h"
+
+#include <stdlib.h>
+
+enum { STEP = 1 << 24, HALF_STEP = 1 << 23 };
+#define ERROR_LIMIT 1073741824.0f /* 64 steps */
+
+/* --- The largest of many ---------------------------------------------------------------------- */
+
+/* A binary heap of the `wanted` largest keys that were offered, the least of them on top. Keys of larger sizes are
+   larger, of equal ones that of the lower index. */
+typedef struct {
+    uint64_t *key;
+    int64_t count, wanted;
+} largest;
+
+static uint64_t key_of(uint64_t size, int64_t index) {
+    return size << 32 | (UINT32_MAX - (uint32_t)index);
+}
+
+static int64_t index_of(uint64_t key) {
+    return UINT32_MAX - (uint32_t)key;
+}
+
+/* The size beyond which another is among the largest, if indices are offered in ascending order. */
+static int64_t least_size(const largest *top) {
+    return top->count < top->wanted ? 0 : (int64_t)(top->key[0] >> 32);
+}
+
+/* Of a size above least_size. */
+static void offer(largest *top, int64_t size, int64_t index) {
+    const uint64_t key = key_of(size < INT32_MAX ? (uint64_t)size : INT32_MAX, index);
+    uint64_t *heap = top->key;
+    int64_t at = 0;
+    if (top->count < top->wanted) {
+        for (at = top->count++; at > 0 && key < heap[(at - 1) / 2]; at = (at - 1) / 2) {
+            heap[at] = heap[(at - 1) / 2];
+        }
+    } else {
+        for (int64_t child; (child = 2 * at + 1) < top->count; at = child) {
+            child += child + 1 < top->count && heap[child + 1] < heap[child];
+            if (heap[child] >= key) {
+                break;
+            }
+            heap[at] = heap[child];
+        }
+    }
+    heap[at] = key;
+}
+
+/* --- One output channel ----------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t C, K;
+    ocs_columns columns;       /* of the row's group, as are next, low and high */
+    const int32_t *next;       /* [C + S]: the next part of the same channel, -1 after its last */
+    const int32_t *low, *high; /* [C]: the range of a channel's sum */
+    int32_t qmax;
+    int8_t *q;       /* [C + S, K] */
+    float *sum;      /* [C, K]: of a channel's integers and its copies' */
+    int32_t *error;  /* [C, K]: sum - w / scale */
+    int64_t *filter; /* [C]: the sum of a filter's errors, where K > 1 */
+    uint64_t *keys;  /* [max(C, K)] */
+} row;
+
+/* The whole steps in an error, rounded half up. */
+static int64_t steps(int64_t error) {
+    return (llabs(error) + HALF_STEP) >> 24;
+}
+
+/* Whether element i of channel c may move a step against errors of this sign, which its own has. */
+static bool can_move(const row *r, int64_t c, int64_t i, int32_t sign) {
+    const int64_t moved = (int64_t)r->sum[i] - sign;
+    return moved >= r->low[c] && moved <= r->high[c];
+}
+
+/* Moves it, and splits the moved sum into its parts; see ocs_columns. */
+static void move(row *r, int64_t c, int64_t i, int32_t sign) {
+    r->sum[i] -= (float)sign;
+    r->error[i] -= sign * STEP;
+    for (int64_t j = c; j >= 0; j = r->next[j]) {
+        const int64_t at = i + (j - c) * r->K;
+        r->q[at] = ocs_split_column(2 * (int32_t)r->sum[i], r->columns.addend[at], r->columns.shift[at], r->qmax);
+    }
+}
+
+/* Errors in units of 1 / STEP, cut off towards zero; subtraction and product are exact where nothing saturates. */
+static void find_errors(int32_t *restrict error, const float *w, const float *sum, int64_t N, float scale) {
+    for (int64_t i = 0; i < N; ++i) {
+        float difference = (sum[i] - w[i] / scale) * (float)STEP;
+        difference = difference < ERROR_LIMIT ? difference : ERROR_LIMIT;
+        error[i] = (int32_t)(difference > -ERROR_LIMIT ? difference : -ERROR_LIMIT);
+    }
+}
+
+static int64_t sum_of(const int32_t *error, int64_t n) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        sum += error[i];
+    }
+    return sum;
+}
+
+/* Moves as many of the elements begin .. end - 1 as there are whole steps in their error; returns what is left of it.
+   They are of one channel, or each of its own (K = 1). */
+static int64_t settle(row *r, int64_t begin, int64_t end, int64_t error) {
+    const int32_t sign = error < 0 ? -1 : 1;
+    largest top = {r->keys, 0, steps(error)};
+    if (top.wanted == 0) {
+        return error;
+    }
+    const int64_t channel = begin / r->K;
+    int64_t least = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t size = r->error[i] * sign;
+        if (size > least && can_move(r, r->K == 1 ? i : channel, i, sign)) {
+            offer(&top, size, i);
+            least = least_size(&top);
+        }
+    }
+    for (int64_t n = 0; n < top.count; ++n) {
+        const int64_t i = index_of(top.key[n]);
+        move(r, r->K == 1 ? i : channel, i, sign);
+    }
+    return error - sign * top.count * STEP;
+}
+
+/* The element of filter c with the largest error of this sign that can move, or -1. */
+static int64_t first_to_move(const row *r, int64_t c, int32_t sign) {
+    int64_t first = -1, least = 0;
+    for (int64_t i = c * r->K; i < (c + 1) * r->K; ++i) {
+        const int64_t size = r->error[i] * sign;
+        if (size > least && can_move(r, c, i, sign)) {
+            first = i;
+            least = size;
+        }
+    }
+    return first;
+}
+
+/* The channel step: one element in as many filters as there are whole steps in the output channel's error. */
+static void settle_filters(row *r, int64_t error) {
+    const int32_t sign = error < 0 ? -1 : 1;
+    largest top = {r->keys, 0, steps(error)};
+    int64_t least = 0;
+    for (int64_t c = 0; top.wanted > 0 && c < r->C; ++c) {
+        const int64_t size = r->filter[c] * sign;
+        if (size > least && first_to_move(r, c, sign) >= 0) {
+            offer(&top, size, c);
+            least = least_size(&top);
+        }
+    }
+    for (int64_t n = 0; n < top.count; ++n) {
+        const int64_t c = index_of(top.key[n]);
+        move(r, c, first_to_move(r, c, sign), sign);
+    }
+}
+
+/* Both steps, which are one where a filter is an element. */
+static void compensate(row *r) {
+    const int64_t C = r->C, K = r->K;
+    if (K == 1) {
+        settle(r, 0, C, sum_of(r->error, C));
+        return;
+    }
+    int64_t error = 0;
+    for (int64_t c = 0; c < C; ++c) {
+        r->filter[c] = settle(r, c * K, (c + 1) * K, sum_of(r->error + c * K, K));
+        error += r->filter[c];
+    }
+    settle_filters(r, error);
+}
+
+/* --- All of them ------------------------------------------------------------------------------ */
+
+typedef struct {
+    const ocs_kernels *kernels;
+    const ocs_shape *shape;
+    ocs_columns columns;
+    int32_t *next;       /* [G (C + S)] */
+    int32_t *low, *high; /* [G C] */
+    const float *w;
+    const float *scale;
+    int64_t scale_stride;
+    int8_t *ints;
+    int32_t qmax;
+    bool failed;
+} squant_job;
+
+/* A group's parts of each channel, and the sums T that all of them can hold: part i of 2^m is floor((T + i) / 2^m).
+   Reads the columns, which were checked, not the plan, which another thread could have changed since. */
+static void fill_parts(int32_t *next, int32_t *low, int32_t *high, const ocs_columns *columns, const ocs_shape *shape,
+                       int32_t qmax) {
+    const int64_t C = shape->C, K = shape->K;
+    for (int64_t j = 0; j < C + shape->S; ++j) {
+        const int64_t c = j < C ? j : columns->index[(j - C) * K] / K;
+        const int32_t m = columns->shift[j * K] - 1, i = columns->addend[j * K] / 2;
+        const int32_t lowest = -qmax * (1 << m) - i, highest = (qmax + 1) * (1 << m) - 1 - i;
+        low[c] = j < C || lowest > low[c] ? lowest : low[c];
+        high[c] = j < C || highest < high[c] ? highest : high[c];
+        next[j] = j < C ? -1 : next[c];
+        if (j >= C) {
+            next[c] = (int32_t)j;
+        }
+    }
+}
+
+static void squant_rows(int64_t begin, int64_t end, void *ctx) {
+    squant_job *job = ctx;
+    const int64_t C = job->shape->C, K = job->shape->K, N = C * K, M = job->columns.M;
+    const int64_t longest = C > K ? C : K;
+    const size_t bytes = (size_t)(C + longest) * sizeof(int64_t) + (size_t)N * (sizeof(float) + sizeof(int32_t));
+    row r = {.C = C, .K = K, .qmax = job->qmax, .filter = malloc(bytes + 1)};
+    if (r.filter == NULL) {
+        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
+        return;
+    }
+    r.keys = (uint64_t *)(r.filter + C);
+    r.sum = (float *)(r.keys + longest);
+    r.error = (int32_t *)(r.sum + N);
+    for (int64_t o = begin; o < end; ++o) {
+        const int64_t g = o / (job->shape->O / job->shape->G);
+        const float *w = job->w + o * N, scale = job->scale[o * job->scale_stride];
+        r.columns = ocs_columns_group(&job->columns, g);
+        r.next = job->next + g * (C + job->shape->S);
+        r.low = job->low + g * C;
+        r.high = job->high + g * C;
+        r.q = job->ints + o * M;
+        job->kernels->quantize_row(r.q, w, &r.columns, scale, job->qmax);
+        job->kernels->fold_row(r.sum, r.q, r.columns.index, N, M, 1.0f);
+        find_errors(r.error, w, r.sum, N, scale);
+        compensate(&r);
+    }
+    free(r.filter);
+}
+
+ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
+                                 int64_t scale_stride, const ocs_shape *shape, int bits) {
+    if (bits < 2 || bits > 8) {
+        return OCS_BAD_BITS;
+    }
+    squant_job job = {.kernels = ocs_kernel_table(), .shape = shape, .w = w, .scale = scale, .ints = ints};
+    job.scale_stride = scale_stride;
+    job.qmax = ocs_qmax(bits);
+    ocs_status status = ocs_columns_make(&job.columns, plan, shape);
+    if (status == OCS_OK) {
+        status = ocs_check_scale(scale, scale_stride == 0 ? 1 : shape->O);
+    }
+    if (status == OCS_OK && job.columns.N > 0) {
+        const int64_t channels = shape->G * shape->C, parts = channels + shape->G * shape->S;
+        job.next = malloc((size_t)(parts + 2 * channels) * sizeof *job.next);
+        status = job.next == NULL ? OCS_NO_MEMORY : OCS_OK;
+        if (status == OCS_OK) {
+            job.low = job.next + parts;
+            job.high = job.low + channels;
+            for (int64_t g = 0; g < shape->G; ++g) {
+                const ocs_columns group = ocs_columns_group(&job.columns, g);
+                fill_parts(job.next + g * (shape->C + shape->S), job.low + g * shape->C, job.high + g * shape->C,
+                           &group, shape, job.qmax);
+            }
+            ocs_parallel_for(shape->O, ocs_grain(job.columns.M), squant_rows, &job);
+            free(job.next);
+        }
+    }
+    ocs_columns_free(&job.columns);
+    return status == OCS_OK && job.failed ? OCS_NO_MEMORY : status;
+}
