@@ -56,7 +56,7 @@ def read_words(folder: str | Path, split: str) -> list[str]:
     if path is None:
         raise FileNotFoundError(f"{folder}: the {split} split should be here as {names[0]} or {names[1]}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other separators of lines
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: text in UTF-8 expected, words separated by blanks ({error})") from None
     words = [word for line in lines for word in (*line.split(), EOS)]

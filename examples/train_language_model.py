@@ -72,6 +72,7 @@ def train_epoch(model: LanguageModel, text: Tensor, rate: float, clip: float, ti
     model.train()
     state, total = None, 0.0
     parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, rate)
     bar = tqdm(windows(text), title, total=math.ceil((len(text) - 1) / STEPS), mininterval=5, leave=False, disable=None)
     for inputs, targets in bar:
         logits, state = model(inputs, state)
@@ -80,8 +81,7 @@ def train_epoch(model: LanguageModel, text: Tensor, rate: float, clip: float, ti
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
-        with torch.no_grad():
-            torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-rate)
+        optimizer.step()
         total += loss.item()
     return math.exp(total / (len(text) - 1))
 
@@ -90,12 +90,24 @@ def start(args: argparse.Namespace, vocabulary: list[str], out: Path) -> tuple[L
     """A new model, or the one that an earlier run left in `out`, with the log of its epochs."""
     log = out.with_suffix(".json")
     if out.exists() and log.exists():
-        model, _ = load_model(out)
-        return model.to(args.device), json.loads(log.read_text())["epochs"]
+        model, words = load_model(out)
+        left = json.loads(log.read_text())
+        other = [name for name, value in settings(args).items() if left["settings"].get(name) != value]
+        other += ["text"] if words != vocabulary else []
+        if other or (left["half"] and args.epochs > len(left["epochs"])):
+            reason = f"another {' and '.join(other)}" if other else "a float16 model"
+            raise SystemExit(f"{out.parent}: there lies the run of {reason}; choose another --out, or remove it")
+        return model.to(args.device), left["epochs"]
     model = LanguageModel(len(vocabulary), hidden=args.hidden, layers=args.layers, dropout=args.dropout, tied=args.tied)
     for parameter in model.parameters():
         torch.nn.init.uniform_(parameter, -args.init, args.init)
     return model.to(args.device), []
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one before."""
+    others = ("data", "bible", "out", "device", "epochs", "half")
+    return {name: value for name, value in vars(args).items() if name not in others}
 
 
 def train(args: argparse.Namespace) -> None:
@@ -110,7 +122,6 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     weights = args.out / "lstm.safetensors"
     model, epochs = start(args, vocabulary, weights)
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "device")}
     for epoch in range(len(epochs) + 1, args.epochs + 1):
         torch.manual_seed(args.seed + epoch)
         begin, rate = time.perf_counter(), args.rate / args.decay ** max(epoch - args.constant, 0)
@@ -119,13 +130,24 @@ def train(args: argparse.Namespace) -> None:
         line = {"epoch": epoch, "rate": rate, "train": seen, "valid": perplexity(model, text["valid"])}
         epochs.append(line | {"seconds": round(time.perf_counter() - begin)})
         print(" ".join(f"{name} {value:.6g}" for name, value in epochs[-1].items()), flush=True)
-        save_model(model, vocabulary, weights)
-        log = {"settings": settings, "words": len(vocabulary), "epochs": epochs}
-        weights.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n")
+        keep(args, model, vocabulary, epochs, weights)
     if args.half:
-        save_model(model, vocabulary, weights, torch.float16)
-        model, _ = load_model(weights)
+        keep(args, model, vocabulary, epochs, weights, half=True)
+        model = load_model(weights)[0].to(args.device)
     print(f"perplexity: valid {perplexity(model, text['valid']):.2f}, test {perplexity(model, text['test']):.2f}")
+
+
+def keep(
+    args: argparse.Namespace, model: LanguageModel, vocabulary: list[str], epochs: list[dict[str, Any]], path: Path,
+    half: bool = False,
+) -> None:  # fmt: skip
+    """Weights and log, each whole or not at all."""
+    log = {"settings": settings(args), "half": half, "words": len(vocabulary), "epochs": epochs}
+    partial = path.with_suffix(".partial")
+    save_model(model, vocabulary, partial, torch.float16 if half else torch.float32)
+    partial.replace(path)
+    partial.write_text(json.dumps(log, indent=1) + "\n")
+    partial.replace(path.with_suffix(".json"))
 
 
 def main() -> None:
@@ -150,11 +172,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.data is None and not args.bible:
+        parser.error("--data is missing: the folder with the text; or --bible")
     args.data = args.data or Path("build/bible")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.bible:
-        write_bible(args.data)
-    train(args)
+    try:
+        if args.bible:
+            write_bible(args.data)
+        train(args)
+    except FileNotFoundError as error:
+        hint = "; --bible needs Debian's package bible-kjv" if error.filename == "bible" else ""
+        raise SystemExit(f"{error}{hint}") from None
 
 
 if __name__ == "__main__":

@@ -111,13 +111,15 @@ def test_training_goes_on_where_it_was(tmp_path: Path) -> None:
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(f"{text}\n")
 
-    def run(out: str, epochs: int, half: bool = True) -> list[dict]:
-        command = [
+    def line(out: str, epochs: int, *options: str) -> list[str | Path]:
+        return [
             sys.executable, ROOT / "examples" / "train_language_model.py", "--data", tmp_path, "--out", tmp_path / out,
             "--epochs", str(epochs), "--hidden", "8", "--batch", "4", "--init", "0.1", "--rate", "0.1",
-            *(["--half"] if half else []),
+            *options,
         ]  # fmt: skip
-        subprocess.run(command, capture_output=True, check=True)
+
+    def run(out: str, epochs: int, half: bool = True) -> list[dict]:
+        subprocess.run(line(out, epochs, *(["--half"] if half else [])), capture_output=True, check=True)
         epochs_run = json.loads((tmp_path / out / "lstm.json").read_text())["epochs"]
         return [{key: line[key] for key in ("epoch", "rate", "train")} for line in epochs_run]
 
@@ -126,6 +128,10 @@ def test_training_goes_on_where_it_was(tmp_path: Path) -> None:
     run("parts", 1, half=False)
     assert run("parts", 3) == whole
     assert run("parts", 3) == whole  # nothing is left to do
+    for epochs, options, reason in ((4, [], "a float16 model"), (3, ["--clip", "1"], "another clip")):
+        done = subprocess.run(line("parts", epochs, *options), capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"there lies the run of {reason}" in done.stderr
     assert load_model(tmp_path / "parts" / "lstm.safetensors")[0].config["hidden"] == 8
 
 

@@ -1,32 +1,34 @@
 """Cells of a table: what each asks for, finished ones on disk, and all of them measured one after the other.
 
 A cell is one setting of ocs.quantize on one float model. Its result is a file named by everything that decides it: the
-package, the weights, the data, the setting. So a run that was stopped goes on where it was, tables share what they have
-in common, and nothing stale is ever shown.
+package, the weights, the data set with its place and size, the setting. So a run that was stopped goes on where it was,
+and tables share what they have in common; where the files of a data set were exchanged, use --fresh.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from data import DataError
 from ranks import Ranks
-from tasks import Task
+from tasks import Advance, Task
 from tqdm import tqdm
 
 import ocs
 
 Result = dict[str, Any]
-PARTS = ("planning", "data", "forward")
+T = TypeVar("T")
+PARTS = ("loading", "calibration", "planning", "data", "forward")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Cell:
 
 
 FLOAT = Cell("float", "float")
+
+
+class ModelError(RuntimeError):
+    """A model's cells cannot be measured; the same on all ranks."""
 
 
 class Store:
@@ -101,26 +107,45 @@ class Run:
 
     store: Store
     ranks: Ranks
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, "calibration", "all"), 0.0))
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    begin: float = field(default_factory=time.perf_counter)
     measured: int = 0
+    failed: int = 0
+
+    def open(self, what: Callable[[], Task]) -> Task:
+        """A model and its data; where that fails on one rank, all raise ModelError."""
+        return self._together("loading", what)
+
+    def _together(self, part: str, what: Callable[[], T]) -> T:
+        begin, found, error = time.perf_counter(), None, None
+        try:
+            found = what()
+        except DataError:
+            raise  # the end of this process, and so of all
+        except Exception as failure:  # noqa: BLE001 - other ranks must hear of it, or they would wait for this one
+            error = str(failure) or type(failure).__name__
+        self.spent[part] += time.perf_counter() - begin
+        if error := self.ranks.any(error):
+            raise ModelError(error)
+        return found
 
     def measure(self, task: Task, cells: Iterable[Cell]) -> dict[tuple[str, str], Result]:
         """The result of every cell by row and column, {"error": text} where one failed; the float model's first."""
-        begin = time.perf_counter()
         cells = [FLOAT, *cells]
         results: dict[tuple[str, str], Result] = {}
         work = task.count * sum(not cell.is_picked for cell in cells)
         hidden = self.ranks.rank > 0 or not sys.stderr.isatty()
         with tqdm(total=work, unit=task.unit, unit_scale=True, disable=hidden, mininterval=1, leave=False) as bar:
             for cell in cells:
-                bar.set_description(f"{task.name}, {cell.row}, {cell.column}")
+                bar.set_description(title := f"{task.name}, {cell.row}, {cell.column}")
                 planned = bar.n + (0 if cell.is_picked else task.count)
-                results[cell.row, cell.column] = self._one(task, cell, results, bar)
+                results[cell.row, cell.column] = self._one(task, cell, results, title, bar.update)
                 bar.total -= max(planned - bar.n, 0)  # it was on disk, or failed
-        self.spent["all"] += time.perf_counter() - begin
         return results
 
-    def _one(self, task: Task, cell: Cell, results: dict[tuple[str, str], Result], bar: tqdm) -> Result:
+    def _one(
+        self, task: Task, cell: Cell, results: dict[tuple[str, str], Result], title: str, advance: Advance
+    ) -> Result:
         options = cell.options
         if cell.best_of:
             rivals = [results[cell.row, name] for name in cell.best_of]
@@ -133,44 +158,50 @@ class Run:
         path = self.store.path(task, options)
         found = self.ranks.first(lambda: self.store.get(path))
         if found is None:
-            found = self._new(task, options, bar)
+            found = self._new(task, options, title, advance)
             if self.ranks.rank == 0 and "error" not in found:
                 self.store.put(path, found)
         return found
 
-    def _new(self, task: Task, options: Mapping[str, Any] | None, bar: tqdm) -> Result:
+    def _new(self, task: Task, options: Mapping[str, Any] | None, title: str, advance: Advance) -> Result:
         """Measure; whatever goes wrong is this cell's result, and the other cells go on."""
-        begin = time.perf_counter()
-        task.prepare(options)  # outside of try: without statistics there is no point in going on
-        self.spent["calibration"] += time.perf_counter() - begin
+        self._together("calibration", lambda: task.prepare(options))
         try:
-            mine, error = task.measure(options, bar.update), None
+            mine, error = task.measure(options, advance), None
         except DataError:
             raise  # the same for every cell
         except Exception as failure:  # noqa: BLE001 - it is reported in its place
             mine, error = None, f"{type(failure).__name__}: {failure}"
         if error := self.ranks.any(error):
-            say(f"FAILED: {bar.desc or task.name}: {error}")
+            self.failed += 1
+            if self.ranks.rank == 0:
+                say(f"FAILED: {title}: {error}")
             return {"options": dict(options or {}), "error": error}
         sums, details, seconds = mine
         for part, value in seconds.items():
             self.spent[part] += value
         self.measured += 1
         value, low, high = task.metric.estimate(sums := self.ranks.sum(sums).tolist())
+        if not math.isfinite(value):
+            return {"options": dict(options or {}), "error": f"{task.metric.name} is {value}"}
         result = {"options": dict(options or {}), "value": value, "low": low, "high": high, "sums": sums}
         return result | details | {"seconds": {part: round(value, 3) for part, value in seconds.items()}}
 
     def summary(self) -> str:
         """One line: what was measured, and which share of the time did not go into forward passes and data."""
-        if not self.measured:
+        if not self.measured and not self.failed:
             return f"all {self.store.reused} cells were on disk"
-        on_disk = f", {self.store.reused} were on disk" if self.store.reused else ""
-        measured = f"{self.measured} cells in {self.spent['all']:.0f} s{on_disk}"
-        if not self.spent["forward"]:
-            return measured
-        outside = self.spent["all"] - sum(self.spent[part] for part in ("data", "forward", "calibration"))
-        shares = {"outside forward passes and data loading": outside, "planning": self.spent["planning"]}
-        return f"{measured}; " + ", ".join(f"{100 * s / self.spent['all']:.1f} % {name}" for name, s in shares.items())
+        spent, total = self.spent, time.perf_counter() - self.begin
+        others = {"were on disk": self.store.reused, "failed": self.failed}
+        counted = "".join(f", {count} {what}" for what, count in others.items() if count)
+        text = f"{self.measured} cells in {total:.0f} s{counted}"
+        if not spent["forward"]:
+            return text
+        outside = total - spent["forward"] - spent["data"] - spent["loading"] - spent["calibration"]
+        return (
+            f"{text}; {100 * outside / total:.1f} % outside forward passes and data loading (planning "
+            f"{100 * spent['planning'] / total:.1f} %), calibration {100 * spent['calibration'] / total:.1f} %"
+        )
 
 
 def say(text: str) -> None:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from zoo import torchvision_models
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png"}
+NAMES = {"imagenet": "ImageNet", "cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
@@ -193,7 +194,7 @@ def pick(count: int, limit: int | None) -> list[int]:
 def pick_random(count: int, number: int, seed: int) -> list[int]:
     """`number` of `count` indices, the same for the same seed, in order."""
     if not 1 <= number <= count:
-        raise DataError(f"{number} images asked for, there are {count}")
+        raise DataError(f"{number} training images are asked for (--calibration), there are {count}")
     return sorted(random.Random(seed).sample(range(count), number))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import paths  # isort: split
 
+import data
 from networks import load_network
 from torch import Tensor, nn
 
@@ -41,13 +42,13 @@ def sigmas(weight: Tensor) -> float:
 def main() -> None:
     """Parse the options, draw, say what is to be seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=("imagenet", "cifar10", "fashion-mnist"), default="imagenet")
+    parser.add_argument("--dataset", choices=data.NAMES, default="imagenet")
     parser.add_argument("--models", default=None, help="one network, by the paper's or torchvision's name")
     parser.add_argument("--weights", help="torchvision's name of weights, or a file")
     parser.add_argument("--layer", help="its name; default: the one with the worst outlier")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--r", type=float, default=0.1)
-    parser.add_argument("--out", type=Path, default=paths.ROOT / "build" / "tables")
+    parser.add_argument("--out", type=Path, default=paths.OUT)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_args()
     model = args.models or ("ResNet-50" if args.dataset == "imagenet" else "ResNet-20")
@@ -60,7 +61,10 @@ def main() -> None:
         raise SystemExit(f"figure1: --layer {name}: there is none; choose from {', '.join(layers)}")
     weight, groups = layers[name]
     title = f"{model}, {name}: largest weight {sigmas(weight):.0f} standard deviations out"
-    figure = ocs.plot.weight_histograms(weight, args.bits, args.r, groups=groups, title=title)
+    try:
+        figure = ocs.plot.weight_histograms(weight, args.bits, args.r, groups=groups, title=title)
+    except ValueError as error:
+        raise SystemExit(f"figure1: {error}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "figure1.png"
     figure.savefig(path, dpi=120)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import CIFAR10, FASHION_MNIST, Preset
+from data import CIFAR10, FASHION_MNIST, NAMES, Preset
 from fashion_mnist import WEIGHTS, ResNet20
 from torch import Tensor, nn
 from zoo import torchvision_models
@@ -21,7 +21,6 @@ from zoo import torchvision_models
 PAPER = {"VGG16-BN": "vgg16_bn", "ResNet-50": "resnet50", "DenseNet-121": "densenet121", "Inception-V3": "inception_v3"}
 RESNET20 = "ResNet-20"
 PREFERRED = "IMAGENET1K_V1"  # trained with the recipes of the paper's time
-DATASETS = ("imagenet", "cifar10", "fashion-mnist")
 WITH_TRAINING_HEADS = ("inception_v3", "googlenet")
 TRAINING_HEADS = ("AuxLogits.", "aux1.", "aux2.")
 
@@ -59,8 +58,8 @@ def load_network(name: str, dataset: str, weights: str | Path | None = None) -> 
     Raises:
         ValueError: No such network, dataset or weights; a file of something else; a download that failed.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}")
+    if dataset not in NAMES:
+        raise ValueError(f"dataset {dataset!r}: expected one of {', '.join(NAMES)}")
     make = _torchvision if dataset == "imagenet" else _resnet20
     name, model, preset = make(name, dataset, weights)
     return Network(name, model.eval(), preset, _digest(model))

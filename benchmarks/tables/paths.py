@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "build" / "tables"  # what the commands write
 sys.path += [str(ROOT / folder) for folder in ("benchmarks", "examples")]
 
 

@@ -28,9 +28,8 @@ def fill(page: str, folder: Path, pictures: Path) -> tuple[str, list[str]]:
             missing.append(name)
             return match[0]
         text = source.read_text()
-        picture = source.with_suffix(".png")
-        if picture.exists():
-            copy = pictures / f"{name.replace('/', '-')}.png"
+        for picture in sorted(source.parent.glob(f"{source.stem}*.png")):
+            copy = pictures / picture.relative_to(folder).as_posix().replace("/", "-")
             shutil.copyfile(picture, copy)
             text += f"\n![{name}]({copy.name})\n"
         return f"{match[1]}\n{text}\n{match[3]}"
@@ -41,11 +40,13 @@ def fill(page: str, folder: Path, pictures: Path) -> tuple[str, list[str]]:
 def main() -> None:
     """Rewrite the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", type=Path, default=paths.ROOT / "build" / "tables", help="what the commands wrote")
+    parser.add_argument("--tables", type=Path, default=paths.OUT, help="what the commands wrote")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
     page, missing = fill(args.page.read_text(), args.tables, args.page.parent)
     args.page.write_text(page)
+    if (args.tables / "figure1.png").exists():
+        shutil.copyfile(args.tables / "figure1.png", args.page.with_name("figure1.png"))
     print(f"written: {paths.shown(args.page)}")
     if missing:
         print(f"left as they were, as they have not been made here: {', '.join(missing)}")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +14,58 @@ import data
 import torch
 from language_model import ASSETS, WEIGHTS, encode, load_model, read_words, streams
 from networks import Network, load_network
+from options import TEXTS
 from ranks import Ranks
 from tasks import Classification, LanguageModelling
 from torch.utils.data import Dataset
 
-IMAGES = {"imagenet": "ImageNet", "cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
-TEXTS = {"wikitext-2": "WikiText-2", "bible": "the King James Bible"}
 CALIBRATION_BATCH = 32  # small, so that several ranks share 512 images
 
 
-def open_images(args: argparse.Namespace, name: str, ranks: Ranks) -> Classification:
+def open_images(args: argparse.Namespace, name: str, weights: str | None, ranks: Ranks) -> Classification:
     """A network on test images, with training images for the statistics of its layers' inputs."""
-    if args.data is None and args.dataset != "fashion-mnist":
-        raise data.DataError(
-            f"--data is missing: the folder of {args.dataset} in its official layout; or --dataset fashion-mnist"
-        )
-    network = load_network(name, args.dataset, args.weight)
-    stated = {key: tuple(value) for key in ("mean", "std") if (value := getattr(args, key))}
-    preset = dataclasses.replace(network.preset, **stated)
+    _check_folder(args)
+    network = load_network(name, args.dataset, weights)
+    preset = _stated_preset(args, network.preset)
+    common: dict[str, Any] = {"workers": args.workers, "memory": int(args.memory * 1e9)}
     test = open_split(args, network, "test")
     chosen = data.pick(len(test), args.limit)
-    common: dict[str, Any] = {"workers": args.workers, "memory": int(args.memory * 1e9)}
-    batches = data.Batches(test, chosen, args.batch_size, **common)
-    calibration, calibrated = None, 0
-    if calibrated := getattr(args, "calibration", 0):
+    batches = data.Batches(test, chosen, args.batch_size, **common).share(ranks.rank, ranks.world)
+    calibration, calibrated = None, getattr(args, "calibration", 0)
+    if calibrated:
         train = open_split(args, network, "train")
         picked = data.pick_random(len(train), calibrated, args.seed)
         calibration = data.Batches(train, picked, CALIBRATION_BATCH, **common).share(ranks.rank, ranks.world)
     where = str(args.data.resolve()) if args.data else "bundled"
-    identity = [
-        network.identity,
-        args.dataset,
-        where,
-        len(chosen),
-        args.batch_size,
-        calibrated,
-        args.seed,
-        preset.mean,
-        preset.std,
-    ]
+    setting = [args.dataset, where, len(chosen), args.batch_size, calibrated, args.seed, ranks.device.type]
     return Classification(
         network.name,
-        f"{len(chosen):,} images of {IMAGES[args.dataset]}",
-        [*identity, ranks.device.type, *stated.values()],
+        f"{len(chosen):,} images of {data.NAMES[args.dataset]}",
+        [network.name, network.identity, *dataclasses.astuple(preset), *setting],
         network.model.to(ranks.device).to(memory_format=torch.channels_last),
-        batches.share(ranks.rank, ranks.world),
+        batches,
         calibration,
         functools.partial(data.normalize, preset=preset),
     )
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    bundled = args.dataset == "fashion-mnist"
+    if args.data is None and not bundled:
+        raise data.DataError(
+            f"--data is missing: the folder of {args.dataset} in its official layout; or --dataset fashion-mnist"
+        )
+    if bundled and (args.data or args.mean or args.std):
+        raise data.DataError("--dataset fashion-mnist is bundled and normalized: leave out --data, --mean and --std")
+
+
+def _stated_preset(args: argparse.Namespace, preset: data.Preset) -> data.Preset:
+    """With the mean and standard deviation that were stated."""
+    stated = {key: tuple(value) for key in ("mean", "std") if (value := getattr(args, key))}
+    for key, value in stated.items():
+        if len(value) != len(preset.mean) or (key == "std" and min(value) <= 0):
+            raise data.DataError(f"--{key} {value}: {len(preset.mean)} numbers are needed, for std above 0")
+    return dataclasses.replace(preset, **stated)
 
 
 def open_split(args: argparse.Namespace, network: Network, split: str) -> Dataset:
@@ -72,10 +77,10 @@ def open_split(args: argparse.Namespace, network: Network, split: str) -> Datase
     return data.imagenet(args.data, {"test": "val"}.get(split, split), network.preset)
 
 
-def open_text(args: argparse.Namespace, name: str, ranks: Ranks) -> LanguageModelling:
+def open_text(args: argparse.Namespace, name: str, weights: str | None, ranks: Ranks) -> LanguageModelling:
     """A language model on test text, in groups of streams."""
     bundled = args.dataset == "bible"
-    folder, weights = args.data or (ASSETS if bundled else None), args.weight or (WEIGHTS if bundled else None)
+    folder, weights = args.data or (ASSETS if bundled else None), weights or (WEIGHTS if bundled else None)
     if folder is None or weights is None:
         raise data.DataError(
             f"{args.dataset} needs --data, the folder with wiki.test.tokens, and --weights, a file of "
@@ -87,12 +92,14 @@ def open_text(args: argparse.Namespace, name: str, ranks: Ranks) -> LanguageMode
         text = streams(encode(words, vocabulary), args.streams)
     except (OSError, ValueError) as error:
         raise data.DataError(str(error)) from None
-    groups = list(text.split(args.batch_size, dim=1))[ranks.rank :: ranks.world]
+    size = min(args.batch_size, math.ceil(args.streams / ranks.world))  # something for each rank
+    groups = list(text.split(size, dim=1))[ranks.rank :: ranks.world]
     where = str(Path(folder).resolve()) if args.data else "bundled"
     digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     config = model.config
+    papers = (config["hidden"], config["layers"], config["words"]) == (650, 2, 33278)
     return LanguageModelling(
-        f"{name}-{config['hidden']}",
+        name if papers else f"{name}-{config['hidden']}",
         f"{len(words):,} words of {TEXTS[args.dataset]}, {config['layers']} layers of {config['hidden']} units, "
         f"vocabulary {config['words']:,}",
         [digest, args.dataset, where, len(words), args.streams, args.batch_size, ranks.device.type],

@@ -15,13 +15,14 @@ import argparse
 
 from cells import Cell
 from command import PAPER, Table, main, of_model
+from options import number
 
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width."""
     found = []
     for bits in args.bits:
-        paper = of_model("table2", model).get(str(bits), {})
+        paper = of_model("table2", model).get(str(bits), {}) if args.abits == 8 else {}
         fixed = {"wbits": bits, "abits": args.abits}
         found += clip_cells(bits, args.clip, fixed, "clip", paper, best=("OCS + best clip", {"r": 0.0}))
         found += split_cells(bits, args.r, fixed, "r", paper)
@@ -57,14 +58,6 @@ def split_cells(bits: int, ratios: list[float], fixed: dict, option: str, paper:
              axes={"bits": bits, "r": r}, curve="OCS")
         for r in ratios
     ]  # fmt: skip
-
-
-def number(method: str) -> str | float:
-    """A clip method by name, or a fraction of the largest value."""
-    try:
-        return float(method)
-    except ValueError:
-        return method
 
 
 TABLE = Table(

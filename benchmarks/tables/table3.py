@@ -19,7 +19,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width."""
     found = []
     for bits in args.bits:
-        paper = of_model("table3", model).get(str(bits), {})
+        paper = of_model("table3", model).get(str(bits), {}) if args.wbits == 8 else {}
         fixed = {"wbits": args.wbits, "abits": bits}
         found += clip_cells(bits, args.clip, fixed, "act_clip", paper) + split_cells(
             bits, args.r, fixed, "act_r", paper

@@ -20,7 +20,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width; the paper has one, 6."""
     found = []
     for bits in args.bits:
-        theirs = bits == 6 and args.r == 0.02
+        theirs = (bits, args.wbits, args.r) == (6, 8, 0.02)
         paper = PAPER["table4"] if theirs else {"batch": {}, "no_ocs": {}, "clip_best": {}}
         columns = {"clip_none": paper["no_ocs"].get(model), "clip_best": paper["clip_best"].get(model)}
         fixed = {"wbits": args.wbits, "abits": bits}

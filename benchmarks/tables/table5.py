@@ -68,10 +68,11 @@ def relative_inputs(model: nn.Module, report: ocs.Report, size: int) -> float:
     return expanded / plain
 
 
-def open_sizes(args: argparse.Namespace, name: str, ranks: Ranks) -> Sizes:
+def open_sizes(args: argparse.Namespace, name: str, weights: str | None, ranks: Ranks) -> Sizes:
     """The architecture alone."""
     del ranks  # every rank counts the same
-    return Sizes(name, load_network(name, args.dataset, args.weight or "random").model, args.size)
+    network = load_network(name, args.dataset, weights or "random")
+    return Sizes(network.name, network.model, args.size)
 
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:

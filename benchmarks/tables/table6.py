@@ -13,7 +13,7 @@ import argparse
 
 from cells import Cell
 from command import PAPER, Table, main
-from table2 import number
+from options import number
 
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
@@ -21,7 +21,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     found = []
     for bits in args.bits:
         for r in args.r:
-            paper = PAPER["table6"]["bits"].get(str(bits), {}).get(f"{r:.2f}", {})
+            paper = {float(key): row for key, row in PAPER["table6"]["bits"].get(str(bits), {}).items()}.get(r, {})
             for clip in args.clip:
                 options = {"wbits": bits, "r": r, "clip": number(clip)}
                 row, axes = f"{bits} bits, r = {r:g}", {"bits": bits, "r": r}

@@ -55,7 +55,7 @@ def perplexity(sums: list[float]) -> tuple[float, float, float]:
     mean = s / t
     spread = max(ss - 2 * mean * st + mean * mean * tt, 0.0)
     half = Z * math.sqrt(spread * windows / max(windows - 1, 1)) / t
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    return tuple(math.exp(x) if x < 700 else math.inf for x in (mean, mean - half, mean + half))
 
 
 TOP1 = Metric("top-1 %", True, 1, wilson)
@@ -143,7 +143,7 @@ class Classification(Evaluation):
         self._statistics: ocs.Calibration | None = None
 
     def _ready(self, images: Tensor) -> Tensor:
-        return self._normalize(images.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        return self._normalize(images.to(self.device)).contiguous(memory_format=torch.channels_last)
 
     def prepare(self, options: Options | None) -> None:
         """Look at the calibration images once, for every setting with quantized inputs; ranks add their shares up."""

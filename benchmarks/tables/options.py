@@ -1,0 +1,145 @@
+"""A table, as its module describes it, and the options of its command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+import torch
+from cells import Cell
+from networks import RESNET20
+from paths import OUT
+from ranks import Ranks
+from tasks import Task
+
+from ocs import functional
+
+TEXTS = {"wikitext-2": "WikiText-2", "bible": "the King James Bible"}
+WITH_RESNET20 = ("cifar10", "fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the paper: how it is asked for, and what its cells are."""
+
+    number: int
+    doc: str  # the module's
+    cells: Callable[[argparse.Namespace, str], list[Cell]]  # for one model, by whose name the paper's numbers are found
+    paper_float: Callable[[str], float | None]
+    dataset: str  # the paper's
+    models: tuple[str, ...]  # likewise
+    stands_for: str  # whose numbers stand beside those of a network that the paper does not have
+    defaults: dict[str, Any]  # of the options that this table has, the paper's setting
+    open: Callable[[argparse.Namespace, str, str | None, Ranks], Task] | None = None  # name, weights
+
+    @property
+    def name(self) -> str:
+        """As the files are called."""
+        return f"table{self.number}"
+
+    @property
+    def title(self) -> str:
+        """The first line of the module's text."""
+        return self.doc.splitlines()[0].rstrip(".")
+
+
+HELP = {
+    "bits": (int, "bit-widths"),
+    "r": (float, "expand ratios"),
+    "clip": (str, "clip methods: none, mse, aciq, kl, percentile, std, sawb, a fraction"),
+    "wbits": (int, "bits of the weights"),
+    "abits": (int, "bits of the layers' inputs"),
+    "batches": (int, "batch sizes"),
+    "calibration": (int, "training images for the statistics of layer inputs"),
+    "size": (int, "height and width of the image"),
+    "streams": (int, "streams that the text is read in, side by side"),
+}
+
+
+def parse(table: Table, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options that the table has, with the paper's setting as defaults."""
+    parser = argparse.ArgumentParser(
+        prog=f"{table.name}.py", description=table.doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_options(parser, table)
+    args = parser.parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    args.command = " ".join([f"python benchmarks/tables/{table.name}.py", *typed])
+    if args.models is None:
+        args.models = [RESNET20] if args.dataset in WITH_RESNET20 else list(table.models)
+    _check(args, parser.error)
+    return args
+
+
+def _add_options(parser: argparse.ArgumentParser, table: Table) -> None:
+    is_text, needs_data = table.dataset in TEXTS, table.open is None
+    unit = "words" if is_text else "images"
+    add = parser.add_argument
+    add("--models", nargs="+", help=f"by the paper's or torchvision's name; {' '.join(table.models)}")
+    add("--weights", nargs="+", help="torchvision's name of weights, or a file; one, or one per model")
+    for name, value in table.defaults.items():
+        kind, text = HELP[name]
+        several = {"nargs": "+"} if isinstance(value, tuple) else {}
+        shown = " ".join(map(str, value)) if several else value
+        add(f"--{name}", type=kind, default=value, help=f"{text}; {shown}", **several)
+    names = TEXTS if is_text else data.NAMES if needs_data else [table.dataset]
+    add("--dataset", choices=names, default=table.dataset, help="default: the paper's, %(default)s")
+    if needs_data:
+        add("--data", type=Path, help="folder in the data set's official layout")
+        add("--limit", type=int, help=f"at most so many {unit}")
+        together = "streams" if is_text else "images"
+        add("--batch-size", type=int, default=128, help=f"{together} that run at once; %(default)s")
+    if needs_data and not is_text:
+        trained_with = "of each channel that the weights were trained with, pixels in 0 to 1; default: the data set's"
+        add("--mean", type=float, nargs="+", help=f"mean {trained_with}")
+        add("--std", type=float, nargs="+", help=f"standard deviation {trained_with}")
+        add("--workers", type=int, default=0, help="processes that decode images; %(default)s")
+        add("--memory", type=float, default=16, help="GB of decoded images that each rank keeps; %(default)s")
+        add("--seed", type=int, default=0, help="which training images calibrate; %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s")
+    add("--out", type=Path, default=OUT, help="folder for the results")
+    add("--fresh", action="store_true", help="measure again what was measured before")
+    add("--json", action="store_true", help="print JSON instead of the table")
+
+
+def _check(args: argparse.Namespace, error: Callable[[str], object]) -> None:
+    """Before anything is opened: error() does not return."""
+    if args.weights and len(args.weights) not in (1, len(args.models)):
+        error(f"--weights: {len(args.weights)} for {len(args.models)} models; give one, or one for each")
+    for name in ("limit", "batch_size", "size", "streams", "calibration"):
+        if (value := getattr(args, name, None)) is not None and value <= 0:
+            error(f"--{name.replace('_', '-')} {value}: give more than 0")
+    for name in ("bits", "wbits", "abits", "r", "clip"):
+        values = getattr(args, name, ())
+        for value in values if isinstance(values, list | tuple) else [values]:
+            try:
+                _CHECKS[name](value)
+            except ValueError as wrong:
+                error(str(wrong))
+    for size in getattr(args, "batches", ()):
+        if size <= 0 or args.batch_size % size:
+            error(f"--batches {size}: give numbers that divide --batch-size {args.batch_size}")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        error(f"--device {args.device}: this torch has no CUDA device; use cpu")
+
+
+def number(method: str) -> str | float:
+    """A clip method by name, or a fraction of the largest value."""
+    try:
+        return float(method)
+    except ValueError:
+        return method
+
+
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "bits": lambda value: functional.check_bits("--bits", value),
+    "wbits": lambda value: functional.check_bits("--wbits", value),
+    "abits": lambda value: functional.check_bits("--abits", value),
+    "r": lambda value: functional.check_ratio("--r", value),
+    "clip": lambda value: functional.check_clip("--clip", number(value)),
+}
