@@ -167,12 +167,12 @@ def test_perplexity_falls_as_channels_are_split(bundled: tuple[LanguageModel, Te
 @pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText-2 is not at hand")
 def test_wikitext_2(bundled: tuple[LanguageModel, Tensor]) -> None:
     """The counts that WikiText-2's authors give, and a short evaluation with what words the bundled model knows."""
-    assert len(read_words(WIKITEXT, "valid")) == 217_646
-    test = read_words(WIKITEXT, "test")
-    assert len(test) == 245_569
     model, _ = bundled
-    words = encode(test[:5000], load_model()[1])
-    of_float = perplexity(model, words)
+    vocabulary = load_model()[1]
     eight = copy.deepcopy(model)
     ocs.quantize(eight, wbits=8, r=0.02, expand=False)
-    assert perplexity(eight, words) == pytest.approx(of_float, rel=0.01)
+    for split, count in (("valid", 217_646), ("test", 245_569)):
+        words = read_words(WIKITEXT, split)
+        assert len(words) == count
+        some = encode(words[:4000], vocabulary)
+        assert perplexity(eight, some) == pytest.approx(perplexity(model, some), rel=0.01)
