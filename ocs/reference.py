@@ -344,7 +344,7 @@ def weight_error(w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64]
 
 
 def output_error(w: Floats, w_hat: Floats) -> NDArray[np.float64]:
-    """Float64 [O]: rows d = w_hat - w in the quadratic form H, and 20 times what their gain errors are in it.
+    """Float64 [O]: rows d = w_hat - w in the quadratic form H, and 10 times what their gain errors are in it.
 
     H = (I + 1 1^T of each filter + 1 1^T) / 3; see functional.output_error.
     """
@@ -355,7 +355,7 @@ def output_error(w: Floats, w_hat: Floats) -> NDArray[np.float64]:
         row = w[o].ravel().astype(np.float64)
         d = w_hat[o].ravel().astype(np.float64) - row
         gain = d @ row / (row @ row) if row.any() else 0.0
-        error[o] = d @ H @ d + 20 * gain**2 * (row @ H @ row)
+        error[o] = d @ H @ d + 10 * gain**2 * (row @ H @ row)
     return error
 
 

@@ -315,10 +315,10 @@ def test_output_error_equals_its_definition(kind, shape: tuple[int, ...]) -> Non
 
 
 def test_output_error_by_hand() -> None:
-    """One error of 1; two that cancel in a filter; two in an output channel; a gain of 1.5."""
+    """One error of 1; two that cancel in a filter; two in an output channel; a gain error of a half."""
     w = np.float32([[[0, 0], [1, 0]], [[1, 1], [0, 0]], [[1, 0], [1, 0]], [[2, 0], [0, 0]]])
     d = np.float32([[[1, 0], [0, 0]], [[1, -1], [0, 0]], [[1, 0], [-1, 0]], [[1, 0], [0, 0]]])
-    assert functional.output_error(w, w + d).tolist() == pytest.approx([1, 2 / 3, 4 / 3, 1 + 20 * 4 * 0.25])
+    assert functional.output_error(w, w + d).tolist() == pytest.approx([1, 2 / 3, 4 / 3, 1 + 10 * 4 * 0.25])
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
@@ -347,6 +347,15 @@ def test_auto_under_squant_leaves_the_least_output_error(kind, r: float, groups:
                 expected = [thresholds[i][o] for o, i in enumerate(first)]
                 assert best.quantized.threshold.tolist() == expected
             assert best.error == functional.weight_error(kind(w), best.quantized, groups)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("shape", [(3, 4), (4, 0), (0, 3, 3), (5, 3, 0)])
+def test_auto_under_squant_without_weights(granularity: str, shape: tuple[int, ...]) -> None:
+    w = torch.zeros(shape)
+    best = functional.quantize_plan(w, functional.plan_splits(w, 0.5), 3, "auto", granularity, "qa", "squant")
+    assert best.clip == ("none" if len(w) else best.clip)  # the first of equals
+    assert best.quantized.threshold.shape == (shape[:1] if granularity == "channel" else ())
 
 
 def test_unknown_methods_are_refused() -> None:
