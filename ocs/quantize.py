@@ -230,7 +230,8 @@ def quantize(
         wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1.
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
-            functional.clip_threshold; "auto" is for each layer the method that leaves the least squared error.
+            functional.clip_threshold; "auto" is for each layer the method that leaves the least squared error, or where
+            rounding="squant" the least functional.output_error, then for each output channel by itself.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that

@@ -30,7 +30,7 @@ class LayerReport:
     float_bytes: int = 0  # of the float weight
     bits: int | None = None
     granularity: str | None = None
-    clip: str | float | None = None  # the method that gave the threshold; where "auto" was asked for, the one chosen
+    clip: str | float | None = None  # what gave the threshold; of "auto" what it chose, or "auto" where channels differ
     channels: int | None = None  # C over all groups
     splits: int | None = None  # n over all groups
     sources: tuple[int, ...] = ()  # the channel that each copy came from, in the order of splitting

@@ -302,6 +302,62 @@ def test_auto_leaves_the_least_error(granularity: str) -> None:
         assert best.error[1] == min(errors.values()) == errors[best.clip]
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("shape", [(6, 5, 3, 2), (4, 7), (1, 1, 4), (2, 0, 3), (0, 3)])
+def test_output_error_equals_its_definition(kind, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    w, d = rng.standard_normal((2, *shape)).astype(np.float32)
+    w_hat = (w + 0.1 * d - 0.2 * w).astype(np.float32)
+    w[:1], w_hat[:1] = 0, 0  # a row without any weight
+    error = functional.output_error(kind(w), kind(w_hat))
+    assert type(error) is type(kind(w))
+    np.testing.assert_allclose(error, reference.output_error(w, w_hat), rtol=1e-12)
+
+
+def test_output_error_by_hand() -> None:
+    """One error of 1; two that cancel in a filter; two in an output channel; a gain error of a half."""
+    w = np.float32([[[0, 0], [1, 0]], [[1, 1], [0, 0]], [[1, 0], [1, 0]], [[2, 0], [0, 0]]])
+    d = np.float32([[[1, 0], [0, 0]], [[1, -1], [0, 0]], [[1, 0], [-1, 0]], [[1, 0], [0, 0]]])
+    assert functional.output_error(w, w + d).tolist() == pytest.approx([1, 2 / 3, 4 / 3, 1 + 10 * 4 * 0.25])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize(("r", "groups"), [(0, 1), (0.05, 1), (0.1, 2)])
+def test_auto_under_squant_leaves_the_least_output_error(kind, r: float, groups: int) -> None:
+    """Of the whole weight among methods and fractions, per output channel of each; the first of equals."""
+    w = outlier_weight((8, 16, 3, 3))
+    w[5] = 0
+    for bits in (2, 3, 5):
+        for granularity in ("tensor", "channel"):
+            options = {"granularity": granularity, "groups": groups, "rounding": "squant"}
+            errors, thresholds = [], []
+            for clip in functional.AUTO_SQUANT:
+                q = functional.quantize_weight(w, bits, r, clip, **options)
+                errors.append(functional.output_error(w, functional.fold(q, 16, groups)))
+                thresholds.append(q.threshold)
+            plan = functional.plan_splits(kind(w), r, groups)
+            best = functional.quantize_plan(kind(w), plan, bits, "auto", granularity, "qa", "squant", groups)
+            first = np.argmin([error.sum() for error in errors])
+            if granularity == "tensor":
+                assert best.clip == functional.AUTO_SQUANT[first]
+                assert best.quantized.threshold == thresholds[first]
+            else:
+                first = np.argmin(errors, 0)
+                assert best.clip == "auto"
+                expected = [thresholds[i][o] for o, i in enumerate(first)]
+                assert best.quantized.threshold.tolist() == expected
+            assert best.error == functional.weight_error(kind(w), best.quantized, groups)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("shape", [(3, 4), (4, 0), (0, 3, 3), (5, 3, 0)])
+def test_auto_under_squant_without_weights(granularity: str, shape: tuple[int, ...]) -> None:
+    w = torch.zeros(shape)
+    best = functional.quantize_plan(w, functional.plan_splits(w, 0.5), 3, "auto", granularity, "qa", "squant")
+    assert best.clip == ("none" if len(w) else best.clip)  # the first of equals
+    assert best.quantized.threshold.shape == (shape[:1] if granularity == "channel" else ())
+
+
 def test_unknown_methods_are_refused() -> None:
     for method in ("MSE", "best", 0, 1.5, -0.1, None, True, math.nan):
         with pytest.raises(ValueError, match=r'use "none", "mse", "aciq", .*or a number in'):

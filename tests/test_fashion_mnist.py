@@ -98,6 +98,21 @@ def test_squant_beats_nearest_at_three_bits(float_model: nn.Module, granularity:
     assert distance["squant"] < 0.7 * distance["nearest"]
 
 
+@pytest.mark.parametrize(
+    ("bits", "granularity", "other", "margin"),
+    [(3, "tensor", "mse", 20), (2, "channel", "none", 60), (2, "channel", "mse", 60)],
+)
+def test_auto_clips_for_squant(float_model: nn.Module, bits: int, granularity: str, other: str, margin: int) -> None:
+    """On 500 images it is 465 against 424 right at three bits; at two 443 against 284, the largest, and 195."""
+    images, labels = (part[:500] for part in load("t10k"))
+    correct = {}
+    for clip in ("auto", other):
+        model = copy.deepcopy(float_model)
+        ocs.quantize(model, wbits=bits, granularity=granularity, clip=clip, rounding="squant", expand=False)
+        correct[clip] = count_correct(model, images, labels)
+    assert correct["auto"] > correct[other] + margin
+
+
 def test_read_idx_refuses_other_files(tmp_path: Path) -> None:
     import gzip
 
