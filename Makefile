@@ -1,5 +1,5 @@
 # make demo     set up, then OCS on a trained ResNet-20 and real images
-# make tables   the paper's tables, as far as the bundled data goes, into docs/results.md
+# make tables   the paper's tables, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
@@ -35,6 +35,7 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/table4.py $(IMAGES) --bits 6 4 3 --limit 1000
 	$(BIN)/python benchmarks/tables/table5.py
 	$(BIN)/python benchmarks/tables/table6.py --dataset bible --bits 6 5 4
+	$(BIN)/python benchmarks/tables/rounding.py --limit 2000
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 

@@ -73,7 +73,7 @@ def test_every_number_of_the_paper_has_its_cell(table: ModuleType) -> None:
         args = command.parse(table.TABLE, [])
         cells = table.cells(args, model)
         theirs = [cell for cell in cells if cell.paper is not None]
-        expected = {1: 32, 2: 55, 3: 40, 4: 8, 5: 8, 6: 32}[table.TABLE.number]
+        expected = {"table1": 32, "table2": 55, "table3": 40, "table4": 8, "table5": 8, "table6": 32}[table.TABLE.name]
         assert len(theirs) == expected
         assert len({(cell.row, cell.column) for cell in cells}) == len(cells)
 

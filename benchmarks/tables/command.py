@@ -83,7 +83,7 @@ def publish(table: Table, args: argparse.Namespace, blocks: list[Block], run: Ru
         k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "fresh", "json")
     }
     content = {
-        "table": table.number,
+        "table": table.name,
         "title": table.title,
         "command": args.command,
         "settings": settings,
@@ -92,7 +92,7 @@ def publish(table: Table, args: argparse.Namespace, blocks: list[Block], run: Ru
         "cells": list(records(blocks)),
     }
     text = markdown(blocks)
-    print(json.dumps(content, indent=1) if args.json else f"\nTable {table.number}. {table.title}\n\n{text}")
+    print(json.dumps(content, indent=1) if args.json else f"\n{table.label}. {table.title}\n\n{text}")
     say(run.summary())
     base = args.out / table.name
     for stale in args.out.glob(f"{table.name}*.png"):
@@ -106,7 +106,7 @@ def publish(table: Table, args: argparse.Namespace, blocks: list[Block], run: Ru
 
 
 def _save_picture(table: Table, block: Block, base: Path, blocks: int) -> Path | None:
-    figure = picture(block, f"Table {table.number}")
+    figure = picture(block, table.label)
     if figure is None:
         return None
     path = base.with_name(f"{base.name}-{block.name}.png" if blocks > 1 else f"{base.name}.png")

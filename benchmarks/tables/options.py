@@ -25,9 +25,9 @@ WITH_RESNET20 = ("cifar10", "fashion-mnist")
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the paper: how it is asked for, and what its cells are."""
+    """One table of the paper, or beyond it: how it is asked for, and what its cells are."""
 
-    number: int
+    name: str  # as its files are called
     doc: str  # the module's
     cells: Callable[[argparse.Namespace, str], list[Cell]]  # for one model, by whose name the paper's numbers are found
     paper_float: Callable[[str], float | None]
@@ -38,9 +38,9 @@ class Table:
     open: Callable[[argparse.Namespace, str, str | None, Ranks], Task] | None = None  # name, weights
 
     @property
-    def name(self) -> str:
-        """As the files are called."""
-        return f"table{self.number}"
+    def label(self) -> str:
+        """As people call it."""
+        return self.name.replace("table", "Table ")
 
     @property
     def title(self) -> str:
@@ -57,6 +57,7 @@ HELP = {
     "batches": (int, "batch sizes"),
     "calibration": (int, "training images for the statistics of layer inputs"),
     "size": (int, "height and width of the image"),
+    "granularity": (str, "tensor, channel, or both: one scale each"),
     "streams": (int, "streams that the text is read in, side by side"),
 }
 

@@ -1,6 +1,6 @@
-"""Put the tables that the commands have written into docs/results.md, and their pictures beside it.
+"""Put the tables that the commands have written into the pages in docs/, and their pictures beside them.
 
-The page's text is written by hand; between <!-- table1 --> and <!-- /table1 --> comes build/tables/table1.md. Tables
+A page's text is written by hand; between <!-- table1 --> and <!-- /table1 --> comes build/tables/table1.md. Tables
 that have not been made are left as they are, and named.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import paths
 
-PAGE = paths.ROOT / "docs" / "results.md"
+PAGES = [paths.ROOT / "docs" / name for name in ("results.md", "accuracy.md")]
 MARKER = re.compile(r"(<!-- ([\w/-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -38,18 +38,18 @@ def fill(page: str, folder: Path, pictures: Path) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    """Rewrite the page."""
+    """Rewrite the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, default=paths.OUT, help="what the commands wrote")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     args = parser.parse_args()
-    page, missing = fill(args.page.read_text(), args.tables, args.page.parent)
-    args.page.write_text(page)
+    for path in args.pages:
+        page, missing = fill(path.read_text(), args.tables, path.parent)
+        path.write_text(page)
+        left = f"; left as they were, as they have not been made here: {', '.join(missing)}" if missing else ""
+        print(f"written: {paths.shown(path)}{left}")
     if (args.tables / "figure1.png").exists():
-        shutil.copyfile(args.tables / "figure1.png", args.page.with_name("figure1.png"))
-    print(f"written: {paths.shown(args.page)}")
-    if missing:
-        print(f"left as they were, as they have not been made here: {', '.join(missing)}")
+        shutil.copyfile(args.tables / "figure1.png", args.pages[0].with_name("figure1.png"))
 
 
 if __name__ == "__main__":

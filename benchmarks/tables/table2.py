@@ -61,7 +61,7 @@ def split_cells(bits: int, ratios: list[float], fixed: dict, option: str, paper:
 
 
 TABLE = Table(
-    number=2,
+    name="table2",
     doc=__doc__,
     cells=cells,
     paper_float=lambda model: PAPER["table2"]["models"][model]["float"],

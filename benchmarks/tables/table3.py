@@ -28,7 +28,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
 
 
 TABLE = Table(
-    number=3,
+    name="table3",
     doc=__doc__,
     cells=cells,
     paper_float=lambda model: PAPER["table3"]["models"][model]["float"],

@@ -37,7 +37,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
 
 
 TABLE = Table(
-    number=4,
+    name="table4",
     doc=__doc__,
     cells=cells,
     paper_float=lambda model: PAPER["table3"]["models"][model]["float"],

@@ -87,7 +87,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
 
 
 TABLE = Table(
-    number=5,
+    name="table5",
     doc=__doc__,
     cells=cells,
     paper_float=lambda model: None,

@@ -30,7 +30,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
 
 
 TABLE = Table(
-    number=6,
+    name="table6",
     doc=__doc__,
     cells=cells,
     paper_float=lambda model: PAPER["table6"]["float"],

@@ -1,0 +1,46 @@
+"""Beyond the paper: rounding that lets errors cancel, with the threshold that suits it; top-1 by weight bits.
+
+Weights only, first layer float, no data. Nearest rounding and rounding="squant", with the largest weight as threshold
+(none), the least squared error (mse), and for squant the least error of the layer's outputs (auto).
+
+    python benchmarks/tables/rounding.py --limit 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from cells import Cell
+from command import Table, main
+
+COLUMNS = (("nearest", "none"), ("nearest", "mse"), ("squant", "none"), ("squant", "mse"), ("squant", "auto"))
+
+
+def cells(args: argparse.Namespace, model: str) -> list[Cell]:
+    """A row for each bit-width, granularity and ratio."""
+    del model  # the paper has none of this
+    found = []
+    for bits in args.bits:
+        for granularity in args.granularity:
+            for r in args.r:
+                row, axes = f"{bits} bits, per {granularity}, r = {r:g}", {"bits": bits, "r": r}
+                for rounding, clip in COLUMNS:
+                    options = {"wbits": bits, "r": r, "granularity": granularity, "rounding": rounding, "clip": clip}
+                    name = f"{rounding}, {clip}"
+                    found.append(Cell(row, name, options, axes=axes, curve=f"{name}, per {granularity}"))
+    return found
+
+
+TABLE = Table(
+    name="rounding",
+    doc=__doc__,
+    cells=cells,
+    paper_float=lambda model: None,
+    dataset="fashion-mnist",
+    models=("ResNet-20",),
+    stands_for="ResNet-20",
+    defaults={"bits": (4, 3, 2), "r": (0.0, 0.05), "granularity": ("tensor", "channel")},
+)
+
+if __name__ == "__main__":
+    main(TABLE)
