@@ -211,7 +211,7 @@ def _draw_panel(panel: Axes, block: Block, cells: list[Cell], axis: str) -> None
         _draw_curve(panel, block, points, axis, {**style, "label": ", ".join(filter(None, (curve, rest)))})
     if block.float_value is not None and not block.metric.relative:
         panel.axhline(block.float_value, color=GREY, linewidth=1, label="float")
-    if block.same:
+    if block.same and any(cell.paper is not None for cell in cells):
         panel.plot([], [], linestyle="", marker="o", fillstyle="none", color=GREY, label="hollow: the paper's")
     if axis == "batch size":
         panel.set_xscale("log", base=2)

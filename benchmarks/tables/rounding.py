@@ -23,11 +23,10 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     for bits in args.bits:
         for granularity in args.granularity:
             for r in args.r:
-                row, axes = f"{bits} bits, per {granularity}, r = {r:g}", {"bits": bits, "r": r}
+                row = f"{bits} bits, per {granularity}, r = {r:g}"
                 for rounding, clip in COLUMNS:
                     options = {"wbits": bits, "r": r, "granularity": granularity, "rounding": rounding, "clip": clip}
-                    name = f"{rounding}, {clip}"
-                    found.append(Cell(row, name, options, axes=axes, curve=f"{name}, per {granularity}"))
+                    found.append(Cell(row, f"{rounding}, {clip}", options))
     return found
 
 
