@@ -36,6 +36,7 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/table5.py
 	$(BIN)/python benchmarks/tables/table6.py --dataset bible --bits 6 5 4
 	$(BIN)/python benchmarks/tables/rounding.py --limit 2000
+	$(BIN)/python benchmarks/tables/rounding.py --dataset bible --limit 8000 --out build/tables/lstm
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 

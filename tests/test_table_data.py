@@ -366,7 +366,7 @@ def test_pick_random_depends_on_the_seed_alone() -> None:
     assert np.mean(chosen) == pytest.approx(1_281_167 / 2, rel=0.1)
     assert chosen[:3] == [145, 504, 2396]  # also under other versions of Python
     for number in (0, 6):
-        with pytest.raises(DataError, match=f"{number} images asked for, there are 5"):
+        with pytest.raises(DataError, match=f"{number} training images are asked for"):
             pick_random(5, number, 0)
 
 

@@ -59,7 +59,7 @@ def main(table: Table, arguments: list[str] | None = None) -> None:
 
 def _measure(table: Table, args: argparse.Namespace, run: Run, blocks: list[Block], problems: list[str]) -> None:
     """Every model's block, as far as it goes."""
-    open_task = table.open or (open_text if table.dataset in TEXTS else open_images)
+    open_task = table.open or (open_text if args.dataset in TEXTS else open_images)
     for i, name in enumerate(args.models):
         weights = args.weights[i % len(args.weights)] if args.weights else None
         try:

@@ -35,6 +35,7 @@ class Table:
     models: tuple[str, ...]  # likewise
     stands_for: str  # whose numbers stand beside those of a network that the paper does not have
     defaults: dict[str, Any]  # of the options that this table has, the paper's setting
+    datasets: tuple[str, ...] = ()  # on which it can be run; by default on all of the same kind
     open: Callable[[argparse.Namespace, str, str | None, Ranks], Task] | None = None  # name, weights
 
     @property
@@ -72,7 +73,8 @@ def parse(table: Table, arguments: list[str] | None = None) -> argparse.Namespac
     typed = sys.argv[1:] if arguments is None else arguments
     args.command = " ".join([f"python benchmarks/tables/{table.name}.py", *typed])
     if args.models is None:
-        args.models = [RESNET20] if args.dataset in WITH_RESNET20 else list(table.models)
+        args.models = [RESNET20] if args.dataset in WITH_RESNET20 else ["LSTM"] if args.dataset in TEXTS else None
+        args.models = args.models or list(table.models)
     _check(args, parser.error)
     return args
 
@@ -88,8 +90,8 @@ def _add_options(parser: argparse.ArgumentParser, table: Table) -> None:
         several = {"nargs": "+"} if isinstance(value, tuple) else {}
         shown = " ".join(map(str, value)) if several else value
         add(f"--{name}", type=kind, default=value, help=f"{text}; {shown}", **several)
-    names = TEXTS if is_text else data.NAMES if needs_data else [table.dataset]
-    add("--dataset", choices=names, default=table.dataset, help="default: the paper's, %(default)s")
+    names = table.datasets or (TEXTS if is_text else data.NAMES)
+    add("--dataset", choices=list(names), default=table.dataset, help="default: the paper's, %(default)s")
     if needs_data:
         add("--data", type=Path, help="folder in the data set's official layout")
         add("--limit", type=int, help=f"at most so many {unit}")

@@ -1,9 +1,10 @@
-"""Beyond the paper: rounding that lets errors cancel, with the threshold that suits it; top-1 by weight bits.
+"""Beyond the paper: rounding that lets errors cancel, with the threshold that suits it, by weight bits.
 
 Weights only, first layer float, no data. Nearest rounding and rounding="squant", with the largest weight as threshold
 (none), the least squared error (mse), and for squant the least error of the layer's outputs (auto).
 
     python benchmarks/tables/rounding.py --limit 2000
+    python benchmarks/tables/rounding.py --dataset bible --limit 8000 --out build/tables/lstm
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TABLE = Table(
     dataset="fashion-mnist",
     models=("ResNet-20",),
     stands_for="ResNet-20",
-    defaults={"bits": (4, 3, 2), "r": (0.0, 0.05), "granularity": ("tensor", "channel")},
+    defaults={"bits": (4, 3, 2), "r": (0.0, 0.05), "granularity": ("tensor", "channel"), "streams": 10},
+    datasets=("fashion-mnist", "bible"),
 )
 
 if __name__ == "__main__":

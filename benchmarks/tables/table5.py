@@ -95,6 +95,7 @@ TABLE = Table(
     models=("ResNet-50",),
     stands_for="ResNet-50",
     defaults={"r": (0.01, 0.02, 0.05, 0.1), "size": 224},
+    datasets=("imagenet",),
     open=open_sizes,
 )
 
