@@ -159,6 +159,19 @@ def test_a_failing_cell_does_not_lose_the_others(tmp_path: Path) -> None:
     assert again.asked == ["mse, 0", "mse, 0.02"]  # failures are tried again
 
 
+def test_a_perplexity_without_bound_is_a_failure(tmp_path: Path) -> None:
+    class Diverging(FakeTask):
+        metric = PERPLEXITY
+
+        def measure(self, options: dict | None, advance: object) -> tuple[torch.Tensor, dict, dict]:
+            return torch.tensor([1e5, 1e9, 1e6, 100, 100, 10]).double(), {}, {}
+
+    run = run_of(tmp_path)
+    found = run.measure(Diverging({}), [])
+    assert found["float", "float"]["error"] == "perplexity is inf"
+    assert run.failed == 1
+
+
 # --- Layout -----------------------------------------------------------------------------------------------------------
 
 

@@ -173,19 +173,22 @@ class Run:
         except Exception as failure:  # noqa: BLE001 - it is reported in its place
             mine, error = None, f"{type(failure).__name__}: {failure}"
         if error := self.ranks.any(error):
-            self.failed += 1
-            if self.ranks.rank == 0:
-                say(f"FAILED: {title}: {error}")
-            return {"options": dict(options or {}), "error": error}
+            return self._failure(options, title, error)
         sums, details, seconds = mine
         for part, value in seconds.items():
             self.spent[part] += value
-        self.measured += 1
         value, low, high = task.metric.estimate(sums := self.ranks.sum(sums).tolist())
         if not math.isfinite(value):
-            return {"options": dict(options or {}), "error": f"{task.metric.name} is {value}"}
+            return self._failure(options, title, f"{task.metric.name} is {value}")
+        self.measured += 1
         result = {"options": dict(options or {}), "value": value, "low": low, "high": high, "sums": sums}
         return result | details | {"seconds": {part: round(value, 3) for part, value in seconds.items()}}
+
+    def _failure(self, options: Mapping[str, Any] | None, title: str, error: str) -> Result:
+        self.failed += 1
+        if self.ranks.rank == 0:
+            say(f"FAILED: {title}: {error}")
+        return {"options": dict(options or {}), "error": error}
 
     def summary(self) -> str:
         """One line: what was measured, and which share of the time did not go into forward passes and data."""
