@@ -239,6 +239,11 @@ def round_half_up(x: NDArray) -> NDArray:
     return np.floor(x + 0.5)
 
 
+def _grid_units(w: Floats, scale: Floats) -> Floats:
+    """Float32 w / scale, one scale or one for each output channel."""
+    return (w / np.broadcast_to(scale, w.shape[:1]).reshape(-1, *[1] * (w.ndim - 1))).astype(np.float32)
+
+
 def quantize_weight(
     w: Floats,
     scale: Floats,
@@ -251,8 +256,7 @@ def quantize_weight(
 ) -> Ints:
     """Integers int8 [O, C + n, ...] of the split weight: the halvings in grid units one by one, in double."""
     qmax = 2 ** (bits - 1) - 1
-    scales = np.broadcast_to(scale, w.shape[:1]).reshape(-1, *[1] * (w.ndim - 1))
-    u = gather((w / scales).astype(np.float32), source, groups).astype(np.float64)
+    u = gather(_grid_units(w, scale), source, groups).astype(np.float64)
     depth, offset = (part.reshape(groups, 1, -1, 1) for part in (depth, offset))
     for level in range(int(depth.max(initial=0))):
         half = np.where((offset >> level) & 1, 0.5, -0.5) if quantization_aware else 0.0
@@ -280,7 +284,7 @@ def squant_weight(
     qmax = 2 ** (bits - 1) - 1
     nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
     ints = _grouped(nearest, groups).astype(np.int64)
-    u = _grouped((w / np.broadcast_to(scale, w.shape[:1]).reshape(-1, *[1] * (w.ndim - 1))).astype(np.float32), groups)
+    u = _grouped(_grid_units(w, scale), groups)
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * w.shape[1]
     depth, offset = (part.reshape(groups, -1).astype(np.int64) for part in (depth, offset))
     for g in range(groups):

@@ -133,3 +133,12 @@ def folded_twin(model: nn.Module, ours: nn.Module) -> nn.Module:
                     folded = layer.layout(layer.folded(weight), layer.groups)
                     twin.get_submodule(name)._parameters[weight].copy_(folded)
     return twin
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For what is so small that threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

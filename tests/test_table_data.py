@@ -6,7 +6,6 @@ import gc
 import os
 import pickle
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import cifar
@@ -29,13 +28,7 @@ SMALL = Preset(36, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """What runs here is so small that threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

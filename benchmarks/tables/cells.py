@@ -87,7 +87,6 @@ class Store:
 
     def put(self, path: Path, result: Result) -> None:
         """Keep one more cell, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(result, indent=1))
         partial.replace(path)

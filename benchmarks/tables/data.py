@@ -7,6 +7,7 @@ is wrong with the files is a DataError of one line that says what was expected a
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -105,14 +106,20 @@ def imagenet(folder: str | Path, split: str, preset: Preset, classes: int = 1000
     Raises:
         DataError: Folders or images are missing, archives not extracted, images not sorted into class folders.
     """
-    root = _class_folders(Path(folder), split, classes)
+    return Crops(_samples(Path(folder), split, classes), preset)
+
+
+@functools.cache  # a million files are listed once, whatever number of networks is to see them
+def _samples(folder: Path, split: str, classes: int) -> list[tuple[str, int]]:
+    """The path and label of every image."""
+    root = _class_folders(folder, split, classes)
     torchvision_models()
     from torchvision.datasets import ImageFolder
 
     found = ImageFolder(root, allow_empty=True)
     if empty := set(range(classes)) - set(found.targets):
         raise DataError(f"{root / found.classes[min(empty)]}: no images ({len(empty)} such class folders)")
-    return Crops(found.samples, preset)
+    return found.samples
 
 
 def _class_folders(folder: Path, split: str, classes: int) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import paths  # isort: split
 
 import data
-from networks import load_network
+from networks import RESNET20, load_network
 from torch import Tensor, nn
 
 import ocs.functional
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=paths.OUT)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_args()
-    model = args.models or ("ResNet-50" if args.dataset == "imagenet" else "ResNet-20")
+    model = args.models or ("ResNet-50" if args.dataset == "imagenet" else RESNET20)
     try:
         layers = weights(load_network(model, args.dataset, args.weights).model)
     except (ValueError, OSError) as error:

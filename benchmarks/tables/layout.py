@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -228,10 +228,10 @@ def _draw_curve(panel: Axes, block: Block, points: list[Cell], axis: str, style:
     """With bars for the intervals, and hollow marks for the paper's numbers where network and data are the same."""
     x = [cell.axes[axis] for cell in points]
     found = [block.result(cell) for cell in points]
-    pick: Callable[[str], list[float]] = lambda key: [result[key] for result in found]  # noqa: E731
-    low, high = ([abs(a - b) for a, b in zip(pick("value"), pick(key), strict=True)] for key in ("low", "high"))
-    bars = [low, high] if block.metric.higher_is_better else None  # a text's own spread would hide everything else
-    panel.errorbar(x, pick("value"), bars, linewidth=1.3, markersize=4, elinewidth=0.7, **style)
+    bars = [[abs(result["value"] - result[end]) for result in found] for end in ("low", "high")]
+    if not block.metric.higher_is_better:
+        bars = None  # a text's own spread would hide everything else
+    panel.errorbar(x, [result["value"] for result in found], bars, linewidth=1.3, markersize=4, elinewidth=0.7, **style)
     theirs = [(cell.axes[axis], cell.paper) for cell in points if cell.paper is not None]
     if block.same and theirs:
         panel.plot(*zip(*theirs, strict=True), linestyle="", marker=style["marker"], markersize=9, fillstyle="none",

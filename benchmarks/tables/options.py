@@ -20,7 +20,7 @@ from tasks import Task
 from ocs import functional
 
 TEXTS = {"wikitext-2": "WikiText-2", "bible": "the King James Bible"}
-WITH_RESNET20 = ("cifar10", "fashion-mnist")
+NETWORKS = {"cifar10": RESNET20, "fashion-mnist": RESNET20, "wikitext-2": "LSTM", "bible": "LSTM"}  # where there is one
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def parse(table: Table, arguments: list[str] | None = None) -> argparse.Namespac
     typed = sys.argv[1:] if arguments is None else arguments
     args.command = " ".join([f"python benchmarks/tables/{table.name}.py", *typed])
     if args.models is None:
-        args.models = [RESNET20] if args.dataset in WITH_RESNET20 else ["LSTM"] if args.dataset in TEXTS else None
-        args.models = args.models or list(table.models)
+        args.models = [NETWORKS[args.dataset]] if args.dataset in NETWORKS else list(table.models)
     _check(args, parser.error)
     return args
 
@@ -117,11 +116,11 @@ def _check(args: argparse.Namespace, error: Callable[[str], object]) -> None:
     for name in ("limit", "batch_size", "size", "streams", "calibration"):
         if (value := getattr(args, name, None)) is not None and value <= 0:
             error(f"--{name.replace('_', '-')} {value}: give more than 0")
-    for name in ("bits", "wbits", "abits", "r", "clip"):
+    for name, check in _CHECKS.items():
         values = getattr(args, name, ())
         for value in values if isinstance(values, list | tuple) else [values]:
             try:
-                _CHECKS[name](value)
+                check(f"--{name}", number(value) if name == "clip" else value)
             except ValueError as wrong:
                 error(str(wrong))
     for size in getattr(args, "batches", ()):
@@ -139,10 +138,10 @@ def number(method: str) -> str | float:
         return method
 
 
-_CHECKS: dict[str, Callable[[Any], object]] = {
-    "bits": lambda value: functional.check_bits("--bits", value),
-    "wbits": lambda value: functional.check_bits("--wbits", value),
-    "abits": lambda value: functional.check_bits("--abits", value),
-    "r": lambda value: functional.check_ratio("--r", value),
-    "clip": lambda value: functional.check_clip("--clip", number(value)),
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "bits": functional.check_bits,
+    "wbits": functional.check_bits,
+    "abits": functional.check_bits,
+    "r": functional.check_ratio,
+    "clip": functional.check_clip,
 }

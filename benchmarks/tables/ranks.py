@@ -20,7 +20,7 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
+        if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def __enter__(self) -> Ranks:

@@ -19,13 +19,13 @@ from cells import Cell
 from command import PAPER, Table, main
 from networks import load_network
 from ranks import Ranks
-from tasks import SIZE, Advance, Measured, Options
+from tasks import SIZE, Advance, Measured, Options, Task
 from torch import nn
 
 import ocs
 
 
-class Sizes:
+class Sizes(Task):
     """A network whose weights and layer inputs are counted, not run for accuracy."""
 
     metric, unit, count = SIZE, "setting", 1
@@ -34,9 +34,6 @@ class Sizes:
         self.name, self.what, self.model, self.size = name, f"sizes at {size} x {size}", model, size
         shapes = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
         self.identity: list[Any] = [name, size, hashlib.sha256(repr(shapes).encode()).hexdigest()]
-
-    def prepare(self, options: Options | None) -> None:
-        """Nothing."""
 
     def measure(self, options: Options | None, advance: Advance) -> Measured:
         """Relative size of what options["of"] names, "weights" or "activations"."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from language_model import losses
@@ -63,7 +64,7 @@ PERPLEXITY = Metric("perplexity", False, 2, perplexity)
 SIZE = Metric("relative size", False, 3, lambda sums: (sums[0] / sums[1],) * 3, relative=True)
 
 
-class Task(Protocol):
+class Task(ABC):
     """A float model and how its quantized copies are judged."""
 
     name: str
@@ -73,32 +74,24 @@ class Task(Protocol):
     unit: str
     count: int  # units of this rank's share, for the progress bar
 
-    def prepare(self, options: Options | None) -> None:
+    def prepare(self, options: Options | None) -> None:  # noqa: B027 - most need nothing
         """Do once what measuring under these options needs; ranks wait for each other here."""
 
+    @abstractmethod
     def measure(self, options: Options | None, advance: Advance) -> Measured:
         """Judge a quantized copy of the float model (None: the float model) on this rank's share of the data."""
 
 
-class Evaluation:
+class Evaluation(Task):
     """A network on batches; subclasses say what a batch tells."""
 
-    name: str
-    what: str
-    identity: list[Any]
-    metric: Metric
-    unit: str
-    count: int
     model: nn.Module  # float, in eval mode, on its device
     batches: Iterable[Any]
     sums: int  # how many numbers score() adds up
 
+    @abstractmethod
     def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
         """Units done, and float64 sums for the metric, bit by bit; size: how many images may run at once."""
-        raise NotImplementedError
-
-    def prepare(self, options: Options | None) -> None:
-        """Nothing but for quantized inputs."""
 
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """A folded copy (the same values as expanded, at the float model's cost), and what its report says."""
@@ -134,11 +127,11 @@ class Classification(Evaluation):
 
     def __init__(
         self, name: str, what: str, identity: list[Any], model: nn.Module, batches: Any, calibration: Any,
-        prepare: Callable[[Tensor], Tensor],
+        normalize: Callable[[Tensor], Tensor],
     ) -> None:  # fmt: skip
-        """batches, calibration: data.Batches, this rank's share; prepare: normalizes a batch."""
+        """batches, calibration: data.Batches, this rank's share; normalize: makes floats of a batch."""
         self.name, self.what, self.identity, self.model, self.count = name, what, identity, model, batches.images
-        self.batches, self.calibration, self._normalize = batches, calibration, prepare
+        self.batches, self.calibration, self._normalize = batches, calibration, normalize
         self.device = next(model.parameters()).device
         self._statistics: ocs.Calibration | None = None
 
