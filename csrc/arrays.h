@@ -1,4 +1,4 @@
-/* numpy arrays in and out of module.c, and the exceptions for what does not fit.
+/* numpy arrays in and out of ocs._C, and the exceptions for what does not fit.
 
    What is wrong with an argument is a TypeError or ValueError that starts with the function's name. */
 #ifndef OCS_ARRAYS_H
@@ -8,6 +8,10 @@
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <Python.h>
 
+#define PY_ARRAY_UNIQUE_SYMBOL ocs_numpy
+#ifndef OCS_IMPORTS_NUMPY /* as module.c does for all files */
+#define NO_IMPORT_ARRAY
+#endif
 #include <numpy/arrayobject.h>
 
 #include "ocs.h"
@@ -16,13 +20,13 @@
 #include <math.h>
 
 /* The exception for a status; NULL, so that a caller can return it. */
-static PyObject *fail(const char *function, ocs_status status) {
+static inline PyObject *fail(const char *function, ocs_status status) {
     PyObject *type = status == OCS_NO_MEMORY ? PyExc_MemoryError : PyExc_ValueError;
     return PyErr_Format(type, "%s: %s", function, ocs_status_text(status));
 }
 
 /* A new reference to a C-contiguous array of `type`, converted if need be: floats to float32, integers as they are. */
-static PyArrayObject *input(const char *function, const char *name, PyObject *object, int type, int min_rank) {
+static inline PyArrayObject *input(const char *function, const char *name, PyObject *object, int type, int min_rank) {
     if (PyErr_Occurred()) { /* an argument before this one is wrong */
         return NULL;
     }
@@ -45,13 +49,13 @@ static PyArrayObject *input(const char *function, const char *name, PyObject *ob
     return (PyArrayObject *)PyArray_FromAny(object, PyArray_DescrFromType(type), 0, 0, flags, NULL);
 }
 
-static PyArrayObject *output(int rank, const npy_intp *dims, int type) {
+static inline PyArrayObject *output(int rank, const npy_intp *dims, int type) {
     return (PyArrayObject *)PyArray_SimpleNew(rank, (npy_intp *)dims, type);
 }
 
 /* Returns the result and drops what was taken; on a bad status, or where no result could be made, the exception. */
-static PyObject *finish(const char *function, ocs_status status, PyArrayObject *result, PyArrayObject *const *taken,
-                        int count) {
+static inline PyObject *finish(const char *function, ocs_status status, PyArrayObject *result,
+                               PyArrayObject *const *taken, int count) {
     for (int i = 0; i < count; ++i) {
         Py_XDECREF((PyObject *)taken[i]);
     }
@@ -67,7 +71,7 @@ static PyObject *finish(const char *function, ocs_status status, PyArrayObject *
 #define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 
 /* O, C and K of a weight or of expanded integers [O, C, ...]. */
-static bool read_shape(const char *function, PyArrayObject *w, long long groups, ocs_shape *shape) {
+static inline bool read_shape(const char *function, PyArrayObject *w, long long groups, ocs_shape *shape) {
     const npy_intp *dims = PyArray_DIMS(w);
     *shape = (ocs_shape){.G = groups, .O = dims[0], .C = dims[1], .K = 1};
     for (int i = 2; i < PyArray_NDIM(w); ++i) {
@@ -82,7 +86,7 @@ static bool read_shape(const char *function, PyArrayObject *w, long long groups,
 }
 
 /* S from the length of a plan's array. */
-static bool read_splits(const char *function, PyArrayObject *source, ocs_shape *shape) {
+static inline bool read_splits(const char *function, PyArrayObject *source, ocs_shape *shape) {
     npy_intp length = PyArray_SIZE(source);
     shape->S = length / shape->G - shape->C;
     if (length % shape->G != 0 || shape->S < 0) {
@@ -94,7 +98,8 @@ static bool read_splits(const char *function, PyArrayObject *source, ocs_shape *
 }
 
 /* 0 where one number (a scale, say) serves all, 1 where each output channel has its own. */
-static bool read_stride(const char *function, const char *name, PyArrayObject *numbers, npy_intp rows, int *stride) {
+static inline bool read_stride(const char *function, const char *name, PyArrayObject *numbers, npy_intp rows,
+                               int *stride) {
     *stride = PyArray_NDIM(numbers);
     bool valid = *stride == 0 || (*stride == 1 && PyArray_SIZE(numbers) == rows);
     if (!valid) {
@@ -105,7 +110,7 @@ static bool read_stride(const char *function, const char *name, PyArrayObject *n
 }
 
 /* A number as float32; beyond its range it becomes Inf, which the entries refuse. */
-static bool read_number(const char *function, const char *name, PyObject *object, float *value) {
+static inline bool read_number(const char *function, const char *name, PyObject *object, float *value) {
     double number = PyFloat_AsDouble(object);
     if (PyErr_Occurred()) {
         PyErr_Format(PyExc_TypeError, "%s: %s must be one number", function, name);

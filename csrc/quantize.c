@@ -101,7 +101,8 @@ typedef struct {
     const int8_t *ints_in;
     int8_t *ints_out;
     int32_t qmax;
-    double *row_error; /* [O][2] */
+    double *row_error; /* [O][2], or of output_error [O] */
+    double gain;
     bool failed;
 } weight_job;
 
@@ -177,20 +178,28 @@ ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source,
     return status;
 }
 
-static void error_rows(int64_t begin, int64_t end, void *ctx) {
-    weight_job *job = ctx;
-    const int64_t N = job->columns.N;
-    float *q = malloc((size_t)(N + 1) * sizeof *q);
+/* Each row with the folded integers that it has. */
+static void for_folded_rows(weight_job *job, int64_t begin, int64_t end,
+                            void (*row)(const weight_job *job, int64_t o, const float *q)) {
+    float *q = malloc((size_t)(job->columns.N + 1) * sizeof *q);
     if (q == NULL) {
         __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
         return;
     }
     for (int64_t o = begin; o < end; ++o) {
         fold_one(job, q, o, 1.0f);
-        const float scale = job->scale[o * job->scale_stride];
-        job->kernels->squared_error(job->row_error + 2 * o, job->w + o * N, q, N, scale);
+        row(job, o, q);
     }
     free(q);
+}
+
+static void squared_error_row(const weight_job *job, int64_t o, const float *q) {
+    const int64_t N = job->columns.N;
+    job->kernels->squared_error(job->row_error + 2 * o, job->w + o * N, q, N, job->scale[o * job->scale_stride]);
+}
+
+static void squared_error_rows(int64_t begin, int64_t end, void *ctx) {
+    for_folded_rows(ctx, begin, end, squared_error_row);
 }
 
 ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,
@@ -208,13 +217,69 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
         ocs_columns_free(&job.columns);
         return OCS_NO_MEMORY;
     }
-    run_rows(&job, error_rows);
+    run_rows(&job, squared_error_rows);
     for (int64_t o = 0; o < rows; ++o) {
         error[0] += job.row_error[2 * o];
         error[1] += job.row_error[2 * o + 1];
     }
     free(job.row_error);
     return job.failed ? OCS_NO_MEMORY : OCS_OK;
+}
+
+/* (sum v^2 + sum of filters' (sum v)^2 + (sum v)^2) / 3, element by element. */
+typedef struct {
+    double squares, of_filter, of_filters, all;
+} output_power;
+
+static void add_element(output_power *p, double v) {
+    p->squares += v * v;
+    p->of_filter += v;
+}
+
+static void end_filter(output_power *p) {
+    p->of_filters += p->of_filter * p->of_filter;
+    p->all += p->of_filter;
+    p->of_filter = 0.0;
+}
+
+static double output_power_of(const output_power *p) {
+    return (p->squares + p->of_filters + p->all * p->all) / 3.0;
+}
+
+static void output_error_row(const weight_job *job, int64_t o, const float *q) {
+    const float *w = job->w + o * job->columns.N, scale = job->scale[o * job->scale_stride];
+    output_power of_w = {0}, of_d = {0};
+    double dot = 0.0;
+    for (int64_t c = 0, i = 0; c < job->shape->C; ++c) {
+        for (int64_t k = 0; k < job->shape->K; ++k, ++i) {
+            const float w_hat = q[i] * scale;
+            const double d = (double)w_hat - w[i];
+            add_element(&of_w, w[i]);
+            add_element(&of_d, d);
+            dot += d * w[i];
+        }
+        end_filter(&of_w);
+        end_filter(&of_d);
+    }
+    const double gain = of_w.squares > 0.0 ? dot / of_w.squares : 0.0;
+    job->row_error[o] = output_power_of(&of_d) + job->gain * output_power_of(&of_w) * gain * gain;
+}
+
+static void output_error_rows(int64_t begin, int64_t end, void *ctx) {
+    for_folded_rows(ctx, begin, end, output_error_row);
+}
+
+ocs_status ocs_output_error_f32(double *error, const float *w, const int8_t *ints, const int64_t *source,
+                                const float *scale, int64_t scale_stride, const ocs_shape *shape, double gain) {
+    weight_job job = {.shape = shape, .scale = scale, .scale_stride = scale_stride, .w = w, .ints_in = ints};
+    job.row_error = error;
+    job.gain = gain;
+    ocs_status status = prepare(&job, &(ocs_plan){source, NULL, NULL});
+    if (status == OCS_OK) {
+        memset(error, 0, (size_t)shape->O * sizeof *error);
+        run_rows(&job, output_error_rows);
+    }
+    return status == OCS_OK && job.failed ? OCS_NO_MEMORY : status;
 }
 
 /* --- Any array -------------------------------------------------------------------------------- */

@@ -26,6 +26,7 @@ KERNELS = (
     "squant_weight",
     "fold",
     "weight_error",
+    "output_error",
     "quantize",
     "dequantize",
     "fake_quantize",
@@ -246,6 +247,20 @@ def weight_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups:
     """Sums float64 [2] of w^2 and of (w - w_hat)^2; the order of summation is the device's."""
     difference = _floats("weight_error", w) - fold(ints, scale, source, groups, w.shape[1])
     return torch.stack([w.double().square().sum(), difference.double().square().sum()])
+
+
+def output_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int, gain: float) -> Tensor:
+    """float64 [O]: how far each output is off (csrc/ocs.h); the order of summation is the device's."""
+    v = _floats("output_error", w).double().reshape(*w.shape[:2], math.prod(w.shape[2:]))
+    d = fold(ints, scale, source, groups, w.shape[1]).double().reshape(v.shape) - v
+    power = v.square().sum((1, 2))
+    of_gain = (d * v).sum((1, 2)) / (power + (power == 0))
+    return _output_power(d) + gain * _output_power(v) * of_gain.square()
+
+
+def _output_power(v: Tensor) -> Tensor:
+    of_filter = v.sum(2)
+    return (v.square().sum((1, 2)) + of_filter.square().sum(1) + of_filter.sum(1).square()) / 3
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:

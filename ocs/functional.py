@@ -8,7 +8,6 @@ is Zhao et al., ICML 2019, arXiv 1901.09504.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,9 +23,9 @@ Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
 Rounding = Literal["nearest", "squant"]
 CLIP_METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # numbered as in csrc/ocs.h
-AUTO = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what clip="auto" chooses from
-AUTO_SQUANT = (*AUTO, *(i / 20 for i in range(4, 20)))  # and where rounding="squant"
-GAIN = 10  # what errors of gain weigh in output_error: about the layers that they multiply through
+METHODS = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what people compare
+AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" chooses from
+GAIN = 10.0  # what changes of gain weigh in output_error where the number of layers is not known
 BINS, CHANNEL_BINS = 2048, 512  # of the histogram that a threshold is searched in: of a tensor, of an output channel
 TINY = 2.0**-100  # values below are not clipped: float32 hardly tells them apart
 SMALLEST = np.float32(1e-45).item()  # a positive threshold never gives a scale of zero
@@ -71,9 +70,8 @@ def quantize_weight(
         w: [O, C, ...], C the input channels (of one group).
         bits: 2 to 8.
         r: expand ratio in [0, 1]; each group's C channels get n = ceil(r C) splits (depthwise weights none).
-        clip: where the split weights saturate, see clip_threshold; or "auto", the method that leaves the least squared
-            error of the weight. Where rounding="squant", "auto" tries fractions of the largest |w|, too, and takes what
-            leaves the least output_error; for each output channel of its own where granularity="channel".
+        clip: where the split weights saturate, see clip_threshold; or "auto": of none, mse and fractions of the largest
+            |w| what leaves the least output_error; for each output channel of its own where granularity="channel".
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": from there, some integers move a step
@@ -130,77 +128,56 @@ def quantize_plan(
     split: Split,
     rounding: Rounding = "nearest",
     groups: int = 1,
+    gain: float = GAIN,
 ) -> Quantization:
-    """Steps 2 and 3: threshold and integers; of clip="auto", the method with the least error, see quantize_weight."""
-    if clip == "auto" and rounding == "squant":
-        clip, threshold = _least_output_error(w, plan, bits, granularity, groups)
-        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
-        return Quantization(quantized, clip, weight_error(w, quantized, groups))
-    methods, best = AUTO if clip == "auto" else (clip,), None
-    thresholds = split_thresholds(w, plan, bits, methods, granularity, groups)
-    for method, threshold in zip(methods, thresholds, strict=True):
-        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
-        found = Quantization(quantized, method, weight_error(w, quantized, groups))
-        if best is None or found.error[1] < best.error[1]:
-            best = found
-    return best
+    """Steps 2 and 3: threshold and integers; of clip="auto", what leaves the least output_error with this gain."""
+    if clip == "auto":
+        clip, threshold = _least_output_error(w, plan, bits, granularity, split, rounding, groups, gain)
+    else:
+        (threshold,) = split_thresholds(w, plan, bits, (clip,), granularity, groups)
+    quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
+    return Quantization(quantized, clip, weight_error(w, quantized, groups))
 
 
 def _least_output_error(
-    w: Array, plan: SplitPlan, bits: int, granularity: Granularity, groups: int
+    w: Array,
+    plan: SplitPlan,
+    bits: int,
+    granularity: Granularity,
+    split: Split,
+    rounding: Rounding,
+    groups: int,
+    gain: float,
 ) -> tuple[str | float, Array]:
-    """Of AUTO_SQUANT, the first with the least output_error, and its threshold; "auto" where channels differ."""
-    thresholds = split_thresholds(w, plan, bits, AUTO_SQUANT, granularity, groups)
-    errors, error_of = [], _output_error_of(w)
+    """Of AUTO, the first with the least output_error, and its threshold; "auto" where channels differ."""
+    thresholds = split_thresholds(w, plan, bits, AUTO, granularity, groups)
+    errors = []
     for threshold in thresholds:
-        quantized = quantize_split(w, plan, threshold, bits, "qa", "squant", groups)
-        error = _numpy(error_of(fold(quantized, w.shape[1], groups)))
+        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
+        error = _numpy(output_error(w, quantized, groups, gain))
         errors.append(error if granularity == "channel" else error.sum())
     chosen = np.stack(errors).argmin(0)
     threshold = np.take_along_axis(np.stack([_numpy(each) for each in thresholds]), chosen[None], 0)[0]
-    names = {AUTO_SQUANT[i] for i in chosen.ravel()}
+    names = {AUTO[i] for i in chosen.ravel()}
     threshold = torch.from_numpy(np.asarray(threshold)).to(w.device) if isinstance(w, Tensor) else np.asarray(threshold)
     return names.pop() if len(names) == 1 else "auto", threshold
 
 
-def output_error(w: Array, w_hat: Array) -> Array:
-    """How far the outputs of a layer are off with w_hat instead of w: float64 [O], an estimate without inputs.
+def output_error(w: Array, quantized: QuantizedWeight, groups: int = 1, gain: float = GAIN) -> Array:
+    """How far each output of a layer is off with the quantized weight: float64 [O], an estimate without inputs.
 
-    For rows d = w_hat - w and w of [C, K] it is q(d) + 10 q(w) (sum d w / sum w^2)^2, where
+    For rows d = w_hat - w and w of [C, K] it is q(d) + gain q(w) (sum d w / sum w^2)^2, where
 
         q(v) = (sum_ck v^2 + sum_c (sum_k v)^2 + (sum_ck v)^2) / 3
 
     is v^T E[x x^T] v for inputs of E[x^2] = 1 whose squared mean is 1/3 (1/pi after the ReLU of a normal), half of the
     rest common to the K inputs that a filter sees of a channel: SQuant's three terms (section 3). The second part is
     the output's change of gain. Saturation shrinks all outputs of all layers; these errors do not average out as others
-    do but multiply, so that over L layers they weigh L times as much. L = 10 is in between: the bundled ResNet-20 does
-    as well from 10 to 100, worse below; the LSTM of two layers best at 2 (at 2 bits, a perplexity up to 3 % lower).
+    do but multiply, so that over L layers they weigh L times as much: gain is the number of layers.
     """
-    return _output_error_of(w)(w_hat)
-
-
-def _output_error_of(w: Array) -> Callable[[Array], Array]:
-    """output_error for one w and many w_hat."""
-    v = _rows_in_double(w)
-    power, of_gain = (v * v).sum((1, 2)), GAIN * _output_power(v)
-    power = power + (power == 0)
-
-    def error(w_hat: Array) -> Array:
-        d = _rows_in_double(w_hat) - v
-        return _output_power(d) + of_gain * ((d * v).sum((1, 2)) / power) ** 2
-
-    return error
-
-
-def _output_power(v: Array) -> Array:
-    of_filter = v.sum(2)
-    return ((v * v).sum((1, 2)) + (of_filter * of_filter).sum(1) + of_filter.sum(1) ** 2) / 3
-
-
-def _rows_in_double(w: Array) -> Array:
-    """float64 [O, C, K], by way of float32, which is what the kernels compute in."""
-    w = w.reshape(*w.shape[:2], math.prod(w.shape[2:]))
-    return w.float().double() if isinstance(w, Tensor) else w.astype(np.float32).astype(np.float64)
+    w = check_array("w", w, min_rank=2)
+    _check_groups(groups, w.shape[0])
+    return kernels(w).output_error(w, quantized.ints, quantized.scale, quantized.source, groups, gain)
 
 
 def split_thresholds(

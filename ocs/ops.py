@@ -117,6 +117,12 @@ def _(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int) -> Te
     return w.new_empty(2, dtype=torch.float64)
 
 
+@torch.library.register_fake("ocs::output_error")
+def _(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int, gain: float) -> Tensor:
+    _meta_together(w, ints, scale, source)
+    return w.new_empty(w.shape[0], dtype=torch.float64)
+
+
 @torch.library.register_fake("ocs::quantize")
 def _(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     _meta_together(x, scale)

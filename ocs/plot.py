@@ -103,7 +103,7 @@ def clip_thresholds(
         x: a float weight [O, C, ...], or a batch of activations [N, C, ...].
         bits: 2 to 8.
         r: expand ratio in [0, 1].
-        methods: names and fractions as functional.clip_threshold takes them; by default functional.AUTO.
+        methods: names and fractions as functional.clip_threshold takes them; by default functional.METHODS.
         groups: of a grouped convolution's weight; 1 for activations.
         signed: the grid is -qmax .. qmax, else 0 .. 2^k - 1.
         title: above the panels.
@@ -181,7 +181,7 @@ def _most_outliers(statistics: Statistics, r: float, groups: int) -> Tensor:
 
 
 def _check_methods(methods: Methods | None) -> list[str | float]:
-    chosen = functional.AUTO if methods is None else methods
+    chosen = functional.METHODS if methods is None else methods
     for method in chosen:
         functional.check_clip("method", method)
     return list(dict.fromkeys(method if isinstance(method, str) else float(method) for method in chosen))

@@ -42,11 +42,11 @@ from ocs.rewrite import exchange, module_slots
 
 
 def quantize_layer(
-    layer: Layer, options: Options, statistics: Statistics | None = None
+    layer: Layer, options: Options, statistics: Statistics | None = None, gain: float = functional.GAIN
 ) -> tuple[QuantizedLayer, list[LayerReport]]:
     """The layer that replaces this one, and a line of the report for each of its weights.
 
-    statistics: of its input, where that is to be quantized with a scale of its own.
+    statistics: of its input, where that is to be quantized with a scale of its own. gain: see functional.output_error.
     """
     module, kind = layer.module, replacement_of(layer.module)
     if layer.only_folded:
@@ -56,7 +56,7 @@ def quantize_layer(
         weight = module._parameters[name]
         check_lazy(weight)
         with named(*[name] * (name != "weight")):
-            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options)
+            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options, gain)
     quantized = {name: step.quantized for name, (_, step) in steps.items()}
     quantized_input = quantize_input(layer, options, statistics) if wants_input(layer, options) else None
     replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
@@ -65,13 +65,13 @@ def quantize_layer(
 
 
 def _quantize_weight(
-    weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options
+    weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options, gain: float
 ) -> tuple[SplitPlan, Quantization]:
     """The plan of a weight, its integers, and their signal and noise."""
     w = kind.layout(weight, groups).float().contiguous()
     plan = functional.plan_splits(w, options.r, groups)
     return plan, functional.quantize_plan(
-        w, plan, options.wbits, options.clip, options.granularity, options.split, options.rounding, groups
+        w, plan, options.wbits, options.clip, options.granularity, options.split, options.rounding, groups, gain
     )
 
 
@@ -230,8 +230,8 @@ def quantize(
         wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1.
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
-            functional.clip_threshold; "auto" is for each layer the method that leaves the least squared error, or where
-            rounding="squant" the least functional.output_error, then for each output channel by itself.
+            functional.clip_threshold; "auto" is for each layer, or output channel that has a scale, what leaves the
+            least functional.output_error.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
@@ -279,7 +279,7 @@ def quantize(
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
-    inputs = _look_at_inputs(model, layers, chosen, calibration, progress)
+    inputs, depth = _look_at_inputs(model, layers, chosen, calibration, progress), _depth(layers)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         replacements, lines = {**folding.layers, **folding.norms}, []
@@ -289,12 +289,18 @@ def quantize(
                 continue
             old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
             with named(layer.name):
-                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], inputs.get(layer.name))
+                statistics = inputs.get(layer.name)
+                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], statistics, depth)
             lines += of_layer
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
     settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
+
+
+def _depth(layers: list[Layer]) -> int:
+    """How many layers the changes of gain multiply through."""
+    return sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
 
 
 def _look_at_inputs(

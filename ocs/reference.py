@@ -347,19 +347,22 @@ def weight_error(w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64]
     return np.array([_sum_of_squares(w), _sum_of_squares(difference)])
 
 
-def output_error(w: Floats, w_hat: Floats) -> NDArray[np.float64]:
-    """Float64 [O]: rows d = w_hat - w in the quadratic form H, and 10 times what their gain errors are in it.
+def output_error(
+    w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, gain: float
+) -> NDArray[np.float64]:
+    """Float64 [O]: rows d = w_hat - w in the quadratic form H, and gain times what their gain errors are in it.
 
     H = (I + 1 1^T of each filter + 1 1^T) / 3; see functional.output_error.
     """
     C, K = w.shape[1], math.prod(w.shape[2:])
     H = (np.eye(C * K) + np.kron(np.eye(C), np.ones((K, K))) + np.ones((C * K, C * K))) / 3
+    w_hat = fold(ints, scale, source, groups, C)
     error = np.zeros(w.shape[0])
     for o in range(w.shape[0]):
         row = w[o].ravel().astype(np.float64)
         d = w_hat[o].ravel().astype(np.float64) - row
-        gain = d @ row / (row @ row) if row.any() else 0.0
-        error[o] = d @ H @ d + 10 * gain**2 * (row @ H @ row)
+        change = d @ row / (row @ row) if row.any() else 0.0
+        error[o] = d @ H @ d + gain * change**2 * (row @ H @ row)
     return error
 
 

@@ -91,6 +91,8 @@ def test_weight_kernels_equal_their_twins(isa: str, weight: str, values: str) ->
             assert_same(both("dequantize", ints, scale), reference.dequantize(ints, scale))
             assert_same(both("weight_error", w, ints, scale, source, groups),
                         reference.weight_error(w, ints, scale, source, groups))  # fmt: skip
+            np.testing.assert_allclose(both("output_error", w, ints, scale, source, groups, 7.0),
+                        reference.output_error(w, ints, scale, source, groups, 7.0), rtol=1e-12)  # fmt: skip
 
 
 @pytest.mark.parametrize("quantization_aware", [True, False])
@@ -247,6 +249,8 @@ def test_results_do_not_depend_on_threads(threads: int) -> None:
     for part in (w[:120], np.ascontiguousarray(w[..., 0])):
         args = (part, scale, *plan[:3], 1, 4)
         assert_same(_C.squant_weight(*args), reference.squant_weight(*args))
+    per_row = [_C.output_error(part, q, scale, plan[0], 1, 10.0) for part, q in ((w, ints), (w[:7], ints[:7]))]
+    assert_same(per_row[0][:7], per_row[1])
     error = _C.weight_error(w, ints, scale, plan[0], 1)
     assert_same(error, reference.weight_error(w, ints, scale, plan[0], 1))
     limit = reference.abs_max(x)

@@ -37,6 +37,7 @@ CALLS = {
     "squant_weight": [(w, s, *PLAN[:3], 3, 4) for w in (W, W.flatten(2)[..., 0]) for s in (SCALE, SCALES)],
     "fold": [(INTS, s, PLAN[0], 3, 10) for s in (SCALE, SCALES)],
     "weight_error": [(W, INTS, SCALE, PLAN[0], 3)],
+    "output_error": [(W, INTS, s, PLAN[0], 3, 10.0) for s in (SCALE, SCALES)],
     "quantize": [(W, SCALE, 8, signed) for signed in (True, False)],
     "dequantize": [(INTS, SCALE), (INTS.to(torch.uint8), SCALES)],
     "fake_quantize": [(W, SCALE, 4, True), (W.bfloat16(), SCALE, 4, False), (W[::2, ::3], SCALE, 4, True),
@@ -62,9 +63,9 @@ def test_opcheck(name: str, args: tuple) -> None:
 
 @pytest.mark.parametrize(("name", "args"), EACH)
 def test_composite_equals_the_kernel(name: str, args: tuple) -> None:
-    """What other devices run gives the same values; only weight_error may sum in another order."""
+    """What other devices run gives the same values; only errors may be summed in another order."""
     ours, kernel = getattr(composite, name)(*args), getattr(torch.ops.ocs, name)(*args)
-    tolerance = 1e-12 if name == "weight_error" else 0
+    tolerance = 1e-12 if name in ("weight_error", "output_error") else 0
     torch.testing.assert_close(ours, kernel, rtol=tolerance, atol=0)
 
 
@@ -95,7 +96,7 @@ def test_other_devices_are_registered() -> None:
 def test_cuda_equals_cpu(name: str, args: tuple) -> None:
     moved = [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
     ours, kernel = getattr(torch.ops.ocs, name)(*moved), getattr(torch.ops.ocs, name)(*args)
-    tolerance = 1e-12 if name == "weight_error" else 0
+    tolerance = 1e-12 if name in ("weight_error", "output_error") else 0
     torch.testing.assert_close(ours, kernel, rtol=tolerance, atol=0, check_device=False)
 
 
@@ -209,6 +210,7 @@ HOSTILE = [
     ("fold", (INTS.float(), SCALE, PLAN[0], 3, 10), "wrong dtype"),
     ("weight_error", (torch.ones(2, 3), INTS.new_ones(3, 2), SCALE, torch.arange(3), 1), "no split plan"),
     ("weight_error", (W, INTS[:-1], SCALE, PLAN[0], 3), "no split plan"),
+    ("output_error", (W, INTS[:-1], SCALE, PLAN[0], 3, 1.0), "no split plan"),
     ("histogram", (W, 0, 1.0), "bins must be"),
     ("histogram", (W, 2**62, 1.0), "bins must be"),
     ("histogram", (W, 4, -1.0), "bins must be"),

@@ -101,7 +101,7 @@ def test_the_panels_say_what_they_are() -> None:
         "4 bits, no splits", "4 bits, OCS, r = 0.2, 2 splits"
     ]  # fmt: skip
     first, second = written(figure)
-    assert sorted(label.split()[0] for label in first) == sorted(functional.AUTO)
+    assert sorted(label.split()[0] for label in first) == sorted(functional.METHODS)
     assert second[-1] == "of split channels"
     a, b = figure.get_axes()
     assert (a.get_xlim(), a.get_ylim()) == (b.get_xlim(), b.get_ylim())
@@ -116,7 +116,7 @@ def test_marks_and_colours_tell_methods_apart() -> None:
     ]
     assert looks[0] == looks[1]
     for column in zip(*looks[0].values(), strict=True):
-        assert len(set(column)) == len(functional.AUTO) == len(LINES)
+        assert len(set(column)) == len(functional.METHODS) == len(LINES)
 
 
 def test_the_second_panel_holds_halves() -> None:
@@ -189,7 +189,7 @@ def test_edges(x: np.ndarray) -> None:
     figure = clip_thresholds(x, 4, 0.5)
     save(figure)
     for axes in figure.get_axes():
-        assert len(drawn(axes)) == len(functional.AUTO)
+        assert len(drawn(axes)) == len(functional.METHODS)
         assert 0 < axes.get_ylim()[0] < 1 < axes.get_ylim()[1]
         labels = [line.get_label() for line in axes.get_legend().get_lines()]
         assert all((label.endswith(" dB") and "nan" not in label) or label.endswith(" exact") for label in labels)
@@ -281,7 +281,7 @@ def test_edges_of_statistics(x: torch.Tensor | None) -> None:
     figure = input_histograms(seen() if x is None else seen(x), 4, 0.5)
     save(figure)
     for axes in figure.get_axes():
-        assert len(drawn(axes)) == len(functional.AUTO)
+        assert len(drawn(axes)) == len(functional.METHODS)
         assert axes.get_xlim()[1] > 0
 
 

@@ -84,8 +84,9 @@ def test_the_clip_method_is_shown(net: SmallNet) -> None:
     report = ocs.quantize(net, wbits=3, clip="auto", overrides={"head": {"clip": 0.5}})
     for line in report.quantized:
         shown = next(text for text in str(report).splitlines() if text.startswith(line.label))
-        assert line.clip in functional.AUTO or line.label == "head"
-        assert "x0.5" in shown if line.label == "head" else line.clip == "none" or f" {line.clip}" in shown
+        assert line.clip == 0.5 if line.label == "head" else line.clip in functional.AUTO
+        text = line.clip if isinstance(line.clip, str) else f"x{line.clip:g}"
+        assert line.clip == "none" or f" {text}" in shown
     assert json.loads(report.to_json())["layers"][1]["clip"] in functional.AUTO
 
 
