@@ -8,26 +8,19 @@ A pair is folded only where a symbolic trace of the model shows that nothing els
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
-import textwrap
-from collections import ChainMap, Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
 from ocs.find import replacement_of
-from ocs.layer import QuantizedLayer
-from ocs.nn import CONVOLUTIONS, REPLACEMENTS
+from ocs.graph import Trace, first_line, has_hooks, traces
+from ocs.nn import CONVOLUTIONS
 
 _NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # spatial dimensions of the convolutions they fit
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "__call__")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MOST_OPTIONAL = 3  # arguments of a model's forward: each one doubles the number of traces
 
 
 class FoldedBatchNorm(nn.Identity):
@@ -55,13 +48,13 @@ def plan_folding(model: nn.Module) -> Folding:
     if not norms:
         return folding
     try:
-        traces = _traces(model)
+        found = traces(model)
     except Exception as error:  # noqa: BLE001 - the model's own code runs here, on what are no tensors
-        folding.left.update(dict.fromkeys(norms, f"the model cannot be traced: {_first_line(error)}"))
+        folding.left.update(dict.fromkeys(norms, f"the model cannot be traced: {first_line(error)}"))
         return folding
     modules, shared = dict(model.named_modules()), _shared(model)
     for name, norm in norms.items():
-        before, reason = _layer_before(name, modules, traces, shared)
+        before, reason = _layer_before(name, modules, found, shared)
         layer = None if reason else folded_layer(modules[before], norm)
         if layer is None:
             folding.left[name] = reason or "the folded weight or bias would not be finite"
@@ -112,88 +105,10 @@ def _float64(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64)
 
 
-# --- The trace --------------------------------------------------------------------------------------------------------
-
-
-class _Trace(NamedTuple):
-    """What a model does in one call."""
-
-    graph: fx.Graph
-    read: set[str]  # names of the modules whose parameters or buffers are looked up from outside
-
-
-class _Tracer(fx.Tracer):
-    """Records layers, norms and modules with hooks as one node each: hooks must not run on what are no tensors.
-
-    arguments: values for some of the arguments of the model's forward; the others are symbolic.
-    """
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.arguments = arguments
-        self.read: set[int] = set()  # ids of tensors
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Subclasses too, which torch.fx would look into."""
-        kinds = (*REPLACEMENTS, QuantizedLayer, _BatchNorm)
-        return isinstance(m, kinds) or _has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Remembers which tensors the model looks up: buffers leave no other mark."""
-        if isinstance(attr_val, Tensor):
-            self.read.add(id(attr_val))
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
-        """The arguments of the model's forward, the model first."""
-        names = inspect.unwrap(root_fn).__code__.co_varnames
-        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return fn, [self.arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
-
-
-def _traces(model: nn.Module) -> list[_Trace]:
-    """One for each choice of optional arguments."""
-    own_call = type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
-    if own_call or "forward" in vars(model):
-        raise ValueError("its forward is not all that runs")
-    if _has_any_global_hook():
-        raise ValueError("there are hooks on all modules")
-    traces = []
-    for arguments in _choices(type(model).forward):
-        # A forward may keep what it computes, and torch.fx its constants: neither in the user's model.
-        copied, tracer = copy.deepcopy(model, _kept(model)), _Tracer(arguments)
-        graph = tracer.trace(copied)
-        tensors = ((name, [*m._parameters.values(), *m._buffers.values()]) for name, m in copied.named_modules())
-        traces.append(_Trace(graph, {name for name, own in tensors if any(id(t) in tracer.read for t in own)}))
-    return traces
-
-
-def _kept(model: nn.Module) -> dict[int, Tensor]:
-    """What a copy to be traced shares with the model, by id: parameters, and what is computed of them (pruning)."""
-    held = (t for module in model.modules() for t in (*module._parameters.values(), *vars(module).values()))
-    return {id(t): t for t in held if isinstance(t, Tensor) and (isinstance(t, nn.Parameter) or not t.is_leaf)}
-
-
-def _choices(forward: Callable) -> list[dict[str, Any]]:
-    """Every way to call it as to its optional arguments: left out or given, True or False."""
-    optional = [p for p in inspect.signature(forward).parameters.values() if p.default is not p.empty]
-    if len(optional) > _MOST_OPTIONAL:
-        raise ValueError(f"its forward has {len(optional)} optional arguments")
-    values = [
-        [{p.name: True}, {p.name: False}] if isinstance(p.default, bool) else [{p.name: p.default}, {}]
-        for p in optional
-    ]
-    return [dict(ChainMap(*choice)) for choice in itertools.product(*values)]
-
-
-def _first_line(error: Exception) -> str:
-    return textwrap.shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 100, placeholder=" ...")
-
-
 # --- The pairs --------------------------------------------------------------------------------------------------------
 
 
-def _layer_before(name: str, modules: dict[str, nn.Module], traces: list[_Trace], shared: set[int]) -> tuple[str, str]:
+def _layer_before(name: str, modules: dict[str, nn.Module], traces: list[Trace], shared: set[int]) -> tuple[str, str]:
     """The name of the convolution that can take in this norm, and "", or why there is none."""
     norm = modules[name]
     kind = next((kind for kind in _NORMS if isinstance(norm, kind)), None)
@@ -211,7 +126,7 @@ def _layer_before(name: str, modules: dict[str, nn.Module], traces: list[_Trace]
     return before, f"the {type(layer).__name__} before it {reason}" if reason else ""
 
 
-def _traced_before(name: str, modules: dict[str, nn.Module], trace: _Trace) -> tuple[str, str]:
+def _traced_before(name: str, modules: dict[str, nn.Module], trace: Trace) -> tuple[str, str]:
     """The name of the convolution whose output goes into this norm and nowhere else, and "", or why there is none."""
     call, reason = _only_call(name, trace)
     if call is None:
@@ -229,7 +144,7 @@ def _traced_before(name: str, modules: dict[str, nn.Module], trace: _Trace) -> t
     return node.target, f"the {type(layer).__name__} before it {reason}" if reason else ""
 
 
-def _only_call(name: str, trace: _Trace) -> tuple[fx.Node | None, str]:
+def _only_call(name: str, trace: Trace) -> tuple[fx.Node | None, str]:
     """The node that calls a module and "", or what the model does instead with it, its parts or what it is part of."""
     nodes = [node for node in trace.graph.nodes if node.op in ("call_module", "get_attr")]
     uses = [node for node in nodes if f"{node.target}.".startswith(f"{name}.") or name.startswith(f"{node.target}.")]
@@ -250,7 +165,7 @@ def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
         ),
         "is re-parametrized (weight_norm, pruning or parametrize)": not {"weight", "bias"} <= parameters.keys(),
         "holds no values yet": any(nn.parameter.is_lazy(t) or t.is_meta for t in tensors),
-        "has hooks": _has_hooks(module),
+        "has hooks": has_hooks(module),
         "stands in several places": id(module) in shared,
         "shares its parameters": any(id(t) in shared for t in tensors),
     }
@@ -264,10 +179,6 @@ def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
         weight = parameters.get("weight")
         problems |= {"has no weight of floats": weight is None or not weight.is_floating_point()}
     return next((problem for problem, is_so in problems.items() if is_so), "")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(vars(module).get(hooks) for hooks in _HOOKS)
 
 
 def _shared(model: nn.Module) -> set[int]:
