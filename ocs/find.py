@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs import functional
 from ocs.activation import ActSplit
-from ocs.functional import Granularity, Rounding, Split
+from ocs.functional import Granularity, Rounding, Select, Split
 from ocs.layer import QuantizedLayer
 from ocs.nn import CONVOLUTIONS, REPLACEMENTS
 
@@ -49,12 +49,14 @@ class Options:
     act_split: ActSplit = "static"
     act_signed: bool | str = True
     expand: bool = True
+    select: Select = "max"
 
     def __post_init__(self) -> None:
         if not isinstance(self.expand, bool):
             raise ValueError(f"expand={self.expand!r}: use True (expanded) or False (folded)")
         functional.check_choice("granularity", self.granularity, get_args(Granularity))
         functional.check_rounding(self.rounding, self.split)
+        functional.check_select(self.select)
         functional.check_choice("act_split", self.act_split, get_args(ActSplit))
         functional.check_clip("act_clip", self.act_clip)
         if self.act_signed is not True and self.act_signed != "auto":
@@ -72,6 +74,11 @@ class Options:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """As reports and files have them: a callable by its name."""
+        return vars(self) | {"select": self.select if isinstance(self.select, str) else show(self.select)}
 
     @property
     def of_inputs(self) -> bool:

@@ -8,6 +8,8 @@ is Zhao et al., ICML 2019, arXiv 1901.09504.
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,12 +18,15 @@ import torch
 from torch import Tensor
 
 from ocs import ops
+from ocs import select as selection
 from ocs.ops import kernels
 
 Array = np.ndarray | Tensor
 Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
 Rounding = Literal["nearest", "squant"]
+Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one group, n -> n of its input channels
+Select = Literal["max", "error"] | Choice
 CLIP_METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # numbered as in csrc/ocs.h
 METHODS = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what people compare
 AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" chooses from
@@ -63,6 +68,7 @@ def quantize_weight(
     split: Split = "qa",
     rounding: Rounding = "nearest",
     groups: int = 1,
+    select: Select = "max",
 ) -> QuantizedWeight:
     """Split the outlier channels of a weight and quantize it (section 3 of the paper).
 
@@ -79,6 +85,7 @@ def quantize_weight(
             whose errors sum to e, floor(|e| + 1/2) move; then in each output channel, whose errors sum to E,
             floor(|E| + 1/2) filters with e of its sign move one more each. None leaves the grid, saturated ones stay.
         groups: of a grouped convolution; divides O.
+        select: which channels to split, see plan_splits.
 
     Raises:
         TypeError: w is no float array or tensor.
@@ -89,17 +96,137 @@ def quantize_weight(
     check_rounding(rounding, split)
     _check_groups(groups, w.shape[0])
     check_clip("clip", clip, auto=True)
-    return quantize_plan(w, plan_splits(w, r, groups), bits, clip, granularity, split, rounding, groups).quantized
+    how = (bits, clip, granularity, split, rounding)
+    return quantize_plan(w, plan_splits(w, r, groups, select, *how), *how, groups).quantized
 
 
-def plan_splits(w: Array, r: float, groups: int = 1) -> SplitPlan:
-    """Step 1: which channels to split; see quantize_weight for w [O, C, ...], r and groups."""
+def plan_splits(
+    w: Array,
+    r: float,
+    groups: int = 1,
+    select: Select = "max",
+    bits: int = 8,
+    clip: str | float = "none",
+    granularity: Granularity = "tensor",
+    split: Split = "qa",
+    rounding: Rounding = "nearest",
+) -> SplitPlan:
+    """Step 1: which channels to split; see quantize_weight for w [O, C, ...], r, groups, and how it will be quantized.
+
+    select: "max" is the paper's rule: the largest |w|, again and again, whatever follows. "error": the channel whose
+        split lowers the remaining error most: the sum over output channels of threshold^2, where each has its own and
+        nothing is clipped; else the squared error of saturation at the threshold that the paper's picks lead to. The
+        paper's picks stay where they leave less. Or a callable (w, n) that is given one group's weight, float32
+        [O, C, ...], and returns the n channels to split, 0 .. C - 1, in order and repeated as often as they are split.
+    """
+    n = splits_for(r, w.shape[1], groups)
+    return choose_splits(w, n, groups, select, bits, clip, granularity, split, rounding)
+
+
+def choose_splits(
+    w: Array,
+    splits: int,
+    groups: int,
+    select: Select,
+    bits: int,
+    clip: str | float,
+    granularity: Granularity,
+    split: Split,
+    rounding: Rounding,
+) -> SplitPlan:
+    """plan_splits with the number of splits in each group, 0 .. C."""
+    check_select(select)
+    channel_max = _channel_max(w, groups)
+    plan = SplitPlan(*kernels(w).split_plan(channel_max, groups, splits), channel_max)
+    exact = clip == "none" and granularity == "tensor"  # the largest value is all that counts
+    if select == "max" or not splits or (select == "error" and exact):
+        return plan
+    if callable(select):
+        rows, C = w.shape[0] // groups, w.shape[1]
+        chosen = (_chosen(select, w[g * rows : (g + 1) * rows], C, splits) for g in range(groups))
+        return plan_channels(w, [g * C + c for g, of_group in enumerate(chosen) for c in of_group], groups)
+    return _better_plan(w, plan, splits, groups, (bits, clip, granularity, split, rounding))
+
+
+def _better_plan(w: Array, plan: SplitPlan, splits: int, groups: int, how: tuple[Any, ...]) -> SplitPlan:
+    """The one of ocs.select, or the paper's where that leaves less error."""
+    _, clip, *_, rounding = how
+    theirs, C = quantize_plan(w, plan, *how, groups), w.shape[1]
+    magnitudes = np.abs(_numpy(w.float() if isinstance(w, Tensor) else w).astype(np.float64))
+    magnitudes = magnitudes.reshape(groups, w.shape[0] // groups, C, math.prod(w.shape[2:]))
+    thresholds = np.broadcast_to(_numpy(theirs.quantized.threshold).astype(np.float64), w.shape[:1])
+    channels = []
+    for g, (of_group, t) in enumerate(zip(magnitudes, thresholds.reshape(groups, -1), strict=True)):
+        if clip == "none":
+            chosen = selection.lowering_thresholds(of_group.max(2, initial=0.0), splits)
+        else:
+            chosen = selection.lowering_saturation(of_group, t, splits)
+        channels += [g * C + c for c in chosen]
+    other = plan_channels(w, channels, groups)
+    ours = quantize_plan(w, other, *how, groups)
+    return other if remaining_error(w, ours, rounding, groups) < remaining_error(w, theirs, rounding, groups) else plan
+
+
+def remaining_error(w: Array, step: Quantization, rounding: Rounding, groups: int = 1) -> float:
+    """What is left of a weight's power as error, in [0, about 1]: of what the rounding is to lower.
+
+    Of the weight, sum (w - w_hat)^2 / sum w^2; where rounding="squant" of the layer's outputs, output_error over what
+    they would be off without the layer.
+    """
+    signal, noise = step.error
+    if rounding == "squant":
+        noise = float(output_error(w, step.quantized, groups).sum())
+        signal = float(output_power(w).sum())
+    return noise / signal if signal else 0.0
+
+
+def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:
+    """What a user's choice returned for one group, checked."""
+    w = w.float().clone() if isinstance(w, Tensor) else w.astype(np.float32)
+    name, chosen = getattr(select, "__name__", repr(select)), select(w, splits)
+    try:
+        chosen = [operator.index(c) for c in chosen]
+    except TypeError:
+        raise TypeError(f"select={name} returned {chosen!r}: return {splits} channels as integers") from None
+    if len(chosen) != splits or not all(0 <= c < channels for c in chosen):
+        raise ValueError(f"select={name} returned {chosen}: return {splits} channels from 0 to {channels - 1}")
+    return chosen
+
+
+def plan_channels(w: Array, channels: Iterable[int], groups: int = 1) -> SplitPlan:
+    """The plan that splits the channels of your choice, each time the largest of their copies.
+
+    Args:
+        w: [O, C, ...], C the input channels (of one group).
+        channels: n for each group, n <= C, group by group, in order; a channel is split as often as it is named. They
+            are numbered over all groups, 0 .. groups C - 1.
+        groups: of a grouped convolution; divides O.
+
+    quantize_plan takes it from there.
+    """
+    w = check_values("w", check_array("w", w, min_rank=2))
+    _check_groups(groups, w.shape[0])
+    C, channels = w.shape[1], np.array([operator.index(c) for c in channels], np.int64)
+    n = channels.size // groups
+    of_group = np.repeat(np.arange(groups), n)
+    if n > C or channels.size % groups or not np.array_equal(channels // max(C, 1), of_group):
+        raise ValueError(
+            f"channels={channels.tolist()}: name at most {C} channels for each of {groups} groups, the same number,"
+            f" group by group, from 0 to {groups * C - 1}"
+        )
+    channel_max = _channel_max(w, groups)
+    plan = selection.plan_of(_numpy(channel_max), channels.reshape(groups, n), groups)
+    if isinstance(w, Tensor):
+        plan = (torch.from_numpy(each).to(w.device) for each in plan)
+    return SplitPlan(*plan, channel_max)
+
+
+def _channel_max(w: Array, groups: int) -> Array:
     channel_max = kernels(w).channel_max(w, groups)
     infinite = (~np.isfinite(_numpy(channel_max))).nonzero()[0]
     if infinite.size:
         raise ValueError(f"w holds NaN or Inf as float32 (in input channel {infinite[0]}): repair the weights first")
-    plan = kernels(w).split_plan(channel_max, groups, splits_for(r, w.shape[1], groups))
-    return SplitPlan(*plan, channel_max)
+    return channel_max
 
 
 def splits_for(r: float, channels: int, groups: int) -> int:
@@ -178,6 +305,17 @@ def output_error(w: Array, quantized: QuantizedWeight, groups: int = 1, gain: fl
     w = check_array("w", w, min_rank=2)
     _check_groups(groups, w.shape[0])
     return kernels(w).output_error(w, quantized.ints, quantized.scale, quantized.source, groups, gain)
+
+
+def output_power(w: Array) -> Array:
+    """q(w) of output_error, float64 [O]: what the outputs are off where every integer is 0."""
+    w = check_array("w", w, min_rank=2)
+    if isinstance(w, Tensor):
+        zeros, one = w.new_zeros(w.shape, dtype=torch.int8), w.new_ones((), dtype=torch.float32)
+        return kernels(w).output_error(w, zeros, one, torch.arange(w.shape[1], device=w.device), 1, 0.0)
+    return kernels(w).output_error(
+        w, np.zeros(w.shape, np.int8), np.ones((), np.float32), np.arange(w.shape[1]), 1, 0.0
+    )
 
 
 def split_thresholds(
@@ -457,6 +595,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """One of the strings."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, choices))}")
+
+
+def check_select(select: Any) -> None:
+    """A rule's name, or a rule."""
+    if not callable(select) and select not in ("max", "error"):
+        raise ValueError(f"select={select!r}: use 'max', 'error', or a callable (w, n) that returns n channels")
 
 
 def check_rounding(rounding: Any, split: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ from ocs.find import (
     selectors,
     show,
 )
-from ocs.functional import Granularity, Quantization, Rounding, Split, SplitPlan
+from ocs.functional import Granularity, Quantization, Rounding, Select, Split, SplitPlan
 from ocs.layer import QuantizedLayer, with_originals
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
@@ -60,7 +60,7 @@ def quantize_layer(
     quantized = {name: step.quantized for name, (_, step) in steps.items()}
     quantized_input = quantize_input(layer, options, statistics) if wants_input(layer, options) else None
     replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
-    replacement.settings = dict(vars(options))
+    replacement.settings = options.shown
     return replacement, [_report_weight(layer, options, replacement, name, *step) for name, step in steps.items()]
 
 
@@ -69,10 +69,9 @@ def _quantize_weight(
 ) -> tuple[SplitPlan, Quantization]:
     """The plan of a weight, its integers, and their signal and noise."""
     w = kind.layout(weight, groups).float().contiguous()
-    plan = functional.plan_splits(w, options.r, groups)
-    return plan, functional.quantize_plan(
-        w, plan, options.wbits, options.clip, options.granularity, options.split, options.rounding, groups, gain
-    )
+    how = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
+    plan = functional.plan_splits(w, options.r, groups, options.select, *how)
+    return plan, functional.quantize_plan(w, plan, *how, groups, gain)
 
 
 def wants_input(layer: Layer, options: Options) -> bool:
@@ -218,6 +217,7 @@ def quantize(
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
+    select: Select = "max",
     progress: bool | None = None,
 ) -> Report:
     """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
@@ -257,6 +257,8 @@ def quantize(
         overrides: options for the layers that fit a name or pattern: {"layer4.*": dict(wbits=8)}.
         expand: True for layers that really have C + n channels, False to fold the copies back (same values). Attention,
             whose forward in torch reads its weights itself, always runs folded; the report says so.
+        select: which channels are split: "max", those with the largest |w| (the paper's rule); "error", those whose
+            splits lower the remaining error most; or a callable (w, n), see functional.plan_splits.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
@@ -269,7 +271,7 @@ def quantize(
     """
     begin = time.perf_counter()
     options = Options(
-        wbits, r, clip, granularity, split, rounding, abits, act_clip, act_r, act_split, act_signed, expand
+        wbits, r, clip, granularity, split, rounding, abits, act_clip, act_r, act_split, act_signed, expand, select
     )
     check_model(model)
     if not isinstance(fold_bn, bool):
@@ -345,7 +347,11 @@ def _look_at_inputs(
 
 def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
     return {
-        **asdict(options),
+        **options.shown,
         "skip": [show(selector) for selector in selectors(skip)],
-        "overrides": {pattern: dict(changes) for pattern, changes in (overrides or {}).items()},
+        "overrides": {pattern: _shown(changes) for pattern, changes in (overrides or {}).items()},
     }
+
+
+def _shown(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {option: show(value) if callable(value) else value for option, value in changes.items()}
