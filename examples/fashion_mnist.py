@@ -1,7 +1,8 @@
-"""Fashion-MNIST and the ResNet-20 trained on it: the model and data that the demo, tests and benchmarks share.
+"""Fashion-MNIST and two networks trained on it: the models and data that the demo, tests and benchmarks share.
 
 The images are the data set's own idx files, padded from 28 x 28 to 32 x 32 with the black background, so that the
-network is He et al.'s CIFAR form (arXiv 1512.03385, section 4.2) with one input channel instead of three.
+ResNet-20 is He et al.'s CIFAR form (arXiv 1512.03385, section 4.2) with one input channel instead of three. The vision
+transformer (Dosovitskiy et al., arXiv 2010.11929) stands for networks with LayerNorm and attention.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist"
-WEIGHTS = ASSETS / "resnet20.safetensors"
+WEIGHTS, VIT_WEIGHTS = ASSETS / "resnet20.safetensors", ASSETS / "vit.safetensors"
 CLASSES = 10
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
 
@@ -60,6 +61,23 @@ class ResNet20(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class ViT(nn.Module):
+    """Patches of 4 x 4, four pre-norm layers of width 64 with four heads, mean over tokens: 0.14 million weights."""
+
+    def __init__(self, width: int = 64, layers: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 4, 4)
+        self.position = nn.Parameter(torch.empty(64, width).normal_(std=0.02))
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 1, 32, 32] -> logits [N, 10]."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.encoder(tokens).mean(1))
+
+
 def read_idx(path: str | Path) -> Tensor:
     """The uint8 tensor in a gzipped idx file: images [N, 28, 28] or labels [N]."""
     data = gzip.decompress(Path(path).read_bytes())
@@ -88,11 +106,11 @@ def normalize(images: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def load_model(weights: Path = WEIGHTS) -> ResNet20:
-    """The trained float model, in eval mode and channels-last."""
+def load_model(weights: Path = WEIGHTS) -> nn.Module:
+    """A trained float model, WEIGHTS or VIT_WEIGHTS, in eval mode and channels-last."""
     from safetensors.torch import load_file
 
-    model = ResNet20()
+    model = ViT() if weights.stem == VIT_WEIGHTS.stem else ResNet20()
     model.load_state_dict(load_file(weights))
     return model.eval().to(memory_format=torch.channels_last)
 
