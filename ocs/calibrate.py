@@ -1,9 +1,9 @@
 """Calibration: run batches through the float model, and keep of each layer's input what thresholds and splits need.
 
-What is kept does not grow with the number of batches: a histogram of |x|, the largest and smallest value, and where
-channels shall be split a logarithmic histogram of each. Limits are powers of two, so that a histogram over a larger one
-has the counts of the smaller one added up: statistics merge exactly, over batches as over the ranks of a
-torch.distributed group.
+What is kept does not grow with the number of batches: a histogram of |x|, the largest and smallest value, the sum of
+each channel, and where channels shall be split a logarithmic histogram of each. Limits are powers of two, so that a
+histogram over a larger one has the counts of the smaller one added up: statistics merge exactly, over batches as over
+the ranks of a torch.distributed group.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Statistics:
     def __init__(self, axis: int, channels: int | None = None) -> None:
         self.axis, self.channels = axis, channels
         self.inputs = 0  # tensors seen
+        self.rows = 0  # values of each channel seen
+        self.sums = torch.zeros(0, dtype=torch.float64)  # of each channel, once there is one
         self.zeros = 0
         self.largest, self.smallest = 0.0, math.inf  # max |x|, min x
         self.limit = 0.0  # a power of two above every |x|, or 0 as long as there are only zeros
@@ -65,6 +67,7 @@ class Statistics:
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
         largest = largest if largest >= functional.TINY else 0.0
         self.inputs += 1
+        self._add(rows.shape[0] * rows.shape[2], _channel_sums(rows))
         self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
         self._grow(largest)
         zeros = functional.zeros(rows) if largest else rows.numel()
@@ -80,6 +83,14 @@ class Statistics:
         if self.channels is not None:
             self.octaves = self.octaves + torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
             self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
+
+    def _add(self, rows: int, sums: Tensor) -> None:
+        """Take in the sums of so many values of each channel; of inputs that differ in size there is no mean."""
+        if not rows:
+            return
+        alike = not self.rows or self.sums.shape == sums.shape
+        self.sums = (self.sums + sums if self.rows else sums) if alike else self.sums.new_empty(0)
+        self.rows += rows
 
     def _grow(self, largest: float) -> None:
         """Raise the limit to a power of two above `largest`."""
@@ -103,6 +114,7 @@ class Statistics:
         self.inputs, self.zeros = self.inputs + other.inputs, self.zeros + other.zeros
         self.counts, self.octaves = self.counts + other.counts, self.octaves + other.octaves
         self.channel_max = self.channel_max.maximum(other.channel_max)
+        self._add(other.rows, other.sums)
 
     def reduce(self) -> None:
         """Merge what all ranks have seen, so that each has the same."""
@@ -111,12 +123,26 @@ class Statistics:
         self._grow(self.largest)
         sums = _reduced(torch.tensor([self.inputs, self.zeros]), dist.ReduceOp.SUM)
         self.inputs, self.zeros = sums.tolist()
+        self._reduce_sums()
         self.counts = _reduced(self.counts, dist.ReduceOp.SUM)
         if self.channels:
             self.octaves = _reduced(self.octaves, dist.ReduceOp.SUM)
             self.channel_max = _reduced(self.channel_max, dist.ReduceOp.MAX)
 
+    def _reduce_sums(self) -> None:
+        """Ranks that have seen nothing have no sums, and do not know their number."""
+        seen = self.rows > 0
+        sizes = torch.tensor([self.sums.numel(), -self.sums.numel() if seen else -(2**62)])
+        most, least = _reduced(sizes, dist.ReduceOp.MAX).tolist()
+        self.rows = int(_reduced(torch.tensor(self.rows), dist.ReduceOp.SUM))
+        sums = self.sums if seen else self.sums.new_zeros(most)
+        self.sums = _reduced(sums, dist.ReduceOp.SUM) if most == -least and most else self.sums.new_zeros(0)
+
     # --- What follows from them
+
+    def mean(self) -> Tensor | None:
+        """float64 [C] of each channel; None where there is none, or inputs differ in size."""
+        return self.sums / self.rows if self.sums.numel() else None
 
     def threshold(self, bits: int, method: str | float, signed: bool, split: Tensor | None = None) -> float:
         """Where the inputs are clipped, by functional.clip_threshold's methods; at most max|x|.
@@ -163,6 +189,12 @@ class Statistics:
         share = (wanted - (beyond[at] - in_all[at])) / in_all[at] if at >= 0 and in_all[at] else 0.0
         of_channel = self.octaves.double()
         return of_channel[:, at + 1 :].sum(1) + share * of_channel[:, max(at, 0)]
+
+
+def _channel_sums(rows: Tensor) -> Tensor:
+    """float64 [C] of [N, C, K]; some devices have no float64, but sum in parts."""
+    sums = rows.sum(2, dtype=torch.float32)
+    return sums.sum(0, dtype=torch.float64 if rows.is_cpu else torch.float32).cpu().double()
 
 
 def _reduced(x: Tensor, op: Any) -> Tensor:

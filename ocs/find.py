@@ -48,12 +48,15 @@ class Options:
     act_r: float = 0.0
     act_split: ActSplit = "static"
     act_signed: bool | str = True
+    correct_bias: bool = False
     expand: bool = True
     select: Select = "max"
 
     def __post_init__(self) -> None:
         if not isinstance(self.expand, bool):
             raise ValueError(f"expand={self.expand!r}: use True (expanded) or False (folded)")
+        if not isinstance(self.correct_bias, bool):
+            raise ValueError(f"correct_bias={self.correct_bias!r}: use True or False")
         functional.check_choice("granularity", self.granularity, get_args(Granularity))
         functional.check_rounding(self.rounding, self.split)
         functional.check_select(self.select)

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-class _QuantProduct(QuantizedLayer):
+class QuantProduct(QuantizedLayer):
     """A layer that is linear in its weight. What runs: the original channels' part, and where expanded the copies'."""
 
     original: Tensor
@@ -134,7 +134,7 @@ class _QuantProduct(QuantizedLayer):
         return own, None if copied is None else rounded(x, grid, cuts, axis, index, at), copied
 
 
-class QuantLinear(_QuantProduct):
+class QuantLinear(QuantProduct):
     """nn.Linear with a quantized weight: x [..., in_features] -> [..., out_features]. Its channels are in_features."""
 
     float_kind = nn.Linear
@@ -180,7 +180,7 @@ def _add_pointwise(y: Tensor, copied: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-class _QuantConvolution(_QuantProduct):
+class _QuantConvolution(QuantProduct):
     """What convolutions of either direction share."""
 
     kept = ("_reversed_padding_repeated_twice",)

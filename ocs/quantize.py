@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ocs import functional
 from ocs.activation import ActSplit, InputGrid, QuantizedInput
 from ocs.batchnorm import Folding, plan_folding
 from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for
+from ocs.correct import InputMean, input_means, restore_mean
 from ocs.find import (
     FIRST_LAYER,
     Layer,
@@ -34,6 +35,8 @@ from ocs.find import (
 )
 from ocs.functional import Granularity, Quantization, Rounding, Select, Split, SplitPlan
 from ocs.layer import QuantizedLayer, with_originals
+from ocs.moments import input_moments
+from ocs.nn import QuantProduct
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
@@ -41,13 +44,16 @@ from ocs.rewrite import exchange, module_slots
 # --- One layer --------------------------------------------------------------------------------------------------------
 
 
-def quantize_layer(
-    layer: Layer, options: Options, statistics: Statistics | None = None, gain: float = functional.GAIN
-) -> tuple[QuantizedLayer, list[LayerReport]]:
-    """The layer that replaces this one, and a line of the report for each of its weights.
+class Known(NamedTuple):
+    """What is known of a layer besides its weights."""
 
-    statistics: of its input, where that is to be quantized with a scale of its own. gain: see functional.output_error.
-    """
+    statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
+    mean: InputMean | None = None  # of its input, where the bias is to be corrected
+    gain: float = functional.GAIN  # see functional.output_error
+
+
+def quantize_layer(layer: Layer, options: Options, known: Known) -> tuple[QuantizedLayer, list[LayerReport]]:
+    """The layer that replaces this one, and a line of the report for each of its weights."""
     module, kind = layer.module, replacement_of(layer.module)
     if layer.only_folded:
         options = replace(options, expand=False)
@@ -56,12 +62,15 @@ def quantize_layer(
         weight = module._parameters[name]
         check_lazy(weight)
         with named(*[name] * (name != "weight")):
-            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options, gain)
+            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options, known.gain)
     quantized = {name: step.quantized for name, (_, step) in steps.items()}
-    quantized_input = quantize_input(layer, options, statistics) if wants_input(layer, options) else None
+    quantized_input = quantize_input(layer, options, known.statistics) if wants_input(layer, options) else None
     replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
     replacement.settings = options.shown
-    return replacement, [_report_weight(layer, options, replacement, name, *step) for name, step in steps.items()]
+    if known.mean is not None:
+        restore_mean(replacement, module.weight, known.mean.mean)
+    bias = "" if known.mean is None else known.mean.source
+    return replacement, [_report_weight(layer, options, replacement, bias, name, *step) for name, step in steps.items()]
 
 
 def _quantize_weight(
@@ -85,6 +94,16 @@ def wants_statistics(layer: Layer, options: Options) -> bool:
     """Whether calibration must tell of its input."""
     known = options.act_split == "oracle" and options.act_signed is True
     return wants_input(layer, options) and not known
+
+
+def wants_mean(layer: Layer, options: Options) -> bool:
+    """Whether its bias is to be corrected, by the mean of its input."""
+    return options.correct_bias and layer.status == "quantized" and corrects(layer)
+
+
+def corrects(layer: Layer) -> bool:
+    """Whether that is possible for a layer of its kind."""
+    return issubclass(replacement_of(layer.module), QuantProduct)
 
 
 def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
@@ -116,6 +135,7 @@ def _report_weight(
     layer: Layer,
     options: Options,
     replacement: QuantizedLayer,
+    bias_from: str,
     name: str,
     plan: SplitPlan,
     step: Quantization,
@@ -140,7 +160,8 @@ def _report_weight(
         packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8) + 4 * numbers,
         expanded_shape=replacement.expanded_shape(name),
         **of_input,
-        reason=_note(layer, options, C, groups),
+        reason=_note(layer, options, C, groups, bool(bias_from)),
+        bias_from=bias_from,
     )
 
 
@@ -162,7 +183,7 @@ def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
     }
 
 
-def _note(layer: Layer, options: Options, channels: int, groups: int) -> str:
+def _note(layer: Layer, options: Options, channels: int, groups: int, corrected: bool) -> str:
     """What is not as it was asked for."""
     kind, notes = replacement_of(layer.module), []
     if (options.r or options.act_r) and groups > 1 and channels == 1:
@@ -173,6 +194,10 @@ def _note(layer: Layer, options: Options, channels: int, groups: int) -> str:
         notes.append("input stays float" + (": name it in overrides" if kind.input_if_asked else ""))
     elif options.abits is not None and options.act_r and not kind.splits_input:
         notes.append("input not split")
+    if options.correct_bias and not corrects(layer):
+        notes.append(f"bias not corrected: not for {type(layer.module).__name__}")
+    elif options.correct_bias and not corrected:
+        notes.append("bias not corrected: the mean of its input is unknown")
     return "; ".join(notes)
 
 
@@ -212,6 +237,7 @@ def quantize(
     act_r: float = 0.0,
     act_split: ActSplit = "static",
     act_signed: bool | Literal["auto"] = True,
+    correct_bias: bool = False,
     calibration: Data | Calibration | None = None,
     fold_bn: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
@@ -247,6 +273,10 @@ def quantize(
             and can be neither compiled whole nor exported.
         act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
             nothing negative.
+        correct_bias: add to the bias of each convolution and linear layer what its errors take from the mean of its
+            outputs, (w - w_hat) E[x] (Nagel et al. 2019); a layer without a bias gets one. E[x] is the mean of the
+            float inputs: measured where there is calibration, else from the norms before the layer, else unknown,
+            and the layer's bias as it was: the report says so. Recurrent and attention layers keep theirs.
         calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
             model, or what ocs.calibrate returned. The model runs in eval mode and without gradients. Where
             torch.distributed is initialized, every rank calls quantize with batches of its own and sees those of all.
@@ -271,7 +301,20 @@ def quantize(
     """
     begin = time.perf_counter()
     options = Options(
-        wbits, r, clip, granularity, split, rounding, abits, act_clip, act_r, act_split, act_signed, expand, select
+        wbits,
+        r,
+        clip,
+        granularity,
+        split,
+        rounding,
+        abits,
+        act_clip,
+        act_r,
+        act_split,
+        act_signed,
+        correct_bias,
+        expand,
+        select,
     )
     check_model(model)
     if not isinstance(fold_bn, bool):
@@ -282,6 +325,7 @@ def quantize(
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
     inputs, depth = _look_at_inputs(model, layers, chosen, calibration, progress), _depth(layers)
+    means = _means_for(model, layers, chosen, inputs)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         replacements, lines = {**folding.layers, **folding.norms}, []
@@ -291,8 +335,8 @@ def quantize(
                 continue
             old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
             with named(layer.name):
-                statistics = inputs.get(layer.name)
-                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], statistics, depth)
+                known = Known(inputs.get(layer.name), means.get(layer.name), depth)
+                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], known)
             lines += of_layer
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
@@ -312,37 +356,47 @@ def _look_at_inputs(
     calibration: Data | Calibration | None,
     progress: bool | None,
 ) -> Mapping[str, Statistics]:
-    """What calibration tells of the layers whose inputs are quantized; those it never reaches stay float."""
+    """What calibration tells of layers' inputs; a layer whose input shall be quantized needs it, or stays float."""
     of_inputs = [layer for layer in layers if chosen[layer.name].abits is not None]
     for layer in layers:
         options = chosen[layer.name]
         if options.abits is None and options.of_inputs and "abits" not in layer.asked_for:
             raise ValueError(f"{layer.name}: an act_ option without abits has no effect: set abits, too")
-    watched = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
+    needed = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
+    watched = [layer for layer in layers if layer in needed or wants_mean(layer, chosen[layer.name])]
     if calibration is None:
-        if watched:
+        if needed:
             raise ValueError(
-                f"{watched[0].name}: abits={chosen[watched[0].name].abits} needs calibration=: batches of inputs, say"
+                f"{needed[0].name}: abits={chosen[needed[0].name].abits} needs calibration=: batches of inputs, say"
             )
         return {}
-    if not of_inputs:
-        raise ValueError("calibration= without abits has no effect: set abits, too")
+    if not of_inputs and not any(options.correct_bias for options in chosen.values()):
+        raise ValueError("calibration= without abits or correct_bias has no effect: set one of these, too")
     if not watched:
         return {}
     if not isinstance(calibration, Calibration):
         statistics = {}
         for layer in watched:
             options = chosen[layer.name]
-            split = options.act_r > 0 and options.act_split == "static"
+            split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
             statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
         observe(model, calibration, statistics, progress)
         calibration = reached(statistics)
     elif not any(layer.name in calibration for layer in watched):
         raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
-    for layer in watched:
+    for layer in needed:
         if layer.name not in calibration:
             layer.leave("float", "calibration never reached it")
     return calibration
+
+
+def _means_for(
+    model: nn.Module, layers: list[Layer], chosen: Mapping[str, Options], inputs: Mapping[str, Statistics]
+) -> dict[str, InputMean]:
+    """The mean input of each layer whose bias is to be corrected, where it is known."""
+    wanted = {layer.name for layer in layers if wants_mean(layer, chosen[layer.name])}
+    means = input_means(inputs, input_moments(model) if wanted - inputs.keys() else {})
+    return {name: mean for name, mean in means.items() if name in wanted}
 
 
 def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:

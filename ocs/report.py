@@ -45,6 +45,8 @@ class LayerReport:
     expanded_shape: tuple[int, ...] = ()  # of the weight that runs expanded: C + n channels, those of split inputs too,
     # and in recurrent layers the gate rows of split units
 
+    bias_from: str = ""  # where the mean input came from that corrected its bias: "calibration" or "norms"
+
     # Of the layer's input; None and 0 where it stays float
     act_bits: int | None = None
     act_signed: bool | None = None

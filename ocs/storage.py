@@ -319,7 +319,9 @@ def _folded(reader: _Reader, model: nn.Module) -> dict[int, nn.Module]:
             raise ValueError(f"it was saved from another model: this one has no batch norm {name[:200]!r} to fold")
         replacements[id(modules[name])] = FoldedBatchNorm()
     for name, module in modules.items():
-        gains = replacements and isinstance(module, CONVOLUTIONS) and module.bias is None
+        gains = replacements and isinstance(module, CONVOLUTIONS)
+        gains = gains or (name in reader.layers and reader.layers[name].settings.get("correct_bias") is True)
+        gains = gains and isinstance(module, (nn.Linear, *CONVOLUTIONS)) and module.bias is None
         if gains and _full(name, "bias") in reader.sums:
             replacements[id(module)] = _with_bias(module)
     return replacements
@@ -328,7 +330,8 @@ def _folded(reader: _Reader, model: nn.Module) -> dict[int, nn.Module]:
 def _with_bias(layer: nn.Module) -> nn.Module:
     """A copy of the layer that shares all but a bias of its own, still without values."""
     device = "cpu" if layer.weight.is_meta else layer.weight.device
-    bias = torch.zeros(layer.out_channels, dtype=layer.weight.dtype, device=device)
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    bias = torch.zeros(outputs, dtype=layer.weight.dtype, device=device)
     return with_parameters(layer, bias=nn.Parameter(bias, layer.weight.requires_grad))
 
 
