@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from ocs import ops
+from ocs.gptq import Compensation, as_tensor
 from ocs.ops import kernels
 
 Array = np.ndarray | Tensor
 Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
-Rounding = Literal["nearest", "squant"]
+Rounding = Literal["nearest", "squant", "gptq"]
 CLIP_METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # numbered as in csrc/ocs.h
 AUTO = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what clip="auto" chooses from
-AUTO_SQUANT = (*AUTO, *(i / 20 for i in range(4, 20)))  # and where rounding="squant"
+AUTO_SQUANT = (*AUTO, *(i / 20 for i in range(4, 20)))  # and where rounding="squant" or "gptq"
 GAIN = 10  # what errors of gain weigh in output_error: about the layers that they multiply through
 BINS, CHANNEL_BINS = 2048, 512  # of the histogram that a threshold is searched in: of a tensor, of an output channel
 TINY = 2.0**-100  # values below are not clipped: float32 hardly tells them apart
@@ -64,6 +65,7 @@ def quantize_weight(
     split: Split = "qa",
     rounding: Rounding = "nearest",
     groups: int = 1,
+    moments: Array | None = None,
 ) -> QuantizedWeight:
     """Split the outlier channels of a weight and quantize it (section 3 of the paper).
 
@@ -73,25 +75,32 @@ def quantize_weight(
         r: expand ratio in [0, 1]; each group's C channels get n = ceil(r C) splits (depthwise weights none).
         clip: where the split weights saturate, see clip_threshold; or "auto", the method that leaves the least squared
             error of the weight. Where rounding="squant", "auto" tries fractions of the largest |w|, too, and takes what
-            leaves the least output_error; for each output channel of its own where granularity="channel".
+            leaves the least output_error; for each output channel of its own where granularity="channel". Where
+            rounding="gptq", likewise by gptq.output_error, after rounding.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": from there, some integers move a step
             so that rounding errors cancel (Guo et al., ICLR 2022), those with the largest errors first. In each filter
             whose errors sum to e, floor(|e| + 1/2) move; then in each output channel, whose errors sum to E,
             floor(|E| + 1/2) filters with e of its sign move one more each. None leaves the grid, saturated ones stay.
+            Or "gptq", for split="qa": column by column, what rounding one does to the outputs is compensated in those
+            not yet rounded, as far as its inputs go together with theirs (Frantar et al., ICLR 2023; see ocs.gptq).
         groups: of a grouped convolution; divides O.
+        moments: for rounding="gptq", the sum or mean of x x^T over the vectors x [C K] that the weight meets, as w has
+            them (the K values of a filter side by side): [C K, C K], or for G groups [G, C K, C K], of any float dtype.
 
     Raises:
-        TypeError: w is no float array or tensor.
-        ValueError: w has fewer than two dimensions or holds NaN or Inf, or an option is out of range.
+        TypeError: w or moments is no float array or tensor.
+        ValueError: w has fewer than two dimensions or holds NaN or Inf, an option is out of range, or moments are
+            missing where rounding="gptq" needs them, given where not, of another shape, not finite or none.
     """
     w = check_values("w", check_array("w", w, min_rank=2))
     bits, r = check_bits("bits", bits), check_ratio("r", r)
     check_rounding(rounding, split)
     _check_groups(groups, w.shape[0])
     check_clip("clip", clip, auto=True)
-    return quantize_plan(w, plan_splits(w, r, groups), bits, clip, granularity, split, rounding, groups).quantized
+    plan, second = plan_splits(w, r, groups), _check_moments(moments, rounding, w, groups)
+    return quantize_plan(w, plan, bits, clip, granularity, split, rounding, groups, second).quantized
 
 
 def plan_splits(w: Array, r: float, groups: int = 1) -> SplitPlan:
@@ -130,16 +139,21 @@ def quantize_plan(
     split: Split,
     rounding: Rounding = "nearest",
     groups: int = 1,
+    second: Tensor | None = None,
 ) -> Quantization:
-    """Steps 2 and 3: threshold and integers; of clip="auto", the method with the least error, see quantize_weight."""
-    if clip == "auto" and rounding == "squant":
-        clip, threshold = _least_output_error(w, plan, bits, granularity, groups)
-        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
+    """Steps 2 and 3: threshold and integers; of clip="auto", the method with the least error, see quantize_weight.
+
+    second: for rounding="gptq", the second moments of its inputs [G, C K, C K].
+    """
+    compensation = Compensation(w, *plan[:3], bits, second) if rounding == "gptq" else None
+    if clip == "auto" and rounding != "nearest":
+        clip, threshold = _least_output_error(w, plan, bits, granularity, rounding, groups, compensation)
+        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups, compensation)
         return Quantization(quantized, clip, weight_error(w, quantized, groups))
     methods, best = AUTO if clip == "auto" else (clip,), None
     thresholds = split_thresholds(w, plan, bits, methods, granularity, groups)
     for method, threshold in zip(methods, thresholds, strict=True):
-        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
+        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups, compensation)
         found = Quantization(quantized, method, weight_error(w, quantized, groups))
         if best is None or found.error[1] < best.error[1]:
             best = found
@@ -147,13 +161,19 @@ def quantize_plan(
 
 
 def _least_output_error(
-    w: Array, plan: SplitPlan, bits: int, granularity: Granularity, groups: int
+    w: Array,
+    plan: SplitPlan,
+    bits: int,
+    granularity: Granularity,
+    rounding: Rounding,
+    groups: int,
+    compensation: Compensation | None,
 ) -> tuple[str | float, Array]:
-    """Of AUTO_SQUANT, the first with the least output_error, and its threshold; "auto" where channels differ."""
+    """Of AUTO_SQUANT, the first with the least output error, and its threshold; "auto" where channels differ."""
     thresholds = split_thresholds(w, plan, bits, AUTO_SQUANT, granularity, groups)
-    errors, error_of = [], _output_error_of(w)
+    errors, error_of = [], compensation.error if compensation else _output_error_of(w)
     for threshold in thresholds:
-        quantized = quantize_split(w, plan, threshold, bits, "qa", "squant", groups)
+        quantized = quantize_split(w, plan, threshold, bits, "qa", rounding, groups, compensation)
         error = _numpy(error_of(fold(quantized, w.shape[1], groups)))
         errors.append(error if granularity == "channel" else error.sum())
     chosen = np.stack(errors).argmin(0)
@@ -246,9 +266,14 @@ def quantize_split(
     split: Split = "qa",
     rounding: Rounding = "nearest",
     groups: int = 1,
+    compensation: Compensation | None = None,
 ) -> QuantizedWeight:
-    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
+    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0).
+
+    compensation: of this weight and plan, for rounding="gptq".
+    """
     scale = scale_for(threshold, qmax(bits))
+    w = compensation(scale) if rounding == "gptq" else w
     args = (w, scale, plan.source, plan.depth, plan.offset, groups, bits)
     squant = rounding == "squant"
     ints = kernels(w).squant_weight(*args) if squant else kernels(w).quantize_weight(*args, split == "qa")
@@ -486,10 +511,27 @@ def check_rounding(rounding: Any, split: Any) -> None:
     """Both are choices, and go together."""
     check_choice("split", split, get_args(Split))
     check_choice("rounding", rounding, get_args(Rounding))
-    if rounding == "squant" and split == "naive":
+    if rounding != "nearest" and split == "naive":
         raise ValueError(
-            "rounding='squant' with split='naive': naive halves do not add up to a moved integer; use split='qa'"
+            f"rounding={rounding!r} with split='naive': naive halves do not add up to a moved integer; use split='qa'"
         )
+
+
+def _check_moments(moments: Any, rounding: str, w: Array, groups: int) -> Tensor | None:
+    """Second moments as [G, C K, C K] where the rounding needs them."""
+    if moments is None:
+        if rounding == "gptq":
+            raise ValueError("rounding='gptq' needs moments=: the sum of x x^T over the inputs that w meets")
+        return None
+    if rounding != "gptq":
+        raise ValueError(f"moments= with rounding={rounding!r} has no effect: use rounding='gptq'")
+    second = as_tensor(check_values("moments", check_array("moments", moments)))
+    N = math.prod(w.shape[1:])
+    if tuple(second.shape) not in ((groups, N, N), (N, N))[: 1 + (groups == 1)]:
+        raise ValueError(f"moments has shape {tuple(second.shape)}: use {(groups, N, N)}, C K = {N} for each group")
+    if not second.isfinite().all():
+        raise ValueError("moments holds NaN or Inf")
+    return second.reshape(groups, N, N)
 
 
 def _dtype_name(x: Array) -> str:

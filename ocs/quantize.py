@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ocs import functional
 from ocs.activation import ActSplit, InputGrid, QuantizedInput
 from ocs.batchnorm import Folding, plan_folding
-from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for
+from ocs.calibrate import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
 from ocs.find import (
     FIRST_LAYER,
     Layer,
@@ -37,18 +37,21 @@ from ocs.layer import QuantizedLayer, with_originals
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
+from ocs.second_moments import LayerMoments
 
 # --- One layer --------------------------------------------------------------------------------------------------------
 
 
 def quantize_layer(
-    layer: Layer, options: Options, statistics: Statistics | None = None
+    layer: Layer, options: Options, statistics: Statistics | None = None, moments: LayerMoments | None = None
 ) -> tuple[QuantizedLayer, list[LayerReport]]:
     """The layer that replaces this one, and a line of the report for each of its weights.
 
-    statistics: of its input, where that is to be quantized with a scale of its own.
+    statistics: of its input, where that is to be quantized with a scale of its own. moments: of what its weights meet.
     """
     module, kind = layer.module, replacement_of(layer.module)
+    if options.rounding == "gptq" and moments is None:
+        options, layer.note = replace(options, rounding="nearest"), "rounded to nearest: calibration never reached it"
     if layer.only_folded:
         options = replace(options, expand=False)
     steps = {}
@@ -56,7 +59,8 @@ def quantize_layer(
         weight = module._parameters[name]
         check_lazy(weight)
         with named(*[name] * (name != "weight")):
-            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options)
+            second = moments[name].products if options.rounding == "gptq" else None
+            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options, second)
     quantized = {name: step.quantized for name, (_, step) in steps.items()}
     quantized_input = quantize_input(layer, options, statistics) if wants_input(layer, options) else None
     replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
@@ -65,13 +69,13 @@ def quantize_layer(
 
 
 def _quantize_weight(
-    weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options
+    weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options, second: Tensor | None
 ) -> tuple[SplitPlan, Quantization]:
     """The plan of a weight, its integers, and their signal and noise."""
     w = kind.layout(weight, groups).float().contiguous()
     plan = functional.plan_splits(w, options.r, groups)
     return plan, functional.quantize_plan(
-        w, plan, options.wbits, options.clip, options.granularity, options.split, options.rounding, groups
+        w, plan, options.wbits, options.clip, options.granularity, options.split, options.rounding, groups, second
     )
 
 
@@ -86,6 +90,11 @@ def wants_statistics(layer: Layer, options: Options) -> bool:
     """Whether calibration must tell of its input."""
     known = options.act_split == "oracle" and options.act_signed is True
     return wants_input(layer, options) and not known
+
+
+def wants_moments(layer: Layer, options: Options) -> bool:
+    """Whether calibration must tell of what its weights meet."""
+    return layer.status == "quantized" and options.rounding == "gptq"
 
 
 def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
@@ -165,7 +174,7 @@ def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
 
 def _note(layer: Layer, options: Options, channels: int, groups: int) -> str:
     """What is not as it was asked for."""
-    kind, notes = replacement_of(layer.module), []
+    kind, notes = replacement_of(layer.module), [layer.note] * bool(layer.note)
     if (options.r or options.act_r) and groups > 1 and channels == 1:
         notes.append("depthwise: not split")
     if layer.only_folded:
@@ -231,11 +240,15 @@ def quantize(
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold; "auto" is for each layer the method that leaves the least squared error, or where
-            rounding="squant" the least functional.output_error, then for each output channel by itself.
+            rounding="squant" the least functional.output_error, or where rounding="gptq" the least measured error, then
+            for each output channel by itself.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
-            rounding errors cancel in each filter and each output channel, see functional.quantize_weight.
+            rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
+            for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
+            moments of what the weight meets in the float model (ocs.second_moments says what that is, and what it
+            takes). Layers that calibration never reaches are rounded to nearest; the report says so.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
@@ -248,8 +261,9 @@ def quantize(
         act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
             nothing negative.
         calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
-            model, or what ocs.calibrate returned. The model runs in eval mode and without gradients. Where
-            torch.distributed is initialized, every rank calls quantize with batches of its own and sees those of all.
+            model, or what ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode
+            and without gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
+            own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
         skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates
@@ -289,7 +303,8 @@ def quantize(
                 continue
             old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
             with named(layer.name):
-                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], inputs.get(layer.name))
+                seen = inputs.get(layer.name), inputs.moments.get(layer.name)
+                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], *seen)
             lines += of_layer
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
@@ -303,38 +318,53 @@ def _look_at_inputs(
     chosen: Mapping[str, Options],
     calibration: Data | Calibration | None,
     progress: bool | None,
-) -> Mapping[str, Statistics]:
-    """What calibration tells of the layers whose inputs are quantized; those it never reaches stay float."""
+) -> Calibration:
+    """What calibration tells of the layers that need it; those whose input it never reaches stay float."""
     of_inputs = [layer for layer in layers if chosen[layer.name].abits is not None]
     for layer in layers:
         options = chosen[layer.name]
         if options.abits is None and options.of_inputs and "abits" not in layer.asked_for:
             raise ValueError(f"{layer.name}: an act_ option without abits has no effect: set abits, too")
     watched = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
+    compensated = [layer for layer in layers if wants_moments(layer, chosen[layer.name])]
     if calibration is None:
-        if watched:
-            raise ValueError(
-                f"{watched[0].name}: abits={chosen[watched[0].name].abits} needs calibration=: batches of inputs, say"
-            )
-        return {}
-    if not of_inputs:
-        raise ValueError("calibration= without abits has no effect: set abits, too")
-    if not watched:
-        return {}
+        for layer, need in [*((each, f"abits={chosen[each.name].abits}") for each in watched),
+                            *((each, "rounding='gptq'") for each in compensated)]:  # fmt: skip
+            raise ValueError(f"{layer.name}: {need} needs calibration=: batches of inputs, say")
+        return Calibration()
+    if not of_inputs and not any(options.rounding == "gptq" for options in chosen.values()):
+        raise ValueError("calibration= without abits has no effect: set abits, too, or rounding='gptq'")
+    if not watched and not compensated:
+        return Calibration()
     if not isinstance(calibration, Calibration):
-        statistics = {}
-        for layer in watched:
-            options = chosen[layer.name]
-            split = options.act_r > 0 and options.act_split == "static"
-            statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
-        observe(model, calibration, statistics, progress)
-        calibration = reached(statistics)
-    elif not any(layer.name in calibration for layer in watched):
+        calibration = _run_calibration(model, watched, compensated, chosen, calibration, progress)
+    elif not any(layer.name in calibration for layer in [*watched, *compensated]):
         raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
+    elif compensated and not calibration.moments:
+        raise ValueError("rounding='gptq': calibration has no second moments; use ocs.calibrate(..., moments=True)")
     for layer in watched:
         if layer.name not in calibration:
             layer.leave("float", "calibration never reached it")
     return calibration
+
+
+def _run_calibration(
+    model: nn.Module,
+    watched: list[Layer],
+    compensated: list[Layer],
+    chosen: Mapping[str, Options],
+    data: Data,
+    progress: bool | None,
+) -> Calibration:
+    """What these layers need and no more."""
+    statistics = {}
+    for layer in watched:
+        options = chosen[layer.name]
+        split = options.act_r > 0 and options.act_split == "static"
+        statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
+    moments = {layer.name: moments_for(model, layer) for layer in compensated}
+    observe(model, data, statistics, progress, moments)
+    return reached(statistics, moments)
 
 
 def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
