@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from ocs.activation import as_rows
 from ocs.find import Layer, check_lazy, check_model, find_layers, first_weight, named, replacement_of
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
+from ocs.ranks import reduced, several_ranks
 from ocs.reference import OCTAVE_BINS, OCTAVES
+from ocs.second_moments import LayerMoments
 
 BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
@@ -51,6 +54,12 @@ class Statistics:
         self.channel_max = torch.zeros(channels or 0)
 
     # --- Growing
+
+    def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Take in one call of the layer with these arguments by name, each tensor once."""
+        inputs = [_tensor_of(arguments[name]) for name in replacement_of(layer).input_names if name in arguments]
+        for x in {id(x): x for x in inputs if isinstance(x, Tensor)}.values():
+            self.update(x)
 
     def update(self, x: Tensor) -> None:
         """Take in one more input."""
@@ -118,25 +127,25 @@ class Statistics:
 
     def reduce(self) -> None:
         """Merge what all ranks have seen, so that each has the same."""
-        bounds = _reduced(torch.tensor([self.largest, -self.smallest], dtype=torch.float64), dist.ReduceOp.MAX)
+        bounds = reduced(torch.tensor([self.largest, -self.smallest], dtype=torch.float64), dist.ReduceOp.MAX)
         self.largest, self.smallest = bounds[0].item(), -bounds[1].item()
         self._grow(self.largest)
-        sums = _reduced(torch.tensor([self.inputs, self.zeros]), dist.ReduceOp.SUM)
+        sums = reduced(torch.tensor([self.inputs, self.zeros]), dist.ReduceOp.SUM)
         self.inputs, self.zeros = sums.tolist()
         self._reduce_sums()
-        self.counts = _reduced(self.counts, dist.ReduceOp.SUM)
+        self.counts = reduced(self.counts, dist.ReduceOp.SUM)
         if self.channels:
-            self.octaves = _reduced(self.octaves, dist.ReduceOp.SUM)
-            self.channel_max = _reduced(self.channel_max, dist.ReduceOp.MAX)
+            self.octaves = reduced(self.octaves, dist.ReduceOp.SUM)
+            self.channel_max = reduced(self.channel_max, dist.ReduceOp.MAX)
 
     def _reduce_sums(self) -> None:
         """Ranks that have seen nothing have no sums, and do not know their number."""
         seen = self.rows > 0
         sizes = torch.tensor([self.sums.numel(), -self.sums.numel() if seen else -(2**62)])
-        most, least = _reduced(sizes, dist.ReduceOp.MAX).tolist()
-        self.rows = int(_reduced(torch.tensor(self.rows), dist.ReduceOp.SUM))
+        most, least = reduced(sizes, dist.ReduceOp.MAX).tolist()
+        self.rows = int(reduced(torch.tensor(self.rows), dist.ReduceOp.SUM))
         sums = self.sums if seen else self.sums.new_zeros(most)
-        self.sums = _reduced(sums, dist.ReduceOp.SUM) if most == -least and most else self.sums.new_zeros(0)
+        self.sums = reduced(sums, dist.ReduceOp.SUM) if most == -least and most else self.sums.new_zeros(0)
 
     # --- What follows from them
 
@@ -197,17 +206,6 @@ def _channel_sums(rows: Tensor) -> Tensor:
     return sums.sum(0, dtype=torch.float64 if rows.is_cpu else torch.float32).cpu().double()
 
 
-def _reduced(x: Tensor, op: Any) -> Tensor:
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else x.device
-    moved = x.to(device, copy=True)
-    dist.all_reduce(moved, op)
-    return moved.to(x.device)
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 # --- Running the model ------------------------------------------------------------------------------------------------
 
 
@@ -216,24 +214,27 @@ def observe(
     data: Data,
     watched: Mapping[str, tuple[nn.Module, Statistics]],
     progress: bool | None = None,
+    moments: Mapping[str, tuple[nn.Module, LayerMoments]] | None = None,
 ) -> None:
     """Run the batches through the model, in eval mode and without gradients, and fill the statistics.
 
-    watched: by name, the layers, and what is kept of their inputs. The model is as it was afterwards, whatever happens.
+    watched, moments: by name, the layers, and what is kept of their inputs, and of what their weights meet. The model
+    is as it was afterwards, whatever happens.
     """
+    kept = [*watched.items(), *(moments or {}).items()]
     failure: Exception | None = None
     batches = 0
     try:
         with _undisturbed(model), ExitStack() as hooks:
-            for name, (layer, statistics) in watched.items():
-                take = _observer(name, statistics, replacement_of(layer).input_names)
+            for name, (layer, of_layer) in kept:
+                take = _observer(name, of_layer)
                 hook = layer.register_forward_pre_hook(take, with_kwargs=True)
                 hooks.callback(hook.remove)
             batches = _run(model, data, progress)
     except Exception as error:  # noqa: BLE001 - other ranks must hear of it, or they would wait for this one
         failure = error
-    if _several_ranks():
-        of_all = _reduced(torch.tensor([int(failure is not None), batches]), dist.ReduceOp.SUM)
+    if several_ranks():
+        of_all = reduced(torch.tensor([int(failure is not None), batches]), dist.ReduceOp.SUM)
         failed, batches = of_all.tolist()
         if failed and failure is None:
             raise RuntimeError(f"calibration failed on {failed} other rank{'s' * (failed > 1)}")
@@ -241,20 +242,18 @@ def observe(
         raise failure
     if not batches:
         raise ValueError("calibration is empty: it gave no batch (was it an iterator that is used up?)")
-    if _several_ranks():
-        for _, statistics in watched.values():
-            statistics.reduce()
+    if several_ranks():
+        for _, (_, of_layer) in kept:
+            of_layer.reduce()
 
 
-def _observer(name: str, statistics: Statistics, input_names: tuple[str, ...]) -> Callable[..., None]:
-    """A hook that takes in these arguments of the layer, each tensor once."""
+def _observer(name: str, kept: Statistics | LayerMoments) -> Callable[..., None]:
+    """A hook that takes in what a layer is called with."""
 
-    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs | dict(zip(input_names, args, strict=False))
-        inputs = [_tensor_of(given[each]) for each in input_names if each in given]
+    def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = signature(layer.forward).parameters
         with named(name):
-            for x in {id(x): x for x in inputs if isinstance(x, Tensor)}.values():
-                statistics.update(x)
+            kept.observe(layer, kwargs | dict(zip(names, args, strict=False)))
 
     return take
 
@@ -331,17 +330,26 @@ def _call(model: nn.Module, batch: Any, device: torch.device) -> None:
 
 
 class Calibration(dict[str, Statistics]):
-    """What calibrate() has seen, by layer name; quantize(calibration=) takes it in place of data, again and again."""
+    """What calibrate() has seen, by layer name; quantize(calibration=) takes it in place of data, again and again.
+
+    moments: of what the layers' weights meet, by layer name, where calibrate() was asked for them.
+    """
+
+    def __init__(self, *statistics: Any, moments: Mapping[str, LayerMoments] | None = None) -> None:
+        super().__init__(*statistics)
+        self.moments = dict(moments or {})
 
 
-def calibrate(model: nn.Module, data: Data, *, progress: bool | None = None) -> Calibration:
-    """Run batches through a float model and keep what quantize(abits=...) needs to know of every layer's input.
+def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: bool | None = None) -> Calibration:
+    """Run batches through a float model and keep what quantize() needs to know of every layer's input.
 
     Args:
         model: a float model; it is run in eval mode and without gradients, and is as it was afterwards.
         data: batches, (batch, target) pairs of which the target is not used, dicts of keyword arguments, or a callable
             that runs the model on what it likes: data(model). Where torch.distributed is initialized, each rank gives
             its own, and all get the statistics of all.
+        moments: keep second moments, too, which rounding="gptq" needs: 4 (C K)^2 bytes for each group of every weight
+            [O, C, ...] with K values to the filter, some 0.6 GB for a ResNet-50.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
@@ -352,20 +360,37 @@ def calibrate(model: nn.Module, data: Data, *, progress: bool | None = None) -> 
             a layer is lazy and has no shape yet.
     """
     check_model(model)
+    if not isinstance(moments, bool):
+        raise ValueError(f"moments={moments!r}: use True or False")
     layers = [layer for layer in find_layers(model) if layer.status == "quantized"]
     watched = {layer.name: (layer.module, statistics_for(layer)) for layer in layers}
-    observe(model, data, watched, progress)
-    return reached(watched)
+    second = {layer.name: moments_for(model, layer) for layer in layers} if moments else {}
+    observe(model, data, watched, progress, second)
+    return reached(watched, second)
 
 
-def reached(watched: Mapping[str, tuple[nn.Module, Statistics]]) -> Calibration:
-    """The statistics of the layers that had an input; that none had one is a ValueError."""
-    found = Calibration({name: statistics for name, (_, statistics) in watched.items() if statistics.inputs})
-    if watched and not found:
-        raise ValueError(
-            f"calibration reached none of the layers {', '.join([*watched][:3])} ...: does it run the model?"
-        )
-    return found
+def reached(
+    watched: Mapping[str, tuple[nn.Module, Statistics]], moments: Mapping[str, tuple[nn.Module, LayerMoments]]
+) -> Calibration:
+    """What was kept of the layers that had an input; that none had one is a ValueError."""
+    statistics, second = (
+        {name: of_layer for name, (_, of_layer) in kept.items() if of_layer.inputs} for kept in (watched, moments)
+    )
+    names = [*{**watched, **moments}]
+    if names and not statistics and not second:
+        raise ValueError(f"calibration reached none of the layers {', '.join(names[:3])} ...: does it run the model?")
+    return Calibration(statistics, moments=second)
+
+
+def moments_for(model: nn.Module, layer: Layer) -> tuple[nn.Module, LayerMoments]:
+    """Empty ones, and the module whose calls fill them: the layer, or the attention that it projects the output of."""
+    with named(layer.name):
+        for name in replacement_of(layer.module).weight_names(layer.module):
+            check_lazy(layer.module._parameters[name])
+    parent = model.get_submodule(layer.name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return parent, LayerMoments(layer.module, parent)
+    return layer.module, LayerMoments(layer.module)
 
 
 def statistics_for(layer: Layer, *, channels: bool = True) -> Statistics:

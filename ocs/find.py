@@ -100,6 +100,7 @@ class Layer:
     reason: str = ""
     only_folded: str = ""
     float_input: str = ""  # why its input is not quantized, if so
+    note: str = ""  # what is not as it was asked for
     overridden: bool = False
     asked_for: frozenset[str] = frozenset()  # the options that an override names
 

@@ -8,55 +8,116 @@ is Zhao et al., ICML 2019, arXiv 1901.09504.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable
-from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, get_args
+from numbers import Real
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ocs import ops
-from ocs import select as selection
+from ocs.arguments import (
+    CLIP_METHODS,
+    Array,
+    Granularity,
+    Rounding,
+    Select,
+    Split,
+    check_array,
+    check_bits,
+    check_choice,
+    check_clip,
+    check_groups,
+    check_moments,
+    check_ratio,
+    check_rounding,
+    check_select,
+    check_values,
+    dtype_name,
+    kind_of,
+)
 from ocs.ops import kernels
+from ocs.weights import (
+    AUTO,
+    BINS,
+    CHANNEL_BINS,
+    GAIN,
+    METHODS,
+    SMALLEST,
+    How,
+    Quantization,
+    QuantizedWeight,
+    SplitPlan,
+    choose_splits,
+    fold,
+    output_error,
+    output_power,
+    plan_channels,
+    qmax,
+    quantize_plan,
+    quantize_split,
+    remaining_error,
+    scale_for,
+    search_threshold,
+    split_thresholds,
+    splits_for,
+    sqnr_db,
+    weight_error,
+)
 
-Array = np.ndarray | Tensor
-Granularity = Literal["tensor", "channel"]
-Split = Literal["qa", "naive"]
-Rounding = Literal["nearest", "squant"]
-Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one group, n -> n of its input channels
-Select = Literal["max", "error"] | Choice
-CLIP_METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # numbered as in csrc/ocs.h
-METHODS = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what people compare
-AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" chooses from
-GAIN = 10.0  # what changes of gain weigh in output_error where the number of layers is not known
-BINS, CHANNEL_BINS = 2048, 512  # of the histogram that a threshold is searched in: of a tensor, of an output channel
+__all__ = [
+    "AUTO",
+    "CHANNEL_BINS",
+    "CLIP_METHODS",
+    "GAIN",
+    "METHODS",
+    "SMALLEST",
+    "TINY",
+    "Array",
+    "Granularity",
+    "How",
+    "Quantization",
+    "QuantizedWeight",
+    "Rounding",
+    "Select",
+    "Split",
+    "SplitPlan",
+    "check_array",
+    "check_bits",
+    "check_choice",
+    "check_clip",
+    "check_groups",
+    "check_moments",
+    "check_ratio",
+    "check_rounding",
+    "check_select",
+    "check_values",
+    "choose_splits",
+    "clip_threshold",
+    "dequantize",
+    "fake_quantize",
+    "fold",
+    "histogram",
+    "output_error",
+    "output_power",
+    "plan_channels",
+    "plan_splits",
+    "qmax",
+    "quantize",
+    "quantize_plan",
+    "quantize_split",
+    "quantize_weight",
+    "remaining_error",
+    "scale_for",
+    "search_threshold",
+    "split_thresholds",
+    "splits_for",
+    "sqnr_db",
+    "weight_error",
+    "zeros",
+]
+
 TINY = 2.0**-100  # values below are not clipped: float32 hardly tells them apart
-SMALLEST = np.float32(1e-45).item()  # a positive threshold never gives a scale of zero
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-class SplitPlan(NamedTuple):
-    """Which channels to split (section 3 of the paper), over C + n expanded channels, group by group."""
-
-    source: Array  # int64: the original channel
-    depth: Array  # int32: how often this copy was halved
-    offset: Array  # int32: which of the 2^depth parts it is in quantization-aware splitting
-    split_max: Array  # float32: max|w| after splitting
-    channel_max: Array  # float32 [C]: max|w| of the original channels
-
-
-class QuantizedWeight(NamedTuple):
-    """A weight as k-bit integers: w is about scale * ints, a channel's integers and its copies' added up."""
-
-    ints: Array  # int8 [O, C + n, ...]
-    scale: Array  # float32 [], or [O] per output channel; always positive
-    source: Array  # int64 [C + n]: the original channel of each expanded one, 0 .. C - 1 first (per group)
-    threshold: Array  # float32, shaped like scale: the largest magnitude on the grid
-
-
-# --- Weights ----------------------------------------------------------------------------------------------------------
 
 
 def quantize_weight(
@@ -69,6 +130,7 @@ def quantize_weight(
     rounding: Rounding = "nearest",
     groups: int = 1,
     select: Select = "max",
+    moments: Array | None = None,
 ) -> QuantizedWeight:
     """Split the outlier channels of a weight and quantize it (section 3 of the paper).
 
@@ -77,27 +139,33 @@ def quantize_weight(
         bits: 2 to 8.
         r: expand ratio in [0, 1]; each group's C channels get n = ceil(r C) splits (depthwise weights none).
         clip: where the split weights saturate, see clip_threshold; or "auto": of none, mse and fractions of the largest
-            |w| what leaves the least output_error; for each output channel of its own where granularity="channel".
+            |w| what leaves the least output_error, measured by `moments` where these are given; for each output channel
+            of its own where granularity="channel".
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": from there, some integers move a step
             so that rounding errors cancel (Guo et al., ICLR 2022), those with the largest errors first. In each filter
             whose errors sum to e, floor(|e| + 1/2) move; then in each output channel, whose errors sum to E,
             floor(|E| + 1/2) filters with e of its sign move one more each. None leaves the grid, saturated ones stay.
+            Or "gptq", for split="qa": column by column, what rounding one does to the outputs is compensated in those
+            not yet rounded, as far as its inputs go together with theirs (Frantar et al., ICLR 2023; see ocs.gptq).
         groups: of a grouped convolution; divides O.
         select: which channels to split, see plan_splits.
+        moments: for rounding="gptq", the sum or mean of x x^T over the vectors x [C K] that the weight meets, as w has
+            them (the K values of a filter side by side): [C K, C K], or for G groups [G, C K, C K], of any float dtype.
 
     Raises:
-        TypeError: w is no float array or tensor.
-        ValueError: w has fewer than two dimensions or holds NaN or Inf, or an option is out of range.
+        TypeError: w or moments is no float array or tensor.
+        ValueError: w has fewer than two dimensions or holds NaN or Inf, an option is out of range, or moments are
+            missing where rounding="gptq" needs them, given where not, of another shape, not finite or none.
     """
     w = check_values("w", check_array("w", w, min_rank=2))
     bits, r = check_bits("bits", bits), check_ratio("r", r)
     check_rounding(rounding, split)
-    _check_groups(groups, w.shape[0])
+    check_groups(groups, w.shape[0])
     check_clip("clip", clip, auto=True)
-    how = (bits, clip, granularity, split, rounding)
-    return quantize_plan(w, plan_splits(w, r, groups, select, *how), *how, groups).quantized
+    how = How(bits, clip, granularity, split, rounding, groups, check_moments(moments, rounding, w, groups))
+    return quantize_plan(w, choose_splits(w, splits_for(r, w.shape[1], groups), select, how), how).quantized
 
 
 def plan_splits(
@@ -109,7 +177,7 @@ def plan_splits(
     clip: str | float = "none",
     granularity: Granularity = "tensor",
     split: Split = "qa",
-    rounding: Rounding = "nearest",
+    rounding: Literal["nearest", "squant"] = "nearest",
 ) -> SplitPlan:
     """Step 1: which channels to split; see quantize_weight for w [O, C, ...], r, groups, and how it will be quantized.
 
@@ -119,298 +187,8 @@ def plan_splits(
         paper's picks stay where they leave less. Or a callable (w, n) that is given one group's weight, float32
         [O, C, ...], and returns the n channels to split, 0 .. C - 1, in order and repeated as often as they are split.
     """
-    n = splits_for(r, w.shape[1], groups)
-    return choose_splits(w, n, groups, select, bits, clip, granularity, split, rounding)
-
-
-def choose_splits(
-    w: Array,
-    splits: int,
-    groups: int,
-    select: Select,
-    bits: int,
-    clip: str | float,
-    granularity: Granularity,
-    split: Split,
-    rounding: Rounding,
-) -> SplitPlan:
-    """plan_splits with the number of splits in each group, 0 .. C."""
-    check_select(select)
-    channel_max = _channel_max(w, groups)
-    plan = SplitPlan(*kernels(w).split_plan(channel_max, groups, splits), channel_max)
-    exact = clip == "none" and granularity == "tensor"  # the largest value is all that counts
-    if select == "max" or not splits or (select == "error" and exact):
-        return plan
-    if callable(select):
-        rows, C = w.shape[0] // groups, w.shape[1]
-        chosen = (_chosen(select, w[g * rows : (g + 1) * rows], C, splits) for g in range(groups))
-        return plan_channels(w, [g * C + c for g, of_group in enumerate(chosen) for c in of_group], groups)
-    return _better_plan(w, plan, splits, groups, (bits, clip, granularity, split, rounding))
-
-
-def _better_plan(w: Array, plan: SplitPlan, splits: int, groups: int, how: tuple[Any, ...]) -> SplitPlan:
-    """The one of ocs.select, or the paper's where that leaves less error."""
-    _, clip, *_, rounding = how
-    theirs, C = quantize_plan(w, plan, *how, groups), w.shape[1]
-    magnitudes = np.abs(_numpy(w.float() if isinstance(w, Tensor) else w).astype(np.float64))
-    magnitudes = magnitudes.reshape(groups, w.shape[0] // groups, C, math.prod(w.shape[2:]))
-    thresholds = np.broadcast_to(_numpy(theirs.quantized.threshold).astype(np.float64), w.shape[:1])
-    channels = []
-    for g, (of_group, t) in enumerate(zip(magnitudes, thresholds.reshape(groups, -1), strict=True)):
-        if clip == "none":
-            chosen = selection.lowering_thresholds(of_group.max(2, initial=0.0), splits)
-        else:
-            chosen = selection.lowering_saturation(of_group, t, splits)
-        channels += [g * C + c for c in chosen]
-    other = plan_channels(w, channels, groups)
-    ours = quantize_plan(w, other, *how, groups)
-    return other if remaining_error(w, ours, rounding, groups) < remaining_error(w, theirs, rounding, groups) else plan
-
-
-def remaining_error(w: Array, step: Quantization, rounding: Rounding, groups: int = 1) -> float:
-    """What is left of a weight's power as error, in [0, about 1]: of what the rounding is to lower.
-
-    Of the weight, sum (w - w_hat)^2 / sum w^2; where rounding="squant" of the layer's outputs, output_error over what
-    they would be off without the layer.
-    """
-    signal, noise = step.error
-    if rounding == "squant":
-        noise = float(output_error(w, step.quantized, groups).sum())
-        signal = float(output_power(w).sum())
-    return noise / signal if signal else 0.0
-
-
-def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:
-    """What a user's choice returned for one group, checked."""
-    w = w.float().clone() if isinstance(w, Tensor) else w.astype(np.float32)
-    name, chosen = getattr(select, "__name__", repr(select)), select(w, splits)
-    try:
-        chosen = [operator.index(c) for c in chosen]
-    except TypeError:
-        raise TypeError(f"select={name} returned {chosen!r}: return {splits} channels as integers") from None
-    if len(chosen) != splits or not all(0 <= c < channels for c in chosen):
-        raise ValueError(f"select={name} returned {chosen}: return {splits} channels from 0 to {channels - 1}")
-    return chosen
-
-
-def plan_channels(w: Array, channels: Iterable[int], groups: int = 1) -> SplitPlan:
-    """The plan that splits the channels of your choice, each time the largest of their copies.
-
-    Args:
-        w: [O, C, ...], C the input channels (of one group).
-        channels: n for each group, n <= C, group by group, in order; a channel is split as often as it is named. They
-            are numbered over all groups, 0 .. groups C - 1.
-        groups: of a grouped convolution; divides O.
-
-    quantize_plan takes it from there.
-    """
-    w = check_values("w", check_array("w", w, min_rank=2))
-    _check_groups(groups, w.shape[0])
-    C, channels = w.shape[1], np.array([operator.index(c) for c in channels], np.int64)
-    n = channels.size // groups
-    of_group = np.repeat(np.arange(groups), n)
-    if n > C or channels.size % groups or not np.array_equal(channels // max(C, 1), of_group):
-        raise ValueError(
-            f"channels={channels.tolist()}: name at most {C} channels for each of {groups} groups, the same number,"
-            f" group by group, from 0 to {groups * C - 1}"
-        )
-    channel_max = _channel_max(w, groups)
-    plan = selection.plan_of(_numpy(channel_max), channels.reshape(groups, n), groups)
-    if isinstance(w, Tensor):
-        plan = (torch.from_numpy(each).to(w.device) for each in plan)
-    return SplitPlan(*plan, channel_max)
-
-
-def _channel_max(w: Array, groups: int) -> Array:
-    channel_max = kernels(w).channel_max(w, groups)
-    infinite = (~np.isfinite(_numpy(channel_max))).nonzero()[0]
-    if infinite.size:
-        raise ValueError(f"w holds NaN or Inf as float32 (in input channel {infinite[0]}): repair the weights first")
-    return channel_max
-
-
-def splits_for(r: float, channels: int, groups: int) -> int:
-    """Splits in each group, ceil(r C) with C the channels of a group; none where each group is one channel of several.
-
-    The product is taken a little short, so that 0.07 * 100 = 7.000000000000001 gives 7.
-    """
-    depthwise = groups > 1 and channels == 1
-    return 0 if depthwise else math.ceil(r * channels * (1 - 1e-12))
-
-
-class Quantization(NamedTuple):
-    """A quantized weight, the clip method that gave its threshold, and the sums of w^2 and of (w - w_hat)^2."""
-
-    quantized: QuantizedWeight
-    clip: str | float
-    error: tuple[float, float]
-
-
-def quantize_plan(
-    w: Array,
-    plan: SplitPlan,
-    bits: int,
-    clip: str | float,
-    granularity: Granularity,
-    split: Split,
-    rounding: Rounding = "nearest",
-    groups: int = 1,
-    gain: float = GAIN,
-) -> Quantization:
-    """Steps 2 and 3: threshold and integers; of clip="auto", what leaves the least output_error with this gain."""
-    if clip == "auto":
-        clip, threshold = _least_output_error(w, plan, bits, granularity, split, rounding, groups, gain)
-    else:
-        (threshold,) = split_thresholds(w, plan, bits, (clip,), granularity, groups)
-    quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
-    return Quantization(quantized, clip, weight_error(w, quantized, groups))
-
-
-def _least_output_error(
-    w: Array,
-    plan: SplitPlan,
-    bits: int,
-    granularity: Granularity,
-    split: Split,
-    rounding: Rounding,
-    groups: int,
-    gain: float,
-) -> tuple[str | float, Array]:
-    """Of AUTO, the first with the least output_error, and its threshold; "auto" where channels differ."""
-    thresholds = split_thresholds(w, plan, bits, AUTO, granularity, groups)
-    errors = []
-    for threshold in thresholds:
-        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups)
-        error = _numpy(output_error(w, quantized, groups, gain))
-        errors.append(error if granularity == "channel" else error.sum())
-    chosen = np.stack(errors).argmin(0)
-    threshold = np.take_along_axis(np.stack([_numpy(each) for each in thresholds]), chosen[None], 0)[0]
-    names = {AUTO[i] for i in chosen.ravel()}
-    threshold = torch.from_numpy(np.asarray(threshold)).to(w.device) if isinstance(w, Tensor) else np.asarray(threshold)
-    return names.pop() if len(names) == 1 else "auto", threshold
-
-
-def output_error(w: Array, quantized: QuantizedWeight, groups: int = 1, gain: float = GAIN) -> Array:
-    """How far each output of a layer is off with the quantized weight: float64 [O], an estimate without inputs.
-
-    For rows d = w_hat - w and w of [C, K] it is q(d) + gain q(w) (sum d w / sum w^2)^2, where
-
-        q(v) = (sum_ck v^2 + sum_c (sum_k v)^2 + (sum_ck v)^2) / 3
-
-    is v^T E[x x^T] v for inputs of E[x^2] = 1 whose squared mean is 1/3 (1/pi after the ReLU of a normal), half of the
-    rest common to the K inputs that a filter sees of a channel: SQuant's three terms (section 3). The second part is
-    the output's change of gain. Saturation shrinks all outputs of all layers; these errors do not average out as others
-    do but multiply, so that over L layers they weigh L times as much: gain is the number of layers.
-    """
-    w = check_array("w", w, min_rank=2)
-    _check_groups(groups, w.shape[0])
-    return kernels(w).output_error(w, quantized.ints, quantized.scale, quantized.source, groups, gain)
-
-
-def output_power(w: Array) -> Array:
-    """q(w) of output_error, float64 [O]: what the outputs are off where every integer is 0."""
-    w = check_array("w", w, min_rank=2)
-    if isinstance(w, Tensor):
-        zeros, one = w.new_zeros(w.shape, dtype=torch.int8), w.new_ones((), dtype=torch.float32)
-        return kernels(w).output_error(w, zeros, one, torch.arange(w.shape[1], device=w.device), 1, 0.0)
-    return kernels(w).output_error(
-        w, np.zeros(w.shape, np.int8), np.ones((), np.float32), np.arange(w.shape[1]), 1, 0.0
-    )
-
-
-def split_thresholds(
-    w: Array,
-    plan: SplitPlan,
-    bits: int,
-    clips: tuple[str | float, ...],
-    granularity: Granularity,
-    groups: int = 1,
-    signed: bool = True,
-) -> list[Array]:
-    """Step 2: the clip threshold float32 [] or [O] of the split w by each method ("OCS + clip" in the paper).
-
-    w: a weight [O, C, ...], or a batch of activations [N, C, ...]. One histogram serves all methods.
-    """
-    check_choice("granularity", granularity, get_args(Granularity))
-    by_channel = granularity == "channel"
-    if by_channel:
-        largest = kernels(w).output_max(w, plan.source, plan.depth, groups)
-    else:
-        largest = kernels(plan.split_max).abs_max(plan.split_max)
-    counts = None
-    if any(clip in CLIP_METHODS for clip in clips):
-        bins = CHANNEL_BINS if by_channel else BINS
-        counts = kernels(w).split_histogram(w, plan.source, plan.depth, groups, bins, largest)
-    return [_threshold(counts, largest, bits, clip, signed) for clip in clips]
-
-
-def _threshold(counts: Array | None, largest: Array, bits: int, clip: str | float, signed: bool) -> Array:
-    if clip in CLIP_METHODS:
-        return search_threshold(counts, largest, bits, clip, signed)
-    if clip == "none":
-        return largest
-    threshold = largest * _like(largest, clip)
-    return threshold if isinstance(threshold, Tensor) else np.asarray(threshold)
-
-
-def quantize_split(
-    w: Array,
-    plan: SplitPlan,
-    threshold: Array,
-    bits: int,
-    split: Split = "qa",
-    rounding: Rounding = "nearest",
-    groups: int = 1,
-) -> QuantizedWeight:
-    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
-    scale = scale_for(threshold, qmax(bits))
-    args = (w, scale, plan.source, plan.depth, plan.offset, groups, bits)
-    squant = rounding == "squant"
-    ints = kernels(w).squant_weight(*args) if squant else kernels(w).quantize_weight(*args, split == "qa")
-    return QuantizedWeight(ints, scale, plan.source, threshold)
-
-
-def scale_for(threshold: Array, largest_integer: int) -> Array:
-    """threshold / largest_integer, float32 and positive; 1 where the threshold is 0."""
-    scale = threshold / _like(threshold, largest_integer)
-    if isinstance(scale, Tensor):
-        return scale.clamp(min=SMALLEST).masked_fill(threshold == 0, 1.0)
-    return np.where(threshold > 0, np.maximum(scale, SMALLEST), np.float32(1))
-
-
-def qmax(bits: int) -> int:
-    """The largest integer of k signed bits, 2^(k - 1) - 1."""
-    return 2 ** (bits - 1) - 1
-
-
-def fold(quantized: QuantizedWeight, channels: int, groups: int = 1) -> Array:
-    """float32 [O, C, ...]: the copies' dequantized weights added back onto their source channel.
-
-    channels: C, the original input channels (of one group). The folded weight computes what the expanded one does.
-    """
-    ints, scale, source, _ = quantized
-    _check_groups(groups, ints.shape[0])
-    if not 0 <= channels <= ints.shape[1]:
-        raise ValueError(f"channels={channels!r}: use the original channels, at most the {ints.shape[1]} expanded ones")
-    return kernels(ints).fold(ints, scale, source, groups, channels)
-
-
-def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1) -> tuple[float, float]:
-    """Signal and noise of a quantized weight: the sums of w^2 and of (w - w_hat)^2."""
-    w = check_array("w", w, min_rank=2)
-    _check_groups(groups, w.shape[0])
-    signal, noise = kernels(w).weight_error(w, quantized.ints, quantized.scale, quantized.source, groups).tolist()
-    return signal, noise
-
-
-def sqnr_db(signal: float, noise: float) -> float:
-    """Signal-to-quantization-noise ratio in dB; inf where there is no noise."""
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-# --- Clipping ---------------------------------------------------------------------------------------------------------
+    how = How(bits, clip, granularity, split, rounding, groups)
+    return choose_splits(w, splits_for(r, w.shape[1], groups), select, how)
 
 
 def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True) -> float:
@@ -445,25 +223,9 @@ def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True
     return float(search_threshold(counts, largest, bits, method, signed))
 
 
-def search_threshold(counts: Array, limit: Array, bits: int, method: str, signed: bool) -> Array:
-    """The threshold by one of CLIP_METHODS in histograms [..., bins] of |x| over [0, limit], shaped like limit."""
-    return kernels(counts).clip_threshold(counts, limit, bits, signed, CLIP_METHODS.index(method))
-
-
 def zeros(x: Array) -> int:
     """How many values are zero, or too small for a normal float32. Some times faster than count_nonzero."""
     return int(kernels(x).histogram(x, 2, 2 * float(np.finfo(np.float32).tiny))[0])
-
-
-def check_clip(name: str, clip: Any, *, auto: bool = False) -> None:
-    """A clip method's name, or a fraction of the largest magnitude; or "auto", where that is a choice."""
-    names = ("none", *["auto"] * auto, *CLIP_METHODS)
-    fraction = isinstance(clip, Real) and not isinstance(clip, bool) and 0 < clip <= 1
-    if not fraction and not (isinstance(clip, str) and clip in names):
-        shown = ", ".join(f'"{each}"' for each in names)
-        raise ValueError(
-            f"{name}={clip!r}: use {shown}, or a number in (0, 1], the fraction of the largest |x| to keep"
-        )
 
 
 def histogram(x: Array, bins: int) -> tuple[Array, float]:
@@ -483,9 +245,6 @@ def _finite_max(x: Array) -> Array:
     if not math.isfinite(largest):
         raise ValueError("x holds NaN or Inf as float32")
     return largest
-
-
-# --- Activations ------------------------------------------------------------------------------------------------------
 
 
 def fake_quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:
@@ -510,8 +269,8 @@ def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> 
 
 def dequantize(q: Array, scale: float | Array) -> Array:
     """Float32 q * scale, shaped like q (int8 or uint8); one scale, or one per entry of the first axis."""
-    if not isinstance(q, Array) or _dtype_name(q) not in ("int8", "uint8"):
-        raise TypeError(f"q must be an int8 or uint8 array or tensor, not {_kind(q)}")
+    if not isinstance(q, Array) or dtype_name(q) not in ("int8", "uint8"):
+        raise TypeError(f"q must be an int8 or uint8 array or tensor, not {kind_of(q)}")
     scale = _as_scale(q, scale)
     if scale.ndim > 0 and (q.ndim == 0 or tuple(scale.shape) != (q.shape[0],)):
         raise ValueError(f"scale has shape {tuple(scale.shape)}: use one number, or one per entry of q's first axis")
@@ -546,85 +305,3 @@ def _as_scale(x: Array, scale: float | Array) -> Array:
 def _check_positive(valid: bool, scale: float | Array) -> None:
     if not valid:
         raise ValueError(f"scale={scale!r}: use a positive finite number (in float32)")
-
-
-# --- Checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_array(name: str, x: Any, min_rank: int = 0, *, detach: bool = True) -> Array:
-    """The array as the kernels take it, or a TypeError or ValueError that says what it is instead."""
-    if not isinstance(x, Array) or _dtype_name(x) not in FLOATS:
-        raise TypeError(f"{name} must be a numpy array or torch tensor of {', '.join(FLOATS)}, not {_kind(x)}")
-    if isinstance(x, Tensor) and x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, not {x.layout}: call .to_dense() first")
-    if x.ndim < min_rank:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: at least {min_rank} dimensions are needed, [O, C, ...]")
-    if isinstance(x, Tensor):
-        return x.detach() if detach else x
-    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
-
-
-def check_values(name: str, x: Array) -> Array:
-    """The array, which is more than a shape."""
-    if isinstance(x, Tensor) and x.is_meta:
-        raise ValueError(f"{name} is a meta tensor, which holds no values: give it values first")
-    return x
-
-
-def check_bits(name: str, bits: Any) -> int:
-    """An integer from 2 to 8."""
-    if not isinstance(bits, Integral) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ValueError(f"{name}={bits!r}: use an integer from 2 to 8")
-    return int(bits)
-
-
-def check_ratio(name: str, r: Any) -> float:
-    """A number in [0, 1]."""
-    if not isinstance(r, Real) or isinstance(r, bool) or not 0 <= r <= 1:
-        raise ValueError(f"{name}={r!r}: use a number from 0 (no splits) to 1 (as many splits as channels)")
-    return float(r)
-
-
-def _check_groups(groups: Any, outputs: int) -> None:
-    whole = isinstance(groups, Integral) and not isinstance(groups, bool)
-    if not whole or groups < 1 or groups > max(outputs, 1) or outputs % groups:
-        raise ValueError(f"groups={groups!r}: use a positive integer that divides the {outputs} output channels")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """One of the strings."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, choices))}")
-
-
-def check_select(select: Any) -> None:
-    """A rule's name, or a rule."""
-    if not callable(select) and select not in ("max", "error"):
-        raise ValueError(f"select={select!r}: use 'max', 'error', or a callable (w, n) that returns n channels")
-
-
-def check_rounding(rounding: Any, split: Any) -> None:
-    """Both are choices, and go together."""
-    check_choice("split", split, get_args(Split))
-    check_choice("rounding", rounding, get_args(Rounding))
-    if rounding == "squant" and split == "naive":
-        raise ValueError(
-            "rounding='squant' with split='naive': naive halves do not add up to a moved integer; use split='qa'"
-        )
-
-
-def _dtype_name(x: Array) -> str:
-    return str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else x.dtype.name
-
-
-def _kind(x: Any) -> str:
-    return f"{type(x).__name__} of {x.dtype}" if isinstance(x, Array) else type(x).__name__
-
-
-def _numpy(x: Array) -> np.ndarray:
-    return x.cpu().numpy() if isinstance(x, Tensor) else x
-
-
-def _like(x: Array, value: float) -> Array:
-    """The number as an array of x's kind and shape; see ocs.composite on why divisors are arrays."""
-    return torch.full_like(x, value) if isinstance(x, Tensor) else np.full_like(x, value)

@@ -115,7 +115,7 @@ def clip_thresholds(
     x = functional.check_array("x", x, min_rank=2)
     methods, r = _check_methods(methods), functional.check_ratio("r", r)
     largest = functional.clip_threshold(x, bits, "none", signed)
-    functional._check_groups(groups, x.shape[0])
+    functional.check_groups(groups, x.shape[0])
     x = _as_floats(x)
     panels = [_split_panel(x, bits, ratio, methods, groups, signed) for ratio in ((0.0, r) if r else (0.0,))]
     return _clip_figure(panels, np.linspace(0, 1.05 * largest or 1.0, BINS + 1), title)
@@ -175,7 +175,7 @@ def _most_outliers(statistics: Statistics, r: float, groups: int) -> Tensor:
     """The channels that quantize() splits."""
     if not statistics.channels:
         raise ValueError(f"r={r}: these statistics do not count single channels, which are to be split: use r=0")
-    functional._check_groups(groups, statistics.channels)
+    functional.check_groups(groups, statistics.channels)
     splits = functional.splits_for(r, statistics.channels // groups, groups)
     return statistics.most_outliers(splits, groups).flatten()
 

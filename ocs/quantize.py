@@ -2,225 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ocs import functional
-from ocs.activation import ActSplit, InputGrid, QuantizedInput
+from ocs.activation import ActSplit
 from ocs.batchnorm import Folding, plan_folding
-from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for
-from ocs.correct import InputMean, input_means, restore_mean
+from ocs.calibrate import Calibration, Data
 from ocs.find import (
     FIRST_LAYER,
-    Layer,
     Options,
     Selector,
     apply_skip,
-    check_lazy,
     check_model,
     find_layers,
-    first_weight,
     is_kind,
     named,
     options_for,
-    replacement_of,
     selectors,
     show,
 )
-from ocs.functional import Granularity, Quantization, Rounding, Select, Split, SplitPlan
-from ocs.layer import QuantizedLayer, with_originals
-from ocs.moments import input_moments
-from ocs.nn import QuantProduct
+from ocs.functional import Granularity, Rounding, Select, Split
+from ocs.inputs import look_at_inputs
+from ocs.one_layer import common_part, quantize_layer
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
-
-# --- One layer --------------------------------------------------------------------------------------------------------
-
-
-class Known(NamedTuple):
-    """What is known of a layer besides its weights."""
-
-    statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
-    mean: InputMean | None = None  # of its input, where the bias is to be corrected
-    gain: float = functional.GAIN  # see functional.output_error
-
-
-def quantize_layer(layer: Layer, options: Options, known: Known) -> tuple[QuantizedLayer, list[LayerReport]]:
-    """The layer that replaces this one, and a line of the report for each of its weights."""
-    module, kind = layer.module, replacement_of(layer.module)
-    if layer.only_folded:
-        options = replace(options, expand=False)
-    steps = {}
-    for name in kind.weight_names(module):
-        weight = module._parameters[name]
-        check_lazy(weight)
-        with named(*[name] * (name != "weight")):
-            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options, known.gain)
-    quantized = {name: step.quantized for name, (_, step) in steps.items()}
-    quantized_input = quantize_input(layer, options, known.statistics) if wants_input(layer, options) else None
-    replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
-    replacement.settings = options.shown
-    if known.mean is not None:
-        restore_mean(replacement, module.weight, known.mean.mean)
-    bias = "" if known.mean is None else known.mean.source
-    return replacement, [_report_weight(layer, options, replacement, bias, name, *step) for name, step in steps.items()]
-
-
-def _quantize_weight(
-    weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options, gain: float
-) -> tuple[SplitPlan, Quantization]:
-    """The plan of a weight, its integers, and their signal and noise."""
-    w = kind.layout(weight, groups).float().contiguous()
-    how = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
-    plan = functional.plan_splits(w, options.r, groups, options.select, *how)
-    return plan, functional.quantize_plan(w, plan, *how, groups, gain)
-
-
-def wants_input(layer: Layer, options: Options) -> bool:
-    """Whether its input is to be quantized."""
-    if options.abits is None or layer.float_input or layer.status != "quantized":
-        return False
-    return not replacement_of(layer.module).input_if_asked or "abits" in layer.asked_for
-
-
-def wants_statistics(layer: Layer, options: Options) -> bool:
-    """Whether calibration must tell of its input."""
-    known = options.act_split == "oracle" and options.act_signed is True
-    return wants_input(layer, options) and not known
-
-
-def wants_mean(layer: Layer, options: Options) -> bool:
-    """Whether its bias is to be corrected, by the mean of its input."""
-    return options.correct_bias and layer.status == "quantized" and corrects(layer)
-
-
-def corrects(layer: Layer) -> bool:
-    """Whether that is possible for a layer of its kind."""
-    return issubclass(replacement_of(layer.module), QuantProduct)
-
-
-def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
-    """Its grid, which channels are split (those with most values beyond the layer's 99th percentile), and its scale."""
-    kind = replacement_of(layer.module)
-    weight, groups, C = first_weight(layer.module)
-    grid = InputGrid(
-        bits=options.abits,
-        signed=options.act_signed is True or statistics.smallest < 0,
-        splits=functional.splits_for(options.act_r, C, groups) if kind.splits_input else 0,
-        split=options.split,
-        act_split=options.act_split,
-        clip=options.act_clip,
-    )
-    if grid.oracle:
-        return QuantizedInput(grid)
-    source = split = None
-    if kind.splits_input and statistics.channels not in (None, groups * C):
-        raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")
-    if grid.splits:
-        split = statistics.most_outliers(grid.splits, groups).flatten()
-        source = with_originals(split, groups, C).to(weight.device)
-    threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
-    scale = functional.scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
-    return QuantizedInput(grid, scale.to(weight.device), source)
-
-
-def _report_weight(
-    layer: Layer,
-    options: Options,
-    replacement: QuantizedLayer,
-    bias_from: str,
-    name: str,
-    plan: SplitPlan,
-    step: Quantization,
-) -> LayerReport:
-    quantized = step.quantized
-    groups, C = replacement.groups, replacement.channels[name]
-    sources, of_input = replacement.copies(name).tolist(), _report_input(replacement)
-    numbers = quantized.scale.numel() + len(sources) + len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
-    return LayerReport(
-        **_common(layer, name),
-        bits=options.wbits,
-        granularity=options.granularity,
-        clip=step.clip,
-        channels=groups * C,
-        splits=len(sources),
-        sources=tuple(sources),
-        threshold=_numbers(quantized.threshold),
-        scale=_numbers(quantized.scale),
-        max_before=max(plan.channel_max.tolist(), default=0.0),
-        max_after=max(plan.split_max.tolist(), default=0.0),
-        sqnr_db=functional.sqnr_db(*step.error),
-        packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8) + 4 * numbers,
-        expanded_shape=replacement.expanded_shape(name),
-        **of_input,
-        reason=_note(layer, options, C, groups, bool(bias_from)),
-        bias_from=bias_from,
-    )
-
-
-def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
-    """The part of a report that is about its input."""
-    grid = replacement.input_grid
-    if grid is None:
-        return {}
-    scale = replacement._buffers.get("input_scale")
-    scales = {} if scale is None else {"act_scale": float(scale), "act_threshold": float(scale) * grid.qmax}
-    return {
-        "act_bits": grid.bits,
-        "act_signed": grid.signed,
-        "act_clip": grid.clip,
-        "act_split": grid.act_split,
-        "act_splits": grid.splits * replacement.groups,
-        "act_sources": tuple(replacement.input_copies().tolist()),
-        **scales,
-    }
-
-
-def _note(layer: Layer, options: Options, channels: int, groups: int, corrected: bool) -> str:
-    """What is not as it was asked for."""
-    kind, notes = replacement_of(layer.module), []
-    if (options.r or options.act_r) and groups > 1 and channels == 1:
-        notes.append("depthwise: not split")
-    if layer.only_folded:
-        notes.append(f"runs folded: {layer.only_folded}")
-    if options.abits is not None and not wants_input(layer, options):
-        notes.append("input stays float" + (": name it in overrides" if kind.input_if_asked else ""))
-    elif options.abits is not None and options.act_r and not kind.splits_input:
-        notes.append("input not split")
-    if options.correct_bias and not corrects(layer):
-        notes.append(f"bias not corrected: not for {type(layer.module).__name__}")
-    elif options.correct_bias and not corrected:
-        notes.append("bias not corrected: the mean of its input is unknown")
-    return "; ".join(notes)
-
-
-def _common(layer: Layer, name: str | None = None) -> dict[str, Any]:
-    """The part of a report that does not depend on quantization: of one weight, or of all that the layer holds."""
-    parameters = layer.module._parameters if name is None else {name: layer.module._parameters[name]}
-    weights = {k: p for k, p in parameters.items() if p is not None and not nn.parameter.is_lazy(p) and p.dim() >= 2}
-    return {
-        "name": layer.name,
-        "kind": type(layer.module).__name__,
-        "weight": next(iter(weights)) if len(weights) == 1 else "",
-        "shape": tuple(next(iter(weights.values())).shape) if len(weights) == 1 else (),
-        "status": layer.status,
-        "float_bytes": sum(p.numel() * p.element_size() for p in weights.values()),
-    }
-
-
-def _numbers(x: Tensor) -> float | tuple[float, ...]:
-    values = x.tolist()
-    return values if isinstance(values, float) else tuple(values)
-
-
-# --- The whole model --------------------------------------------------------------------------------------------------
 
 
 def quantize(
@@ -257,11 +67,14 @@ def quantize(
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold; "auto" is for each layer, or output channel that has a scale, what leaves the
-            least functional.output_error.
+            least functional.output_error, with rounding="gptq" by what calibration measured.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
-            rounding errors cancel in each filter and each output channel, see functional.quantize_weight.
+            rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
+            for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
+            moments of what the weight meets in the float model (ocs.second_moments says what that is, and what it
+            takes). Layers that calibration never reaches are rounded to nearest; the report says so.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
@@ -278,8 +91,9 @@ def quantize(
             float inputs: measured where there is calibration, else from the norms before the layer, else unknown,
             and the layer's bias as it was: the report says so. Recurrent and attention layers keep theirs.
         calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
-            model, or what ocs.calibrate returned. The model runs in eval mode and without gradients. Where
-            torch.distributed is initialized, every rank calls quantize with batches of its own and sees those of all.
+            model, or what ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode
+            and without gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
+            own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
         skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates
@@ -324,79 +138,22 @@ def quantize(
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
-    inputs, depth = _look_at_inputs(model, layers, chosen, calibration, progress), _depth(layers)
-    means = _means_for(model, layers, chosen, inputs)
+    known = look_at_inputs(model, layers, chosen, calibration, progress)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         replacements, lines = {**folding.layers, **folding.norms}, []
         for layer in with_progress(layers, "quantize", progress):
             if layer.status != "quantized":
-                lines.append(LayerReport(**_common(layer), reason=layer.reason))
+                lines.append(LayerReport(**common_part(layer), reason=layer.reason))
                 continue
             old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
             with named(layer.name):
-                known = Known(inputs.get(layer.name), means.get(layer.name), depth)
-                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], known)
+                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], known[layer.name])
             lines += of_layer
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
     settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
-
-
-def _depth(layers: list[Layer]) -> int:
-    """How many layers the changes of gain multiply through."""
-    return sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
-
-
-def _look_at_inputs(
-    model: nn.Module,
-    layers: list[Layer],
-    chosen: Mapping[str, Options],
-    calibration: Data | Calibration | None,
-    progress: bool | None,
-) -> Mapping[str, Statistics]:
-    """What calibration tells of layers' inputs; a layer whose input shall be quantized needs it, or stays float."""
-    of_inputs = [layer for layer in layers if chosen[layer.name].abits is not None]
-    for layer in layers:
-        options = chosen[layer.name]
-        if options.abits is None and options.of_inputs and "abits" not in layer.asked_for:
-            raise ValueError(f"{layer.name}: an act_ option without abits has no effect: set abits, too")
-    needed = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
-    watched = [layer for layer in layers if layer in needed or wants_mean(layer, chosen[layer.name])]
-    if calibration is None:
-        if needed:
-            raise ValueError(
-                f"{needed[0].name}: abits={chosen[needed[0].name].abits} needs calibration=: batches of inputs, say"
-            )
-        return {}
-    if not of_inputs and not any(options.correct_bias for options in chosen.values()):
-        raise ValueError("calibration= without abits or correct_bias has no effect: set one of these, too")
-    if not watched:
-        return {}
-    if not isinstance(calibration, Calibration):
-        statistics = {}
-        for layer in watched:
-            options = chosen[layer.name]
-            split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
-            statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
-        observe(model, calibration, statistics, progress)
-        calibration = reached(statistics)
-    elif not any(layer.name in calibration for layer in watched):
-        raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
-    for layer in needed:
-        if layer.name not in calibration:
-            layer.leave("float", "calibration never reached it")
-    return calibration
-
-
-def _means_for(
-    model: nn.Module, layers: list[Layer], chosen: Mapping[str, Options], inputs: Mapping[str, Statistics]
-) -> dict[str, InputMean]:
-    """The mean input of each layer whose bias is to be corrected, where it is known."""
-    wanted = {layer.name for layer in layers if wants_mean(layer, chosen[layer.name])}
-    means = input_means(inputs, input_moments(model) if wanted - inputs.keys() else {})
-    return {name: mean for name, mean in means.items() if name in wanted}
 
 
 def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:

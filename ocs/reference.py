@@ -329,6 +329,43 @@ def _steps(error: np.int64) -> int:
     return int(abs(error) + STEP // 2) // STEP
 
 
+def gptq_weight(
+    w: Floats,
+    scale: Floats,
+    source: NDArray[np.int64],
+    depth: NDArray[np.int32],
+    offset: NDArray[np.int32],
+    groups: int,
+    bits: int,
+    second: NDArray[np.float64],
+) -> Ints:
+    """Integers int8 [O, C + n, ...] by Frantar et al.'s equations 2 and 3, second [groups, C K, C K].
+
+    The column with the largest diagonal first; each one's error is compensated by the inverse of H in those that are
+    left, and then goes out of the inverse. What is rounded is M; part i of 2^m of it is floor((M + i) / 2^m).
+    """
+    qmax, C, K = 2 ** (bits - 1) - 1, w.shape[1], math.prod(w.shape[2:])
+    u = _grouped(_grid_units(w, scale), groups).astype(np.float64)
+    ints = np.zeros((groups, u.shape[1], source.size // groups, K), np.int8)
+    within = source.reshape(groups, -1) - np.arange(groups)[:, None] * C
+    depth, offset = (part.reshape(groups, -1).astype(np.int64) for part in (depth, offset))
+    for g in range(groups):
+        diagonal = np.diag(second[g])
+        left = [int(i) for i in np.argsort(-diagonal, kind="stable")]
+        inverse = np.linalg.inv((second[g] + np.eye(C * K) * (0.01 * diagonal.mean() or 1))[np.ix_(left, left)])
+        v = u[g].reshape(-1, C * K).copy()
+        while left:
+            c, k = divmod(left[0], K)
+            own = (within[g] == c).nonzero()[0]
+            parts = (round_half_up(v[:, left[0], None]).astype(np.int64) + offset[g][own]) >> depth[g][own]
+            ints[g, :, own, k] = np.clip(parts, -qmax, qmax).T
+            error = v[:, left[0]] - ints[g, :, own, k].sum(0, dtype=np.int64)
+            v[:, left] -= np.outer(error, inverse[0]) / inverse[0, 0]
+            inverse = (inverse - np.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
+            left.pop(0)
+    return ints.reshape(w.shape[0], -1, *w.shape[2:])
+
+
 def fold(ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, channels: int) -> Floats:
     """float32 [O, channels, ...]: scale times the sum of each channel's integers and its copies'."""
     flat = ints.reshape(*ints.shape[:2], math.prod(ints.shape[2:])).astype(np.int64)

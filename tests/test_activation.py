@@ -303,7 +303,7 @@ def test_every_kind_of_layer() -> None:
         ({"act_r": 0.1}, "an act_ option without abits has no effect"),
         ({"act_clip": "mse"}, "an act_ option without abits has no effect"),
         ({"abits": 4, "fold_bn": "no"}, "fold_bn='no': use True or False"),
-        ({"abits": None}, "calibration= without abits or correct_bias has no effect"),
+        ({"abits": None}, "calibration= without abits, correct_bias"),
     ],
 )
 def test_bad_options(net: SmallNet, options: dict, message: str) -> None:

@@ -317,7 +317,8 @@ def test_auto_leaves_the_least_output_error(kind, r: float, groups: int, roundin
                 errors.append(functional.output_error(w, q, groups, gain=4))
                 thresholds.append(q.threshold)
             plan = functional.plan_splits(kind(w), r, groups)
-            best = functional.quantize_plan(kind(w), plan, bits, "auto", granularity, "qa", rounding, groups, gain=4)
+            how = functional.How(bits, "auto", granularity, "qa", rounding, groups, gain=4)
+            best = functional.quantize_plan(kind(w), plan, how)
             first = np.argmin([error.sum() for error in errors])
             if granularity == "tensor":
                 assert best.clip == functional.AUTO[first]
@@ -334,7 +335,9 @@ def test_auto_leaves_the_least_output_error(kind, r: float, groups: int, roundin
 @pytest.mark.parametrize("shape", [(3, 4), (4, 0), (0, 3, 3), (5, 3, 0)])
 def test_auto_without_weights(granularity: str, shape: tuple[int, ...]) -> None:
     w = torch.zeros(shape)
-    best = functional.quantize_plan(w, functional.plan_splits(w, 0.5), 3, "auto", granularity, "qa", "squant")
+    best = functional.quantize_plan(
+        w, functional.plan_splits(w, 0.5), functional.How(3, "auto", granularity, rounding="squant")
+    )
     assert best.clip == ("none" if len(w) else best.clip)  # the first of equals
     assert best.quantized.threshold.shape == (shape[:1] if granularity == "channel" else ())
 

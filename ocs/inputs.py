@@ -1,0 +1,131 @@
+"""What quantize() finds out about the inputs of layers, by calibration or from the graph: what each option needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from ocs import functional
+from ocs.calibrate import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
+from ocs.correct import InputMean, input_means
+from ocs.find import Layer, Options, replacement_of
+from ocs.moments import input_moments
+from ocs.nn import QuantProduct
+from ocs.second_moments import LayerMoments
+
+
+class Known(NamedTuple):
+    """What is known of a layer besides its weights."""
+
+    statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
+    mean: InputMean | None = None  # of its input, where the bias is to be corrected
+    moments: LayerMoments | None = None  # of what its weights meet, where these are rounded by them
+    gain: float = functional.GAIN  # see functional.output_error
+
+
+def wants_input(layer: Layer, options: Options) -> bool:
+    """Whether its input is to be quantized."""
+    if options.abits is None or layer.float_input or layer.status != "quantized":
+        return False
+    return not replacement_of(layer.module).input_if_asked or "abits" in layer.asked_for
+
+
+def wants_statistics(layer: Layer, options: Options) -> bool:
+    """Whether calibration must tell of its input."""
+    known = options.act_split == "oracle" and options.act_signed is True
+    return wants_input(layer, options) and not known
+
+
+def wants_mean(layer: Layer, options: Options) -> bool:
+    """Whether its bias is to be corrected, by the mean of its input."""
+    return options.correct_bias and layer.status == "quantized" and corrects(layer)
+
+
+def corrects(layer: Layer) -> bool:
+    """Whether that is possible for a layer of its kind."""
+    return issubclass(replacement_of(layer.module), QuantProduct)
+
+
+def wants_moments(layer: Layer, options: Options) -> bool:
+    """Whether calibration must tell of what its weights meet."""
+    return layer.status == "quantized" and options.rounding == "gptq"
+
+
+def look_at_inputs(
+    model: nn.Module,
+    layers: list[Layer],
+    chosen: Mapping[str, Options],
+    calibration: Data | Calibration | None,
+    progress: bool | None,
+) -> dict[str, Known]:
+    """What is known of each layer. Those whose input shall be quantized stay float where calibration never saw it."""
+    seen = _calibrated(model, layers, chosen, calibration, progress)
+    wanted = {layer.name for layer in layers if wants_mean(layer, chosen[layer.name])}
+    means = input_means(seen, input_moments(model) if wanted - seen.keys() else {})
+    depth = sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
+    return {
+        name: Known(seen.get(name), means.get(name) if name in wanted else None, seen.moments.get(name), depth)
+        for name in (layer.name for layer in layers)
+    }
+
+
+def _calibrated(
+    model: nn.Module,
+    layers: list[Layer],
+    chosen: Mapping[str, Options],
+    calibration: Data | Calibration | None,
+    progress: bool | None,
+) -> Calibration:
+    _check_of_inputs(layers, chosen)
+    needed = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
+    watched = [layer for layer in layers if layer in needed or wants_mean(layer, chosen[layer.name])]
+    compensated = [layer for layer in layers if wants_moments(layer, chosen[layer.name])]
+    if calibration is None:
+        needs = [(layer, f"abits={chosen[layer.name].abits}") for layer in needed]
+        for layer, need in [*needs, *((layer, "rounding='gptq'") for layer in compensated)]:
+            raise ValueError(f"{layer.name}: {need} needs calibration=: batches of inputs, say")
+        return Calibration()
+    if not any(o.abits is not None or o.correct_bias or o.rounding == "gptq" for o in chosen.values()):
+        raise ValueError(
+            "calibration= without abits, correct_bias or rounding='gptq' has no effect: set one of these, too"
+        )
+    if not watched and not compensated:
+        return Calibration()
+    if not isinstance(calibration, Calibration):
+        calibration = _run(model, watched, compensated, chosen, calibration, progress)
+    elif not any(layer.name in calibration for layer in [*watched, *compensated]):
+        raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
+    elif compensated and not calibration.moments:
+        raise ValueError("rounding='gptq': calibration has no second moments; use ocs.calibrate(..., moments=True)")
+    for layer in needed:
+        if layer.name not in calibration:
+            layer.leave("float", "calibration never reached it")
+    return calibration
+
+
+def _check_of_inputs(layers: list[Layer], chosen: Mapping[str, Options]) -> None:
+    for layer in layers:
+        options = chosen[layer.name]
+        if options.abits is None and options.of_inputs and "abits" not in layer.asked_for:
+            raise ValueError(f"{layer.name}: an act_ option without abits has no effect: set abits, too")
+
+
+def _run(
+    model: nn.Module,
+    watched: list[Layer],
+    compensated: list[Layer],
+    chosen: Mapping[str, Options],
+    data: Data,
+    progress: bool | None,
+) -> Calibration:
+    """What these layers need and no more."""
+    statistics = {}
+    for layer in watched:
+        options = chosen[layer.name]
+        split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
+        statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
+    moments = {layer.name: moments_for(model, layer) for layer in compensated}
+    observe(model, data, statistics, progress, moments)
+    return reached(statistics, moments)

@@ -1,0 +1,179 @@
+"""One layer: its weights and its input quantized, the module that replaces it, and its lines of the report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocs import functional
+from ocs.activation import InputGrid, QuantizedInput
+from ocs.calibrate import Statistics
+from ocs.correct import restore_mean
+from ocs.find import Layer, Options, check_lazy, first_weight, named, replacement_of
+from ocs.functional import How, Quantization, SplitPlan
+from ocs.inputs import Known, corrects, wants_input
+from ocs.layer import QuantizedLayer, with_originals
+from ocs.report import LayerReport
+
+
+def quantize_layer(layer: Layer, options: Options, known: Known) -> tuple[QuantizedLayer, list[LayerReport]]:
+    """The layer that replaces this one, and a line of the report for each of its weights."""
+    module, kind = layer.module, replacement_of(layer.module)
+    if options.rounding == "gptq" and known.moments is None:
+        options, layer.note = replace(options, rounding="nearest"), "rounded to nearest: calibration never reached it"
+    if layer.only_folded:
+        options = replace(options, expand=False)
+    steps = {}
+    for name in kind.weight_names(module):
+        with named(*[name] * (name != "weight")):
+            steps[name] = _quantize_weight(layer, name, options, known)
+    quantized = {name: step.quantized for name, (_, step) in steps.items()}
+    quantized_input = quantize_input(layer, options, known.statistics) if wants_input(layer, options) else None
+    replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
+    replacement.settings = options.shown
+    if known.mean is not None:
+        restore_mean(replacement, module.weight, known.mean.mean)
+    bias = "" if known.mean is None else known.mean.source
+    return replacement, [_report_weight(layer, options, replacement, bias, name, *step) for name, step in steps.items()]
+
+
+def _quantize_weight(layer: Layer, name: str, options: Options, known: Known) -> tuple[SplitPlan, Quantization]:
+    """The plan of a weight, its integers, and their signal and noise."""
+    w, how = _weight_of(layer, name), how_of(layer, name, options, known)
+    n = functional.splits_for(options.r, w.shape[1], how.groups)
+    plan = functional.choose_splits(w, n, options.select, how)
+    return plan, functional.quantize_plan(w, plan, how)
+
+
+def _weight_of(layer: Layer, name: str) -> Tensor:
+    """A weight as float32 [O, C, ...]."""
+    weight = layer.module._parameters[name]
+    check_lazy(weight)
+    groups = getattr(layer.module, "groups", 1)
+    return replacement_of(layer.module).layout(weight.detach(), groups).float().contiguous()
+
+
+def how_of(layer: Layer, name: str, options: Options, known: Known) -> How:
+    """How a weight of the layer is quantized."""
+    second = known.moments[name].products if options.rounding == "gptq" else None
+    groups = getattr(layer.module, "groups", 1)
+    given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
+    return How(*given, groups, second, known.gain)
+
+
+def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
+    """Its grid, which channels are split (those with most values beyond the layer's 99th percentile), and its scale."""
+    kind = replacement_of(layer.module)
+    weight, groups, C = first_weight(layer.module)
+    grid = InputGrid(
+        bits=options.abits,
+        signed=options.act_signed is True or statistics.smallest < 0,
+        splits=functional.splits_for(options.act_r, C, groups) if kind.splits_input else 0,
+        split=options.split,
+        act_split=options.act_split,
+        clip=options.act_clip,
+    )
+    if grid.oracle:
+        return QuantizedInput(grid)
+    source = split = None
+    if kind.splits_input and statistics.channels not in (None, groups * C):
+        raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")
+    if grid.splits:
+        split = statistics.most_outliers(grid.splits, groups).flatten()
+        source = with_originals(split, groups, C).to(weight.device)
+    threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
+    scale = functional.scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
+    return QuantizedInput(grid, scale.to(weight.device), source)
+
+
+def _report_weight(
+    layer: Layer,
+    options: Options,
+    replacement: QuantizedLayer,
+    bias_from: str,
+    name: str,
+    plan: SplitPlan,
+    step: Quantization,
+) -> LayerReport:
+    quantized = step.quantized
+    groups, C = replacement.groups, replacement.channels[name]
+    sources, of_input = replacement.copies(name).tolist(), _report_input(replacement)
+    numbers = quantized.scale.numel() + len(sources) + len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
+    return LayerReport(
+        **common_part(layer, name),
+        bits=options.wbits,
+        granularity=options.granularity,
+        clip=step.clip,
+        channels=groups * C,
+        splits=len(sources),
+        sources=tuple(sources),
+        threshold=_numbers(quantized.threshold),
+        scale=_numbers(quantized.scale),
+        max_before=max(plan.channel_max.tolist(), default=0.0),
+        max_after=max(plan.split_max.tolist(), default=0.0),
+        sqnr_db=functional.sqnr_db(*step.error),
+        packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8) + 4 * numbers,
+        expanded_shape=replacement.expanded_shape(name),
+        **of_input,
+        reason=_note(layer, options, C, groups, bool(bias_from)),
+        bias_from=bias_from,
+    )
+
+
+def _report_input(replacement: QuantizedLayer) -> dict[str, Any]:
+    """The part of a report that is about its input."""
+    grid = replacement.input_grid
+    if grid is None:
+        return {}
+    scale = replacement._buffers.get("input_scale")
+    scales = {} if scale is None else {"act_scale": float(scale), "act_threshold": float(scale) * grid.qmax}
+    return {
+        "act_bits": grid.bits,
+        "act_signed": grid.signed,
+        "act_clip": grid.clip,
+        "act_split": grid.act_split,
+        "act_splits": grid.splits * replacement.groups,
+        "act_sources": tuple(replacement.input_copies().tolist()),
+        **scales,
+    }
+
+
+def _note(layer: Layer, options: Options, channels: int, groups: int, corrected: bool) -> str:
+    """What is not as it was asked for."""
+    kind, notes = replacement_of(layer.module), [layer.note] * bool(layer.note)
+    if (options.r or options.act_r) and groups > 1 and channels == 1:
+        notes.append("depthwise: not split")
+    if layer.only_folded:
+        notes.append(f"runs folded: {layer.only_folded}")
+    if options.abits is not None and not wants_input(layer, options):
+        notes.append("input stays float" + (": name it in overrides" if kind.input_if_asked else ""))
+    elif options.abits is not None and options.act_r and not kind.splits_input:
+        notes.append("input not split")
+    if options.correct_bias and not corrects(layer):
+        notes.append(f"bias not corrected: not for {type(layer.module).__name__}")
+    elif options.correct_bias and not corrected:
+        notes.append("bias not corrected: the mean of its input is unknown")
+    return "; ".join(notes)
+
+
+def common_part(layer: Layer, name: str | None = None) -> dict[str, Any]:
+    """The part of a report that does not depend on quantization: of one weight, or of all that the layer holds."""
+    parameters = layer.module._parameters if name is None else {name: layer.module._parameters[name]}
+    weights = {k: p for k, p in parameters.items() if p is not None and not nn.parameter.is_lazy(p) and p.dim() >= 2}
+    return {
+        "name": layer.name,
+        "kind": type(layer.module).__name__,
+        "weight": next(iter(weights)) if len(weights) == 1 else "",
+        "shape": tuple(next(iter(weights.values())).shape) if len(weights) == 1 else (),
+        "status": layer.status,
+        "float_bytes": sum(p.numel() * p.element_size() for p in weights.values()),
+    }
+
+
+def _numbers(x: Tensor) -> float | tuple[float, ...]:
+    values = x.tolist()
+    return values if isinstance(values, float) else tuple(values)

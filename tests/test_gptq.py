@@ -1,0 +1,442 @@
+"""Rounding by second moments: equal to its twin, worth its data, and right about what each weight meets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Everything, SmallNet, assert_unchanged, outlier_weight, state
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import ocs
+from ocs import functional, reference
+from ocs.gptq import Compensation
+from ocs.second_moments import LayerMoments, SecondMoments, rows_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def correlated(groups: int, columns: int, count: int = 400, seed: int = 0) -> np.ndarray:
+    """Second moments of inputs that go together and have a mean, float64 [groups, columns, columns]."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.standard_normal((groups, count, columns)) @ generator.standard_normal((groups, columns, columns))
+    x = np.maximum(mixed, 0) * generator.exponential(1, columns)
+    return x.swapaxes(1, 2) @ x
+
+
+def quantized(w: Any, bits: int, r: float = 0.0, **options: Any) -> functional.QuantizedWeight:
+    return functional.quantize_weight(w, bits, r, rounding="gptq", **options)
+
+
+def error(w: np.ndarray, q: functional.QuantizedWeight, H: np.ndarray) -> float:  # noqa: N803
+    d = functional.fold(q, w.shape[1], len(H)).astype(np.float64) - w
+    d = d.reshape(len(H), -1, H.shape[1])
+    return float((d @ H * d).sum())
+
+
+# --- The integers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((6, 8, 3), 1), ((6, 40), 1), ((6, 5, 3, 2), 3), ((4, 1, 9), 4), ((3, 150), 1)]
+)
+def test_it_equals_its_twin(kind, granularity: str, shape: tuple[int, ...], groups: int) -> None:
+    """Which inverts H and takes out column after column; with splits, with clipping, beyond one block of columns."""
+    w, H = outlier_weight(shape), correlated(groups, int(np.prod(shape[1:])))
+    for bits, r, clip in ((2, 0.0, "none"), (3, 0.4, "none"), (4, 0.2, 0.3), (8, 1.0, "mse")):
+        q = quantized(kind(w), bits, r, clip=clip, granularity=granularity, groups=groups, moments=kind(H))
+        assert all(type(part) is type(kind(w)) for part in q)
+        ints, scale = np.asarray(q.ints), np.asarray(q.scale)
+        plan = functional.plan_splits(w, r, groups)
+        np.testing.assert_array_equal(ints, reference.gptq_weight(w, scale, *plan[:3], groups, bits, H))
+        nearest = functional.quantize_weight(w, bits, r, clip, granularity, groups=groups)
+        np.testing.assert_array_equal(scale, nearest.scale)
+        assert (ints != nearest.ints).any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_parts_add_up(bits: int) -> None:
+    """What compensation takes a column for is what the kernels make of it: every integer, depth and saturation."""
+    most = 2 ** (bits - 1) - 1
+    for splits in range(9):
+        source, depth, offset, *_ = reference.split_plan(np.float32([1, 2**-20]), 1, splits)
+        whole = torch.arange(-40 * most, 40 * most + 1, dtype=torch.float32)
+        w = torch.stack([whole, torch.zeros_like(whole)], 1)
+        compensation = Compensation(w, *map(torch.from_numpy, (source, depth, offset)), bits, torch.eye(2)[None])
+        total = compensation.parts.column(0, split=splits > 0).sum(whole[None].double())[0]
+        q = reference.quantize_weight(w.numpy(), np.float32(1), source, depth, offset, 1, bits, True)
+        np.testing.assert_array_equal(total, reference.fold(q, np.float32(1), source, 1, 2)[:, 0])
+        unsaturated = (np.abs(q) < most).all(1)
+        np.testing.assert_array_equal(total[unsaturated], whole[unsaturated])
+    assert depth.max() == 4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("r", [0, 0.2])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_outputs_are_off_less(bits: int, r: float, granularity: str) -> None:
+    """Than with nearest rounding: always, and by a third on average over weights and inputs."""
+    ratios = []
+    for seed in range(10):
+        w, H = outlier_weight((8, 6, 3), seed), correlated(2, 18, seed=seed)
+        ours = quantized(w, bits, r, granularity=granularity, groups=2, moments=H)
+        nearest = functional.quantize_weight(w, bits, r, granularity=granularity, groups=2)
+        ratios.append(error(w, ours, H) / error(w, nearest, H))
+    assert np.exp(np.mean(np.log(ratios))) < 0.65
+    assert max(ratios) < 1
+
+
+@pytest.mark.parametrize(("r", "clip"), [(0, "none"), (0.3, "none"), (0.3, 0.3)])
+def test_what_does_not_go_together_is_rounded_to_nearest(r: float, clip: str | float) -> None:
+    """To the bit; also where inputs are always zero, all of them or some."""
+    w = outlier_weight((12, 10, 3))
+    nearest = functional.quantize_weight(w, 3, r, clip)
+    for H in (np.diag(np.arange(30.0)), np.zeros((30, 30))):
+        np.testing.assert_array_equal(quantized(w, 3, r, clip=clip, moments=H).ints, nearest.ints)
+    H = correlated(1, 30)[0]
+    H[:6], H[:, :6] = 0, 0
+    ours = quantized(w, 3, r, clip=clip, moments=H)
+    source = np.isin(ours.source, (0, 1))
+    np.testing.assert_array_equal(ours.ints[:, source], nearest.ints[:, source])
+    assert (ours.ints[:, ~source] != nearest.ints[:, ~source]).any()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
+    """Of all that could be chosen, after rounding; of each output channel by itself, where each has a scale."""
+    w, H = outlier_weight((6, 12, 2)), correlated(2, 24)
+    plan = functional.plan_splits(w, 0.2, 2)
+    compensation = Compensation(w, *plan[:3], 3, torch.from_numpy(H))
+    errors = []
+    for clip in functional.AUTO:
+        q = quantized(w, 3, 0.2, clip=clip, granularity=granularity, groups=2, moments=H)
+        errors.append(compensation.error(functional.fold(q, 12, 2), 10))
+    ours = quantized(kind(w), 3, 0.2, clip="auto", granularity=granularity, groups=2, moments=kind(H))
+    found = np.asarray(compensation.error(np.asarray(functional.fold(ours, 12, 2)), 10))
+    if granularity == "channel":
+        np.testing.assert_array_equal(found, np.min(errors, 0))
+    else:
+        assert found.sum() == np.sum(errors, 1).min()
+
+
+def test_error_by_hand() -> None:
+    w, H = np.float32([[2, 0], [0, 1]]), torch.tensor([[[1.0, 0.5], [0.5, 2.0]]])
+    error = Compensation(w, *functional.plan_splits(w, 0)[:3], 4, H).error(w + np.float32([[1, 0], [1, -1]]), 10)
+    assert error.tolist() == pytest.approx([1 + 10 * 2**2 / 4, (1 + 2 - 1) + 10 * (0.5 - 2) ** 2 / 2])
+
+
+def test_without_weights() -> None:
+    for shape, groups in (((0, 3), 1), ((4, 0, 3), 1), ((4, 0, 3), 2), ((4, 1, 1), 4)):
+        N = int(np.prod(shape[1:]))
+        q = quantized(torch.zeros(shape), 4, 0.5, clip="auto", groups=groups, moments=torch.zeros(groups, N, N))
+        assert q.ints.shape[0] == shape[0]
+
+
+def bad_moments() -> dict[str, tuple[Any, str]]:
+    H = correlated(1, 6)[0]
+    return {
+        "missing": (None, r"rounding='gptq' needs moments="),
+        "shape": (H[:5], r"moments has shape \(5, 6\): use \(1, 6, 6\), C K = 6"),
+        "groups": (H[None].repeat(2, 0), r"moments has shape \(2, 6, 6\)"),
+        "nan": (H * np.nan, "moments holds NaN or Inf"),
+        "negative": (-H, "not positive semidefinite: they are no sums of x x"),
+        "list": (H.tolist(), "moments must be a numpy array or torch tensor"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_moments())
+def test_bad_moments(case: str) -> None:
+    moments, message = bad_moments()[case]
+    with pytest.raises(TypeError if case == "list" else ValueError, match=message):
+        quantized(outlier_weight((4, 3, 2)), 4, moments=moments)
+
+
+def test_moments_for_nothing() -> None:
+    with pytest.raises(ValueError, match="moments= with rounding='nearest' has no effect"):
+        functional.quantize_weight(outlier_weight((4, 3)), 4, moments=correlated(1, 3))
+    with pytest.raises(ValueError, match="rounding='gptq' with split='naive'"):
+        quantized(outlier_weight((4, 3)), 4, split="naive", moments=correlated(1, 3))
+
+
+# --- What the weights meet --------------------------------------------------------------------------------------------
+
+LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 4), (3, 2, 5)),
+    "one vector": (lambda: nn.Linear(5, 4), (5,)),
+    "1d": (lambda: nn.Conv1d(4, 6, 3, padding=2, dilation=2, groups=2), (3, 4, 11)),
+    "2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1)), (3, 4, 9, 7)),
+    "3d": (lambda: nn.Conv3d(2, 4, 2, padding=1, stride=2), (2, 2, 5, 4, 6)),
+    "same": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", dilation=2), (3, 4, 9, 7)),
+    "valid": (lambda: nn.Conv1d(4, 6, 3, padding="valid"), (3, 4, 9)),
+    "reflect": (lambda: nn.Conv2d(4, 4, 3, padding=(1, 2), padding_mode="reflect", groups=4), (3, 4, 9, 7)),
+    "circular": (lambda: nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), (3, 4, 9)),
+    "unbatched": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 9, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, (3, 4), (2, 1), (1, 2), (1, 0), 2, dilation=(2, 1)), (3, 4, 5, 6)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, padding=4, dilation=1), (2, 4, 12)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, 2), (2, 3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_what_linear_layers_meet(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of the weight with these vectors are the layer's outputs, all of them; in however many pieces."""
+    monkeypatch.setattr("ocs.second_moments.ELEMENTS", 300)
+    make, shape = LINEAR[case]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    layer.bias = None
+    rows = torch.cat([part for _, part in rows_of(layer, {"input": x})], 1)
+    groups = getattr(layer, "groups", 1)
+    kind = ocs.find.replacement_of(layer)
+    w = kind.layout(layer.weight.detach(), groups).reshape(groups, -1, rows.shape[2])
+    y = layer(x).detach()
+    channels = y.dim() - len(getattr(layer, "kernel_size", ())) - 1
+    expected = y.movedim(channels, 0).reshape(groups, len(w[0]), -1)
+    torch.testing.assert_close(w @ rows.mT, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_moments_are_those_of_the_vectors() -> None:
+    """Merged or at once; their mean too. Half-precision inputs are summed up in float32."""
+    layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(5, 4, 6, 6) + 1
+    rows = torch.cat([part for _, part in rows_of(layer, {"input": x})], 1).double()
+    parts = [LayerMoments(layer), LayerMoments(layer), LayerMoments(layer)]
+    for moments, part in zip(parts, (x, x[:2], x[2:]), strict=True):
+        moments.observe(layer, {"input": part})
+    parts[1]["weight"].merge(parts[2]["weight"])
+    for moments in parts[:2]:
+        ours = moments["weight"]
+        assert ours.count == moments.inputs == rows.shape[1] == 5 * 16
+        torch.testing.assert_close(ours.products.double(), rows.mT @ rows, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(ours.mean, rows.mean(1), rtol=1e-6, atol=1e-7)
+    half = SecondMoments(1, 4)
+    half.update(torch.full((1, 3000, 4), 30.0, dtype=torch.float16))
+    assert half.products.dtype == torch.float32
+    assert half.products[0, 0, 0] == 3000 * 900
+
+
+RECURRENT = {
+    "lstm": lambda **options: nn.LSTM(4, 5, **options),
+    "gru": lambda **options: nn.GRU(4, 5, **options),
+    "rnn": lambda **options: nn.RNN(4, 5, **options),
+    "relu": lambda **options: nn.RNN(4, 5, nonlinearity="relu", **options),
+    "projected": lambda **options: nn.LSTM(4, 5, proj_size=3, **options),
+}
+
+
+def steps_of(layer: nn.RNNBase, x: Tensor, hx: tuple[Tensor, ...], suffix: str) -> tuple[dict[str, Tensor], Tensor]:
+    """What the weights of one layer and direction meet in one sequence [T, C], and its outputs, by torch's cells."""
+    cell = {
+        "LSTM": torch.lstm_cell,
+        "GRU": torch.gru_cell,
+        "RNN_TANH": torch.rnn_tanh_cell,
+        "RNN_RELU": torch.rnn_relu_cell,
+    }
+    ih, hh, *biases = (getattr(layer, f"{name}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    hr = getattr(layer, f"weight_hr{suffix}", None)
+    h, *c = hx
+    met: dict[str, list[Tensor]] = {"ih": [], "hh": [], "hr": []}
+    outputs = []
+    reverse = suffix.endswith("reverse")
+    for step in reversed(x) if reverse else x:
+        met["ih"].append(step)
+        met["hh"].append(h)
+        if hr is not None:  # a cell knows no projection: it takes the product with the hidden state as its input
+            both, bias = torch.cat([ih, hh], 1), biases[0] + biases[1]
+            i, f, g, o = (both @ torch.cat([step, h]) + bias).chunk(4)
+            c = [f.sigmoid() * c[0] + i.sigmoid() * g.tanh()]
+            met["hr"].append(o.sigmoid() * c[0].tanh())
+            h = hr @ met["hr"][-1]
+        elif c:
+            h, *c = (y[0] for y in cell[layer.mode](step[None], (h[None], c[0][None]), ih, hh, *biases))
+        else:
+            h = cell[layer.mode](step[None], h[None], ih, hh, *biases)[0]
+        outputs.append(h)
+    return {k: torch.stack(v) for k, v in met.items() if v}, torch.stack(outputs[::-1] if reverse else outputs)
+
+
+def expected_rows(layer: nn.RNNBase, x: Tensor, hx: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Of all layers and directions in one sequence [T, C] with states [layers, H]."""
+    rows = {}
+    for i in range(layer.num_layers):
+        outputs = []
+        for d, suffix in enumerate([f"_l{i}", f"_l{i}_reverse"][: 1 + layer.bidirectional]):
+            at = i * (1 + layer.bidirectional) + d
+            met, out = steps_of(layer, x, tuple(state[at] for state in hx), suffix)
+            rows |= {f"weight_{kind}{suffix}": of_kind for kind, of_kind in met.items()}
+            outputs.append(out)
+        x = torch.cat(outputs, -1)
+    return rows
+
+
+@pytest.mark.parametrize("form", ["batch", "batch first", "unbatched", "packed", "no state"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("case", RECURRENT)
+def test_what_recurrent_layers_meet(case: str, bidirectional: bool, form: str) -> None:
+    """Inputs, and the hidden states that every step starts from, initial ones too; as torch's cells compute them."""
+    torch.manual_seed(0)
+    layer = RECURRENT[case](num_layers=2, bidirectional=bidirectional, batch_first=form == "batch first").eval()
+    lengths = [4, 6, 2] if form == "packed" else [6, 6, 6]
+    x = torch.randn(6, 3, 4)
+    sizes = [layer.proj_size or 5, 5][: 1 + (layer.mode == "LSTM")]
+    hx = tuple(torch.randn(2 * (1 + bidirectional), 3, size) * (form != "no state") for size in sizes)
+    if form == "unbatched":
+        lengths, given, state = [6], x[:, 0], tuple(part[:, 0] for part in hx)
+    elif form == "packed":
+        given, state = pack_padded_sequence(x, lengths, enforce_sorted=False), hx
+    else:
+        given, state = x.transpose(0, 1) if form == "batch first" else x, hx
+    arguments = {"input": given}
+    if form != "no state":
+        arguments["hx"] = state if layer.mode == "LSTM" else state[0]
+    with torch.no_grad():
+        ours = dict(rows_of(layer, arguments))
+        parts = [expected_rows(layer, x[:T, n], tuple(s[:, n] for s in hx)) for n, T in enumerate(lengths)]
+    assert set(ours) == set(ocs.find.replacement_of(layer).weight_names(layer))
+    for name, rows in ours.items():
+        expected = torch.cat([part[name] for part in parts])
+        torch.testing.assert_close(rows[0].mT @ rows[0], expected.mT @ expected, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(rows[0].sum(0), expected.sum(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_what_cells_meet(cell: type[nn.RNNCellBase]) -> None:
+    layer, x, h = cell(4, 5), torch.randn(3, 4), torch.randn(3, 5)
+    rows = dict(rows_of(layer, {"input": x, "hx": (h, h + 1) if cell is nn.LSTMCell else h}))
+    assert torch.equal(rows["weight_ih"][0], x)
+    assert torch.equal(rows["weight_hh"][0], h)
+    rows = dict(rows_of(layer, {"input": x[0]}))
+    assert torch.equal(rows["weight_hh"], torch.zeros(1, 1, 5))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 7}])
+def test_what_attention_meets(sizes: dict[str, int]) -> None:
+    """One weight for all three projections meets all their inputs, once where they are one; the output's, its input."""
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2, **sizes)}).eval()
+    query, key, value = (
+        torch.randn(5, 2, 6),
+        torch.randn(4, 2, sizes.get("kdim", 6)),
+        torch.randn(4, 2, sizes.get("vdim", 6)),
+    )
+    moments = ocs.calibrate(net, lambda model: model["attention"](query, key, value=value), moments=True).moments
+    of_input = moments["attention"]
+    if sizes:
+        seen = {"q_proj_weight": [query], "k_proj_weight": [key], "v_proj_weight": [value]}
+    else:
+        seen = {"in_proj_weight": [query, key, value]}
+        again = ocs.calibrate(net, lambda model: model["attention"](query, query, query), moments=True).moments
+        assert again["attention"]["in_proj_weight"].count == 10
+    assert set(of_input) == set(seen)
+    for name, inputs in seen.items():
+        x = torch.cat([part.flatten(0, 1) for part in inputs])
+        torch.testing.assert_close(of_input[name].products[0], x.mT @ x)
+    out, of_output = net["attention"].out_proj, moments["attention.out_proj"]["weight"]
+    with torch.no_grad():
+        y = (net["attention"](query, key, value)[0] - out.bias).flatten(0, 1)
+    expected = y.mT @ y
+    torch.testing.assert_close(out.weight @ of_output.products[0] @ out.weight.mT, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_layer_does_better() -> None:
+    """What each computes on the data it was calibrated on, against nearest rounding."""
+    torch.manual_seed(0)
+    net, inputs = Everything().eval(), Everything.inputs()
+    run = lambda model: model(*inputs)  # noqa: E731
+    rounded = {}
+    for rounding in ("nearest", "gptq"):
+        rounded[rounding] = copy.deepcopy(net)
+        options = {"calibration": run} if rounding == "gptq" else {}
+        report = ocs.quantize(rounded[rounding], wbits=3, rounding=rounding, **options)
+    calibration = ocs.calibrate(net, run, moments=True)
+    compared = 0
+    for line in report.quantized:
+        layer = net.get_submodule(line.name)
+        of_layer = calibration.moments[line.name]
+        name = line.weight or "weight"
+        H = of_layer[name].products.double()
+        kind = ocs.find.replacement_of(layer)
+        errors = {}
+        for rounding, model in rounded.items():
+            ours = model.get_submodule(line.name)
+            w = kind.layout(layer._parameters[name].detach(), ours.groups)
+            d = (ours.folded(name) - w).double().reshape(len(H), -1, H.shape[1])
+            errors[rounding] = float((d @ H * d).sum())
+        assert errors["gptq"] <= errors["nearest"], (line.name, name)
+        compared += errors["gptq"] < 0.9 * errors["nearest"]
+    assert compared >= len(report.quantized) - 3  # some inputs are but a few vectors
+
+
+@pytest.mark.parametrize("r", [0, 0.2])
+def test_quantize_with_batches_or_a_calibration(net: SmallNet, r: float) -> None:
+    """Folded or expanded, with its inputs quantized too; a calibration serves again and again."""
+    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    calibration = ocs.calibrate(net, x.split(3), moments=True)
+    for more in ({}, {"abits": 6, "act_r": 0.1}, {"clip": "auto", "granularity": "channel"}, {"fold_bn": True}):
+        options = {"wbits": 3, "r": r, "rounding": "gptq", **more}
+        nets = [copy.deepcopy(net) for _ in range(3)]
+        report = ocs.quantize(nets[0], **options, calibration=calibration)
+        ocs.quantize(nets[1], **options, calibration=x.split(3))
+        ocs.quantize(nets[2], **options, expand=False, calibration=calibration)
+        assert torch.equal(nets[0](x), nets[1](x))
+        torch.testing.assert_close(nets[0](x), nets[2](x), rtol=1e-4, atol=1e-5)
+        assert report.settings["rounding"] == "gptq"
+        assert all(not line.reason.startswith("rounded") for line in report.quantized)
+
+
+def test_a_layer_never_reached_is_rounded_to_nearest() -> None:
+    net = SmallNet().eval()
+    net.spare = nn.Linear(4, 4)
+    expected = functional.quantize_weight(net.spare.weight, 3, 0.2)
+    report = ocs.quantize(net, wbits=3, r=0.2, rounding="gptq", calibration=torch.randn(4, 3, 8, 8))
+    assert torch.equal(net.spare.weight_int, expected.ints)
+    assert net.spare.settings["rounding"] == "nearest"
+    notes = {line.name: line.reason for line in report.quantized}
+    assert notes["spare"] == "rounded to nearest: calibration never reached it"
+    assert notes["head"] == ""
+
+
+def test_one_layer_alone(net: SmallNet) -> None:
+    """Only its moments are gathered."""
+    x = torch.randn(4, 3, 8, 8)
+    nearest = copy.deepcopy(net)
+    ocs.quantize(nearest, wbits=3)
+    ocs.quantize(net, wbits=3, overrides={"head": {"rounding": "gptq"}}, calibration=x)
+    ints, expected = ({k: b for k, b in m.named_buffers() if k.endswith("_int")} for m in (net, nearest))
+    assert [name for name in ints if not torch.equal(ints[name], expected[name])] == ["head.weight_int"]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (lambda net: None, "body.0: rounding='gptq' needs calibration=: batches of inputs, say"),
+        (
+            lambda net: ocs.calibrate(net, torch.randn(2, 3, 8, 8)),
+            r"no second moments; use ocs.calibrate\(..., moments",
+        ),
+        (lambda net: [torch.randn(2, 3, 8, 8) * torch.nan], "body.0: its input holds NaN"),
+        (lambda net: [], "calibration is empty"),
+        (lambda net: lambda model: None, r"calibration reached none of the layers body\.0, body\.3"),
+        (lambda net: ocs.Calibration(), "calibration is of another model"),
+    ],
+)
+def test_bad_calibration_is_one_clear_error(net: SmallNet, calibration: Callable, message: str) -> None:
+    given, before = calibration(net), state(net)
+    with pytest.raises(ValueError, match=message):
+        ocs.quantize(net, wbits=4, rounding="gptq", calibration=given)
+    assert_unchanged(net, before)
+
+
+def test_options_of_calibrate(net: SmallNet) -> None:
+    with pytest.raises(ValueError, match="moments=1: use True or False"):
+        ocs.calibrate(net, torch.randn(2, 3, 8, 8), moments=1)
+    assert ocs.calibrate(net, torch.randn(2, 3, 8, 8)).moments == {}
