@@ -169,16 +169,17 @@ def _better_plan(w: Array, plan: SplitPlan, splits: int, groups: int, how: tuple
 
 
 def remaining_error(w: Array, step: Quantization, rounding: Rounding, groups: int = 1) -> float:
-    """What is left of a weight's power as error, in [0, about 1]: of what the rounding is to lower.
+    """Noise to signal of a quantized weight: e / (1 - e), where the share e of its power is error.
 
-    Of the weight, sum (w - w_hat)^2 / sum w^2; where rounding="squant" of the layer's outputs, output_error over what
-    they would be off without the layer.
+    The error is that of the weight, sum (w - w_hat)^2 / sum w^2; where rounding="squant" that of the layer's outputs,
+    output_error over what they would be off without the layer. 1 - e is what w_hat still has of the signal: nothing as
+    e nears 1, which no other layer makes up for. At most some 1000.
     """
     signal, noise = step.error
     if rounding == "squant":
         noise = float(output_error(w, fold(step.quantized, w.shape[1], groups)).sum())
         signal = float(_output_power(_rows_in_double(w)).sum())
-    return noise / signal if signal else 0.0
+    return noise / max(signal - noise, 1e-3 * signal) if signal else 0.0
 
 
 def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ocs import functional
 from ocs.activation import ActSplit, InputGrid, QuantizedInput
+from ocs.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation
 from ocs.batchnorm import Folding, plan_folding
-from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for
+from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for, with_sample
 from ocs.find import (
     FIRST_LAYER,
     Layer,
@@ -37,26 +38,26 @@ from ocs.layer import QuantizedLayer, with_originals
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
+from ocs.sensitivity import PROBE_BITS, sensitivities
 
 # --- One layer --------------------------------------------------------------------------------------------------------
 
 
 def quantize_layer(
-    layer: Layer, options: Options, statistics: Statistics | None = None
+    layer: Layer, options: Options, statistics: Statistics | None = None, splits: Mapping[str, int] | None = None
 ) -> tuple[QuantizedLayer, list[LayerReport]]:
     """The layer that replaces this one, and a line of the report for each of its weights.
 
-    statistics: of its input, where that is to be quantized with a scale of its own.
+    statistics: of its input, where that is to be quantized with a scale of its own. splits: of each weight, in each
+    group, instead of what options.r says.
     """
     module, kind = layer.module, replacement_of(layer.module)
     if layer.only_folded:
         options = replace(options, expand=False)
     steps = {}
     for name in kind.weight_names(module):
-        weight = module._parameters[name]
-        check_lazy(weight)
         with named(*[name] * (name != "weight")):
-            steps[name] = _quantize_weight(weight.detach(), kind, getattr(module, "groups", 1), options)
+            steps[name] = _quantize_weight(layer, name, options, (splits or {}).get(name))
     quantized = {name: step.quantized for name, (_, step) in steps.items()}
     quantized_input = quantize_input(layer, options, statistics) if wants_input(layer, options) else None
     replacement = kind(module, quantized, options.wbits, options.expand, quantized_input)
@@ -65,13 +66,57 @@ def quantize_layer(
 
 
 def _quantize_weight(
-    weight: Tensor, kind: type[QuantizedLayer], groups: int, options: Options
+    layer: Layer, name: str, options: Options, splits: int | None = None
 ) -> tuple[SplitPlan, Quantization]:
     """The plan of a weight, its integers, and their signal and noise."""
-    w = kind.layout(weight, groups).float().contiguous()
+    w, groups = _weight_of(layer, name)
     how = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
-    plan = functional.plan_splits(w, options.r, groups, options.select, *how)
+    if splits is None:
+        splits = functional.splits_for(options.r, w.shape[1], groups)
+    plan = functional.choose_splits(w, splits, groups, options.select, *how)
     return plan, functional.quantize_plan(w, plan, *how, groups)
+
+
+def _weight_of(layer: Layer, name: str) -> tuple[Tensor, int]:
+    """A weight as float32 [O, C, ...], and its groups."""
+    weight, groups = layer.module._parameters[name], getattr(layer.module, "groups", 1)
+    check_lazy(weight)
+    return replacement_of(layer.module).layout(weight.detach(), groups).float().contiguous(), groups
+
+
+def measure(layer: Layer, name: str, options: Options, splits: int | None = None) -> Measured:
+    """What a weight takes and what error is left when it is quantized so."""
+    plan, step = _quantize_weight(layer, name, options, splits)
+    w, groups = _weight_of(layer, name)
+    before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))
+    return Measured(
+        _packed_bytes(
+            step, options.wbits, plan.source.numel() - plan.channel_max.numel(), _numbers_of_input(layer, options)
+        ),
+        functional.remaining_error(w, step, options.rounding, groups),
+        after / before if before else 0.0,
+    )
+
+
+def _packed_bytes(step: Quantization, bits: int, copies: int, others: int) -> int:
+    """Of the integers, the scales, the sources of copies, and other numbers of four bytes."""
+    return math.ceil(step.quantized.ints.numel() * bits / 8) + 4 * (step.quantized.scale.numel() + copies + others)
+
+
+def _numbers_of_input(layer: Layer, options: Options) -> int:
+    """How many there are of a quantized input: its scale, and the sources of its copies."""
+    if not wants_input(layer, options) or options.act_split == "oracle":
+        return 0
+    _, groups, C = first_weight(layer.module)
+    splits = functional.splits_for(options.act_r, C, groups) if replacement_of(layer.module).splits_input else 0
+    return 1 + groups * splits
+
+
+def _probe(layer: Layer, options: Options) -> tuple[QuantizedLayer, float]:
+    """The layer with its weights at the bits that sensitivities are measured with, and their error."""
+    options = replace(options, wbits=PROBE_BITS, r=0.0, abits=None, expand=False)
+    replacement, _ = quantize_layer(layer, options)
+    return replacement, sum(measure(layer, name, options).error for name in replacement.channels)
 
 
 def wants_input(layer: Layer, options: Options) -> bool:
@@ -123,7 +168,7 @@ def _report_weight(
     quantized = step.quantized
     groups, C = replacement.groups, replacement.channels[name]
     sources, of_input = replacement.copies(name).tolist(), _report_input(replacement)
-    numbers = quantized.scale.numel() + len(sources) + len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
+    others = len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
     return LayerReport(
         **_common(layer, name),
         bits=options.wbits,
@@ -137,7 +182,7 @@ def _report_weight(
         max_before=max(plan.channel_max.tolist(), default=0.0),
         max_after=max(plan.split_max.tolist(), default=0.0),
         sqnr_db=functional.sqnr_db(*step.error),
-        packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8) + 4 * numbers,
+        packed_bytes=_packed_bytes(step, options.wbits, len(sources), others),
         expanded_shape=replacement.expanded_shape(name),
         **of_input,
         reason=_note(layer, options, C, groups),
@@ -201,7 +246,7 @@ def _numbers(x: Tensor) -> float | tuple[float, ...]:
 def quantize(
     model: nn.Module,
     *,
-    wbits: int = 8,
+    wbits: int | Literal["auto"] = 8,
     r: float = 0.0,
     clip: str | float = "none",
     granularity: Granularity = "tensor",
@@ -218,6 +263,8 @@ def quantize(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
     select: Select = "max",
+    allocate: Allocate = "uniform",
+    budget: int | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
@@ -227,7 +274,8 @@ def quantize(
 
     Args:
         model: a float model on any device, in train or eval mode.
-        wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1.
+        wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1. Or "auto": each layer gets the bits, and splits
+            up to its r, that leave the least error within `budget`.
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold; "auto" is for each layer the method that leaves the least squared error, or where
@@ -259,6 +307,13 @@ def quantize(
             whose forward in torch reads its weights itself, always runs folded; the report says so.
         select: which channels are split: "max", those with the largest |w| (the paper's rule); "error", those whose
             splits lower the remaining error most; or a callable (w, n), see functional.plan_splits.
+        allocate: which layers get the splits: "uniform", ceil(r C) each. Or, in no more bytes than that takes, each
+            weight as many as lower most per byte: with "knapsack" its largest |w|, relative to that before splitting
+            (section 3.4 of the paper); with "error" that of the model, the sum over weights of
+            functional.remaining_error. Calibration batches then say how much each layer counts: by how far the model's
+            outputs move when it alone is quantized.
+        budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
+            an override names keep theirs. The error is that of allocate="error", calibration included.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
@@ -281,22 +336,52 @@ def quantize(
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
-    inputs = _look_at_inputs(model, layers, chosen, calibration, progress)
+    check_allocation(layers, chosen, allocate, budget)
+    sample = None
+    by_error = budget is not None or allocate == "error"
+    if by_error and calibration is not None and not isinstance(calibration, Calibration):
+        sample, calibration = with_sample(calibration)
+    inputs = _look_at_inputs(model, layers, chosen, calibration, progress, sample is not None)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
+        chosen, splits = _allocated(model, layers, chosen, folding, allocate, budget, sample, progress)
         replacements, lines = {**folding.layers, **folding.norms}, []
         for layer in with_progress(layers, "quantize", progress):
             if layer.status != "quantized":
                 lines.append(LayerReport(**_common(layer), reason=layer.reason))
                 continue
             old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
+            how = (chosen[layer.name], inputs.get(layer.name), splits.get(layer.name))
             with named(layer.name):
-                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], inputs.get(layer.name))
+                replacements[id(old)], of_layer = quantize_layer(layer, *how)
             lines += of_layer
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
-    settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn}
+    settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn, "allocate": allocate, "budget": budget}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
+
+
+def _allocated(
+    model: nn.Module,
+    layers: list[Layer],
+    chosen: dict[str, Options],
+    folding: Folding,
+    allocate: Allocate,
+    budget: int | None,
+    sample: Data | None,
+    progress: bool | None,
+) -> tuple[dict[str, Options], dict[str, Splits]]:
+    """Every layer's options, and where not all follow from them, the splits of its weights."""
+    if allocate == "uniform" and budget is None:
+        return chosen, {}
+    layers = [layer for layer in layers if layer.status == "quantized"]
+    counts = dict.fromkeys(chosen, 1.0)
+    if sample is not None:
+        counts = sensitivities(model, layers, sample, lambda layer: _probe(layer, chosen[layer.name]), progress)
+    layers = [replace(layer, module=folding.layers.get(id(layer.module), layer.module)) for layer in layers]
+    if budget is not None:
+        return chosen | allocate_bits(layers, chosen, budget, measure, counts, progress), {}
+    return chosen, allocate_splits(layers, chosen, allocate, measure, counts, progress)
 
 
 def _look_at_inputs(
@@ -305,8 +390,12 @@ def _look_at_inputs(
     chosen: Mapping[str, Options],
     calibration: Data | Calibration | None,
     progress: bool | None,
+    has_use: bool,
 ) -> Mapping[str, Statistics]:
-    """What calibration tells of the layers whose inputs are quantized; those it never reaches stay float."""
+    """What calibration tells of the layers whose inputs are quantized; those it never reaches stay float.
+
+    has_use: whether calibration is used for something else, too.
+    """
     of_inputs = [layer for layer in layers if chosen[layer.name].abits is not None]
     for layer in layers:
         options = chosen[layer.name]
@@ -319,7 +408,7 @@ def _look_at_inputs(
                 f"{watched[0].name}: abits={chosen[watched[0].name].abits} needs calibration=: batches of inputs, say"
             )
         return {}
-    if not of_inputs:
+    if not of_inputs and not has_use:
         raise ValueError("calibration= without abits has no effect: set abits, too")
     if not watched:
         return {}
