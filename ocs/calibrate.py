@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,65 @@ def _run(model: nn.Module, data: Data, progress: bool | None) -> int:
             raise
         count += 1
     return count
+
+
+def with_sample(data: Data) -> tuple[Data, Data]:
+    """One batch as data (a callable as it is), and data that still gives all batches."""
+    if isinstance(data, Callable | Tensor):
+        return data, data
+    _check_data(data)
+    batches = iter(data)
+    for batch in batches:
+        return [batch], data if batches is not data else chain([batch], batches)
+    return [], data
+
+
+def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
+    """Every float tensor that the model returns for the batches, float64; it runs in eval mode without gradients."""
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _, args, output: outputs.extend(_float_tensors(output)))
+    try:
+        with _undisturbed(model):
+            batches = _run(model, data, False)
+    finally:
+        hook.remove()
+    if not batches:
+        raise ValueError("calibration is empty: it gave no batch (was it an iterator that is used up?)")
+    if not outputs:
+        raise ValueError(
+            "calibration cannot tell which layers count: the model returns no float tensor, nor a tuple or dict of them"
+        )
+    return outputs
+
+
+def _float_tensors(output: Any) -> Iterator[Tensor]:
+    """Those in tuples, lists and dicts, in order."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield output.detach().double()
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _float_tensors(part)
+
+
+def mean_over_ranks(measure: Callable[[], list[float]], count: int) -> list[float]:
+    """So many values, the mean over the ranks of torch.distributed; where one rank fails, all do."""
+    failure, values = None, [0.0] * count
+    try:
+        values = measure()
+    except Exception as error:
+        if not several_ranks():
+            raise
+        failure = error
+    if not several_ranks():
+        return values
+    failed, *sums = reduced(
+        torch.tensor([float(failure is not None), *values], dtype=torch.float64), dist.ReduceOp.SUM
+    ).tolist()
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError(f"calibration failed on {failed:.0f} other rank{'s' * (failed > 1)}")
+    return [each / dist.get_world_size() for each in sums]
 
 
 def _check_data(data: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ Selector = _FirstLayer | str | type[nn.Module] | Predicate
 class Options:
     """How one layer is quantized; see quantize()."""
 
-    wbits: int = 8
+    wbits: int | Literal["auto"] = 8
     r: float = 0.0
     clip: str | float = "none"
     granularity: Granularity = "tensor"
@@ -68,7 +68,7 @@ class Options:
             )
         functional.check_clip("clip", self.clip, auto=True)
         plain = {  # numpy's numbers become Python's, which JSON knows
-            "wbits": functional.check_bits("wbits", self.wbits),
+            "wbits": self.wbits if self.automatic else functional.check_bits("wbits", self.wbits),
             "r": functional.check_ratio("r", self.r),
             "clip": self.clip if isinstance(self.clip, str) else float(self.clip),
             "abits": self.abits if self.abits is None else functional.check_bits("abits", self.abits),
@@ -77,6 +77,11 @@ class Options:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether its bits are still to be chosen."""
+        return isinstance(self.wbits, str) and self.wbits == "auto"
 
     @property
     def shown(self) -> dict[str, Any]:

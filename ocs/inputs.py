@@ -23,6 +23,7 @@ class Known(NamedTuple):
     mean: InputMean | None = None  # of its input, where the bias is to be corrected
     moments: LayerMoments | None = None  # of what its weights meet, where these are rounded by them
     gain: float = functional.GAIN  # see functional.output_error
+    splits: Mapping[str, int | None] | None = None  # of each weight, in each group; None is what r says
 
 
 def wants_input(layer: Layer, options: Options) -> bool:
@@ -59,9 +60,13 @@ def look_at_inputs(
     chosen: Mapping[str, Options],
     calibration: Data | Calibration | None,
     progress: bool | None,
+    has_use: bool,
 ) -> dict[str, Known]:
-    """What is known of each layer. Those whose input shall be quantized stay float where calibration never saw it."""
-    seen = _calibrated(model, layers, chosen, calibration, progress)
+    """What is known of each layer. Those whose input shall be quantized stay float where calibration never saw it.
+
+    has_use: whether calibration is used for something else, too.
+    """
+    seen = _calibrated(model, layers, chosen, calibration, progress, has_use)
     wanted = {layer.name for layer in layers if wants_mean(layer, chosen[layer.name])}
     means = input_means(seen, input_moments(model) if wanted - seen.keys() else {})
     depth = sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
@@ -77,6 +82,7 @@ def _calibrated(
     chosen: Mapping[str, Options],
     calibration: Data | Calibration | None,
     progress: bool | None,
+    has_use: bool,
 ) -> Calibration:
     _check_of_inputs(layers, chosen)
     needed = [layer for layer in layers if wants_statistics(layer, chosen[layer.name])]
@@ -87,9 +93,12 @@ def _calibrated(
         for layer, need in [*needs, *((layer, "rounding='gptq'") for layer in compensated)]:
             raise ValueError(f"{layer.name}: {need} needs calibration=: batches of inputs, say")
         return Calibration()
-    if not any(o.abits is not None or o.correct_bias or o.rounding == "gptq" for o in chosen.values()):
+    if not has_use and not any(
+        options.abits is not None or options.correct_bias or options.rounding == "gptq" for options in chosen.values()
+    ):
         raise ValueError(
-            "calibration= without abits, correct_bias or rounding='gptq' has no effect: set one of these, too"
+            "calibration= without abits, correct_bias, rounding='gptq', allocate='error' or wbits='auto' has no effect:"
+            " set one of these, too"
         )
     if not watched and not compensated:
         return Calibration()

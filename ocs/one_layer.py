@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ocs import functional
 from ocs.activation import InputGrid, QuantizedInput
+from ocs.allocate import Measured
 from ocs.calibrate import Statistics
 from ocs.correct import restore_mean
 from ocs.find import Layer, Options, check_lazy, first_weight, named, replacement_of
@@ -18,6 +19,7 @@ from ocs.functional import How, Quantization, SplitPlan
 from ocs.inputs import Known, corrects, wants_input
 from ocs.layer import QuantizedLayer, with_originals
 from ocs.report import LayerReport
+from ocs.sensitivity import PROBE_BITS
 
 
 def quantize_layer(layer: Layer, options: Options, known: Known) -> tuple[QuantizedLayer, list[LayerReport]]:
@@ -44,7 +46,9 @@ def quantize_layer(layer: Layer, options: Options, known: Known) -> tuple[Quanti
 def _quantize_weight(layer: Layer, name: str, options: Options, known: Known) -> tuple[SplitPlan, Quantization]:
     """The plan of a weight, its integers, and their signal and noise."""
     w, how = _weight_of(layer, name), how_of(layer, name, options, known)
-    n = functional.splits_for(options.r, w.shape[1], how.groups)
+    n = (known.splits or {}).get(name)
+    if n is None:
+        n = functional.splits_for(options.r, w.shape[1], how.groups)
     plan = functional.choose_splits(w, n, options.select, how)
     return plan, functional.quantize_plan(w, plan, how)
 
@@ -63,6 +67,40 @@ def how_of(layer: Layer, name: str, options: Options, known: Known) -> How:
     groups = getattr(layer.module, "groups", 1)
     given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
     return How(*given, groups, second, known.gain)
+
+
+def measure(layer: Layer, name: str, options: Options, known: Known) -> Measured:
+    """What a weight takes and what error is left when it is quantized so."""
+    plan, step = _quantize_weight(layer, name, options, known)
+    copies = plan.source.numel() - plan.channel_max.numel()
+    before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))
+    return Measured(
+        _packed_bytes(step, options.wbits, copies, _numbers_of_input(layer, options)),
+        functional.remaining_error(_weight_of(layer, name), step, how_of(layer, name, options, known)),
+        after / before if before else 0.0,
+    )
+
+
+def _packed_bytes(step: Quantization, bits: int, copies: int, others: int) -> int:
+    """Of the integers, the scales, the sources of copies, and other numbers of four bytes."""
+    return math.ceil(step.quantized.ints.numel() * bits / 8) + 4 * (step.quantized.scale.numel() + copies + others)
+
+
+def _numbers_of_input(layer: Layer, options: Options) -> int:
+    """How many there are of a quantized input: its scale, and the sources of its copies."""
+    if not wants_input(layer, options) or options.act_split == "oracle":
+        return 0
+    _, groups, C = first_weight(layer.module)
+    splits = functional.splits_for(options.act_r, C, groups) if replacement_of(layer.module).splits_input else 0
+    return 1 + groups * splits
+
+
+def probe(layer: Layer, options: Options) -> tuple[QuantizedLayer, float]:
+    """The layer with its weights at the bits that sensitivities are measured with, and their error."""
+    rounding = "nearest" if options.rounding == "gptq" else options.rounding
+    options = replace(options, wbits=PROBE_BITS, r=0.0, rounding=rounding, abits=None, correct_bias=False, expand=False)
+    replacement, _ = quantize_layer(layer, options, Known())
+    return replacement, sum(measure(layer, name, options, Known()).error for name in replacement.channels)
 
 
 def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
@@ -102,7 +140,7 @@ def _report_weight(
     quantized = step.quantized
     groups, C = replacement.groups, replacement.channels[name]
     sources, of_input = replacement.copies(name).tolist(), _report_input(replacement)
-    numbers = quantized.scale.numel() + len(sources) + len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
+    others = len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
     return LayerReport(
         **common_part(layer, name),
         bits=options.wbits,
@@ -116,7 +154,7 @@ def _report_weight(
         max_before=max(plan.channel_max.tolist(), default=0.0),
         max_after=max(plan.split_max.tolist(), default=0.0),
         sqnr_db=functional.sqnr_db(*step.error),
-        packed_bytes=math.ceil(quantized.ints.numel() * options.wbits / 8) + 4 * numbers,
+        packed_bytes=_packed_bytes(step, options.wbits, len(sources), others),
         expanded_shape=replacement.expanded_shape(name),
         **of_input,
         reason=_note(layer, options, C, groups, bool(bias_from)),

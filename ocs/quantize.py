@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ocs.activation import ActSplit
+from ocs.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation
 from ocs.batchnorm import Folding, plan_folding
-from ocs.calibrate import Calibration, Data
+from ocs.calibrate import Calibration, Data, with_sample
 from ocs.find import (
     FIRST_LAYER,
+    Layer,
     Options,
     Selector,
     apply_skip,
@@ -26,17 +29,18 @@ from ocs.find import (
     show,
 )
 from ocs.functional import Granularity, Rounding, Select, Split
-from ocs.inputs import look_at_inputs
-from ocs.one_layer import common_part, quantize_layer
+from ocs.inputs import Known, look_at_inputs
+from ocs.one_layer import common_part, measure, probe, quantize_layer
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
+from ocs.sensitivity import sensitivities
 
 
 def quantize(
     model: nn.Module,
     *,
-    wbits: int = 8,
+    wbits: int | Literal["auto"] = 8,
     r: float = 0.0,
     clip: str | float = "none",
     granularity: Granularity = "tensor",
@@ -54,6 +58,8 @@ def quantize(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
     select: Select = "max",
+    allocate: Allocate = "uniform",
+    budget: int | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
@@ -63,7 +69,8 @@ def quantize(
 
     Args:
         model: a float model on any device, in train or eval mode.
-        wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1.
+        wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1. Or "auto": each layer gets the bits, and splits
+            up to its r, that leave the least error within `budget`.
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold; "auto" is for each layer, or output channel that has a scale, what leaves the
@@ -103,6 +110,13 @@ def quantize(
             whose forward in torch reads its weights itself, always runs folded; the report says so.
         select: which channels are split: "max", those with the largest |w| (the paper's rule); "error", those whose
             splits lower the remaining error most; or a callable (w, n), see functional.plan_splits.
+        allocate: which layers get the splits: "uniform", ceil(r C) each. Or, in no more bytes than that takes, each
+            weight as many as lower most per byte: with "knapsack" its largest |w|, relative to that before splitting
+            (section 3.4 of the paper); with "error" that of the model, the sum over weights of
+            functional.remaining_error. Calibration batches then say how much each layer counts: by how far the model's
+            outputs move when it alone is quantized.
+        budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
+            an override names keep theirs. The error is that of allocate="error", calibration included.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
@@ -138,22 +152,57 @@ def quantize(
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     chosen = options_for(layers, options, overrides)
     apply_skip(layers, skip)
-    known = look_at_inputs(model, layers, chosen, calibration, progress)
+    check_allocation(layers, chosen, allocate, budget)
+    sample = None
+    by_error = budget is not None or allocate == "error"
+    if by_error and calibration is not None and not isinstance(calibration, Calibration):
+        sample, calibration = with_sample(calibration)
+    known = look_at_inputs(model, layers, chosen, calibration, progress, sample is not None)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
+        chosen, splits = _allocated(model, layers, chosen, known, folding, allocate, budget, sample, progress)
         replacements, lines = {**folding.layers, **folding.norms}, []
         for layer in with_progress(layers, "quantize", progress):
             if layer.status != "quantized":
                 lines.append(LayerReport(**common_part(layer), reason=layer.reason))
                 continue
             old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
+            how = (chosen[layer.name], known[layer.name]._replace(splits=splits.get(layer.name)))
             with named(layer.name):
-                replacements[id(old)], of_layer = quantize_layer(layer, chosen[layer.name], known[layer.name])
+                replacements[id(old)], of_layer = quantize_layer(layer, *how)
             lines += of_layer
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
-    settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn}
+    settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn, "allocate": allocate, "budget": budget}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
+
+
+def _allocated(
+    model: nn.Module,
+    layers: list[Layer],
+    chosen: dict[str, Options],
+    known: Mapping[str, Known],
+    folding: Folding,
+    allocate: Allocate,
+    budget: int | None,
+    sample: Data | None,
+    progress: bool | None,
+) -> tuple[dict[str, Options], dict[str, Splits]]:
+    """Every layer's options, and where not all follow from them, the splits of its weights."""
+    if allocate == "uniform" and budget is None:
+        return chosen, {}
+    layers = [layer for layer in layers if layer.status == "quantized"]
+    counts = dict.fromkeys(chosen, 1.0)
+    if sample is not None:
+        counts = sensitivities(model, layers, sample, lambda layer: probe(layer, chosen[layer.name]), progress)
+    layers = [replace(layer, module=folding.layers.get(id(layer.module), layer.module)) for layer in layers]
+
+    def measured(layer: Layer, name: str, options: Options, splits: int | None) -> Measured:
+        return measure(layer, name, options, known[layer.name]._replace(splits={name: splits}))
+
+    if budget is not None:
+        return chosen | allocate_bits(layers, chosen, budget, measured, counts, progress), {}
+    return chosen, allocate_splits(layers, chosen, allocate, measured, counts, progress)
 
 
 def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:

@@ -326,16 +326,17 @@ def output_power(w: Array) -> Array:
 
 
 def remaining_error(w: Array, step: Quantization, how: How) -> float:
-    """What is left of a weight's power as error, in [0, about 1]: of what rounding and clipping are to lower.
+    """Noise to signal of a quantized weight: e / (1 - e), where the share e of its power is error.
 
-    Of the weight, sum (w - w_hat)^2 / sum w^2; where rounding="squant" or clip="auto" of the layer's outputs,
-    output_error over what they would be off without the layer.
+    The error is that of the weight, sum (w - w_hat)^2 / sum w^2; where rounding="squant" or clip="auto" that of the
+    layer's outputs, output_error over what they would be off without the layer. 1 - e is what w_hat still has of the
+    signal: nothing as e nears 1, which no other layer makes up for. At most some 1000.
     """
     signal, noise = step.error
     if how.rounding == "squant" or how.clip == "auto":
         noise = float(output_error(w, step.quantized, how.groups, how.gain).sum())
         signal = float(output_power(w).sum())
-    return noise / signal if signal else 0.0
+    return noise / max(signal - noise, 1e-3 * signal) if signal else 0.0
 
 
 def sqnr_db(signal: float, noise: float) -> float:
