@@ -8,7 +8,8 @@ is Zhao et al., ICML 2019, arXiv 1901.09504.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -148,16 +149,34 @@ def quantize_plan(
     compensation = Compensation(w, *plan[:3], bits, second) if rounding == "gptq" else None
     if clip == "auto" and rounding != "nearest":
         clip, threshold = _least_output_error(w, plan, bits, granularity, rounding, groups, compensation)
-        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups, compensation)
+        (quantized,) = _quantize_each(w, plan, [threshold], bits, split, rounding, groups, compensation)
         return Quantization(quantized, clip, weight_error(w, quantized, groups))
     methods, best = AUTO if clip == "auto" else (clip,), None
     thresholds = split_thresholds(w, plan, bits, methods, granularity, groups)
-    for method, threshold in zip(methods, thresholds, strict=True):
-        quantized = quantize_split(w, plan, threshold, bits, split, rounding, groups, compensation)
+    each = _quantize_each(w, plan, thresholds, bits, split, rounding, groups, compensation)
+    for method, quantized in zip(methods, each, strict=True):
         found = Quantization(quantized, method, weight_error(w, quantized, groups))
         if best is None or found.error[1] < best.error[1]:
             best = found
     return best
+
+
+def _quantize_each(
+    w: Array,
+    plan: SplitPlan,
+    thresholds: list[Array],
+    bits: int,
+    split: Split,
+    rounding: Rounding,
+    groups: int,
+    compensation: Compensation | None,
+) -> Iterator[QuantizedWeight]:
+    """Step 3 for each threshold; GPTQ's integers are nearest rounding of a weight on the grid."""
+    weights = repeat(w)
+    if compensation is not None:
+        rounding, weights = "nearest", compensation.on_grids([scale_for(each, qmax(bits)) for each in thresholds])
+    for weight, threshold in zip(weights, thresholds, strict=False):
+        yield quantize_split(weight, plan, threshold, bits, split, rounding, groups)
 
 
 def _least_output_error(
@@ -172,8 +191,7 @@ def _least_output_error(
     """Of AUTO_SQUANT, the first with the least output error, and its threshold; "auto" where channels differ."""
     thresholds = split_thresholds(w, plan, bits, AUTO_SQUANT, granularity, groups)
     errors, error_of = [], compensation.error if compensation else _output_error_of(w)
-    for threshold in thresholds:
-        quantized = quantize_split(w, plan, threshold, bits, "qa", rounding, groups, compensation)
+    for quantized in _quantize_each(w, plan, thresholds, bits, "qa", rounding, groups, compensation):
         error = _numpy(error_of(fold(quantized, w.shape[1], groups)))
         errors.append(error if granularity == "channel" else error.sum())
     chosen = np.stack(errors).argmin(0)
@@ -266,14 +284,9 @@ def quantize_split(
     split: Split = "qa",
     rounding: Rounding = "nearest",
     groups: int = 1,
-    compensation: Compensation | None = None,
 ) -> QuantizedWeight:
-    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0).
-
-    compensation: of this weight and plan, for rounding="gptq".
-    """
+    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
     scale = scale_for(threshold, qmax(bits))
-    w = compensation(scale) if rounding == "gptq" else w
     args = (w, scale, plan.source, plan.depth, plan.offset, groups, bits)
     squant = rounding == "squant"
     ints = kernels(w).squant_weight(*args) if squant else kernels(w).quantize_weight(*args, split == "qa")
