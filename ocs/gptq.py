@@ -13,6 +13,8 @@ copies', which is what the layer computes with.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 
 Array = np.ndarray | Tensor
 BLOCK = 128  # columns between updates of all that follow
+ELEMENTS = 2**22  # of weights that are rounded side by side
 DAMPING = 0.01  # added to H's diagonal, a share of its mean
 
 
@@ -39,38 +42,53 @@ class Compensation:
     """
 
     def __init__(self, w: Array, source: Array, depth: Array, offset: Array, bits: int, second: Tensor) -> None:
-        G, N = second.shape[:2]
         self.w = as_tensor(w).float()
-        self.second = second.to(self.w.device).double()
+        self.second = second.to(self.w.device)
+        G, N = self.second.shape[:2]
+        self.rows = self.w.reshape(G, len(self.w) // G, N)
         self.order = self.second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         self.factor = _factor(self.second, self.order)
         parts = _parts(*(as_tensor(part).view(G, -1) for part in (source, depth, offset)), w.shape[1], bits)
         self.parts = parts.take(self.order // max(N // max(w.shape[1], 1), 1))
 
-    def __call__(self, scale: Array) -> Array:
-        """The weight that nearest rounding takes to GPTQ's integers: whole multiples of scale, float32 like w."""
-        G, N = self.order.shape
-        by_output = as_tensor(scale).expand(self.w.shape[0]).view(-1, *[1] * (self.w.dim() - 1))
+    def on_grids(self, scales: Sequence[Array]) -> Iterator[Array]:
+        """For each scale the weight that nearest rounding takes to GPTQ's integers: whole multiples of it, like w.
+
+        scales: float32 [] or [O]. Some run side by side.
+        """
+        at_once = max(1, ELEMENTS // max(self.w.numel(), 1))
+        for first in range(0, len(scales), at_once):
+            for w, like in zip(self._on_grids(scales[first : first + at_once]), scales, strict=False):
+                yield w if isinstance(like, Tensor) else w.numpy()
+
+    def _on_grids(self, scales: Sequence[Array]) -> Tensor:
+        G, R, N = self.rows.shape
         if not self.w.numel():
-            return _as(scale, self.w)
-        u = (self.w / by_output).reshape(G, -1, N).transpose(1, 2).double()  # as the kernels divide; columns first
+            return self.w.expand(len(scales), *self.w.shape)
+        of_row = torch.stack([as_tensor(scale).expand(len(self.w)).view(G, R, 1) for scale in scales], 1)
+        u = (self.rows[:, None] / of_row).flatten(1, 2).transpose(1, 2).double()  # as the kernels divide; columns first
         to_order = self.order[:, :, None].expand_as(u)
         rounded = _round(u.gather(1, to_order), self.factor, self.parts)
-        rounded = torch.empty_like(rounded).scatter_(1, to_order, rounded)
-        return _as(scale, rounded.transpose(1, 2).reshape(self.w.shape).float() * by_output)
+        rounded = torch.empty_like(rounded).scatter_(1, to_order, rounded).transpose(1, 2).float()
+        return (rounded.view(G, -1, R, N) * of_row).transpose(0, 1).reshape(-1, *self.w.shape)
+
+    @cached_property
+    def _of_outputs(self) -> tuple[Tensor, Tensor]:
+        """w H [G, O / G, C K], and the outputs' power, w H w^T."""
+        product = self.rows @ self.second.to(self.rows)
+        return product, (product * self.rows).sum(-1, dtype=torch.float64)
 
     def error(self, w_hat: Array, gain: float) -> Array:
         """How far the outputs are off with w_hat instead of w, float64 [O]: d H d^T + gain (d H w^T)^2 / w H w^T.
 
         For rows d = w_hat - w and w. The second part is the change of the outputs' gain, see functional.output_error.
         """
-        H = self.second
-        shape = len(H), len(self.w) // len(H), H.shape[1]
-        v, given = (x.reshape(shape).double() for x in (self.w, as_tensor(w_hat)))
-        d = given - v
-        dH, power = d @ H, ((v @ H) * v).sum(-1)
-        of_gain = (dH * v).sum(-1) ** 2 / (power + (power == 0))
-        return _as(w_hat, ((dH * d).sum(-1) + gain * of_gain).flatten())
+        product, power = self._of_outputs
+        d = as_tensor(w_hat).reshape(self.rows.shape) - self.rows
+        of_outputs = ((d @ self.second.to(d)) * d).sum(-1, dtype=torch.float64)
+        of_gain = (product * d).sum(-1, dtype=torch.float64) ** 2 / (power + (power == 0))
+        error = (of_outputs + gain * of_gain).flatten()
+        return error if isinstance(w_hat, Tensor) else error.numpy()
 
 
 def as_tensor(x: Array) -> Tensor:
@@ -78,37 +96,32 @@ def as_tensor(x: Array) -> Tensor:
     return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
 
 
-def _as(like: Array, x: Tensor) -> Array:
-    """The tensor as an array of the other's kind."""
-    return x if isinstance(like, Tensor) else x.numpy()
-
-
 def _factor(second: Tensor, order: Tensor) -> Tensor:
     """R_ij / R_jj, float64 [G, N, N], of the damped H with its columns in this order."""
-    H = second.gather(1, order[:, :, None].expand_as(second)).gather(2, order[:, None].expand_as(second))
+    backwards = order.flip(1)
+    group = torch.arange(len(order), device=order.device)[:, None, None]
+    H = second[group, backwards[:, :, None], backwards[:, None]].double()
     mean = H.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     damping = DAMPING * mean + (mean == 0)
     for _ in range(3):  # what was summed up in float32 may be further off
         H.diagonal(dim1=1, dim2=2).add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(H.flip(1, 2))
+        lower, failed = torch.linalg.cholesky_ex(H)
         if not failed.any():
-            upper = lower.flip(1, 2)
-            return upper / upper.diagonal(dim1=1, dim2=2)[:, None]
+            return (lower / lower.diagonal(dim1=1, dim2=2)[:, None]).flip(1, 2)
         damping = damping * 10
     raise ValueError("the second moments are not positive semidefinite: they are no sums of x x^T")
 
 
 def _round(u: Tensor, factor: Tensor, parts: _Parts) -> Tensor:
-    """The integers whose parts' sums T are Q(v); both [G, N, O / G], like u."""
+    """The whole numbers whose parts' sums T are Q(v); both [G, N, rows], like u."""
     v, error, rounded = u.clone(), torch.empty_like(u), torch.empty_like(u)
     split = (parts.limit[..., 1:] > 0).any(0).any(-1).tolist()
     for start in range(0, u.shape[1], BLOCK):
         stop = min(start + BLOCK, u.shape[1])
         for j in range(start, stop):
-            rounded[:, j] = (v[:, j] + 0.5).floor()
-            error[:, j] = parts.column(j, split[j]).sum(rounded[:, j]) - u[:, j]
-            if j + 1 < stop:
-                v[:, j + 1 : stop] -= factor[:, j, j + 1 : stop, None] * error[:, j, None]
+            rounded[:, j] = (v[:, j] + 0.5).floor_()
+            error[:, j] = parts.sum(rounded[:, j], j, split[j]) - u[:, j]
+            v[:, j + 1 : stop].baddbmm_(factor[:, j, j + 1 : stop, None], error[:, j, None], alpha=-1)
         v[:, stop:].baddbmm_(factor[:, start:stop, stop:].transpose(1, 2), error[:, start:stop], alpha=-1)
     return rounded
 
@@ -128,14 +141,12 @@ class _Parts(NamedTuple):
         """Of these channels [G, N]."""
         return _Parts(*(x.gather(1, channel[:, :, None].expand(-1, -1, x.shape[2])) for x in self))
 
-    def column(self, j: int, split: bool) -> _Parts:
-        """Of one column, for its O / G rows; the first part alone where no group splits it."""
-        return _Parts(*(x[:, j, None, : None if split else 1] for x in self))
-
-    def sum(self, whole: Tensor) -> Tensor:
-        """T [G, O / G] of the whole numbers M of one column."""
-        parts = ((whole[..., None] + self.offset) * self.shrink).floor()
-        return parts.minimum(self.limit).maximum(-self.limit).sum(-1)
+    def sum(self, whole: Tensor, j: int, split: bool) -> Tensor:
+        """T [G, rows] of the whole numbers of column j, which some group splits or none."""
+        if not split:
+            return whole.minimum(self.limit[:, j, :1]).maximum(-self.limit[:, j, :1])
+        shrink, offset, limit = (x[:, j, None] for x in self)
+        return ((whole[..., None] + offset) * shrink).floor_().minimum(limit).maximum(-limit).sum(-1)
 
 
 def _parts(source: Tensor, depth: Tensor, offset: Tensor, channels: int, bits: int) -> _Parts:

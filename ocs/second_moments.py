@@ -39,7 +39,7 @@ class SecondMoments:
     def update(self, rows: Tensor) -> None:
         """Take in N more, [G, N, C K]. The sums are on their device from then on."""
         rows = rows.detach().float()
-        total = rows.sum(1, dtype=torch.float64)
+        total = rows.sum(1)
         if not bool(total.isfinite().all()):
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
         self.count += rows.shape[1]

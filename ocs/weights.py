@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -179,8 +180,19 @@ def quantize_plan(w: Array, plan: SplitPlan, how: How) -> Quantization:
         clip, threshold = _least_output_error(w, plan, how, compensation)
     else:
         clip, (threshold,) = how.clip, split_thresholds(w, plan, how.bits, (how.clip,), how.granularity, how.groups)
-    quantized = quantize_split(w, plan, threshold, how.bits, how.split, how.rounding, how.groups, compensation)
+    (quantized,) = _quantize_each(w, plan, [threshold], how, compensation)
     return Quantization(quantized, clip, weight_error(w, quantized, how.groups))
+
+
+def _quantize_each(
+    w: Array, plan: SplitPlan, thresholds: list[Array], how: How, compensation: Compensation | None
+) -> Iterator[QuantizedWeight]:
+    """Step 3 for each threshold; GPTQ's integers are nearest rounding of a weight on the grid."""
+    rounding, weights = how.rounding, repeat(w, len(thresholds))
+    if compensation is not None:
+        rounding, weights = "nearest", compensation.on_grids([scale_for(each, qmax(how.bits)) for each in thresholds])
+    for weight, threshold in zip(weights, thresholds, strict=True):
+        yield quantize_split(weight, plan, threshold, how.bits, how.split, rounding, how.groups)
 
 
 def _least_output_error(
@@ -188,8 +200,7 @@ def _least_output_error(
 ) -> tuple[str | float, Array]:
     """Of AUTO, the first with the least output error, and its threshold; "auto" where channels differ."""
     errors, thresholds = [], split_thresholds(w, plan, how.bits, AUTO, how.granularity, how.groups)
-    for threshold in thresholds:
-        quantized = quantize_split(w, plan, threshold, how.bits, how.split, how.rounding, how.groups, compensation)
+    for quantized in _quantize_each(w, plan, thresholds, how, compensation):
         if compensation:
             error = as_numpy(compensation.error(fold(quantized, w.shape[1], how.groups), how.gain))
         else:
@@ -250,14 +261,9 @@ def quantize_split(
     split: Split = "qa",
     rounding: Rounding = "nearest",
     groups: int = 1,
-    compensation: Compensation | None = None,
 ) -> QuantizedWeight:
-    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0).
-
-    compensation: of this weight and plan, for rounding="gptq".
-    """
+    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
     scale = scale_for(threshold, qmax(bits))
-    w = compensation(scale) if rounding == "gptq" else w
     args = (w, scale, plan.source, plan.depth, plan.offset, groups, bits)
     squant = rounding == "squant"
     ints = kernels(w).squant_weight(*args) if squant else kernels(w).quantize_weight(*args, split == "qa")

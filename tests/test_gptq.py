@@ -70,7 +70,7 @@ def test_parts_add_up(bits: int) -> None:
         whole = torch.arange(-40 * most, 40 * most + 1, dtype=torch.float32)
         w = torch.stack([whole, torch.zeros_like(whole)], 1)
         compensation = Compensation(w, *map(torch.from_numpy, (source, depth, offset)), bits, torch.eye(2)[None])
-        total = compensation.parts.column(0, split=splits > 0).sum(whole[None].double())[0]
+        total = compensation.parts.sum(whole[None].double(), 0, splits > 0)[0]
         q = reference.quantize_weight(w.numpy(), np.float32(1), source, depth, offset, 1, bits, True)
         np.testing.assert_array_equal(total, reference.fold(q, np.float32(1), source, 1, 2)[:, 0])
         unsaturated = (np.abs(q) < most).all(1)
