@@ -314,11 +314,11 @@ def _names(layers: list[Layer]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def options_for(
-    layers: list[Layer], options: Options, overrides: Mapping[str, Mapping[str, Any]] | None
+def apply_overrides(
+    layers: list[Layer], chosen: Mapping[str, Options], overrides: Mapping[str, Mapping[str, Any]] | None
 ) -> dict[str, Options]:
-    """The options of each layer by name; of several overrides that fit a layer, later ones win."""
-    chosen = {layer.name: options for layer in layers}
+    """The options of each layer by name, overridden; of several overrides that fit a layer, later ones win."""
+    chosen = dict(chosen)
     known = [each.name for each in fields(Options)]
     if not isinstance(overrides, Mapping | None):
         raise TypeError(f"overrides={overrides!r}: use a dict from names or patterns to dicts of options")

@@ -20,10 +20,16 @@ from ocs.inputs import Known, corrects, wants_input
 from ocs.layer import QuantizedLayer, with_originals
 from ocs.report import LayerReport
 from ocs.sensitivity import PROBE_BITS
+from ocs.steps import steps_of
 
 
-def quantize_layer(layer: Layer, options: Options, known: Known) -> tuple[QuantizedLayer, list[LayerReport]]:
-    """The layer that replaces this one, and a line of the report for each of its weights."""
+def quantize_layer(
+    layer: Layer, options: Options, known: Known, *, explain: bool = False
+) -> tuple[QuantizedLayer, list[LayerReport]]:
+    """The layer that replaces this one, and a line of the report for each of its weights.
+
+    explain: say there what each option did.
+    """
     module, kind = layer.module, replacement_of(layer.module)
     if options.rounding == "gptq" and known.moments is None:
         options, layer.note = replace(options, rounding="nearest"), "rounded to nearest: calibration never reached it"
@@ -39,15 +45,27 @@ def quantize_layer(layer: Layer, options: Options, known: Known) -> tuple[Quanti
     replacement.settings = options.shown
     if known.mean is not None:
         restore_mean(replacement, module.weight, known.mean.mean)
-    bias = "" if known.mean is None else known.mean.source
-    return replacement, [_report_weight(layer, options, replacement, bias, name, *step) for name, step in steps.items()]
+    bias, lines = "" if known.mean is None else known.mean.source, []
+    for name, step in steps.items():
+        line = _report_weight(layer, options, replacement, bias, name, *step)
+        did = _steps_of(layer, name, options, known, step[1]) if explain else ()
+        lines.append(replace(line, steps=did))
+    return replacement, lines
+
+
+def _steps_of(layer: Layer, name: str, options: Options, known: Known, last: Quantization) -> Any:
+    """What each option did for a weight."""
+    how = how_of(layer, name, options, known)
+    return steps_of(
+        _weight_of(layer, name), options, how, lambda other: _quantize_weight(layer, name, other, known)[1], last
+    )
 
 
 def _quantize_weight(layer: Layer, name: str, options: Options, known: Known) -> tuple[SplitPlan, Quantization]:
     """The plan of a weight, its integers, and their signal and noise."""
     w, how = _weight_of(layer, name), how_of(layer, name, options, known)
     n = (known.splits or {}).get(name)
-    if n is None:
+    if n is None or not options.r:
         n = functional.splits_for(options.r, w.shape[1], how.groups)
     plan = functional.choose_splits(w, n, options.select, how)
     return plan, functional.quantize_plan(w, plan, how)
@@ -145,6 +163,7 @@ def _report_weight(
         **common_part(layer, name),
         bits=options.wbits,
         granularity=options.granularity,
+        rounding=options.rounding,
         clip=step.clip,
         channels=groups * C,
         splits=len(sources),

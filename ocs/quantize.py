@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,12 +19,12 @@ from ocs.find import (
     Layer,
     Options,
     Selector,
+    apply_overrides,
     apply_skip,
     check_model,
     find_layers,
     is_kind,
     named,
-    options_for,
     selectors,
     show,
 )
@@ -32,6 +32,7 @@ from ocs.functional import Granularity, Rounding, Select, Split
 from ocs.inputs import Known, look_at_inputs
 from ocs.one_layer import common_part, measure, probe, quantize_layer
 from ocs.progress import with_progress
+from ocs.recipe import Recipe, by_recipe, check_recipe
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
 from ocs.sensitivity import sensitivities
@@ -42,24 +43,26 @@ def quantize(
     *,
     wbits: int | Literal["auto"] = 8,
     r: float = 0.0,
-    clip: str | float = "none",
-    granularity: Granularity = "tensor",
+    clip: str | float | None = None,
+    granularity: Granularity | None = None,
     split: Split = "qa",
-    rounding: Rounding = "nearest",
+    rounding: Rounding | None = None,
     abits: int | None = None,
-    act_clip: str | float = "none",
+    act_clip: str | float | None = None,
     act_r: float = 0.0,
     act_split: ActSplit = "static",
-    act_signed: bool | Literal["auto"] = True,
-    correct_bias: bool = False,
+    act_signed: bool | Literal["auto"] | None = None,
+    correct_bias: bool | None = None,
     calibration: Data | Calibration | None = None,
     fold_bn: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
-    select: Select = "max",
-    allocate: Allocate = "uniform",
+    select: Select | None = None,
+    allocate: Allocate | None = None,
     budget: int | None = None,
+    recipe: Recipe = "paper",
+    explain: bool | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
@@ -117,6 +120,13 @@ def quantize(
             outputs move when it alone is quantized.
         budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
             an override names keep theirs. The error is that of allocate="error", calibration included.
+        recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
+            rounding="nearest", select="max", allocate="uniform", correct_bias=False, act_clip="none", act_signed=True.
+            "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
+            clip="auto"; rounding="squant" where a layer's inputs have a mean (after ReLU, say: see
+            ocs.moments), else "nearest"; act_clip="mse" and act_signed="auto".
+        explain: say in the report what each option did for the error of each layer's outputs; by default with another
+            recipe than the paper's. It takes a few times as long where options are fast.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
@@ -128,29 +138,35 @@ def quantize(
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin = time.perf_counter()
-    options = Options(
-        wbits,
-        r,
-        clip,
-        granularity,
-        split,
-        rounding,
-        abits,
-        act_clip,
-        act_r,
-        act_split,
-        act_signed,
-        correct_bias,
-        expand,
-        select,
-    )
+    explain = recipe != "paper" if explain is None else explain
+    allocate = "uniform" if allocate is None else allocate
+    check_recipe(recipe)
+    given = {
+        "wbits": wbits,
+        "r": r,
+        "clip": clip,
+        "granularity": granularity,
+        "split": split,
+        "rounding": rounding,
+        "abits": abits,
+        "act_clip": act_clip,
+        "act_r": act_r,
+        "act_split": act_split,
+        "act_signed": act_signed,
+        "correct_bias": correct_bias,
+        "expand": expand,
+        "select": select,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    Options(**given)  # refuses what is out of range
     check_model(model)
     if not isinstance(fold_bn, bool):
         raise ValueError(f"fold_bn={fold_bn!r}: use True or False")
     layers = find_layers(model)
     if not any(is_kind(layer.module) for layer in layers):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
-    chosen = options_for(layers, options, overrides)
+    by_layer = by_recipe(recipe, model, layers, given)
+    chosen = apply_overrides(layers, by_layer, overrides)
     apply_skip(layers, skip)
     check_allocation(layers, chosen, allocate, budget)
     sample = None
@@ -169,11 +185,12 @@ def quantize(
             old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
             how = (chosen[layer.name], known[layer.name]._replace(splits=splits.get(layer.name)))
             with named(layer.name):
-                replacements[id(old)], of_layer = quantize_layer(layer, *how)
+                replacements[id(old)], of_layer = quantize_layer(layer, *how, explain=explain)
             lines += of_layer
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
-    settings = {**_settings(options, skip, overrides), "fold_bn": fold_bn, "allocate": allocate, "budget": budget}
+    settings = _settings(by_layer.values(), skip, overrides)
+    settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget, "recipe": recipe}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
 
 
@@ -205,9 +222,14 @@ def _allocated(
     return chosen, allocate_splits(layers, chosen, allocate, measured, counts, progress)
 
 
-def _settings(options: Options, skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+def _settings(
+    chosen: Iterable[Options], skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """What was asked for, before overrides; "by layer" where a recipe chose different things."""
+    first, *others = [options.shown for options in chosen]
+    shared = {name: value if all(o[name] == value for o in others) else "by layer" for name, value in first.items()}
     return {
-        **options.shown,
+        **shared,
         "skip": [show(selector) for selector in selectors(skip)],
         "overrides": {pattern: _shown(changes) for pattern, changes in (overrides or {}).items()},
     }

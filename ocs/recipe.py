@@ -10,7 +10,7 @@ from torch import nn
 
 from ocs import functional
 from ocs.find import Layer, Options
-from ocs.moments import InputMean, inputs_have_mean
+from ocs.moments import inputs_have_mean
 
 Recipe = Literal["paper", "best"]
 
@@ -20,28 +20,25 @@ def check_recipe(recipe: Any) -> None:
     functional.check_choice("recipe", recipe, get_args(Recipe))
 
 
-def by_recipe(
-    recipe: Recipe, model: nn.Module, layers: list[Layer], given: Mapping[str, Any]
-) -> tuple[dict[str, Options], dict[str, InputMean]]:
-    """The options of each layer by name, and what is known of its input's mean where the recipe asked for that.
+def by_recipe(recipe: Recipe, model: nn.Module, layers: list[Layer], given: Mapping[str, Any]) -> dict[str, Options]:
+    """The options of each layer by name.
 
-    given: what the caller said; None leaves an option to the recipe.
+    given: what the caller said, which no recipe changes.
     """
-    given = {name: value for name, value in given.items() if value is not None}
     common = Options(**given)
     if recipe == "paper":
-        return dict.fromkeys((layer.name for layer in layers), common), {}
-    means = inputs_have_mean(model)
-    chosen = {}
+        return {layer.name: common for layer in layers}
+    means, chosen = inputs_have_mean(model), {}
     for layer in layers:
-        favoured = _favoured(common, means.get(layer.name))
+        mean = means.get(layer.name)
+        favoured = _favoured(common, has_mean=mean is not None and mean.worth)
         chosen[layer.name] = replace(common, **{name: favoured[name] for name in favoured.keys() - given.keys()})
-    return chosen, means
+    return chosen
 
 
-def _favoured(common: Options, mean: InputMean | None) -> dict[str, Any]:
+def _favoured(common: Options, *, has_mean: bool) -> dict[str, Any]:
     """What docs/accuracy.md measured to be best for a layer, without data."""
-    compensates = common.split == "qa" and mean is not None and mean.worth
+    compensates = has_mean and common.split == "qa"
     favoured = {"granularity": "channel", "clip": "auto", "rounding": "squant" if compensates else "nearest"}
     if common.abits is not None:
         favoured |= {"act_clip": "mse", "act_signed": "auto"}

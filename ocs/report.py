@@ -30,6 +30,7 @@ class LayerReport:
     float_bytes: int = 0  # of the float weight
     bits: int | None = None
     granularity: str | None = None
+    rounding: str | None = None
     clip: str | float | None = None  # what gave the threshold; of "auto" what it chose, or "auto" where channels differ
     channels: int | None = None  # C over all groups
     splits: int | None = None  # n over all groups
@@ -39,6 +40,8 @@ class LayerReport:
     max_before: float | None = None  # max|w|
     max_after: float | None = None  # max|w| of the split weight
     sqnr_db: float | None = None  # 10 log10(sum w^2 / sum (w - w_hat)^2); inf where exact
+    steps: tuple[tuple[str, float], ...] = ()  # what each option did, where asked for: (what, dB) one after the other,
+    # by functional.output_error: the power of the outputs over what they are off by
     packed_bytes: int | None = None  # k-bit integers of the expanded weight, scales, and sources of the copies; of an
     # input's copies the sources alone, as their weights are there already
 
@@ -66,6 +69,12 @@ class LayerReport:
     def expanded_weights(self) -> int:
         """Elements of the expanded weight."""
         return math.prod(self.expanded_shape)
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """dB of nearest rounding alone, and what each option added to it, where `steps` are known."""
+        before = [0.0, *(db for _, db in self.steps)]
+        return {what: db - before[i] for i, (what, db) in enumerate(self.steps)}
 
     @property
     def label(self) -> str:
@@ -114,6 +123,14 @@ class Report:
         values = [layer.sqnr_db for layer in self.quantized if math.isfinite(layer.sqnr_db)]
         return sum(values) / len(values) if values else math.inf
 
+    @property
+    def mean_steps(self) -> dict[str, float]:
+        """Where it was asked for: mean dB of nearest rounding alone, and what each option added to it on the mean."""
+        explained = [layer.gains for layer in self.quantized if layer.steps]
+        explained = [gains for gains in explained if all(map(math.isfinite, gains.values()))]
+        whats = dict.fromkeys(what for gains in explained for what in gains)
+        return {what: sum(gains.get(what, 0.0) for gains in explained) / len(explained) for what in whats}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; inf appears as None."""
         totals = {
@@ -126,6 +143,8 @@ class Report:
             "seconds": self.seconds,
         }
         content = {"settings": self.settings, "totals": totals, "layers": [asdict(layer) for layer in self.layers]}
+        if self.mean_steps:
+            content["totals"]["mean_steps_db"] = self.mean_steps
         return _plain(content | ({"batch_norms": self.batch_norms} if self.batch_norms else {}))
 
     def to_json(self) -> str:
@@ -162,9 +181,10 @@ class Report:
         )
 
     def _columns(self) -> list[int]:
-        """All, but that of inputs only where one is quantized."""
-        of_inputs = any(layer.act_bits is not None for layer in self.layers)
-        return [i for i in range(len(HEADER)) if i != _INPUT_COLUMN or of_inputs]
+        """All, but that of inputs only where one is quantized, that of steps only where they are known."""
+        shown = {_INPUT_COLUMN: any(layer.act_bits is not None for layer in self.layers),
+                 _STEPS_COLUMN: any(layer.steps for layer in self.layers)}  # fmt: skip
+        return [i for i in range(len(HEADER)) if shown.get(i, True)]
 
     def _summary(self) -> str:
         layers, left = len({layer.name for layer in self.quantized}), len(self.layers) - len(self.quantized)
@@ -175,6 +195,8 @@ class Report:
             text = f"{text}, {folded} of {len(self.batch_norms)} batch norms folded"
         if not self.quantized:
             return text
+        if self.mean_steps:
+            text = f"{text}; outputs, mean dB: {_steps(self.mean_steps)}"
         saving = self.float_bytes / self.packed_bytes if self.packed_bytes else math.inf
         return (
             f"{text}: weights x{self.relative_size:.3f} with their copies, {_size(self.float_bytes)} -> "
@@ -192,12 +214,14 @@ HEADER = (
     "once split",
     "clip at",
     "SQNR dB",
+    "outputs dB",
     "packed",
     "input",
     "",
 )
 _INPUT_COLUMN = HEADER.index("input")
-_TEXT_COLUMNS = (0, 1, 2, _INPUT_COLUMN, len(HEADER) - 1)
+_STEPS_COLUMN = HEADER.index("outputs dB")
+_TEXT_COLUMNS = (0, 1, 2, _STEPS_COLUMN, _INPUT_COLUMN, len(HEADER) - 1)
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
@@ -215,6 +239,9 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.max_after:.3g}",
         f"{clip:.3g}" + ("" if isinstance(layer.threshold, float) else " max") + _method(layer.clip),
         f"{layer.sqnr_db:.1f}",
+        _steps(
+            {what: db - before for (what, db), (_, before) in zip(layer.steps, [("", 0), *layer.steps], strict=False)}
+        ),
         _size(layer.packed_bytes),
         _input(layer),
         layer.reason,
@@ -224,6 +251,12 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 def _method(clip: str | float) -> str:
     """Which clip method, where there is one."""
     return "" if clip == "none" else f" {clip}" if isinstance(clip, str) else f" x{clip:g}"
+
+
+def _steps(gains: dict[str, float]) -> str:
+    """What nearest rounding leaves, and what each option adds."""
+    first, *more = [*gains.items()] or [("", 0.0)]
+    return " ".join([f"{first[1]:.1f}" * bool(gains), *(f"{gain:+.1f} {what}" for what, gain in more)])
 
 
 def _input(layer: LayerReport) -> str:

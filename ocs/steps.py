@@ -1,0 +1,52 @@
+"""What each option did for the error of a weight: quantized with one after the other switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from ocs import functional
+from ocs.find import Options
+from ocs.functional import How, Quantization
+
+STEPS = {  # in this order
+    "OCS": ("r", "select"),
+    "channel": ("granularity",),
+    "rounding": ("split", "rounding"),
+    "clip": ("clip",),
+}
+Quantize = Callable[[Options], Quantization]
+
+
+def steps_of(
+    w: Tensor, options: Options, how: How, quantize: Quantize, last: Quantization
+) -> tuple[tuple[str, float], ...]:
+    """(what, dB) for nearest rounding alone, and for each option that was switched on after it.
+
+    dB is how far the outputs' power is above functional.output_error, an estimate without inputs; inf where exact.
+
+    w: float32 [O, C, ...], to be quantized by these options, and how that is; quantize: the weight by other options;
+    last: by these.
+    """
+    chosen, found = Options(wbits=options.wbits), []
+    labels = ["nearest", *(name for name, fields in STEPS.items() if _differ(options, fields))]
+    for label in labels:
+        chosen = replace(chosen, **{field: getattr(options, field) for field in STEPS.get(label, ())})
+        step = last if label == labels[-1] else quantize(chosen)
+        found.append((_shown(label, options), _decibels(w, step, how)))
+    return tuple(found)
+
+
+def _differ(options: Options, fields: tuple[str, ...]) -> bool:
+    return any(getattr(options, field) != getattr(Options, field) for field in fields)
+
+
+def _shown(label: str, options: Options) -> str:
+    return {"rounding": options.rounding, "clip": f"clip {options.clip}"}.get(label, label)
+
+
+def _decibels(w: Tensor, step: Quantization, how: How) -> float:
+    error = functional.output_error(w, step.quantized, how.groups, how.gain)
+    return functional.sqnr_db(float(functional.output_power(w).sum()), float(error.sum()))
