@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ocs import functional
 from ocs.activation import as_rows
-from ocs.find import Layer, check_lazy, check_model, find_layers, first_weight, named, replacement_of
+from ocs.find import Layer, check_lazy, check_model, find_layers, first_weight, is_kind, named, replacement_of
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.reference import OCTAVE_BINS, OCTAVES
@@ -30,6 +30,16 @@ BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eigh
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
 
 Data = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+class Observer(Protocol):
+    """What is kept of the inputs of a module."""
+
+    def update(self, x: Tensor) -> None:
+        """Take in one more input."""
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen."""
 
 
 class Statistics:
@@ -204,6 +214,11 @@ def _reduced(x: Tensor, op: Any) -> Tensor:
     return moved.to(x.device)
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The same on all ranks."""
+    return _reduced(x, dist.ReduceOp.SUM)
+
+
 def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -214,19 +229,20 @@ def _several_ranks() -> bool:
 def observe(
     model: nn.Module,
     data: Data,
-    watched: Mapping[str, tuple[nn.Module, Statistics]],
+    watched: Mapping[str, tuple[nn.Module, Observer]],
     progress: bool | None = None,
 ) -> None:
     """Run the batches through the model, in eval mode and without gradients, and fill the statistics.
 
-    watched: by name, the layers, and what is kept of their inputs. The model is as it was afterwards, whatever happens.
+    watched: by name, the modules, and what is kept of their inputs. The model is as it was afterwards.
     """
     failure: Exception | None = None
     batches = 0
     try:
         with _undisturbed(model), ExitStack() as hooks:
             for name, (layer, statistics) in watched.items():
-                take = _observer(name, statistics, replacement_of(layer).input_names)
+                names = replacement_of(layer).input_names if is_kind(layer) else ("input",)
+                take = _observer(name, statistics, names)
                 hook = layer.register_forward_pre_hook(take, with_kwargs=True)
                 hooks.callback(hook.remove)
             batches = _run(model, data, progress)
@@ -246,7 +262,7 @@ def observe(
             statistics.reduce()
 
 
-def _observer(name: str, statistics: Statistics, input_names: tuple[str, ...]) -> Callable[..., None]:
+def _observer(name: str, statistics: Observer, input_names: tuple[str, ...]) -> Callable[..., None]:
     """A hook that takes in these arguments of the layer, each tensor once."""
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
