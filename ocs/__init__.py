@@ -3,6 +3,7 @@
 from ocs import functional, nn
 from ocs.calibrate import Calibration, calibrate
 from ocs.quantize import FIRST_LAYER, quantize
+from ocs.reestimate import reestimate_batchnorm, synthesize
 from ocs.report import LayerReport, Report
 from ocs.storage import load, save
 
@@ -17,5 +18,7 @@ __all__ = [
     "load",
     "nn",
     "quantize",
+    "reestimate_batchnorm",
     "save",
+    "synthesize",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,16 @@ BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eigh
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
 
 Data = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+class Observer(Protocol):
+    """What is kept of the inputs of a module."""
+
+    def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Take in one call of the module with these arguments by name."""
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen."""
 
 
 class Statistics:
@@ -213,13 +223,13 @@ def _channel_sums(rows: Tensor) -> Tensor:
 def observe(
     model: nn.Module,
     data: Data,
-    watched: Mapping[str, tuple[nn.Module, Statistics]],
+    watched: Mapping[str, tuple[nn.Module, Observer]],
     progress: bool | None = None,
     moments: Mapping[str, tuple[nn.Module, LayerMoments]] | None = None,
 ) -> None:
     """Run the batches through the model, in eval mode and without gradients, and fill the statistics.
 
-    watched, moments: by name, the layers, and what is kept of their inputs, and of what their weights meet. The model
+    watched, moments: by name, the modules, and what is kept of their inputs, and of what their weights meet. The model
     is as it was afterwards, whatever happens.
     """
     kept = [*watched.items(), *(moments or {}).items()]
@@ -248,7 +258,7 @@ def observe(
             of_layer.reduce()
 
 
-def _observer(name: str, kept: Statistics | LayerMoments) -> Callable[..., None]:
+def _observer(name: str, kept: Observer) -> Callable[..., None]:
     """A hook that takes in what a layer is called with."""
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

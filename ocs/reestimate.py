@@ -1,0 +1,265 @@
+"""BatchNorm without its training data: statistics measured again, or inputs made that have those of the float model.
+
+Quantized weights give other means and variances than the float ones; a BatchNorm that expects the new ones takes most
+of that back, at no cost. Its statistics are measured on a few inputs without labels, and where there are none on inputs
+synthesized to have the float model's statistics (ZeroQ: Cai et al. 2020, arXiv 2001.00281, section 3.1).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from numbers import Integral
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ocs.batchnorm import FoldedBatchNorm
+from ocs.calibrate import Data, observe
+from ocs.progress import with_progress
+from ocs.ranks import reduced
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+class NormStatistics:
+    """Mean and variance of all that a BatchNorm is given; on the way, each batch is normalized by its own.
+
+    Later norms so see what they would see if this one's statistics were right already.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        self.norm = norm
+        self.count = 0  # values of each channel
+        self.mean = torch.zeros(norm.num_features, dtype=torch.float64)
+        self.squares = torch.zeros(norm.num_features, dtype=torch.float64)  # of what is left without the mean, summed
+
+    def observe(self, _: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Take in one more batch [N, C, ...]."""
+        x = arguments["input"]
+        if not x.numel():
+            return
+        rows = x.detach().movedim(1, 0).flatten(1).cpu().double()
+        mean, variance = rows.mean(1), rows.var(1, correction=0)
+        if not bool((mean + variance).isfinite().all()):
+            raise ValueError("its input holds NaN or Inf: repair model or batch")
+        self.merge(rows.shape[1], mean, variance * rows.shape[1])
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_var.copy_(variance)
+
+    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        """Take in so many values of each channel."""
+        if not count:
+            return
+        total, away = self.count + count, mean - self.mean
+        self.squares = self.squares + squares + away.square() * (self.count * count / total)
+        self.mean, self.count = self.mean + away * (count / total), total
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen, so that each has the same."""
+        count = int(reduced(torch.tensor(self.count), dist.ReduceOp.SUM))
+        mean = reduced(self.mean * self.count, dist.ReduceOp.SUM) / max(count, 1)
+        self.squares = reduced(self.squares + self.count * (self.mean - mean).square(), dist.ReduceOp.SUM)
+        self.count, self.mean = count, mean
+
+
+def reestimate_batchnorm(
+    model: nn.Module, data: Data, *, reference: nn.Module | None = None, progress: bool | None = None
+) -> None:
+    """Measure the running statistics of every BatchNorm again, in place: after ocs.quantize, on a few hundred inputs.
+
+    One pass, in eval mode but for the norms, which normalize each batch by its own statistics; what they keep are mean
+    and variance over all batches together. Give batches of 32 or more. Where torch.distributed is initialized, each
+    rank gives its own batches, and all get the statistics of all. Norms that no batch reaches stay as they are, and so
+    do momentum and num_batches_tracked.
+
+    Args:
+        model: quantized or float, with BatchNorms: without fold_bn.
+        data: batches, (batch, target) pairs of which the target is not used, dicts of keyword arguments, or a callable
+            that runs the model on what it likes: data(model).
+        reference: the float model that `model` was made from, of the same architecture. Its running statistics then
+            count as right, and change only as those of `data` differ between the two models: so that data need not
+            be like what the model is for, from ocs.synthesize, say. It is run on the same data, which must give it
+            twice: a list, no iterator; and it is as it was afterwards.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
+
+    Raises:
+        TypeError: a model is no nn.Module, or data is one batch of a kind that should be in a list.
+        ValueError: it has no BatchNorm with running statistics, there is no batch or none reaches one, a norm's input
+            holds NaN or Inf, or the reference has other norms. The model is then as it was.
+    """
+    norms = _norms(model)
+    if reference is not None:
+        of_reference = _norms(reference)
+        if {name: norm.num_features for name, norm in norms.items()} != {
+            name: norm.num_features for name, norm in of_reference.items()
+        }:
+            raise ValueError("reference has other BatchNorms than model: give the float model that it was made from")
+    measured = _measure(model, norms, data, progress)
+    if reference is not None:
+        expected = _measure(reference, of_reference, data, progress)
+        measured = {
+            name: _relative(of_reference[name], found, expected[name])
+            for name, found in measured.items()
+            if name in expected
+        }
+    with torch.no_grad():
+        for name, (mean, variance) in measured.items():
+            norms[name].running_mean.copy_(mean)
+            norms[name].running_var.copy_(variance)
+
+
+Moments = tuple[Tensor, Tensor]  # mean and variance
+
+
+def _measure(
+    model: nn.Module, norms: Mapping[str, _BatchNorm], data: Data, progress: bool | None
+) -> dict[str, Moments]:
+    """What each norm is given; its statistics are as they were afterwards."""
+    before = [(norm, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms.values()]
+    watched = {name: (norm, NormStatistics(norm)) for name, norm in norms.items()}
+    try:
+        observe(model, data, watched, progress)
+    finally:
+        with torch.no_grad():
+            for norm, mean, variance in before:
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(variance)
+    found = {name: each for name, (_, each) in watched.items() if each.count}
+    if not found:
+        raise ValueError(f"no batch reached the norms {', '.join([*norms][:3])} ...: does data run the model?")
+    return {name: (each.mean, each.squares / each.count) for name, each in found.items()}
+
+
+def _relative(norm: _BatchNorm, found: Moments, expected: Moments) -> Moments:
+    """A norm's running statistics, changed as those found differ from those expected."""
+    mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
+    gain = variance / expected[1].clamp(min=1e-12)
+    return mean + (found[0] - expected[0]) * gain.sqrt(), found[1] * gain
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorms that normalize by running statistics, by name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    kept = {name: norm for name, norm in norms.items() if norm.running_mean is not None}
+    if kept:
+        return kept
+    if any(isinstance(module, FoldedBatchNorm) for module in model.modules()):
+        raise ValueError("the model's BatchNorms are folded into its layers: quantize with fold_bn=False")
+    raise ValueError(f"{type(model).__name__} has no BatchNorm with running statistics")
+
+
+# --- Inputs -----------------------------------------------------------------------------------------------------------
+
+RATE = 0.1  # of Adam, for inputs of unit variance
+
+
+def synthesize(
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    images: int = 256,
+    steps: int = 30,
+    batch: int = 64,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> list[Tensor]:
+    """Inputs with which the float model's BatchNorms see what their running statistics say; needs no data (ZeroQ).
+
+    Adam moves smooth noise so that, batch by batch, mean and standard deviation before every BatchNorm are matched, and
+    0 and 1 of the inputs themselves: in units of the running standard deviation, each norm with the same weight. Made
+    for ocs.reestimate_batchnorm with reference=; they are no images.
+
+    Args:
+        model: a float model for inputs of mean 0 and variance 1 in each channel; it is not changed.
+        shape: of one input, (C, H, W).
+        images: how many.
+        steps: of Adam, for each batch.
+        batch: inputs that are optimized together.
+        seed: the same gives the same inputs, on one machine.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
+
+    Returns:
+        Batches [N, *shape] of the dtype and on the device of the model, N = `batch` but perhaps for the last.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: it has no BatchNorm with running statistics or none that inputs of this shape reach, a number is
+            below 1, or the loss is not finite.
+    """
+    _norms(model)
+    numbers = {"images": images, "steps": steps, "batch": batch, **{f"shape[{i}]": n for i, n in enumerate(shape)}}
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: use a whole number from 1 on")
+    with torch.inference_mode(False):
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        for module in frozen.modules():
+            module.training = False
+        like = next(iter(_norms(frozen).values())).running_mean
+        generator = torch.Generator().manual_seed(seed)
+        noise = _smooth_noise(images, shape, generator).to(like)
+        parts = with_progress(noise.split(batch), "synthesize", progress, "batch")
+        return [_matched(frozen, part, steps) for part in parts]
+
+
+def _smooth_noise(images: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """[images, *shape] of mean 0 and variance 1: noise of every octave, the coarser the stronger, as images have it."""
+    spatial, x = shape[1:], torch.randn(images, *shape, generator=generator)
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}.get(len(spatial))
+    if mode is None:
+        return x
+    x, size = x / math.sqrt(min(spatial)), 2
+    while size < min(spatial):
+        coarse = torch.randn(images, shape[0], *[size] * len(spatial), generator=generator)
+        x += nn.functional.interpolate(coarse, tuple(spatial), mode=mode) / math.sqrt(size)
+        size *= 2
+    return (x - x.mean()) / x.std()
+
+
+def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
+    """A batch, from noise."""
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad(), _losses(model) as losses:
+        for _ in range(steps):
+            losses.clear()
+            model(x)
+            if not losses:
+                raise ValueError(f"inputs {list(x.shape)} reach no BatchNorm of the model")
+            loss = sum(losses) / len(losses) + _distance(x, 0.0, 1.0)
+            if not bool(loss.isfinite()):
+                raise ValueError("inputs that match the BatchNorms' statistics cannot be found: the loss is not finite")
+            (x.grad,) = torch.autograd.grad(loss, x)
+            optimizer.step()
+            schedule.step()
+    return x.detach()
+
+
+@contextmanager
+def _losses(model: nn.Module) -> Iterator[list[Tensor]]:
+    """How far the input of each BatchNorm is from its statistics, in the order of calls."""
+    losses: list[Tensor] = []
+
+    def take(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        losses.append(_distance(args[0], norm.running_mean, (norm.running_var + norm.eps).sqrt()))
+
+    with ExitStack() as hooks:
+        for norm in _norms(model).values():
+            hooks.callback(norm.register_forward_pre_hook(take).remove)
+        yield losses
+
+
+def _distance(x: Tensor, mean: Tensor | float, deviation: Tensor | float) -> Tensor:
+    """Squared differences of mean and standard deviation by channel, in units of that deviation; their average."""
+    dims = [0, *range(2, x.dim())]
+    found = x.var(dims, correction=0).clamp(min=1e-12).sqrt()
+    return (((x.mean(dims) - mean) / deviation).square() + ((found - deviation) / deviation).square()).mean()
