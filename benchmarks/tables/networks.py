@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from data import CIFAR10, FASHION_MNIST, NAMES, Preset
-from fashion_mnist import WEIGHTS, ResNet20
+from fashion_mnist import VIT_WEIGHTS, WEIGHTS, ResNet20, ViT
 from torch import Tensor, nn
 from zoo import torchvision_models
 
 PAPER = {"VGG16-BN": "vgg16_bn", "ResNet-50": "resnet50", "DenseNet-121": "densenet121", "Inception-V3": "inception_v3"}
-RESNET20 = "ResNet-20"
+RESNET20, VIT = "ResNet-20", "ViT"
 PREFERRED = "IMAGENET1K_V1"  # trained with the recipes of the paper's time
 WITH_TRAINING_HEADS = ("inception_v3", "googlenet")
 TRAINING_HEADS = ("AuxLogits.", "aux1.", "aux2.")
@@ -60,7 +60,7 @@ def load_network(name: str, dataset: str, weights: str | Path | None = None) -> 
     """
     if dataset not in NAMES:
         raise ValueError(f"dataset {dataset!r}: expected one of {', '.join(NAMES)}")
-    make = _torchvision if dataset == "imagenet" else _resnet20
+    make = _torchvision if dataset == "imagenet" else _small
     name, model, preset = make(name, dataset, weights)
     return Network(name, model.eval(), preset, _digest(model))
 
@@ -95,16 +95,17 @@ def _preset(entry: Any) -> Preset:
     return Preset(resize, crop, tuple(theirs.mean), tuple(theirs.std), theirs.interpolation.value)
 
 
-def _resnet20(name: str, dataset: str, weights: str | Path | None) -> tuple[str, nn.Module, Preset]:
-    name, _ = _known_name(name, {RESNET20: RESNET20, "resnet20": "resnet20"})
+def _small(name: str, dataset: str, weights: str | Path | None) -> tuple[str, nn.Module, Preset]:
+    bundled = {RESNET20: WEIGHTS, VIT: VIT_WEIGHTS} if dataset == "fashion-mnist" else {RESNET20: None}
+    name, _ = _known_name(name, {known.lower(): known for known in bundled} | {known: known for known in bundled})
     preset = CIFAR10 if dataset == "cifar10" else FASHION_MNIST
-    if weights is None and dataset == "cifar10":
+    weights = bundled[name] if weights is None else weights
+    if weights is None:
         raise ValueError("no ResNet-20 for CIFAR-10 comes with this repository; give a trained one as --weights FILE")
-    weights = WEIGHTS if weights is None else weights
-    model = _random(lambda: ResNet20(len(preset.mean)))
+    model = _random(ViT if name == VIT else lambda: ResNet20(len(preset.mean)))
     if weights != "random":
         _load(model, _read(Path(weights)), str(weights), name)
-    return RESNET20, model, preset
+    return name, model, preset
 
 
 def _known_name(name: str, known: dict[str, str]) -> tuple[str, str]:

@@ -56,7 +56,7 @@ HELP = {
     "wbits": (int, "bits of the weights"),
     "abits": (int, "bits of the layers' inputs"),
     "batches": (int, "batch sizes"),
-    "calibration": (int, "training images for the statistics of layer inputs"),
+    "calibration": (int, "training images, or words beyond --limit, that calibrate"),
     "size": (int, "height and width of the image"),
     "granularity": (str, "tensor, channel, or both: one scale each"),
     "streams": (int, "streams that the text is read in, side by side"),

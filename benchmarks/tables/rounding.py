@@ -1,7 +1,7 @@
 """Beyond the paper: rounding that lets errors cancel, with the threshold that suits it, by weight bits.
 
 Weights only, first layer float, no data. Nearest rounding and rounding="squant", with the largest weight as threshold
-(none), the least squared error (mse), and for squant the least error of the layer's outputs (auto).
+(none), the least squared error (mse), and the least error of the layer's outputs (auto).
 
     python benchmarks/tables/rounding.py --limit 2000
     python benchmarks/tables/rounding.py --dataset bible --limit 8000 --out build/tables/lstm
@@ -14,7 +14,7 @@ import argparse
 from cells import Cell
 from command import Table, main
 
-COLUMNS = (("nearest", "none"), ("nearest", "mse"), ("squant", "none"), ("squant", "mse"), ("squant", "auto"))
+COLUMNS = [(rounding, clip) for rounding in ("nearest", "squant") for clip in ("none", "mse", "auto")]
 
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
@@ -39,7 +39,7 @@ TABLE = Table(
     dataset="fashion-mnist",
     models=("ResNet-20",),
     stands_for="ResNet-20",
-    defaults={"bits": (4, 3, 2), "r": (0.0, 0.05), "granularity": ("tensor", "channel"), "streams": 10},
+    defaults={"bits": (6, 5, 4, 3, 2), "r": (0.0, 0.05), "granularity": ("tensor", "channel"), "streams": 10},
     datasets=("fashion-mnist", "bible"),
 )
 

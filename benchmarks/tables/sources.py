@@ -87,9 +87,11 @@ def open_text(args: argparse.Namespace, name: str, weights: str | None, ranks: R
             "examples/train_language_model.py; --dataset bible needs neither"
         )
     try:
-        words = read_words(folder, "test")[: args.limit]
+        all_words = read_words(folder, "test")
+        words, calibrated = all_words[: args.limit], getattr(args, "calibration", 0)
         model, vocabulary = load_model(weights)
         text = streams(encode(words, vocabulary), args.streams)
+        shown = _text_that_calibrates(all_words[len(words) :], calibrated, vocabulary, args.streams)
     except (OSError, ValueError) as error:
         raise data.DataError(str(error)) from None
     size = min(args.batch_size, math.ceil(args.streams / ranks.world))  # something for each rank
@@ -102,7 +104,17 @@ def open_text(args: argparse.Namespace, name: str, weights: str | None, ranks: R
         name if papers else f"{name}-{config['hidden']}",
         f"{len(words):,} words of {TEXTS[args.dataset]}, {config['layers']} layers of {config['hidden']} units, "
         f"vocabulary {config['words']:,}",
-        [digest, args.dataset, where, len(words), args.streams, args.batch_size, ranks.device.type],
+        [digest, args.dataset, where, len(words), args.streams, args.batch_size, calibrated, ranks.device.type],
         model.to(ranks.device),
         groups,
+        shown,
     )
+
+
+def _text_that_calibrates(rest: list[str], count: int, vocabulary: list[str], width: int) -> torch.Tensor | None:
+    """The last words of the test text, none of which are scored."""
+    if not count:
+        return None
+    if len(rest) < count:
+        raise ValueError(f"--calibration {count}: {len(rest)} words are left beside those of --limit")
+    return streams(encode(rest[-count:], vocabulary), width)

@@ -20,6 +20,7 @@ Options = Mapping[str, Any]
 Advance = Callable[[int], object]
 Measured = tuple[Tensor, dict[str, Any], dict[str, float]]  # sums over this rank's share, details, seconds by part
 Z = 1.959964  # of a 95 % interval
+SYNTHETIC = 512  # inputs
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,45 @@ class Evaluation(Task):
     model: nn.Module  # float, in eval mode, on its device
     batches: Iterable[Any]
     sums: int  # how many numbers score() adds up
+    _synthetic: list[Tensor] | None = None
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
         """Units done, and float64 sums for the metric, bit by bit; size: how many images may run at once."""
 
+    def show(self, model: nn.Module) -> None:
+        """Run a model on what calibrates; never on what is scored."""
+        raise ValueError(f"{self.name}: there is nothing to calibrate with; give --calibration")
+
+    def shape(self) -> tuple[int, ...]:
+        """Of one input of a network with BatchNorms."""
+        raise ValueError(f"{self.name}: its inputs cannot be synthesized")
+
+    def prepare(self, options: Options | None) -> None:
+        """Synthesize inputs once, where norms are estimated again on such."""
+        if self._synthetic is None and (options or {}).get("norms") == "synthetic":
+            self._synthetic = ocs.synthesize(self.model, self.shape(), images=SYNTHETIC, progress=False)
+
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """A folded copy (the same values as expanded, at the float model's cost), and what its report says."""
+        """A folded copy (the same values as expanded, at the float model's cost), and what its report says.
+
+        Besides those of ocs.quantize, options may be `calibrated` (True: with what calibrates), `norms` (estimated
+        again by what calibrates, "measured", or on "synthetic" inputs), `size_of` (wbits="auto" in the size of so many
+        bits).
+        """
+        norms, size_of, shown = (options.pop(name, None) for name in ("norms", "size_of", "calibrated"))
+        given: dict[str, Any] = {"expand": False, "progress": False, "explain": False}
+        if size_of is not None:
+            report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
+            given |= {"wbits": "auto", "budget": report.packed_bytes}
+        if shown:
+            given["calibration"] = self.show
         model = copy.deepcopy(self.model)
-        report = ocs.quantize(model, **options, expand=False, progress=False)
+        report = ocs.quantize(model, **options, **given)
+        if norms == "measured":
+            ocs.reestimate_batchnorm(model, self.show, progress=False)
+        elif norms == "synthetic":
+            ocs.reestimate_batchnorm(model, self._synthetic, reference=self.model, progress=False)
         return model, {"mean_sqnr_db": report.mean_sqnr_db}
 
     @torch.inference_mode()
@@ -138,16 +169,21 @@ class Classification(Evaluation):
     def _ready(self, images: Tensor) -> Tensor:
         return self._normalize(images.to(self.device)).contiguous(memory_format=torch.channels_last)
 
+    def show(self, model: nn.Module) -> None:
+        """On the calibration images."""
+        for images, _ in self.calibration or super().show(model):
+            model(self._ready(images))
+
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        images, _ = next(iter(self.batches))
+        return tuple(self._ready(images[:1]).shape[1:])
+
     def prepare(self, options: Options | None) -> None:
         """Look at the calibration images once, for every setting with quantized inputs; ranks add their shares up."""
-        if self._statistics is not None or "abits" not in (options or {}):
-            return
-
-        def run(model: nn.Module) -> None:
-            for images, _ in self.calibration:
-                model(self._ready(images))
-
-        self._statistics = ocs.calibrate(self.model, run, progress=False)
+        super().prepare(options)
+        if self._statistics is None and "abits" in (options or {}):
+            self._statistics = ocs.calibrate(self.model, self.show, progress=False)
 
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """See Evaluation; with the statistics where inputs are quantized."""
@@ -168,10 +204,20 @@ class LanguageModelling(Evaluation):
 
     metric, unit, sums = PERPLEXITY, "word", 6
 
-    def __init__(self, name: str, what: str, identity: list[Any], model: nn.Module, groups: list[Tensor]) -> None:
-        """groups: int64 [T, B] each, this rank's share."""
+    def __init__(
+        self, name: str, what: str, identity: list[Any], model: nn.Module, groups: list[Tensor], shown: Tensor | None
+    ) -> None:
+        """groups: int64 [T, B] each, this rank's share; shown: int64 [T, B], what calibrates."""
+        self.shown = shown
         self.name, self.what, self.identity, self.model, self.batches = name, what, identity, model, groups
         self.count = sum((len(group) - 1) * group.shape[1] for group in groups)
+
+    def show(self, model: nn.Module) -> None:
+        """On the text that calibrates."""
+        if self.shown is None:
+            super().show(model)
+        for _ in losses(model, self.shown.to(next(model.parameters()).device)):
+            pass
 
     def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
         """The six sums of perplexity(), window by window."""

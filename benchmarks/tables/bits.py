@@ -1,0 +1,45 @@
+"""Beyond the paper: bits and splits of each layer under one size for the model, wbits="auto".
+
+Weights only, first layer float, recipe="best". Uniform: every layer has the bits of the row. Auto: each layer its own, in
+the same bytes as uniform; without data, or weighed by what moves the model's outputs on a few inputs (measured).
+
+    python benchmarks/tables/bits.py --limit 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from cells import Cell
+from command import Table, main
+
+
+def cells(args: argparse.Namespace, model: str) -> list[Cell]:
+    """A row for each size."""
+    del model  # the paper has none of this
+    found = []
+    for bits in args.bits:
+        for r in args.r:
+            common, row = {"recipe": "best", "r": r}, f"size of {bits} bits, r = {r:g}"
+            found += [
+                Cell(row, "uniform", common | {"wbits": bits}),
+                Cell(row, "auto", common | {"size_of": bits}),
+                Cell(row, "auto, measured", common | {"size_of": bits, "calibrated": True}),
+            ]
+    return found
+
+
+TABLE = Table(
+    name="bits",
+    doc=__doc__,
+    cells=cells,
+    paper_float=lambda model: None,
+    dataset="fashion-mnist",
+    models=("ResNet-20",),
+    stands_for="ResNet-20",
+    defaults={"bits": (5, 4, 3, 2), "r": (0.0, 0.05), "calibration": 512, "streams": 10},
+    datasets=("fashion-mnist", "bible"),
+)
+
+if __name__ == "__main__":
+    main(TABLE)

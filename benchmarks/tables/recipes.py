@@ -1,0 +1,46 @@
+"""Beyond the paper: recipe="paper" and recipe="best" by weight bits.
+
+Weights only, first layer float, without data; the last column estimates the norms' statistics again on a few inputs
+without labels, where there are BatchNorms.
+
+    python benchmarks/tables/recipes.py --limit 2000
+    python benchmarks/tables/recipes.py --limit 2000 --models ViT --out build/tables/vit
+    python benchmarks/tables/recipes.py --dataset bible --limit 8000 --out build/tables/lstm
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from cells import Cell
+from command import Table, main
+
+
+def cells(args: argparse.Namespace, model: str) -> list[Cell]:
+    """A row for each bit-width."""
+    del model  # the paper has none of this
+    found = []
+    for bits in args.bits:
+        for recipe in ("paper", "best"):
+            for r in args.r:
+                options = {"wbits": bits, "r": r, "recipe": recipe}
+                found.append(Cell(f"{bits} bits", f"{recipe}, r = {r:g}", options))
+        if args.dataset == "fashion-mnist" and args.models == ["ResNet-20"]:
+            found.append(Cell(f"{bits} bits", "and norms measured", options | {"norms": "measured"}))
+    return found
+
+
+TABLE = Table(
+    name="recipes",
+    doc=__doc__,
+    cells=cells,
+    paper_float=lambda model: None,
+    dataset="fashion-mnist",
+    models=("ResNet-20",),
+    stands_for="ResNet-20",
+    defaults={"bits": (6, 5, 4, 3, 2), "r": (0.0, 0.05), "calibration": 512, "streams": 10},
+    datasets=("fashion-mnist", "bible"),
+)
+
+if __name__ == "__main__":
+    main(TABLE)
