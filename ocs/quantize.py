@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ocs import functional
 from ocs.activation import ActSplit, InputGrid, QuantizedInput
-from ocs.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation
+from ocs.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation, mean_bits
 from ocs.batchnorm import Folding, plan_folding
 from ocs.calibrate import Calibration, Data, Statistics, observe, reached, statistics_for, with_sample
 from ocs.find import (
@@ -38,7 +38,7 @@ from ocs.layer import QuantizedLayer, with_originals
 from ocs.progress import with_progress
 from ocs.report import LayerReport, Report
 from ocs.rewrite import exchange, module_slots
-from ocs.sensitivity import PROBE_BITS, sensitivities
+from ocs.sensitivity import sensitivities
 
 # --- One layer --------------------------------------------------------------------------------------------------------
 
@@ -112,9 +112,9 @@ def _numbers_of_input(layer: Layer, options: Options) -> int:
     return 1 + groups * splits
 
 
-def _probe(layer: Layer, options: Options) -> tuple[QuantizedLayer, float]:
-    """The layer with its weights at the bits that sensitivities are measured with, and their error."""
-    options = replace(options, wbits=PROBE_BITS, r=0.0, abits=None, expand=False)
+def _probe(layer: Layer, options: Options, bits: int) -> tuple[QuantizedLayer, float]:
+    """The layer with its weights quantized, to so many bits where they are still to be chosen, and their error."""
+    options = replace(options, wbits=bits if options.automatic else options.wbits, r=0.0, abits=None, expand=False)
     replacement, _ = quantize_layer(layer, options)
     return replacement, sum(measure(layer, name, options).error for name in replacement.channels)
 
@@ -377,7 +377,8 @@ def _allocated(
     layers = [layer for layer in layers if layer.status == "quantized"]
     counts = dict.fromkeys(chosen, 1.0)
     if sample is not None:
-        counts = sensitivities(model, layers, sample, lambda layer: _probe(layer, chosen[layer.name]), progress)
+        bits = 0 if budget is None else mean_bits(layers, budget)
+        counts = sensitivities(model, layers, sample, lambda layer: _probe(layer, chosen[layer.name], bits), progress)
     layers = [replace(layer, module=folding.layers.get(id(layer.module), layer.module)) for layer in layers]
     if budget is not None:
         return chosen | allocate_bits(layers, chosen, budget, measure, counts, progress), {}
