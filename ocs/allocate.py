@@ -180,6 +180,14 @@ def _ladder(splits: int, channels: int) -> list[int]:
 # --- Bits and splits under a size -------------------------------------------------------------------------------------
 
 
+def mean_bits(layers: Sequence[Layer], budget: int) -> int:
+    """What the budget gives to each weight, 2 to 8: the bits to measure with how much a layer counts."""
+    parameters = (layer.module._parameters for layer in layers)
+    names = (replacement_of(layer.module).weight_names(layer.module) for layer in layers)
+    count = sum(held[name].numel() for held, of_layer in zip(parameters, names, strict=True) for name in of_layer)
+    return min(max(8 * budget // max(count, 1), BITS[0]), BITS[-1])
+
+
 def allocate_bits(
     layers: Sequence[Layer],
     chosen: Mapping[str, Options],

@@ -19,7 +19,6 @@ from ocs.functional import How, Quantization, SplitPlan
 from ocs.inputs import Known, corrects, wants_input
 from ocs.layer import QuantizedLayer, with_originals
 from ocs.report import LayerReport
-from ocs.sensitivity import PROBE_BITS
 from ocs.steps import steps_of
 
 
@@ -113,10 +112,17 @@ def _numbers_of_input(layer: Layer, options: Options) -> int:
     return 1 + groups * splits
 
 
-def probe(layer: Layer, options: Options) -> tuple[QuantizedLayer, float]:
-    """The layer with its weights at the bits that sensitivities are measured with, and their error."""
-    rounding = "nearest" if options.rounding == "gptq" else options.rounding
-    options = replace(options, wbits=PROBE_BITS, r=0.0, rounding=rounding, abits=None, correct_bias=False, expand=False)
+def probe(layer: Layer, options: Options, bits: int) -> tuple[QuantizedLayer, float]:
+    """The layer with its weights quantized, to so many bits where they are still to be chosen, and their error."""
+    options = replace(
+        options,
+        wbits=bits if options.automatic else options.wbits,
+        r=0.0,
+        rounding="nearest" if options.rounding == "gptq" else options.rounding,
+        abits=None,
+        correct_bias=False,
+        expand=False,
+    )
     replacement, _ = quantize_layer(layer, options, Known())
     return replacement, sum(measure(layer, name, options, Known()).error for name in replacement.channels)
 

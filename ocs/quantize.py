@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ocs.activation import ActSplit
-from ocs.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation
+from ocs.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation, mean_bits
 from ocs.batchnorm import Folding, plan_folding
 from ocs.calibrate import Calibration, Data, with_sample
 from ocs.find import (
@@ -211,7 +211,8 @@ def _allocated(
     layers = [layer for layer in layers if layer.status == "quantized"]
     counts = dict.fromkeys(chosen, 1.0)
     if sample is not None:
-        counts = sensitivities(model, layers, sample, lambda layer: probe(layer, chosen[layer.name]), progress)
+        bits = 0 if budget is None else mean_bits(layers, budget)
+        counts = sensitivities(model, layers, sample, lambda layer: probe(layer, chosen[layer.name], bits), progress)
     layers = [replace(layer, module=folding.layers.get(id(layer.module), layer.module)) for layer in layers]
 
     def measured(layer: Layer, name: str, options: Options, splits: int | None) -> Measured:

@@ -13,9 +13,7 @@ from ocs.find import Layer, named
 from ocs.progress import with_progress
 from ocs.rewrite import exchange, module_slots
 
-PROBE_BITS = 4  # that the layer is quantized to
-
-Probe = Callable[[Layer], tuple[nn.Module, float]]  # the layer at PROBE_BITS, and its error
+Probe = Callable[[Layer], tuple[nn.Module, float]]  # the layer quantized, and its error
 
 
 def sensitivities(

@@ -174,6 +174,11 @@ def test_bits_of_every_kind_of_layer(how: dict, tmp_path: Path) -> None:
     torch.testing.assert_close(again(*inputs)[0], ours(*inputs)[0], rtol=0, atol=0)
 
 
+def test_mean_bits() -> None:
+    layers = find_layers(nn.Sequential(nn.Linear(10, 10), nn.LSTM(5, 5)))
+    assert [allocate.mean_bits(layers, budget) for budget in (20, 150, 10**6)] == [2, 4, 8]
+
+
 def test_one_layer_alone_may_choose(net: SmallNet) -> None:
     fixed = ocs.quantize(copy.deepcopy(net), wbits=4).packed_bytes
     report = ocs.quantize(net, wbits=4, overrides={"head": {"wbits": "auto"}}, budget=fixed + 20)
