@@ -342,9 +342,15 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 net = SmallNet().eval()
 x = torch.load(os.environ["IMAGES"])
-shares = {"uneven": [x[:7], x[7:]], "one empty": [x[:0], x], "failing": [x, x * torch.nan]}[os.environ["CASE"]]
-share = shares[dist.get_rank()]
+uneven = [x[:7], x[7:]]
+shares = {"uneven": uneven, "one empty": [x[:0], x], "failing": [x, x * torch.nan], "moments": uneven}
+share = shares[os.environ["CASE"]][dist.get_rank()]
 try:
+    if os.environ["CASE"] == "moments":
+        moments = ocs.calibrate(net, share.split(3), moments=True).moments
+        kept = {name: (m["weight"].count, m["weight"].mean, m["weight"].products) for name, m in moments.items()}
+        torch.save(kept, os.environ["OUT"] + str(dist.get_rank()))
+        sys.exit()
     options = {"abits": 4, "act_r": 0.2, "act_clip": "mse", "correct_bias": True}
     report = ocs.quantize(net, **options, calibration=share.split(3) if len(share) else [])
     torch.save(net.state_dict(), os.environ["OUT"] + str(dist.get_rank()))
@@ -380,6 +386,18 @@ def test_two_ranks_give_what_one_process_gives(net: SmallNet, tmp_path: Path, ca
         assert torch.equal(first[name], second[name]), name
         tolerance = 1e-5 if name.endswith("bias") else 0
         torch.testing.assert_close(first[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def test_second_moments_of_two_ranks(net: SmallNet, tmp_path: Path) -> None:
+    """The same on both, and those of one process but for the order of summation."""
+    first, second = (torch.load(path) for path in run_ranks(tmp_path, "moments"))
+    moments = ocs.calibrate(net, x, moments=True).moments
+    assert set(first) == set(moments)
+    for name, (count, mean, products) in first.items():
+        assert count == second[name][0] == moments[name]["weight"].count
+        assert torch.equal(products, second[name][2])
+        torch.testing.assert_close(mean, moments[name]["weight"].mean, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(products, moments[name]["weight"].products, rtol=1e-5, atol=1e-5)
 
 
 def test_no_rank_waits_for_one_that_failed(tmp_path: Path) -> None:
