@@ -83,6 +83,11 @@ class Task(ABC):
         """Judge a quantized copy of the float model (None: the float model) on this rank's share of the data."""
 
 
+def _suffices(options: Options) -> bool:
+    """Whether the statistics of inputs are enough; how much each layer counts is measured on the inputs themselves."""
+    return options.get("allocate") != "error" and "size_of" not in options
+
+
 class Evaluation(Task):
     """A network on batches; subclasses say what a batch tells."""
 
@@ -90,13 +95,14 @@ class Evaluation(Task):
     batches: Iterable[Any]
     sums: int  # how many numbers score() adds up
     _synthetic: list[Tensor] | None = None
+    _seen: ocs.Calibration | None = None
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
         """Units done, and float64 sums for the metric, bit by bit; size: how many images may run at once."""
 
-    def show(self, model: nn.Module) -> None:
-        """Run a model on what calibrates; never on what is scored."""
+    def shown(self) -> Any:
+        """What calibrates, as ocs.quantize takes it; nothing of it is scored."""
         raise ValueError(f"{self.name}: there is nothing to calibrate with; give --calibration")
 
     def shape(self) -> tuple[int, ...]:
@@ -104,9 +110,12 @@ class Evaluation(Task):
         raise ValueError(f"{self.name}: its inputs cannot be synthesized")
 
     def prepare(self, options: Options | None) -> None:
-        """Synthesize inputs once, where norms are estimated again on such."""
-        if self._synthetic is None and (options or {}).get("norms") == "synthetic":
+        """Once for all settings that need it: inputs synthesized, or all that calibration can tell."""
+        options = options or {}
+        if self._synthetic is None and options.get("norms") == "synthetic":
             self._synthetic = ocs.synthesize(self.model, self.shape(), images=SYNTHETIC, progress=False)
+        if self._seen is None and options.get("calibrated") and _suffices(options):
+            self._seen = ocs.calibrate(self.model, self.shown(), moments=True, progress=False)
 
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """A folded copy (the same values as expanded, at the float model's cost), and what its report says.
@@ -121,11 +130,11 @@ class Evaluation(Task):
             report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
         if shown:
-            given["calibration"] = self.show
+            given["calibration"] = self._seen if _suffices(options) else self.shown()
         model = copy.deepcopy(self.model)
         report = ocs.quantize(model, **options, **given)
         if norms == "measured":
-            ocs.reestimate_batchnorm(model, self.show, progress=False)
+            ocs.reestimate_batchnorm(model, self.shown(), progress=False)
         elif norms == "synthetic":
             ocs.reestimate_batchnorm(model, self._synthetic, reference=self.model, progress=False)
         return model, {"mean_sqnr_db": report.mean_sqnr_db}
@@ -169,10 +178,11 @@ class Classification(Evaluation):
     def _ready(self, images: Tensor) -> Tensor:
         return self._normalize(images.to(self.device)).contiguous(memory_format=torch.channels_last)
 
-    def show(self, model: nn.Module) -> None:
-        """On the calibration images."""
-        for images, _ in self.calibration or super().show(model):
-            model(self._ready(images))
+    def shown(self) -> Any:
+        """The calibration images, batch by batch."""
+        if self.calibration is None:
+            super().shown()
+        return [self._ready(images) for images, _ in self.calibration]
 
     def shape(self) -> tuple[int, ...]:
         """(C, H, W)."""
@@ -183,7 +193,7 @@ class Classification(Evaluation):
         """Look at the calibration images once, for every setting with quantized inputs; ranks add their shares up."""
         super().prepare(options)
         if self._statistics is None and "abits" in (options or {}):
-            self._statistics = ocs.calibrate(self.model, self.show, progress=False)
+            self._statistics = ocs.calibrate(self.model, self.shown(), progress=False)
 
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """See Evaluation; with the statistics where inputs are quantized."""
@@ -208,16 +218,16 @@ class LanguageModelling(Evaluation):
         self, name: str, what: str, identity: list[Any], model: nn.Module, groups: list[Tensor], shown: Tensor | None
     ) -> None:
         """groups: int64 [T, B] each, this rank's share; shown: int64 [T, B], what calibrates."""
-        self.shown = shown
+        self.text = shown
         self.name, self.what, self.identity, self.model, self.batches = name, what, identity, model, groups
         self.count = sum((len(group) - 1) * group.shape[1] for group in groups)
 
-    def show(self, model: nn.Module) -> None:
-        """On the text that calibrates."""
-        if self.shown is None:
-            super().show(model)
-        for _ in losses(model, self.shown.to(next(model.parameters()).device)):
-            pass
+    def shown(self) -> Any:
+        """Reads the text that calibrates, window by window."""
+        text = self.text
+        if text is None:
+            super().shown()
+        return lambda model: list(losses(model, text.to(next(model.parameters()).device)))
 
     def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
         """The six sums of perplexity(), window by window."""
