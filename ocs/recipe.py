@@ -31,6 +31,7 @@ def by_recipe(recipe: Recipe, model: nn.Module, layers: list[Layer], given: Mapp
     means, chosen = inputs_have_mean(model), {}
     for layer in layers:
         mean = means.get(layer.name)
+        layer.input_mean = "" if mean is None else mean.reason
         favoured = _favoured(common, has_mean=mean is not None and mean.worth)
         chosen[layer.name] = replace(common, **{name: favoured[name] for name in favoured.keys() - given.keys()})
     return chosen
