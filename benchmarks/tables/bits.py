@@ -1,7 +1,7 @@
 """Beyond the paper: bits and splits of each layer under one size for the model, wbits="auto".
 
-Weights only, first layer float, recipe="paper" or "best". Uniform: every layer has the bits of the row. Auto: each layer
-its own, in the same bytes as uniform; without data, or weighed by what moves the model's outputs on a few inputs
+Weights only, first layer float, recipe="paper" or "best". Uniform: every layer has the bits of the row. Auto: each
+layer its own, in the same bytes as uniform; without data, or weighed by what moves the model's outputs on a few inputs
 (measured).
 
     python benchmarks/tables/bits.py --limit 2000
