@@ -22,6 +22,7 @@ from ocs.find import (
     apply_overrides,
     apply_skip,
     check_model,
+    check_values,
     find_layers,
     is_kind,
     named,
@@ -209,6 +210,8 @@ def _allocated(
     if allocate == "uniform" and budget is None:
         return chosen, {}
     layers = [layer for layer in layers if layer.status == "quantized"]
+    for layer in layers:
+        check_values(layer)
     counts = dict.fromkeys(chosen, 1.0)
     if sample is not None:
         bits = 0 if budget is None else mean_bits(layers, budget)

@@ -364,3 +364,13 @@ def test_statistics_hold_no_batch_to_run() -> None:
         ocs.quantize(model, wbits="auto", budget=999, calibration=calibration)
     report = ocs.quantize(model, wbits="auto", budget=999, calibration=calibration, abits=8)
     assert math.isfinite(report.mean_sqnr_db)
+
+
+@pytest.mark.parametrize("how", [{"allocate": "error"}, {"allocate": "knapsack"}, {"wbits": "auto", "budget": 99}])
+def test_layers_without_values(how: dict) -> None:
+    """Not even where a batch would give them their shape."""
+    for calibration in ({}, {"calibration": batches()} if how.get("allocate") != "knapsack" else {}):
+        model = nn.Sequential(nn.Linear(20, 20), nn.LazyLinear(4))
+        with pytest.raises(ValueError, match="1: its weight holds no values yet"):
+            ocs.quantize(model, r=0.1, **how, **calibration)
+        assert type(model[1]) is nn.LazyLinear
