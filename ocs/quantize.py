@@ -159,15 +159,17 @@ def quantize(
         "select": select,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    Options(**given)  # refuses what is out of range
+    common = Options(**given)  # refuses what is out of range
     check_model(model)
     if not isinstance(fold_bn, bool):
         raise ValueError(f"fold_bn={fold_bn!r}: use True or False")
     layers = find_layers(model)
     if not any(is_kind(layer.module) for layer in layers):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
-    by_layer = by_recipe(recipe, model, layers, given)
-    chosen = apply_overrides(layers, by_layer, overrides)
+    favour = by_recipe(recipe, model, given)
+    by_layer = {layer.name: favour(layer, common) for layer in layers}
+    chosen = apply_overrides(layers, dict.fromkeys(by_layer, common), overrides)
+    chosen = {layer.name: favour(layer, chosen[layer.name]) for layer in layers}
     apply_skip(layers, skip)
     check_allocation(layers, chosen, allocate, budget)
     sample = None

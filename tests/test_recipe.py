@@ -66,6 +66,20 @@ def test_naive_splits_are_rounded_to_nearest() -> None:
     assert settings(model, "after_relu")["rounding"] == "nearest"
 
 
+def test_overrides_count_as_given() -> None:
+    """What the recipe chooses follows from them, as if they were said of all layers."""
+    model, same = Norms().eval(), Norms().eval()
+    overrides = {"after_relu": {"split": "naive", "abits": 4}}
+    batches = [torch.randn(4, 3, 8, 8)]
+    report = ocs.quantize(model, wbits=3, r=0.1, recipe="best", overrides=overrides, calibration=batches)
+    ocs.quantize(same, wbits=3, r=0.1, recipe="best", split="naive", abits=4, calibration=batches)
+    assert settings(model, "after_relu") == settings(same, "after_relu")
+    assert settings(model, "after_relu")["rounding"] == "nearest"
+    assert settings(model, "after_relu")["act_clip"] == "mse"
+    assert settings(model, "after_norm")["act_clip"] == "none"
+    assert report.settings["rounding"] == "by layer"
+
+
 def test_inputs_are_clipped_where_they_are_quantized() -> None:
     model = Norms().eval()
     ocs.quantize(model, wbits=4, abits=4, recipe="best", calibration=[torch.randn(4, 3, 8, 8)])
