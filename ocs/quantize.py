@@ -127,7 +127,8 @@ def quantize(
             clip="auto"; rounding="squant" where a layer's inputs have a mean (after ReLU, say: see
             ocs.moments), else "nearest"; act_clip="mse" and act_signed="auto".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
-            recipe than the paper's. It takes a few times as long where options are fast.
+            recipe than the paper's. It takes a few times as long where options are fast. The error is an estimate
+            without data, functional.output_error, or with rounding="gptq" what calibration measured.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
@@ -161,8 +162,9 @@ def quantize(
     given = {name: value for name, value in given.items() if value is not None}
     common = Options(**given)  # refuses what is out of range
     check_model(model)
-    if not isinstance(fold_bn, bool):
-        raise ValueError(f"fold_bn={fold_bn!r}: use True or False")
+    for name, value in {"fold_bn": fold_bn, "explain": explain}.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: use True or False")
     layers = find_layers(model)
     if not any(is_kind(layer.module) for layer in layers):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
@@ -193,7 +195,7 @@ def quantize(
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
     settings = _settings(by_layer.values(), skip, overrides)
-    settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget, "recipe": recipe}
+    settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget and int(budget), "recipe": recipe}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,12 @@ def test_bits_of_every_kind_of_layer(how: dict, tmp_path: Path) -> None:
 def test_mean_bits() -> None:
     layers = find_layers(nn.Sequential(nn.Linear(10, 10), nn.LSTM(5, 5)))
     assert [allocate.mean_bits(layers, budget) for budget in (20, 150, 10**6)] == [2, 4, 8]
+
+
+def test_a_budget_of_numpy(net: SmallNet) -> None:
+    report = ocs.quantize(net, wbits="auto", budget=np.int64(2000))
+    assert json.loads(report.to_json())["settings"]["budget"] == 2000
+    assert type(report.settings["budget"]) is int
 
 
 def test_one_layer_alone_may_choose(net: SmallNet) -> None:
