@@ -59,7 +59,7 @@ def check_allocation(layers: Sequence[Layer], chosen: Mapping[str, Options], all
     if not isinstance(budget, Integral) or isinstance(budget, bool) or budget <= 0:
         raise ValueError(f"budget={budget!r}: use a positive integer, bytes")
     if not automatic:
-        raise ValueError(f'budget={budget!r} without wbits="auto" has no effect: set that, too')
+        raise ValueError(f'budget={budget!r} without wbits="auto" has no effect: no layer to quantize has it')
     if allocate != "uniform":
         raise ValueError(
             f'allocate={allocate!r} with wbits="auto" has no effect: budget= pays for bits and splits alike'

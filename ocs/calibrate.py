@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ocs import functional
 from ocs.activation import as_rows
-from ocs.find import Layer, check_lazy, check_model, find_layers, first_weight, named, replacement_of
+from ocs.find import Layer, check_lazy, check_model, check_values, find_layers, first_weight, named, replacement_of
 from ocs.nn import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.ranks import reduced, several_ranks
@@ -454,9 +454,7 @@ def reached(
 
 def moments_for(model: nn.Module, layer: Layer) -> tuple[nn.Module, LayerMoments]:
     """Empty ones, and the module whose calls fill them: the layer, or the attention that it projects the output of."""
-    with named(layer.name):
-        for name in replacement_of(layer.module).weight_names(layer.module):
-            check_lazy(layer.module._parameters[name])
+    check_values(layer)
     parent = model.get_submodule(layer.name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return parent, LayerMoments(layer.module, parent)

@@ -174,6 +174,13 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model is a {name}, which cannot replace itself in place: wrap it, nn.Sequential({name}(...))")
 
 
+def check_values(layer: Layer) -> None:
+    """A layer whose weights have values."""
+    with named(layer.name):
+        for name in replacement_of(layer.module).weight_names(layer.module):
+            check_lazy(layer.module._parameters[name])
+
+
 def check_lazy(weight: Tensor) -> None:
     """A weight that has values."""
     if nn.parameter.is_lazy(weight) or weight.is_meta:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -159,13 +159,20 @@ def quantize_weight(
         ValueError: w has fewer than two dimensions or holds NaN or Inf, an option is out of range, or moments are
             missing where rounding="gptq" needs them, given where not, of another shape, not finite or none.
     """
+    w, how = _checked(w, How(bits, clip, granularity, split, rounding, groups))
+    how = how._replace(second=check_moments(moments, rounding, w, groups))
+    splits = splits_for(check_ratio("r", r), w.shape[1], groups)
+    return quantize_plan(w, choose_splits(w, splits, select, how), how).quantized
+
+
+def _checked(w: Array, how: How) -> tuple[Array, How]:
+    """What a user gave, or what is wrong with it."""
     w = check_values("w", check_array("w", w, min_rank=2))
-    bits, r = check_bits("bits", bits), check_ratio("r", r)
-    check_rounding(rounding, split)
-    check_groups(groups, w.shape[0])
-    check_clip("clip", clip, auto=True)
-    how = How(bits, clip, granularity, split, rounding, groups, check_moments(moments, rounding, w, groups))
-    return quantize_plan(w, choose_splits(w, splits_for(r, w.shape[1], groups), select, how), how).quantized
+    check_rounding(how.rounding, how.split)
+    check_choice("granularity", how.granularity, get_args(Granularity))
+    check_groups(how.groups, w.shape[0])
+    check_clip("clip", how.clip, auto=True)
+    return w, how._replace(bits=check_bits("bits", how.bits))
 
 
 def plan_splits(
@@ -186,9 +193,12 @@ def plan_splits(
         nothing is clipped; else the squared error of saturation at the threshold that the paper's picks lead to. The
         paper's picks stay where they leave less. Or a callable (w, n) that is given one group's weight, float32
         [O, C, ...], and returns the n channels to split, 0 .. C - 1, in order and repeated as often as they are split.
+
+    Errors are those of quantize_weight.
     """
-    how = How(bits, clip, granularity, split, rounding, groups)
-    return choose_splits(w, splits_for(r, w.shape[1], groups), select, how)
+    check_choice("rounding", rounding, get_args(Rounding)[:2])  # gptq's splits are quantize_weight's to choose
+    w, how = _checked(w, How(bits, clip, granularity, split, rounding, groups))
+    return choose_splits(w, splits_for(check_ratio("r", r), w.shape[1], groups), select, how)
 
 
 def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True) -> float:

@@ -27,7 +27,45 @@ ELEMENTS = 2**22  # of weights that are rounded side by side
 DAMPING = 0.01  # added to H's diagonal, a share of its mean
 
 
-class Compensation:
+class OutputErrors:
+    """What the outputs of one weight are off by.
+
+    Args:
+        w: float32 [O, C, ...].
+        second: sum or mean of x x^T, [G, C K, C K], the K values of a filter side by side.
+    """
+
+    def __init__(self, w: Array, second: Tensor) -> None:
+        self.w = as_tensor(w).float()
+        self.second = second.to(self.w.device)
+        G, N = self.second.shape[:2]
+        self.rows = self.w.reshape(G, len(self.w) // G, N)
+
+    @property
+    def power(self) -> Tensor:
+        """w H w^T, float64 [G, O / G]."""
+        return self._of_outputs[1]
+
+    @cached_property
+    def _of_outputs(self) -> tuple[Tensor, Tensor]:
+        """w H [G, O / G, C K], and the outputs' power, w H w^T."""
+        product = self.rows @ self.second.to(self.rows)
+        return product, (product * self.rows).sum(-1, dtype=torch.float64)
+
+    def error(self, w_hat: Array, gain: float) -> Array:
+        """How far the outputs are off with w_hat instead of w, float64 [O]: d H d^T + gain (d H w^T)^2 / w H w^T.
+
+        For rows d = w_hat - w and w. The second part is the change of the outputs' gain, see functional.output_error.
+        """
+        product, power = self._of_outputs
+        d = as_tensor(w_hat).reshape(self.rows.shape) - self.rows
+        of_outputs = ((d @ self.second.to(d)) * d).sum(-1, dtype=torch.float64)
+        of_gain = (product * d).sum(-1, dtype=torch.float64) ** 2 / (power + (power == 0))
+        error = (of_outputs + gain * of_gain).flatten()
+        return error if isinstance(w_hat, Tensor) else error.numpy()
+
+
+class Compensation(OutputErrors):
     """Of one weight under one split plan; its factorization serves many scales.
 
     Args:
@@ -42,10 +80,8 @@ class Compensation:
     """
 
     def __init__(self, w: Array, source: Array, depth: Array, offset: Array, bits: int, second: Tensor) -> None:
-        self.w = as_tensor(w).float()
-        self.second = second.to(self.w.device)
+        super().__init__(w, second)
         G, N = self.second.shape[:2]
-        self.rows = self.w.reshape(G, len(self.w) // G, N)
         self.order = self.second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         self.factor = _factor(self.second, self.order)
         parts = _parts(*(as_tensor(part).view(G, -1) for part in (source, depth, offset)), w.shape[1], bits)
@@ -71,24 +107,6 @@ class Compensation:
         rounded = _round(u.gather(1, to_order), self.factor, self.parts)
         rounded = torch.empty_like(rounded).scatter_(1, to_order, rounded).transpose(1, 2).float()
         return (rounded.view(G, -1, R, N) * of_row).transpose(0, 1).reshape(-1, *self.w.shape)
-
-    @cached_property
-    def _of_outputs(self) -> tuple[Tensor, Tensor]:
-        """w H [G, O / G, C K], and the outputs' power, w H w^T."""
-        product = self.rows @ self.second.to(self.rows)
-        return product, (product * self.rows).sum(-1, dtype=torch.float64)
-
-    def error(self, w_hat: Array, gain: float) -> Array:
-        """How far the outputs are off with w_hat instead of w, float64 [O]: d H d^T + gain (d H w^T)^2 / w H w^T.
-
-        For rows d = w_hat - w and w. The second part is the change of the outputs' gain, see functional.output_error.
-        """
-        product, power = self._of_outputs
-        d = as_tensor(w_hat).reshape(self.rows.shape) - self.rows
-        of_outputs = ((d @ self.second.to(d)) * d).sum(-1, dtype=torch.float64)
-        of_gain = (product * d).sum(-1, dtype=torch.float64) ** 2 / (power + (power == 0))
-        error = (of_outputs + gain * of_gain).flatten()
-        return error if isinstance(w_hat, Tensor) else error.numpy()
 
 
 def as_tensor(x: Array) -> Tensor:

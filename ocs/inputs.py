@@ -10,7 +10,7 @@ from torch import nn
 from ocs import functional
 from ocs.calibrate import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
 from ocs.correct import InputMean, input_means
-from ocs.find import Layer, Options, replacement_of
+from ocs.find import Layer, Options, named, replacement_of
 from ocs.moments import input_moments
 from ocs.nn import QuantProduct
 from ocs.second_moments import LayerMoments
@@ -97,8 +97,8 @@ def _calibrated(
         options.abits is not None or options.correct_bias or options.rounding == "gptq" for options in chosen.values()
     ):
         raise ValueError(
-            "calibration= without abits, correct_bias, rounding='gptq', allocate='error' or wbits='auto' has no effect:"
-            " set one of these, too"
+            "calibration= without abits, correct_bias, rounding='gptq' or, where it is batches and no ocs.Calibration,"
+            " allocate='error' or wbits='auto' has no effect: set one of these, too"
         )
     if not watched and not compensated:
         return Calibration()
@@ -108,6 +108,10 @@ def _calibrated(
         raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
     elif compensated and not calibration.moments:
         raise ValueError("rounding='gptq': calibration has no second moments; use ocs.calibrate(..., moments=True)")
+    for layer in compensated:
+        if layer.name in calibration.moments:
+            with named(layer.name):
+                calibration.moments[layer.name].check(layer.module)
     for layer in needed:
         if layer.name not in calibration:
             layer.leave("float", "calibration never reached it")

@@ -30,8 +30,9 @@ def quantize_layer(
     explain: say there what each option did.
     """
     module, kind = layer.module, replacement_of(layer.module)
-    if options.rounding == "gptq" and known.moments is None:
-        options, layer.note = replace(options, rounding="nearest"), "rounded to nearest: calibration never reached it"
+    possible = _possible(options, known)
+    if possible is not options:
+        options, layer.note = possible, "rounded to nearest: calibration never reached it"
     if layer.only_folded:
         options = replace(options, expand=False)
     steps = {}
@@ -50,6 +51,13 @@ def quantize_layer(
         did = _steps_of(layer, name, options, known, step[1]) if explain else ()
         lines.append(replace(line, steps=did))
     return replacement, lines
+
+
+def _possible(options: Options, known: Known) -> Options:
+    """These, with nearest rounding where nothing is known that gptq could round by."""
+    if options.rounding == "gptq" and known.moments is None:
+        return replace(options, rounding="nearest")
+    return options
 
 
 def _steps_of(layer: Layer, name: str, options: Options, known: Known, last: Quantization) -> Any:
@@ -88,6 +96,7 @@ def how_of(layer: Layer, name: str, options: Options, known: Known) -> How:
 
 def measure(layer: Layer, name: str, options: Options, known: Known) -> Measured:
     """What a weight takes and what error is left when it is quantized so."""
+    options = _possible(options, known)
     plan, step = _quantize_weight(layer, name, options, known)
     copies = plan.source.numel() - plan.channel_max.numel()
     before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))

@@ -22,6 +22,7 @@ from ocs.find import (
     apply_overrides,
     apply_skip,
     check_model,
+    check_values,
     find_layers,
     is_kind,
     named,
@@ -52,14 +53,14 @@ def quantize(
     act_r: float = 0.0,
     act_split: ActSplit = "static",
     act_signed: bool | Literal["auto"] | None = None,
-    correct_bias: bool | None = None,
+    correct_bias: bool = False,
     calibration: Data | Calibration | None = None,
     fold_bn: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
-    select: Select | None = None,
-    allocate: Allocate | None = None,
+    select: Select = "max",
+    allocate: Allocate = "uniform",
     budget: int | None = None,
     recipe: Recipe = "paper",
     explain: bool | None = None,
@@ -121,12 +122,13 @@ def quantize(
         budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
             an override names keep theirs. The error is that of allocate="error", calibration included.
         recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
-            rounding="nearest", select="max", allocate="uniform", correct_bias=False, act_clip="none", act_signed=True.
+            rounding="nearest", act_clip="none", act_signed=True.
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
             clip="auto"; rounding="squant" where a layer's inputs have a mean (after ReLU, say: see
             ocs.moments), else "nearest"; act_clip="mse" and act_signed="auto".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
-            recipe than the paper's. It takes a few times as long where options are fast.
+            recipe than the paper's. It takes a few times as long where options are fast. The error is an estimate
+            without data, functional.output_error, or with rounding="gptq" what calibration measured.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
@@ -139,7 +141,6 @@ def quantize(
     """
     begin = time.perf_counter()
     explain = recipe != "paper" if explain is None else explain
-    allocate = "uniform" if allocate is None else allocate
     check_recipe(recipe)
     given = {
         "wbits": wbits,
@@ -158,15 +159,18 @@ def quantize(
         "select": select,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    Options(**given)  # refuses what is out of range
+    common = Options(**given)  # refuses what is out of range
     check_model(model)
-    if not isinstance(fold_bn, bool):
-        raise ValueError(f"fold_bn={fold_bn!r}: use True or False")
+    for name, value in {"fold_bn": fold_bn, "explain": explain}.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: use True or False")
     layers = find_layers(model)
     if not any(is_kind(layer.module) for layer in layers):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
-    by_layer = by_recipe(recipe, model, layers, given)
-    chosen = apply_overrides(layers, by_layer, overrides)
+    favour = by_recipe(recipe, model, given)
+    by_layer = {layer.name: favour(layer, common) for layer in layers}
+    chosen = apply_overrides(layers, dict.fromkeys(by_layer, common), overrides)
+    chosen = {layer.name: favour(layer, chosen[layer.name]) for layer in layers}
     apply_skip(layers, skip)
     check_allocation(layers, chosen, allocate, budget)
     sample = None
@@ -190,7 +194,7 @@ def quantize(
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
     settings = _settings(by_layer.values(), skip, overrides)
-    settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget, "recipe": recipe}
+    settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget and int(budget), "recipe": recipe}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
 
 
@@ -209,6 +213,8 @@ def _allocated(
     if allocate == "uniform" and budget is None:
         return chosen, {}
     layers = [layer for layer in layers if layer.status == "quantized"]
+    for layer in layers:
+        check_values(layer)
     counts = dict.fromkeys(chosen, 1.0)
     if sample is not None:
         bits = 0 if budget is None else mean_bits(layers, budget)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -20,27 +20,29 @@ def check_recipe(recipe: Any) -> None:
     functional.check_choice("recipe", recipe, get_args(Recipe))
 
 
-def by_recipe(recipe: Recipe, model: nn.Module, layers: list[Layer], given: Mapping[str, Any]) -> dict[str, Options]:
-    """The options of each layer by name.
+def by_recipe(recipe: Recipe, model: nn.Module, given: Collection[str]) -> Callable[[Layer, Options], Options]:
+    """What makes of a layer's options those of the recipe.
 
-    given: what the caller said, which no recipe changes.
+    given: names of options that the caller chose. No recipe changes them, nor what an override of the layer names.
     """
-    common = Options(**given)
     if recipe == "paper":
-        return {layer.name: common for layer in layers}
-    means, chosen = inputs_have_mean(model), {}
-    for layer in layers:
+        return lambda layer, options: options
+    means = inputs_have_mean(model)
+
+    def favour(layer: Layer, options: Options) -> Options:
         mean = means.get(layer.name)
         layer.input_mean = "" if mean is None else mean.reason
-        favoured = _favoured(common, has_mean=mean is not None and mean.worth)
-        chosen[layer.name] = replace(common, **{name: favoured[name] for name in favoured.keys() - given.keys()})
-    return chosen
+        favoured = _favoured(options, has_mean=mean is not None and mean.worth)
+        left_open = favoured.keys() - set(given) - layer.asked_for
+        return replace(options, **{name: favoured[name] for name in left_open})
+
+    return favour
 
 
-def _favoured(common: Options, *, has_mean: bool) -> dict[str, Any]:
+def _favoured(options: Options, *, has_mean: bool) -> dict[str, Any]:
     """What docs/accuracy.md measured to be best for a layer, without data."""
-    compensates = has_mean and common.split == "qa"
+    compensates = has_mean and options.split == "qa"
     favoured = {"granularity": "channel", "clip": "auto", "rounding": "squant" if compensates else "nearest"}
-    if common.abits is not None:
+    if options.abits is not None:
         favoured |= {"act_clip": "mse", "act_signed": "auto"}
     return favoured

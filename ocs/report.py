@@ -42,7 +42,7 @@ class LayerReport:
     max_after: float | None = None  # max|w| of the split weight
     sqnr_db: float | None = None  # 10 log10(sum w^2 / sum (w - w_hat)^2); inf where exact
     steps: tuple[tuple[str, float], ...] = ()  # what each option did, where asked for: (what, dB) one after the other,
-    # by functional.output_error: the power of the outputs over what they are off by
+    # by functional.output_error, of gptq by the second moments: the power of the outputs over what they are off by
     packed_bytes: int | None = None  # k-bit integers of the expanded weight, scales, and sources of the copies; of an
     # input's copies the sources alone, as their weights are there already
 

@@ -73,10 +73,8 @@ class LayerMoments(dict[str, SecondMoments]):
     def __init__(self, layer: nn.Module, reader: nn.MultiheadAttention | None = None) -> None:
         super().__init__()
         self.reader = reader is not None
-        kind, groups = _replacement_of(layer), getattr(layer, "groups", 1)
-        for name in kind.weight_names(layer):
-            w = kind.layout(layer._parameters[name].detach(), groups)
-            self[name] = SecondMoments(groups, w[0].numel() if len(w) else 0)
+        for name, shape in _shapes(layer).items():
+            self[name] = SecondMoments(*shape)
 
     @property
     def inputs(self) -> int:
@@ -97,6 +95,23 @@ class LayerMoments(dict[str, SecondMoments]):
         """Merge what all ranks have seen."""
         for moments in self.values():
             moments.reduce()
+
+    def check(self, layer: nn.Module) -> None:
+        """They are of what this layer's weights meet, or a ValueError."""
+        seen = {name: tuple(moments.total.shape) for name, moments in self.items()}
+        for name, needed in _shapes(layer).items():
+            if seen.get(name) != needed:
+                raise ValueError(
+                    f"calibration is of another layer: its second moments are of {seen.get(name, 'nothing')}"
+                    f" (groups, columns) for {name}, which meets {needed}"
+                )
+
+
+def _shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """G and C K of each weight, by its name."""
+    kind, groups = _replacement_of(layer), getattr(layer, "groups", 1)
+    weights = {name: kind.layout(layer._parameters[name].detach(), groups) for name in kind.weight_names(layer)}
+    return {name: (groups, w[0].numel() if len(w) else 0) for name, w in weights.items()}
 
 
 def _replacement_of(layer: nn.Module) -> Any:
@@ -144,7 +159,10 @@ def _attended(layer: nn.MultiheadAttention, arguments: Mapping[str, Any]) -> Row
     if any(x.is_nested or not x.numel() for name, x in arguments.items() if name in ("query", "key", "value")):
         return
     weight = layer.out_proj.weight
-    identity = nn.Linear(layer.embed_dim, layer.embed_dim, bias=False, device=weight.device, dtype=weight.dtype)
+    shape = (layer.embed_dim, layer.embed_dim)
+    identity = nn.utils.skip_init(
+        nn.Linear, *shape, bias=False, device=weight.device, dtype=weight.dtype
+    )  # not at random
     nn.init.eye_(identity.weight)
     probe = copy.copy(layer)
     vars(probe)["_modules"] = {"out_proj": identity}

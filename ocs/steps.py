@@ -10,6 +10,7 @@ from torch import Tensor
 from ocs import functional
 from ocs.find import Options
 from ocs.functional import How, Quantization
+from ocs.gptq import OutputErrors
 
 STEPS = {  # in this order
     "OCS": ("r", "select"),
@@ -25,7 +26,8 @@ def steps_of(
 ) -> tuple[tuple[str, float], ...]:
     """(what, dB) for nearest rounding alone, and for each option that was switched on after it.
 
-    dB is how far the outputs' power is above functional.output_error, an estimate without inputs; inf where exact.
+    dB is how far the outputs' power is above functional.output_error, an estimate without inputs, or where how.second
+    has the inputs' second moments, above what these say; inf where exact.
 
     w: float32 [O, C, ...], to be quantized by these options, and how that is; quantize: the weight by other options;
     last: by these.
@@ -44,9 +46,15 @@ def _differ(options: Options, fields: tuple[str, ...]) -> bool:
 
 
 def _shown(label: str, options: Options) -> str:
-    return {"rounding": options.rounding, "clip": f"clip {options.clip}"}.get(label, label)
+    rounding = "naive" if options.split == "naive" else options.rounding
+    return {"rounding": rounding, "clip": f"clip {options.clip}"}.get(label, label)
 
 
 def _decibels(w: Tensor, step: Quantization, how: How) -> float:
-    error = functional.output_error(w, step.quantized, how.groups, how.gain)
-    return functional.sqnr_db(float(functional.output_power(w).sum()), float(error.sum()))
+    if how.second is None:
+        power, error = functional.output_power(w), functional.output_error(w, step.quantized, how.groups, how.gain)
+    else:
+        measured = OutputErrors(w, how.second)
+        w_hat = functional.fold(step.quantized, w.shape[1], how.groups)
+        power, error = measured.power, measured.error(w_hat, how.gain)
+    return functional.sqnr_db(float(power.sum()), float(error.sum()))

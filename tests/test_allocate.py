@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,12 @@ def test_bits_of_every_kind_of_layer(how: dict, tmp_path: Path) -> None:
 def test_mean_bits() -> None:
     layers = find_layers(nn.Sequential(nn.Linear(10, 10), nn.LSTM(5, 5)))
     assert [allocate.mean_bits(layers, budget) for budget in (20, 150, 10**6)] == [2, 4, 8]
+
+
+def test_a_budget_of_numpy(net: SmallNet) -> None:
+    report = ocs.quantize(net, wbits="auto", budget=np.int64(2000))
+    assert json.loads(report.to_json())["settings"]["budget"] == 2000
+    assert type(report.settings["budget"]) is int
 
 
 def test_one_layer_alone_may_choose(net: SmallNet) -> None:
@@ -364,3 +371,13 @@ def test_statistics_hold_no_batch_to_run() -> None:
         ocs.quantize(model, wbits="auto", budget=999, calibration=calibration)
     report = ocs.quantize(model, wbits="auto", budget=999, calibration=calibration, abits=8)
     assert math.isfinite(report.mean_sqnr_db)
+
+
+@pytest.mark.parametrize("how", [{"allocate": "error"}, {"allocate": "knapsack"}, {"wbits": "auto", "budget": 99}])
+def test_layers_without_values(how: dict) -> None:
+    """Not even where a batch would give them their shape."""
+    for calibration in ({}, {"calibration": batches()} if how.get("allocate") != "knapsack" else {}):
+        model = nn.Sequential(nn.Linear(20, 20), nn.LazyLinear(4))
+        with pytest.raises(ValueError, match="1: its weight holds no values yet"):
+            ocs.quantize(model, r=0.1, **how, **calibration)
+        assert type(model[1]) is nn.LazyLinear

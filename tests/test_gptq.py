@@ -440,3 +440,36 @@ def test_options_of_calibrate(net: SmallNet) -> None:
     with pytest.raises(ValueError, match="moments=1: use True or False"):
         ocs.calibrate(net, torch.randn(2, 3, 8, 8), moments=1)
     assert ocs.calibrate(net, torch.randn(2, 3, 8, 8)).moments == {}
+
+
+@pytest.mark.parametrize("more", [{"allocate": "knapsack"}, {"wbits": "auto", "budget": 2000}])
+def test_layers_never_reached_get_splits_and_bits_too(net: SmallNet, more: dict[str, Any]) -> None:
+    net.spare = nn.Linear(4, 4)
+    report = ocs.quantize(
+        net, **{"wbits": 3, "r": 0.2, "rounding": "gptq", "calibration": torch.ones(4, 3, 8, 8)} | more
+    )
+    notes = {line.name: line.reason for line in report.quantized}
+    assert notes["spare"] == "rounded to nearest: calibration never reached it"
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (nn.Linear(5, 4), r"0: calibration is of another layer: .* \(1, 6\) .* for weight, which meets \(1, 5\)"),
+        (nn.LSTM(6, 4), r"0: calibration is of another layer: .* nothing .* for weight_ih_l0, which meets \(1, 6\)"),
+    ],
+)
+def test_moments_of_another_layer(other: nn.Module, match: str) -> None:
+    calibration = ocs.calibrate(nn.Sequential(nn.Linear(6, 4)), torch.randn(3, 6), moments=True)
+    model = nn.Sequential(other)
+    before = state(model)
+    with pytest.raises(ValueError, match=match):
+        ocs.quantize(model, rounding="gptq", calibration=calibration)
+    assert_unchanged(model, before)
+
+
+def test_attention_is_observed_without_drawing_random_numbers() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    before = torch.get_rng_state()
+    ocs.calibrate(nn.Sequential(model), torch.ones(3, 2, 8), moments=True)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -67,6 +67,20 @@ def test_naive_splits_are_rounded_to_nearest() -> None:
     assert settings(model, "after_relu")["rounding"] == "nearest"
 
 
+def test_overrides_count_as_given() -> None:
+    """What the recipe chooses follows from them, as if they were said of all layers."""
+    model, same = Norms().eval(), Norms().eval()
+    overrides = {"after_relu": {"split": "naive", "abits": 4}}
+    batches = [torch.randn(4, 3, 8, 8)]
+    report = ocs.quantize(model, wbits=3, r=0.1, recipe="best", overrides=overrides, calibration=batches)
+    ocs.quantize(same, wbits=3, r=0.1, recipe="best", split="naive", abits=4, calibration=batches)
+    assert settings(model, "after_relu") == settings(same, "after_relu")
+    assert settings(model, "after_relu")["rounding"] == "nearest"
+    assert settings(model, "after_relu")["act_clip"] == "mse"
+    assert settings(model, "after_norm")["act_clip"] == "none"
+    assert report.settings["rounding"] == "by layer"
+
+
 def test_inputs_are_clipped_where_they_are_quantized() -> None:
     model = Norms().eval()
     ocs.quantize(model, wbits=4, abits=4, recipe="best", calibration=[torch.randn(4, 3, 8, 8)])
@@ -155,3 +169,29 @@ def test_steps_are_shown_where_asked_for() -> None:
     silent = ocs.quantize(Norms().eval(), wbits=3, recipe="best", explain=False)
     assert all(layer.steps == () for layer in silent.quantized)
     assert "outputs dB" not in str(silent)
+
+
+def test_naive_splits_are_a_step_of_their_own() -> None:
+    report = ocs.quantize(Norms().eval(), wbits=3, r=0.2, split="naive", explain=True)
+    assert [what for what, _ in report.quantized[0].steps] == ["nearest", "OCS", "naive"]
+
+
+def test_steps_of_gptq_are_measured() -> None:
+    """It makes the weights worse, and the outputs for inputs that go together better."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 4) @ torch.randn(4, 16)
+    model = nn.Sequential(nn.Linear(16, 8))
+    expected = model(x)
+    report = ocs.quantize(model, wbits=3, rounding="gptq", explain=True, calibration=[x])
+    (_, nearest), (what, compensated) = report.quantized[0].steps
+    assert what == "gptq"
+    assert compensated > nearest + 3
+    bias = model[0].bias
+    noise, signal = (float((a - b).detach().square().sum()) for a, b in ((model(x), expected), (expected, bias)))
+    measured = 10 * math.log10(signal / noise)
+    assert measured - 1.5 < compensated <= measured + 0.01  # the change of gain counts on top
+
+
+def test_explain_is_a_flag() -> None:
+    with pytest.raises(ValueError, match="explain='yes': use True or False"):
+        ocs.quantize(Norms().eval(), explain="yes")

@@ -190,7 +190,7 @@ def test_a_callable_sees_each_group_and_chooses(kind: Callable) -> None:
         (lambda w, n: [0.5], TypeError, "body.0: select=<lambda> returned .* as integers"),
         (lambda w, n: None, TypeError, "as integers"),
         ("largest", ValueError, "select='largest': use 'max', 'error', or a callable"),
-        (None, ValueError, "select=None: use 'max', 'error', or a callable"),
+        (0.5, ValueError, "select=0.5: use 'max', 'error', or a callable"),
     ],
 )
 def test_what_no_rule_may_do(net: SmallNet, rule: object, error: type[Exception], match: str) -> None:
@@ -239,3 +239,20 @@ def test_select_of_one_layer() -> None:
     assert report.quantized[1].sources == (0, 0, 0)
     assert report.quantized[0].sources != (0, 0, 0)
     assert report.to_dict()["settings"]["overrides"] == {"1": {"select": "first"}}
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "match"),
+    [
+        ({"bits": 99}, ValueError, "bits=99"),
+        ({"clip": "foo"}, ValueError, "clip='foo'"),
+        ({"granularity": "row"}, ValueError, "granularity='row'"),
+        ({"rounding": "gptq"}, ValueError, "rounding='gptq': use 'nearest' or 'squant'"),
+        ({"r": 2}, ValueError, "r=2"),
+        ({"groups": 3}, ValueError, "groups=3"),
+        ({"w": torch.ones(4, 4, dtype=torch.int32)}, TypeError, "w must be"),
+    ],
+)
+def test_bad_plans_are_one_clear_error(how: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        functional.plan_splits(**{"w": torch.randn(4, 4), "r": 0.5, "select": "error", "clip": "mse"} | how)
