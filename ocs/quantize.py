@@ -181,21 +181,36 @@ def quantize(
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         chosen, splits = _allocated(model, layers, chosen, known, folding, allocate, budget, sample, progress)
-        replacements, lines = {**folding.layers, **folding.norms}, []
-        for layer in with_progress(layers, "quantize", progress):
-            if layer.status != "quantized":
-                lines.append(LayerReport(**common_part(layer), reason=layer.reason))
-                continue
-            old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
-            how = (chosen[layer.name], known[layer.name]._replace(splits=splits.get(layer.name)))
-            with named(layer.name):
-                replacements[id(old)], of_layer = quantize_layer(layer, *how, explain=explain)
-            lines += of_layer
+        replacements, lines = _quantize_all(layers, chosen, known, splits, folding, explain, progress)
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
     settings = _settings(by_layer.values(), skip, overrides)
     settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget and int(budget), "recipe": recipe}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
+
+
+def _quantize_all(
+    layers: list[Layer],
+    chosen: Mapping[str, Options],
+    known: Mapping[str, Known],
+    splits: Mapping[str, Splits],
+    folding: Folding,
+    explain: bool,
+    progress: bool | None,
+) -> tuple[dict[int, nn.Module], list[LayerReport]]:
+    """What replaces each module, by its id, and the lines of the report."""
+    replacements: dict[int, nn.Module] = {**folding.layers, **folding.norms}
+    lines = []
+    for layer in with_progress(layers, "quantize", progress):
+        if layer.status != "quantized":
+            lines.append(LayerReport(**common_part(layer), reason=layer.reason))
+            continue
+        old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
+        how = (chosen[layer.name], known[layer.name]._replace(splits=splits.get(layer.name)))
+        with named(layer.name):
+            replacements[id(old)], of_layer = quantize_layer(layer, *how, explain=explain)
+        lines += of_layer
+    return replacements, lines
 
 
 def _allocated(
