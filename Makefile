@@ -19,6 +19,7 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/*.cpp)
 
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist
+TEXT := --dataset bible --limit 8000 --out build/tables/lstm
 
 .PHONY: demo tables test lint format bench wheel clean
 
@@ -26,6 +27,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/tables/table1.py $(IMAGES) --bits 5 4 3 2 --limit 2000 --out build/demo
 	$(BIN)/python benchmarks/tables/table3.py $(IMAGES) --bits 8 6 5 4 3 --limit 500 --out build/demo
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES) --out build/demo
+	$(BIN)/python benchmarks/tables/recipes.py --bits 4 3 2 --limit 500 --out build/demo
 	$(BIN)/python examples/demo.py --out build/demo
 
 tables: $(VENV)/.test
@@ -35,8 +37,15 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/table4.py $(IMAGES) --bits 6 4 3 --limit 1000
 	$(BIN)/python benchmarks/tables/table5.py
 	$(BIN)/python benchmarks/tables/table6.py --dataset bible --bits 6 5 4
+	$(BIN)/python benchmarks/tables/recipes.py --limit 2000
+	$(BIN)/python benchmarks/tables/recipes.py --limit 2000 --models ViT --out build/tables/vit
+	$(BIN)/python benchmarks/tables/recipes.py $(TEXT)
 	$(BIN)/python benchmarks/tables/rounding.py --limit 2000
-	$(BIN)/python benchmarks/tables/rounding.py --dataset bible --limit 8000 --out build/tables/lstm
+	$(BIN)/python benchmarks/tables/rounding.py $(TEXT)
+	$(BIN)/python benchmarks/tables/splits.py --limit 2000
+	$(BIN)/python benchmarks/tables/bits.py --limit 2000
+	$(BIN)/python benchmarks/tables/calibrated.py --limit 2000
+	$(BIN)/python benchmarks/tables/calibrated.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 

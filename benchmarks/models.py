@@ -100,16 +100,18 @@ def compare(name: str, rounds: int, targets: dict[float, float], *, whole: bool)
 
 
 def roundings(rounds: int) -> list[Row]:
-    """Squant against rounding to nearest (at most 3), over a whole network."""
+    """Squant (at most 3) and recipe="best" (seconds: at most 100) against rounding to nearest, over a whole network."""
     model = torchvision_models().resnet50(weights=None).eval()
-    times: dict[str, list[float]] = {"nearest": [], "squant": []}
+    settings = {"nearest": {}, "squant": {"rounding": "squant"}, "best": {"recipe": "best", "explain": False}}
+    times: dict[str, list[float]] = {name: [] for name in settings}
     for _ in tqdm(range(rounds), "roundings", leave=False, delay=2, disable=None):
-        for rounding, of_rounding in times.items():
+        for name, options in settings.items():
             fresh = copy.deepcopy(model)
             begin = time.perf_counter()
-            ocs.quantize(fresh, wbits=BITS, r=0.02, rounding=rounding, progress=False)
-            of_rounding.append(1e3 * (time.perf_counter() - begin))
-    return [at_most("quantize resnet50, squant", times, "squant", "nearest", 3)]
+            ocs.quantize(fresh, wbits=BITS, r=0.02, **options, progress=False)
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    limits = {"squant": 3, "best": 100}
+    return [at_most(f"quantize resnet50, {name}", times, name, "nearest", limit) for name, limit in limits.items()]
 
 
 def running(what: str, model: nn.Module, x: Tensor, rounds: int) -> list[Row]:

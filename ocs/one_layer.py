@@ -179,6 +179,7 @@ def _report_weight(
         bits=options.wbits,
         granularity=options.granularity,
         rounding=options.rounding,
+        input_mean=layer.input_mean,
         clip=step.clip,
         channels=groups * C,
         splits=len(sources),

@@ -53,14 +53,14 @@ def quantize(
     act_r: float = 0.0,
     act_split: ActSplit = "static",
     act_signed: bool | Literal["auto"] | None = None,
-    correct_bias: bool | None = None,
+    correct_bias: bool = False,
     calibration: Data | Calibration | None = None,
     fold_bn: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     expand: bool = True,
-    select: Select | None = None,
-    allocate: Allocate | None = None,
+    select: Select = "max",
+    allocate: Allocate = "uniform",
     budget: int | None = None,
     recipe: Recipe = "paper",
     explain: bool | None = None,
@@ -122,7 +122,7 @@ def quantize(
         budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
             an override names keep theirs. The error is that of allocate="error", calibration included.
         recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
-            rounding="nearest", select="max", allocate="uniform", correct_bias=False, act_clip="none", act_signed=True.
+            rounding="nearest", act_clip="none", act_signed=True.
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
             clip="auto"; rounding="squant" where a layer's inputs have a mean (after ReLU, say: see
             ocs.moments), else "nearest"; act_clip="mse" and act_signed="auto".
@@ -141,7 +141,6 @@ def quantize(
     """
     begin = time.perf_counter()
     explain = recipe != "paper" if explain is None else explain
-    allocate = "uniform" if allocate is None else allocate
     check_recipe(recipe)
     given = {
         "wbits": wbits,
@@ -182,21 +181,36 @@ def quantize(
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         chosen, splits = _allocated(model, layers, chosen, known, folding, allocate, budget, sample, progress)
-        replacements, lines = {**folding.layers, **folding.norms}, []
-        for layer in with_progress(layers, "quantize", progress):
-            if layer.status != "quantized":
-                lines.append(LayerReport(**common_part(layer), reason=layer.reason))
-                continue
-            old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
-            how = (chosen[layer.name], known[layer.name]._replace(splits=splits.get(layer.name)))
-            with named(layer.name):
-                replacements[id(old)], of_layer = quantize_layer(layer, *how, explain=explain)
-            lines += of_layer
+        replacements, lines = _quantize_all(layers, chosen, known, splits, folding, explain, progress)
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
     settings = _settings(by_layer.values(), skip, overrides)
     settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget and int(budget), "recipe": recipe}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
+
+
+def _quantize_all(
+    layers: list[Layer],
+    chosen: Mapping[str, Options],
+    known: Mapping[str, Known],
+    splits: Mapping[str, Splits],
+    folding: Folding,
+    explain: bool,
+    progress: bool | None,
+) -> tuple[dict[int, nn.Module], list[LayerReport]]:
+    """What replaces each module, by its id, and the lines of the report."""
+    replacements: dict[int, nn.Module] = {**folding.layers, **folding.norms}
+    lines = []
+    for layer in with_progress(layers, "quantize", progress):
+        if layer.status != "quantized":
+            lines.append(LayerReport(**common_part(layer), reason=layer.reason))
+            continue
+        old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
+        how = (chosen[layer.name], known[layer.name]._replace(splits=splits.get(layer.name)))
+        with named(layer.name):
+            replacements[id(old)], of_layer = quantize_layer(layer, *how, explain=explain)
+        lines += of_layer
+    return replacements, lines
 
 
 def _allocated(

@@ -31,6 +31,7 @@ class LayerReport:
     bits: int | None = None
     granularity: str | None = None
     rounding: str | None = None
+    input_mean: str = ""  # what is known of the mean of its input, where recipe="best" chose the rounding by it
     clip: str | float | None = None  # what gave the threshold; of "auto" what it chose, or "auto" where channels differ
     channels: int | None = None  # C over all groups
     splits: int | None = None  # n over all groups
@@ -128,7 +129,7 @@ class Report:
         """Where it was asked for: mean dB of nearest rounding alone, and what each option added to it on the mean."""
         explained = [layer.gains for layer in self.quantized if layer.steps]
         explained = [gains for gains in explained if all(map(math.isfinite, gains.values()))]
-        whats = dict.fromkeys(what for gains in explained for what in gains)
+        whats = dict.fromkeys(what for gains in sorted(explained, key=len, reverse=True) for what in gains)
         return {what: sum(gains.get(what, 0.0) for gains in explained) / len(explained) for what in whats}
 
     def to_dict(self) -> dict[str, Any]:

@@ -331,11 +331,11 @@ def test_a_failure_at_any_layer_changes_nothing(monkeypatch, at: int, failure: t
     model = Everything()
     calls, quantize_layer, before = [], quantize_module.quantize_layer, state(model)
 
-    def fail_at(*args: object) -> object:
+    def fail_at(*args: object, **options: object) -> object:
         calls.append(args)
         if len(calls) > at:
             raise failure
-        return quantize_layer(*args)
+        return quantize_layer(*args, **options)
 
     monkeypatch.setattr(quantize_module, "quantize_layer", fail_at)
     with pytest.raises(failure):

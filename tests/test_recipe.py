@@ -44,6 +44,7 @@ def test_best_chooses_layer_by_layer() -> None:
     assert report.settings["rounding"] == "by layer"
     assert (report.settings["granularity"], report.settings["recipe"]) == ("channel", "best")
     assert [layer.rounding for layer in report.quantized] == ["squant", "nearest"]
+    assert "of its input's power" in report.quantized[0].input_mean
 
 
 def test_what_is_given_wins() -> None:

@@ -1,7 +1,8 @@
 """Beyond the paper: bits and splits of each layer under one size for the model, wbits="auto".
 
-Weights only, first layer float, recipe="best". Uniform: every layer has the bits of the row. Auto: each layer its own,
-in the same bytes as uniform; without data, or weighed by what moves the model's outputs on a few inputs (measured).
+Weights only, first layer float, recipe="paper" or "best". Uniform: every layer has the bits of the row. Auto: each
+layer its own, in the same bytes as uniform; without data, or weighed by what moves the model's outputs on a few inputs
+(measured).
 
     python benchmarks/tables/bits.py --limit 2000
 """
@@ -18,14 +19,15 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each size."""
     del model  # the paper has none of this
     found = []
-    for bits in args.bits:
-        for r in args.r:
-            common, row = {"recipe": "best", "r": r}, f"size of {bits} bits, r = {r:g}"
-            found += [
-                Cell(row, "uniform", common | {"wbits": bits}),
-                Cell(row, "auto", common | {"size_of": bits}),
-                Cell(row, "auto, measured", common | {"size_of": bits, "calibrated": True}),
-            ]
+    for recipe in ("paper", "best"):
+        for bits in args.bits:
+            for r in args.r:
+                common, row = {"recipe": recipe, "r": r}, f"{recipe}, size of {bits} bits, r = {r:g}"
+                found += [
+                    Cell(row, "uniform", common | {"wbits": bits}),
+                    Cell(row, "auto", common | {"size_of": bits}),
+                    Cell(row, "auto, measured", common | {"size_of": bits, "calibrated": True}),
+                ]
     return found
 
 

@@ -124,13 +124,14 @@ class Evaluation(Task):
         again by what calibrates, "measured", or on "synthetic" inputs), `size_of` (wbits="auto" in the size of so many
         bits).
         """
+        suffices = _suffices(options)
         norms, size_of, shown = (options.pop(name, None) for name in ("norms", "size_of", "calibrated"))
         given: dict[str, Any] = {"expand": False, "progress": False, "explain": False}
         if size_of is not None:
             report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
         if shown:
-            given["calibration"] = self._seen if _suffices(options) else self.shown()
+            given["calibration"] = self._seen if suffices else self.shown()
         model = copy.deepcopy(self.model)
         report = ocs.quantize(model, **options, **given)
         if norms == "measured":
