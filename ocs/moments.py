@@ -31,7 +31,7 @@ from ocs.nn import CONVOLUTIONS, REPLACEMENTS
 MEAN_SHARE = 0.05  # of an input's power: where its mean has more, errors that add up along channels count
 
 
-class InputMean(NamedTuple):
+class HasMean(NamedTuple):
     """Whether a layer's inputs have a mean worth compensating, and what tells."""
 
     worth: bool
@@ -49,7 +49,7 @@ def input_moments(model: nn.Module) -> dict[str, InputMoments | None]:
     return {name: _agreed(inputs) for name, inputs in _inputs(model, names).items()}
 
 
-def inputs_have_mean(model: nn.Module) -> dict[str, InputMean]:
+def inputs_have_mean(model: nn.Module) -> dict[str, HasMean]:
     """For the same layers: whether the squared mean is above a twentieth of their input's power E[x^2].
 
     Where nothing is known of a layer's input, that of a convolution is taken to have a mean (images and feature maps
@@ -60,12 +60,12 @@ def inputs_have_mean(model: nn.Module) -> dict[str, InputMean]:
     for name, moments in input_moments(model).items():
         if moments is None:
             convolution = isinstance(modules[name], CONVOLUTIONS)
-            found[name] = InputMean(convolution, "nothing is known of its input")
+            found[name] = HasMean(convolution, "nothing is known of its input")
             continue
         power = float(moments.mean.square().sum())
         share = power / max(power + float(moments.var.sum()), 1e-30)
         how = "is guessed to have" if moments.guessed else "has"
-        found[name] = InputMean(share > MEAN_SHARE, f"its mean {how} {share:.0%} of its input's power")
+        found[name] = HasMean(share > MEAN_SHARE, f"its mean {how} {share:.0%} of its input's power")
     return found
 
 

@@ -149,6 +149,9 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     kept = {name: norm for name, norm in norms.items() if norm.running_mean is not None}
+    for name, norm in kept.items():
+        if nn.parameter.is_lazy(norm.running_mean) or norm.running_mean.is_meta:
+            raise ValueError(f"{name}: it holds no values yet: run a batch through lazy layers, fill meta tensors")
     if kept:
         return kept
     if any(isinstance(module, FoldedBatchNorm) for module in model.modules()):
@@ -190,11 +193,15 @@ def synthesize(
         Batches [N, *shape] of the dtype and on the device of the model, N = `batch` but perhaps for the last.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is no nn.Module, shape no sequence or seed no whole number.
         ValueError: it has no BatchNorm with running statistics or none that inputs of this shape reach, a number is
             below 1, or the loss is not finite.
     """
     _norms(model)
+    if not isinstance(shape, Sequence) or not shape:
+        raise TypeError(f"shape={shape!r}: use that of one input, (C, H, W) say")
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed={seed!r}: use a whole number")
     numbers = {"images": images, "steps": steps, "batch": batch, **{f"shape[{i}]": n for i, n in enumerate(shape)}}
     for name, value in numbers.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:

@@ -197,6 +197,19 @@ BAD_REQUESTS = [
 ]
 
 
+@pytest.mark.parametrize(("option", "value"), [("shape", 28), ("shape", ()), ("seed", "one")])
+def test_requests_of_the_wrong_kind(option: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{option}="):
+        ocs.synthesize(two_norms(), **{"shape": (3, 8, 8), option: value})
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3, device="meta"), nn.LazyBatchNorm2d()])
+def test_norms_without_values(norm: nn.Module) -> None:
+    for call in (lambda model: ocs.reestimate_batchnorm(model, [X]), lambda model: ocs.synthesize(model, (3, 8, 8))):
+        with pytest.raises(ValueError, match="0: it holds no values yet"):
+            call(nn.Sequential(norm))
+
+
 @pytest.mark.parametrize(("model", "options", "message"), BAD_REQUESTS, ids=[bad[2] for bad in BAD_REQUESTS])
 def test_bad_requests(model: nn.Module, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
