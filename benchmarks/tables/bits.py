@@ -4,6 +4,7 @@ Weights only, first layer float, recipe="best". Uniform: every layer has the bit
 in the same bytes as uniform; without data, or weighed by what moves the model's outputs on a few inputs (measured).
 
     python benchmarks/tables/bits.py --limit 2000
+    python benchmarks/tables/bits.py --dataset bible --limit 8000 --calibration 4000 --out build/tables/lstm
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TABLE = Table(
     cells=cells,
     paper_float=lambda model: None,
     dataset="fashion-mnist",
-    models=("ResNet-20",),
+    models=("ResNet-20", "ViT"),
     stands_for="ResNet-20",
     defaults={"bits": (5, 4, 3, 2), "r": (0.0, 0.05), "calibration": 512, "streams": 10},
     datasets=("fashion-mnist", "bible"),
