@@ -5,6 +5,7 @@ layer its own, in the same bytes as uniform; without data, or weighed by what mo
 (measured).
 
     python benchmarks/tables/bits.py --limit 2000
+    python benchmarks/tables/bits.py --dataset bible --limit 8000 --calibration 4000 --out build/tables/lstm
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TABLE = Table(
     cells=cells,
     paper_float=lambda model: None,
     dataset="fashion-mnist",
-    models=("ResNet-20",),
+    models=("ResNet-20", "ViT"),
     stands_for="ResNet-20",
     defaults={"bits": (5, 4, 3, 2), "r": (0.0, 0.05), "calibration": 512, "streams": 10},
     datasets=("fashion-mnist", "bible"),

@@ -1,4 +1,4 @@
-"""The float networks of the paper's tables: torchvision's for ImageNet, a ResNet-20 for CIFAR-10 and Fashion-MNIST."""
+"""The tables' float networks: torchvision's for ImageNet, ResNet-20 for CIFAR-10, it and a ViT for Fashion-MNIST."""
 
 from __future__ import annotations
 

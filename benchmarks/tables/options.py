@@ -13,7 +13,7 @@ import data
 import torch
 from cells import Cell
 from networks import RESNET20
-from paths import OUT
+from paths import OUT, shown
 from ranks import Ranks
 from tasks import Task
 
@@ -41,7 +41,7 @@ class Table:
     @property
     def label(self) -> str:
         """As people call it."""
-        return self.name.replace("table", "Table ")
+        return self.name.replace("table", "Table ").capitalize()
 
     @property
     def title(self) -> str:
@@ -79,24 +79,24 @@ def parse(table: Table, arguments: list[str] | None = None) -> argparse.Namespac
 
 
 def _add_options(parser: argparse.ArgumentParser, table: Table) -> None:
-    is_text, needs_data = table.dataset in TEXTS, table.open is None
-    unit = "words" if is_text else "images"
-    add = parser.add_argument
+    names = table.datasets or (TEXTS if table.dataset in TEXTS else data.NAMES)
+    has_text, has_images = (any((name in TEXTS) == is_text for name in names) for is_text in (True, False))
+    units = " or ".join(["images"] * has_images + ["words"] * has_text)
+    together = " or ".join(["images"] * has_images + ["streams"] * has_text)
+    needs_data, add = table.open is None, parser.add_argument
     add("--models", nargs="+", help=f"by the paper's or torchvision's name; {' '.join(table.models)}")
     add("--weights", nargs="+", help="torchvision's name of weights, or a file; one, or one per model")
     for name, value in table.defaults.items():
         kind, text = HELP[name]
         several = {"nargs": "+"} if isinstance(value, tuple) else {}
-        shown = " ".join(map(str, value)) if several else value
-        add(f"--{name}", type=kind, default=value, help=f"{text}; {shown}", **several)
-    names = table.datasets or (TEXTS if is_text else data.NAMES)
-    add("--dataset", choices=list(names), default=table.dataset, help="default: the paper's, %(default)s")
+        defaults = " ".join(map(str, value)) if several else value
+        add(f"--{name}", type=kind, default=value, help=f"{text}; {defaults}", **several)
+    add("--dataset", choices=list(names), default=table.dataset, help="%(default)s")
     if needs_data:
         add("--data", type=Path, help="folder in the data set's official layout")
-        add("--limit", type=int, help=f"at most so many {unit}")
-        together = "streams" if is_text else "images"
+        add("--limit", type=int, help=f"at most so many {units}")
         add("--batch-size", type=int, default=128, help=f"{together} that run at once; %(default)s")
-    if needs_data and not is_text:
+    if needs_data and has_images:
         trained_with = "of each channel that the weights were trained with, pixels in 0 to 1; default: the data set's"
         add("--mean", type=float, nargs="+", help=f"mean {trained_with}")
         add("--std", type=float, nargs="+", help=f"standard deviation {trained_with}")
@@ -104,7 +104,7 @@ def _add_options(parser: argparse.ArgumentParser, table: Table) -> None:
         add("--memory", type=float, default=16, help="GB of decoded images that each rank keeps; %(default)s")
         add("--seed", type=int, default=0, help="which training images calibrate; %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s")
-    add("--out", type=Path, default=OUT, help="folder for the results")
+    add("--out", type=Path, default=OUT, help=f"folder for the results; {shown(OUT)}")
     add("--fresh", action="store_true", help="measure again what was measured before")
     add("--json", action="store_true", help="print JSON instead of the table")
 

@@ -46,6 +46,7 @@ def open_images(args: argparse.Namespace, name: str, weights: str | None, ranks:
         batches,
         calibration,
         functools.partial(data.normalize, preset=preset),
+        (len(preset.mean), preset.crop, preset.crop),
     )
 
 
@@ -116,5 +117,5 @@ def _text_that_calibrates(rest: list[str], count: int, vocabulary: list[str], wi
     if not count:
         return None
     if len(rest) < count:
-        raise ValueError(f"--calibration {count}: {len(rest)} words are left beside those of --limit")
+        raise ValueError(f"--calibration {count}: {len(rest)} words are left beside those scored; give a lower --limit")
     return streams(encode(rest[-count:], vocabulary), width)

@@ -6,11 +6,13 @@ by what moves the model's outputs on a few inputs (measured). All columns have t
 without clipping, and squant with clip="auto".
 
     python benchmarks/tables/splits.py --limit 2000
+    python benchmarks/tables/splits.py --dataset bible --limit 8000 --calibration 4000 --out build/tables/lstm
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 
 from cells import Cell
 from command import Table, main
@@ -32,12 +34,13 @@ COLUMNS = {
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width, granularity and base."""
     del model  # the paper has none of this
-    return [
-        Cell(f"{bits} bits, per {granularity}, {base}", column, {"wbits": bits, "r": r, "granularity": granularity,
-             **BASES[base], **options})
-        for bits in args.bits for granularity in args.granularity for r in args.r for base in BASES
-        for column, options in COLUMNS.items()
-    ]  # fmt: skip
+    found = []
+    for bits, granularity, r, base in itertools.product(args.bits, args.granularity, args.r, BASES):
+        at = f", r = {r:g}" if len(args.r) > 1 else ""
+        common = {"wbits": bits, "r": r, "granularity": granularity, **BASES[base]}
+        row = f"{bits} bits, per {granularity}{at}, {base}"
+        found += [Cell(row, column, common | options) for column, options in COLUMNS.items()]
+    return found
 
 
 TABLE = Table(
@@ -46,7 +49,7 @@ TABLE = Table(
     cells=cells,
     paper_float=lambda model: None,
     dataset="fashion-mnist",
-    models=("ResNet-20",),
+    models=("ResNet-20", "ViT"),
     stands_for="ResNet-20",
     defaults={"bits": (4, 3, 2), "r": (0.05,), "granularity": ("tensor", "channel"), "calibration": 512, "streams": 10},
     datasets=("fashion-mnist", "bible"),

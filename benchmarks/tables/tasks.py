@@ -168,11 +168,11 @@ class Classification(Evaluation):
 
     def __init__(
         self, name: str, what: str, identity: list[Any], model: nn.Module, batches: Any, calibration: Any,
-        normalize: Callable[[Tensor], Tensor],
+        normalize: Callable[[Tensor], Tensor], shape: tuple[int, ...],
     ) -> None:  # fmt: skip
-        """batches, calibration: data.Batches, this rank's share; normalize: makes floats of a batch."""
+        """batches, calibration: data.Batches, this rank's share; normalize: makes floats; shape: (C, H, W)."""
         self.name, self.what, self.identity, self.model, self.count = name, what, identity, model, batches.images
-        self.batches, self.calibration, self._normalize = batches, calibration, normalize
+        self.batches, self.calibration, self._normalize, self._shape = batches, calibration, normalize, shape
         self.device = next(model.parameters()).device
         self._statistics: ocs.Calibration | None = None
 
@@ -187,8 +187,7 @@ class Classification(Evaluation):
 
     def shape(self) -> tuple[int, ...]:
         """(C, H, W)."""
-        images, _ = next(iter(self.batches))
-        return tuple(self._ready(images[:1]).shape[1:])
+        return self._shape
 
     def prepare(self, options: Options | None) -> None:
         """Look at the calibration images once, for every setting with quantized inputs; ranks add their shares up."""
