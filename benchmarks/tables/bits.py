@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 
+from beyond import beyond
 from cells import Cell
-from command import Table, main
+from command import main
 
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
@@ -32,17 +33,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     return found
 
 
-TABLE = Table(
-    name="bits",
-    doc=__doc__,
-    cells=cells,
-    paper_float=lambda model: None,
-    dataset="fashion-mnist",
-    models=("ResNet-20", "ViT"),
-    stands_for="ResNet-20",
-    defaults={"bits": (5, 4, 3, 2), "r": (0.0, 0.05), "calibration": 512, "streams": 10},
-    datasets=("fashion-mnist", "bible"),
-)
+TABLE = beyond("bits", __doc__, cells, bits=(6, 5, 4, 3, 2), r=(0.0, 0.05), calibration=512)
 
 if __name__ == "__main__":
     main(TABLE)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 
+from beyond import beyond
 from cells import Cell
-from command import Table, main
+from command import main
 
 COLUMNS = [(rounding, clip) for rounding in ("nearest", "squant") for clip in ("none", "mse", "auto")]
 
@@ -31,17 +32,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     return found
 
 
-TABLE = Table(
-    name="rounding",
-    doc=__doc__,
-    cells=cells,
-    paper_float=lambda model: None,
-    dataset="fashion-mnist",
-    models=("ResNet-20", "ViT"),
-    stands_for="ResNet-20",
-    defaults={"bits": (6, 5, 4, 3, 2), "r": (0.0, 0.05), "granularity": ("tensor", "channel"), "streams": 10},
-    datasets=("fashion-mnist", "bible"),
-)
+TABLE = beyond("rounding", __doc__, cells, bits=(8, 7, 6, 5, 4, 3, 2), r=(0.0, 0.05), granularity=("tensor", "channel"))
 
 if __name__ == "__main__":
     main(TABLE)

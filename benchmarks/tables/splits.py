@@ -12,15 +12,11 @@ without clipping, and squant with clip="auto".
 from __future__ import annotations
 
 import argparse
-import itertools
 
+from beyond import beyond, rows
 from cells import Cell
-from command import Table, main
+from command import main
 
-BASES = {  # what stands beside the options in question
-    "nearest": {"rounding": "nearest", "clip": "none"},
-    "squant": {"rounding": "squant", "clip": "auto"},
-}
 COLUMNS = {
     "max": {},
     "select error": {"select": "error"},
@@ -34,25 +30,11 @@ COLUMNS = {
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width, granularity and base."""
     del model  # the paper has none of this
-    found = []
-    for bits, granularity, r, base in itertools.product(args.bits, args.granularity, args.r, BASES):
-        at = f", r = {r:g}" if len(args.r) > 1 else ""
-        common = {"wbits": bits, "r": r, "granularity": granularity, **BASES[base]}
-        row = f"{bits} bits, per {granularity}{at}, {base}"
-        found += [Cell(row, column, common | options) for column, options in COLUMNS.items()]
-    return found
+    return rows(args, COLUMNS)
 
 
-TABLE = Table(
-    name="splits",
-    doc=__doc__,
-    cells=cells,
-    paper_float=lambda model: None,
-    dataset="fashion-mnist",
-    models=("ResNet-20", "ViT"),
-    stands_for="ResNet-20",
-    defaults={"bits": (4, 3, 2), "r": (0.05,), "granularity": ("tensor", "channel"), "calibration": 512, "streams": 10},
-    datasets=("fashion-mnist", "bible"),
+TABLE = beyond(
+    "splits", __doc__, cells, bits=(6, 5, 4, 3, 2), r=(0.05,), granularity=("tensor", "channel"), calibration=512
 )
 
 if __name__ == "__main__":
