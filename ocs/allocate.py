@@ -49,9 +49,14 @@ class Way(NamedTuple):
 def check_allocation(layers: Sequence[Layer], chosen: Mapping[str, Options], allocate: Any, budget: Any) -> None:
     """What is asked for has an effect, and does not contradict itself."""
     functional.check_choice("allocate", allocate, get_args(Allocate))
-    if allocate != "uniform" and not any(options.r for options in chosen.values()):
-        raise ValueError(f"allocate={allocate!r} without r has no effect: set r, too")
-    automatic = [layer.name for layer in layers if layer.status == "quantized" and chosen[layer.name].automatic]
+    quantized = {layer.name: chosen[layer.name] for layer in layers if layer.status == "quantized"}
+    if quantized and not any(options.r for options in quantized.values()):
+        if allocate != "uniform":
+            raise ValueError(f"allocate={allocate!r} without r has no effect: set r, too")
+        select = next((options.shown["select"] for options in quantized.values() if options.select != "max"), None)
+        if select is not None:
+            raise ValueError(f"select={select!r} without r has no effect: set r, too")
+    automatic = [name for name, options in quantized.items() if options.automatic]
     if automatic and budget is None:
         raise ValueError(f'{automatic[0]}: wbits="auto" needs budget=, the bytes that all packed weights may take')
     if budget is None:

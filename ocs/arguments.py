@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocs.gptq import as_tensor
-
 Array = np.ndarray | Tensor
 Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
@@ -127,6 +125,11 @@ def kind_of(x: Any) -> str:
 def as_numpy(x: Array) -> np.ndarray:
     """On the CPU."""
     return x.cpu().numpy() if isinstance(x, Tensor) else x
+
+
+def as_tensor(x: Array) -> Tensor:
+    """A tensor of the same values; of an array a copy, as it may be read-only or laid out backwards."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
 
 
 def filled_like(x: Array, value: float) -> Array:

@@ -226,11 +226,13 @@ def observe(
     watched: Mapping[str, tuple[nn.Module, Observer]],
     progress: bool | None = None,
     moments: Mapping[str, tuple[nn.Module, LayerMoments]] | None = None,
+    *,
+    what: str = "calibration",
 ) -> None:
     """Run the batches through the model, in eval mode and without gradients, and fill the statistics.
 
     watched, moments: by name, the modules, and what is kept of their inputs, and of what their weights meet. The model
-    is as it was afterwards, whatever happens.
+    is as it was afterwards, whatever happens. what: the argument that data is, for errors.
     """
     kept = [*watched.items(), *(moments or {}).items()]
     failure: Exception | None = None
@@ -241,7 +243,7 @@ def observe(
                 take = _observer(name, of_layer)
                 hook = layer.register_forward_pre_hook(take, with_kwargs=True)
                 hooks.callback(hook.remove)
-            batches = _run(model, data, progress)
+            batches = _run(model, data, progress, what)
     except Exception as error:  # noqa: BLE001 - other ranks must hear of it, or they would wait for this one
         failure = error
     if several_ranks():
@@ -252,7 +254,7 @@ def observe(
     if failure is not None:
         raise failure
     if not batches:
-        raise ValueError("calibration is empty: it gave no batch (was it an iterator that is used up?)")
+        raise ValueError(f"{what} is empty: it gave no batch (was it an iterator that is used up?)")
     if several_ranks():
         for _, (_, of_layer) in kept:
             of_layer.reduce()
@@ -264,7 +266,7 @@ def _observer(name: str, kept: Observer) -> Callable[..., None]:
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = signature(layer.forward).parameters
         with named(name):
-            kept.observe(layer, kwargs | dict(zip(names, args, strict=False)))
+            kept.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
 
     return take
 
@@ -293,17 +295,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _run(model: nn.Module, data: Data, progress: bool | None) -> int:
+def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calibration") -> int:
     """Runs all batches; how many there were."""
     if isinstance(data, Callable):
         data(model)
         return 1
-    _check_data(data)
+    _check_data(data, what)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     count = 0
     for batch in with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"):
         try:
-            _call(model, batch, device)
+            _call(model, batch, device, what)
         except Exception as error:
             error.add_note(f"while calibrating on batch {count}")
             raise
@@ -315,7 +317,7 @@ def with_sample(data: Data) -> tuple[Data, Data]:
     """One batch as data (a callable as it is), and data that still gives all batches."""
     if isinstance(data, Callable | Tensor):
         return data, data
-    _check_data(data)
+    _check_data(data, "calibration")
     batches = iter(data)
     for batch in batches:
         return [batch], data if batches is not data else chain([batch], batches)
@@ -370,26 +372,24 @@ def mean_over_ranks(measure: Callable[[], list[float]], count: int) -> list[floa
     return [each / dist.get_world_size() for each in sums]
 
 
-def _check_data(data: Any) -> None:
+def _check_data(data: Any, what: str) -> None:
     """Batches, not one of them."""
     if not isinstance(data, Iterable) or isinstance(data, str | bytes):
-        raise TypeError(f"calibration={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
+        raise TypeError(f"{what}={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
     pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
     if isinstance(data, Mapping | PackedSequence | np.ndarray) or (pair and data[0].dim() != data[1].dim()):
         kind = "(batch, target) pair" if pair else type(data).__name__
-        raise TypeError(f"calibration is one {kind}: put it in a list, calibration=[...]; of arrays make tensors")
+        raise TypeError(f"{what} is one {kind}: put it in a list, {what}=[...]; of arrays make tensors")
 
 
-def _call(model: nn.Module, batch: Any, device: torch.device) -> None:
+def _call(model: nn.Module, batch: Any, device: torch.device, what: str) -> None:
     """model(batch); of a (batch, target) pair the batch alone, of a dict its entries by name."""
     if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         if not 1 <= len(batch) <= 2:
-            raise ValueError(
-                f"calibration gave {len(batch)} things at once: use a callable that runs the model on them"
-            )
+            raise ValueError(f"{what} gave {len(batch)} things at once: use a callable that runs the model on them")
         batch = batch[0]
     if isinstance(batch, np.ndarray):
-        raise TypeError("calibration gave a numpy array: give tensors, torch.from_numpy(batch)")
+        raise TypeError(f"{what} gave a numpy array: give tensors, torch.from_numpy(batch)")
     if isinstance(batch, Mapping):
         model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
         return
@@ -435,7 +435,7 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     layers = [layer for layer in find_layers(model) if layer.status == "quantized"]
     watched = {layer.name: (layer.module, statistics_for(layer)) for layer in layers}
     second = {layer.name: moments_for(model, layer) for layer in layers} if moments else {}
-    observe(model, data, watched, progress, second)
+    observe(model, data, watched, progress, second, what="data")
     return reached(watched, second)
 
 
@@ -456,7 +456,7 @@ def moments_for(model: nn.Module, layer: Layer) -> tuple[nn.Module, LayerMoments
     """Empty ones, and the module whose calls fill them: the layer, or the attention that it projects the output of."""
     check_values(layer)
     parent = model.get_submodule(layer.name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
         return parent, LayerMoments(layer.module, parent)
     return layer.module, LayerMoments(layer.module)
 

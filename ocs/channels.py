@@ -126,9 +126,12 @@ _ELEMENTWISE = _names(
     "mul multiply neg negative pow reciprocal rsqrt sin sqrt square sub subtract true_divide truediv"
 )
 _KEEPING = _names(
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d alpha_dropout avg_pool1d avg_pool2d avg_pool3d "
-    "bfloat16 clone contiguous cpu cuda detach double dropout dropout1d dropout2d dropout3d expand expand_as "
-    "feature_alpha_dropout float half interpolate stochastic_depth to type type_as upsample"
+    "alpha_dropout bfloat16 contiguous cpu cuda detach double dropout dropout1d dropout2d dropout3d expand expand_as "
+    "feature_alpha_dropout float half stochastic_depth to type type_as"
+)
+_COPYING = _names(  # what is done to their results in place does not reach their arguments
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d clone interpolate "
+    "upsample"
 )
 _LARGEST = _names("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool2d max_pool3d")
 
@@ -150,9 +153,14 @@ def apply(
     x = args[0] if args else kwargs.get("input", kwargs.get("x"))
     if plain in _MOVES:
         return _MOVES[plain](x, *args[1:], **{key: value for key, value in kwargs.items() if key not in ("input", "x")})
-    if isinstance(x, Channels) and plain in _KEEPING:
-        return x
-    return replace(x, guessed=True) if isinstance(x, Channels) and plain in _LARGEST else UNKNOWN
+    if not isinstance(x, Channels) or plain not in _KEEPING | _COPYING | _LARGEST:
+        return UNKNOWN
+    return x if plain in _KEEPING else replace(copied(x), guessed=x.guessed or plain in _LARGEST)
+
+
+def copied(x: Channels) -> Channels:
+    """The same, in memory of its own."""
+    return replace(x, samples=x.samples.clone())
 
 
 def _mentions_unknown(x: Any) -> bool:
@@ -236,7 +244,8 @@ def _view(x: Channels, *sizes: Any) -> Any:
     sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
     if x.axis is None:
         return x
-    if x.axis == 1 and len(sizes) == 2 and (sizes[1] == -1 or (sizes[0] == -1 and type(sizes[1]) is int)):
+    pixels = x.rank is not None and x.rank != 3  # of [N, C, L] it may put together what comes one after the other
+    if x.axis == 1 and len(sizes) == 2 and (sizes[1] == -1 or (sizes[0] == -1 and type(sizes[1]) is int and pixels)):
         return flatten(x, 1)
     if x.axis == 1 and len(sizes) > 2 and type(sizes[1]) is int and sizes[1] == x.count():
         return replace(x, rank=len(sizes))
@@ -268,7 +277,7 @@ def _transpose(x: Channels, first: int, second: int) -> Any:
 
 def _reduce(x: Channels, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
     """A mean over other dimensions than that of the channels."""
-    dims = _dims(dim)
+    x, dims = copied(x), _dims(dim)
     if x.axis is None:
         return x
     if any(x.on_axis(dim) for dim in dims):
@@ -289,7 +298,8 @@ def _reduce_to_largest(x: Channels, dim: Any = None, keepdim: bool = False) -> A
 
 
 def _squeeze(x: Channels, dim: int) -> Any:
-    return _reduce(x, dim)
+    """A view."""
+    return replace(_reduce(x, dim), samples=x.samples)
 
 
 def _unsqueeze(x: Channels, dim: int) -> Any:

@@ -43,8 +43,10 @@ def restore_mean(layer: QuantProduct, weight: Tensor, mean: Tensor) -> None:
     """Give a linear layer or convolution another bias, one of its own.
 
     weight: the float one, in the float layer's layout. mean: float64 [C] of the input, over all groups.
-    At the borders of a padded input it is a little too much. A transposed convolution meets one tap in prod(stride) at
-    each output. A ValueError where mean and layer do not fit, or the new bias would not be finite.
+    Every tap counts as if it met the input at every output, which it does not at the borders of padded and transposed
+    convolutions: a little too much for images, too much to help where most of a small output is border. A transposed
+    convolution meets one tap in prod(stride) at each output.
+    A ValueError where mean and layer do not fit, or the new bias would not be finite.
     """
     w, w_hat = layer.layout(weight.detach(), layer.groups), layer.folded("weight")
     d = (w.cpu().double() - w_hat.cpu().double()).unsqueeze(2).flatten(2).sum(2)

@@ -355,3 +355,7 @@ def named(*context: str) -> Iterator[None]:
     except (ValueError, TypeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(": ".join([*context, str(error)])) from error
+    except Exception as error:  # of a user's own select=, say
+        if context:
+            error.add_note(f"in {': '.join(context)}")
+        raise

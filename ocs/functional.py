@@ -36,6 +36,7 @@ from ocs.arguments import (
     dtype_name,
     kind_of,
 )
+from ocs.gptq import Hessian
 from ocs.ops import kernels
 from ocs.weights import (
     AUTO,
@@ -59,6 +60,7 @@ from ocs.weights import (
     remaining_error,
     scale_for,
     search_threshold,
+    signal_and_noise,
     split_thresholds,
     splits_for,
     sqnr_db,
@@ -110,6 +112,7 @@ __all__ = [
     "remaining_error",
     "scale_for",
     "search_threshold",
+    "signal_and_noise",
     "split_thresholds",
     "splits_for",
     "sqnr_db",
@@ -160,9 +163,13 @@ def quantize_weight(
             missing where rounding="gptq" needs them, given where not, of another shape, not finite or none.
     """
     w, how = _checked(w, How(bits, clip, granularity, split, rounding, groups))
-    how = how._replace(second=check_moments(moments, rounding, w, groups))
+    how = how._replace(hessian=_hessian(check_moments(moments, rounding, w, groups)))
     splits = splits_for(check_ratio("r", r), w.shape[1], groups)
     return quantize_plan(w, choose_splits(w, splits, select, how), how).quantized
+
+
+def _hessian(moments: Tensor | None) -> Hessian | None:
+    return None if moments is None else Hessian(moments)
 
 
 def _checked(w: Array, how: How) -> tuple[Array, How]:

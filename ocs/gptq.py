@@ -17,14 +17,34 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-Array = np.ndarray | Tensor
+from ocs.arguments import Array, as_tensor
+
 BLOCK = 128  # columns between updates of all that follow
 ELEMENTS = 2**22  # of weights that are rounded side by side
 DAMPING = 0.01  # added to H's diagonal, a share of its mean
+
+
+class Hessian:
+    """H of what one weight meets, and its factorization, which is made once and takes twice the memory.
+
+    second: sum or mean of x x^T, [G, C K, C K], the K values of a filter side by side.
+    """
+
+    def __init__(self, second: Tensor) -> None:
+        self.second = second
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 [G, C K]: the columns, those of the largest inputs first."""
+        return self.second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """R_ij / R_jj in that order, float64 [G, C K, C K]; a ValueError where H is clearly negative somewhere."""
+        return _factor(self.second, self.order)
 
 
 class OutputErrors:
@@ -32,12 +52,12 @@ class OutputErrors:
 
     Args:
         w: float32 [O, C, ...].
-        second: sum or mean of x x^T, [G, C K, C K], the K values of a filter side by side.
+        hessian: of what it meets.
     """
 
-    def __init__(self, w: Array, second: Tensor) -> None:
+    def __init__(self, w: Array, hessian: Hessian) -> None:
         self.w = as_tensor(w).float()
-        self.second = second.to(self.w.device)
+        self.second = hessian.second.to(self.w.device)
         G, N = self.second.shape[:2]
         self.rows = self.w.reshape(G, len(self.w) // G, N)
 
@@ -66,24 +86,22 @@ class OutputErrors:
 
 
 class Compensation(OutputErrors):
-    """Of one weight under one split plan; its factorization serves many scales.
+    """Of one weight under one split plan.
 
     Args:
         w: float32 [O, C, ...].
         source, depth, offset: the split plan [G (C + n)], see functional.SplitPlan.
         bits: 2 to 8.
-        second: sum or mean of x x^T, [G, C K, C K], the K values of a filter side by side. Columns whose input is
-            always 0 are rounded to nearest.
+        hessian: of what it meets. Columns whose input is always 0 are rounded to nearest.
 
     Raises:
-        ValueError: second has a direction in which it is clearly negative.
+        ValueError: the second moments have a direction in which they are clearly negative.
     """
 
-    def __init__(self, w: Array, source: Array, depth: Array, offset: Array, bits: int, second: Tensor) -> None:
-        super().__init__(w, second)
+    def __init__(self, w: Array, source: Array, depth: Array, offset: Array, bits: int, hessian: Hessian) -> None:
+        super().__init__(w, hessian)
         G, N = self.second.shape[:2]
-        self.order = self.second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-        self.factor = _factor(self.second, self.order)
+        self.order, self.factor = hessian.order.to(self.w.device), hessian.factor.to(self.w.device)
         parts = _parts(*(as_tensor(part).view(G, -1) for part in (source, depth, offset)), w.shape[1], bits)
         self.parts = parts.take(self.order // max(N // max(w.shape[1], 1), 1))
 
@@ -107,11 +125,6 @@ class Compensation(OutputErrors):
         rounded = _round(u.gather(1, to_order), self.factor, self.parts)
         rounded = torch.empty_like(rounded).scatter_(1, to_order, rounded).transpose(1, 2).float()
         return (rounded.view(G, -1, R, N) * of_row).transpose(0, 1).reshape(-1, *self.w.shape)
-
-
-def as_tensor(x: Array) -> Tensor:
-    """A tensor of the same values; of an array a copy, as it may be read-only or laid out backwards."""
-    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
 
 
 def _factor(second: Tensor, order: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from ocs import functional
 from ocs.calibrate import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
 from ocs.correct import InputMean, input_means
 from ocs.find import Layer, Options, named, replacement_of
+from ocs.gptq import Hessian
 from ocs.moments import input_moments
 from ocs.nn import QuantProduct
-from ocs.second_moments import LayerMoments
 
 
 class Known(NamedTuple):
@@ -21,9 +21,14 @@ class Known(NamedTuple):
 
     statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
     mean: InputMean | None = None  # of its input, where the bias is to be corrected
-    moments: LayerMoments | None = None  # of what its weights meet, where these are rounded by them
+    hessians: Mapping[str, Hessian] | None = None  # of what each weight meets, where these are rounded by them
     gain: float = functional.GAIN  # see functional.output_error
     splits: Mapping[str, int | None] | None = None  # of each weight, in each group; None is what r says
+
+    def unfactorized(self) -> Known:
+        """The same, with Hessians whose factorizations, large ones, go when this does."""
+        own = self.hessians and {name: Hessian(each.second) for name, each in self.hessians.items()}
+        return self._replace(hessians=own)
 
 
 def wants_input(layer: Layer, options: Options) -> bool:
@@ -68,10 +73,15 @@ def look_at_inputs(
     """
     seen = _calibrated(model, layers, chosen, calibration, progress, has_use)
     wanted = {layer.name for layer in layers if wants_mean(layer, chosen[layer.name])}
-    means = input_means(seen, input_moments(model) if wanted - seen.keys() else {})
+    measured = {name for name, statistics in seen.items() if statistics.mean() is not None}
+    means = input_means(seen, input_moments(model) if wanted - measured else {})
+    hessians = {
+        name: {weight: Hessian(moments.products) for weight, moments in of_layer.items()}
+        for name, of_layer in seen.moments.items()
+    }
     depth = sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
     return {
-        name: Known(seen.get(name), means.get(name) if name in wanted else None, seen.moments.get(name), depth)
+        name: Known(seen.get(name), means.get(name) if name in wanted else None, hessians.get(name), depth)
         for name in (layer.name for layer in layers)
     }
 

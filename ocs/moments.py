@@ -22,12 +22,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.padding import _ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from ocs.channels import UNKNOWN, Channels, InputMoments, apply, flatten, normal, normals, rank_of
+from ocs.channels import UNKNOWN, Channels, InputMoments, apply, copied, flatten, normal, normals, rank_of
 from ocs.find import first_weight, replacement_of
 from ocs.graph import has_hooks, traced_parts
 from ocs.layer import QuantizedLayer
 from ocs.nn import CONVOLUTIONS, REPLACEMENTS
 
+_ANY_CONVOLUTION = (*CONVOLUTIONS, *(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
 MEAN_SHARE = 0.05  # of an input's power: where its mean has more, errors that add up along channels count
 
 
@@ -127,7 +128,8 @@ class _Walk:
             if node.op == "get_attr":
                 return operator.attrgetter(node.target)(self.root)
             if node.op == "call_module":
-                return self.call(self.root.get_submodule(node.target), args, kwargs)
+                rank = self.rank_of_output(node.args[0] if node.args else None)
+                return self.call(self.root.get_submodule(node.target), args, kwargs, rank)
             if node.op == "call_method":
                 return apply(node.target, getattr(Tensor, node.target, None), args, kwargs, self.seed)
             if node.op == "call_function":
@@ -136,8 +138,17 @@ class _Walk:
             pass
         return UNKNOWN
 
-    def call(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What a module makes of its input; what a layer is given is kept."""
+    def rank_of_output(self, node: Any) -> int | None:
+        """The dimensions of what a layer gives to a BatchNorm1d; None for any other node."""
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        module = self.root.get_submodule(node.target)
+        if isinstance(module, (nn.Linear, REPLACEMENTS[nn.Linear])):
+            return 2
+        return len(module.kernel_size) + 2 if isinstance(module, _ANY_CONVOLUTION) else None
+
+    def call(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], rank: int | None) -> Any:
+        """What a module makes of its input, of so many dimensions; what a layer is given is kept."""
         plain = not has_hooks(module)
         if isinstance(module, (*REPLACEMENTS, QuantizedLayer)):
             self.inputs.append((module, None))
@@ -146,7 +157,7 @@ class _Walk:
             return UNKNOWN
         if not plain or len(args) != 1 or kwargs:
             return UNKNOWN
-        return _run_module(module, args[0], self.seed)
+        return _run_module(module, args[0], rank, self.seed)
 
     def seed(self, what: str) -> int:
         """The same for the same norms in any trace, called as often."""
@@ -162,20 +173,20 @@ def _input_of(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     """The moments of a layer's input; of attention only where query, key and value are one."""
     if isinstance(layer, QuantizedLayer):
         names, channels = layer.input_names, layer.groups * next(iter(layer.channels.values()))
-        convolution = isinstance(layer, tuple(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
     else:
         _, groups, C = first_weight(layer)
         names, channels = replacement_of(layer).input_names, groups * C
-        convolution = isinstance(layer, CONVOLUTIONS)
+    convolution = isinstance(layer, _ANY_CONVOLUTION)
     given = kwargs | dict(zip(names, args, strict=False))
     inputs = [given[name] for name in names if name in given]
     x = inputs[0]
     if not isinstance(x, Channels) or any(other is not x for other in inputs):
         return None
-    at_first = x.axis == 1 and x.rank is None and not convolution  # a BatchNorm1d mostly has [N, C]
-    if not (x.on_axis(1 if convolution else -1) or at_first):
-        return None
-    return x.moments(channels)
+    if x.on_axis(1 if convolution else -1):
+        return x.moments(channels)
+    if x.axis == 1 and x.rank is None and not convolution:  # a BatchNorm1d mostly has [N, C]
+        return replace(x, guessed=True).moments(channels)
+    return None
 
 
 # --- Modules ----------------------------------------------------------------------------------------------------------
@@ -189,32 +200,36 @@ _ACTIVATION_MODULES = tuple(
     for name in names.split()
 )
 _PADS = (_ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd)
-_KEEPING_MODULES = (nn.Identity, _DropoutNd, _AvgPoolNd, _AdaptiveAvgPoolNd, nn.Upsample, *_PADS)
+_COPYING_MODULES = (_AvgPoolNd, _AdaptiveAvgPoolNd, nn.Upsample, *_PADS)
 _MAX_MODULES = (_MaxPoolNd, _AdaptiveMaxPoolNd)
 
 
-def _run_module(module: nn.Module, x: Any, seed: Callable[[str], int]) -> Any:
+def _run_module(module: nn.Module, x: Any, rank: int | None, seed: Callable[[str], int]) -> Any:
     if isinstance(module, _BatchNorm | _InstanceNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
-        return _norm(module, x, seed)
+        of_torch = type(module).forward.__module__.startswith("torch.nn.")  # others may do more: an activation, say
+        return _norm(module, x, rank, seed) if of_torch else UNKNOWN
     if isinstance(module, _ACTIVATION_MODULES):
         x = x if isinstance(x, Channels) else Channels(normal(0), guessed=True)
         return replace(x, samples=type(module).forward(module, x.samples))
     if isinstance(x, Channels) and isinstance(module, nn.Flatten):
         return flatten(x, module.start_dim, module.end_dim)
     if isinstance(x, Channels) and isinstance(module, _MAX_MODULES) and not module.return_indices:
-        return replace(x, guessed=True)
-    return x if isinstance(module, _KEEPING_MODULES) else UNKNOWN
+        return replace(copied(x), guessed=True)
+    if isinstance(x, Channels) and isinstance(module, _COPYING_MODULES):
+        return copied(x)
+    return x if isinstance(module, nn.Identity | _DropoutNd) else UNKNOWN
 
 
-def _norm(norm: nn.Module, x: Any, seed: Callable[[str], int]) -> Any:
+def _norm(norm: nn.Module, x: Any, rank: int | None, seed: Callable[[str], int]) -> Any:
     """Mean beta and variance gamma^2; with running statistics, less what eps takes of it."""
+    rank = rank or rank_of(x)
     weight, bias = norm.weight, getattr(norm, "bias", None)
     if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
         if len(norm.normalized_shape) != 1:
             return UNKNOWN
-        return normals(seed("last"), norm.normalized_shape[0], weight, bias, -1, rank_of(x), True)
+        return normals(seed("last"), norm.normalized_shape[0], weight, bias, -1, rank, True)
     channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
-    rank = next((rank for name, rank in (("2d", 4), ("3d", 5)) if name in type(norm).__name__), rank_of(x))
+    rank = next((rank for name, rank in (("2d", 4), ("3d", 5)) if name in type(norm).__name__), rank)
     y = normals(seed("first"), channels, weight, bias, 1, rank, isinstance(norm, nn.GroupNorm))
     variance = getattr(norm, "running_var", None)
     if variance is None:

@@ -55,7 +55,7 @@ def quantize_layer(
 
 def _possible(options: Options, known: Known) -> Options:
     """These, with nearest rounding where nothing is known that gptq could round by."""
-    if options.rounding == "gptq" and known.moments is None:
+    if options.rounding == "gptq" and known.hessians is None:
         return replace(options, rounding="nearest")
     return options
 
@@ -88,10 +88,10 @@ def _weight_of(layer: Layer, name: str) -> Tensor:
 
 def how_of(layer: Layer, name: str, options: Options, known: Known) -> How:
     """How a weight of the layer is quantized."""
-    second = known.moments[name].products if options.rounding == "gptq" else None
+    hessian = known.hessians[name] if options.rounding == "gptq" else None
     groups = getattr(layer.module, "groups", 1)
     given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
-    return How(*given, groups, second, known.gain)
+    return How(*given, groups, hessian, known.gain)
 
 
 def measure(layer: Layer, name: str, options: Options, known: Known) -> Measured:
@@ -121,8 +121,9 @@ def _numbers_of_input(layer: Layer, options: Options) -> int:
     return 1 + groups * splits
 
 
-def probe(layer: Layer, options: Options, bits: int) -> tuple[QuantizedLayer, float]:
+def probe(layer: Layer, options: Options, bits: int, gain: float) -> tuple[QuantizedLayer, float]:
     """The layer with its weights quantized, to so many bits where they are still to be chosen, and their error."""
+    known = Known(gain=gain)
     options = replace(
         options,
         wbits=bits if options.automatic else options.wbits,
@@ -132,8 +133,8 @@ def probe(layer: Layer, options: Options, bits: int) -> tuple[QuantizedLayer, fl
         correct_bias=False,
         expand=False,
     )
-    replacement, _ = quantize_layer(layer, options, Known())
-    return replacement, sum(measure(layer, name, options, Known()).error for name in replacement.channels)
+    replacement, _ = quantize_layer(layer, options, known)
+    return replacement, sum(measure(layer, name, options, known).error for name in replacement.channels)
 
 
 def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:

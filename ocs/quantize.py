@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -113,12 +114,13 @@ def quantize(
         expand: True for layers that really have C + n channels, False to fold the copies back (same values). Attention,
             whose forward in torch reads its weights itself, always runs folded; the report says so.
         select: which channels are split: "max", those with the largest |w| (the paper's rule); "error", those whose
-            splits lower the remaining error most; or a callable (w, n), see functional.plan_splits.
+            splits lower the remaining error most, which with one scale per tensor and no clipping are the same; or a
+            callable (w, n), see functional.plan_splits.
         allocate: which layers get the splits: "uniform", ceil(r C) each. Or, in no more bytes than that takes, each
             weight as many as lower most per byte: with "knapsack" its largest |w|, relative to that before splitting
             (section 3.4 of the paper); with "error" that of the model, the sum over weights of
-            functional.remaining_error. Calibration batches then say how much each layer counts: by how far the model's
-            outputs move when it alone is quantized.
+            functional.remaining_error. The first of calibration's batches (a callable whole) then says how much each
+            layer counts: by how far the model's outputs move when it alone is quantized.
         budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
             an override names keep theirs. The error is that of allocate="error", calibration included.
         recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
@@ -141,7 +143,9 @@ def quantize(
     """
     begin = time.perf_counter()
     explain = recipe != "paper" if explain is None else explain
-    check_recipe(recipe)
+    for name, value in {"fold_bn": fold_bn, "explain": explain}.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: use True or False")
     given = {
         "wbits": wbits,
         "r": r,
@@ -158,20 +162,8 @@ def quantize(
         "expand": expand,
         "select": select,
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    common = Options(**given)  # refuses what is out of range
-    check_model(model)
-    for name, value in {"fold_bn": fold_bn, "explain": explain}.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r}: use True or False")
-    layers = find_layers(model)
-    if not any(is_kind(layer.module) for layer in layers):
-        raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
-    favour = by_recipe(recipe, model, given)
-    by_layer = {layer.name: favour(layer, common) for layer in layers}
-    chosen = apply_overrides(layers, dict.fromkeys(by_layer, common), overrides)
-    chosen = {layer.name: favour(layer, chosen[layer.name]) for layer in layers}
-    apply_skip(layers, skip)
+    given = {name: value for name, value in given.items() if value is not None or name not in LEFT_OPEN}
+    layers, chosen, settings = _choose(model, given, recipe, skip, overrides)
     check_allocation(layers, chosen, allocate, budget)
     sample = None
     by_error = budget is not None or allocate == "error"
@@ -184,9 +176,34 @@ def quantize(
         replacements, lines = _quantize_all(layers, chosen, known, splits, folding, explain, progress)
     norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
     exchange(list(module_slots(model, replacements)))
-    settings = _settings(by_layer.values(), skip, overrides)
     settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget and int(budget), "recipe": recipe}
     return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
+
+
+LEFT_OPEN = ("clip", "granularity", "rounding", "abits", "act_clip", "act_signed")  # may be None
+
+
+def _choose(
+    model: nn.Module,
+    given: dict[str, Any],
+    recipe: Recipe,
+    skip: Selector | Collection[Selector] | None,
+    overrides: Mapping[str, Mapping[str, Any]] | None,
+) -> tuple[list[Layer], dict[str, Options], dict[str, Any]]:
+    """The layers, the options of each by name, and what of these the report says."""
+    check_recipe(recipe)
+    common = Options(**given)  # refuses what is out of range
+    check_model(model)
+    layers = find_layers(model)
+    if not any(is_kind(layer.module) for layer in layers):
+        raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
+    favour = by_recipe(recipe, model, given)
+    favoured = {layer.name: favour(layer, common) for layer in layers}
+    chosen = apply_overrides(layers, dict.fromkeys(favoured, common), overrides)
+    chosen = {layer.name: favour(layer, chosen[layer.name]) for layer in layers}
+    apply_skip(layers, skip)
+    shown = [favoured[layer.name] for layer in layers if layer.status == "quantized"] or [common]
+    return layers, chosen, _settings(shown, skip, overrides)
 
 
 def _quantize_all(
@@ -206,10 +223,10 @@ def _quantize_all(
             lines.append(LayerReport(**common_part(layer), reason=layer.reason))
             continue
         old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
-        how = (chosen[layer.name], known[layer.name]._replace(splits=splits.get(layer.name)))
+        of_layer = known[layer.name].unfactorized()._replace(splits=splits.get(layer.name))
         with named(layer.name):
-            replacements[id(old)], of_layer = quantize_layer(layer, *how, explain=explain)
-        lines += of_layer
+            replacements[id(old)], weights = quantize_layer(layer, chosen[layer.name], of_layer, explain=explain)
+        lines += weights
     return replacements, lines
 
 
@@ -233,11 +250,17 @@ def _allocated(
     counts = dict.fromkeys(chosen, 1.0)
     if sample is not None:
         bits = 0 if budget is None else mean_bits(layers, budget)
-        counts = sensitivities(model, layers, sample, lambda layer: probe(layer, chosen[layer.name], bits), progress)
+
+        def probed(layer: Layer) -> tuple[nn.Module, float]:
+            return probe(layer, chosen[layer.name], bits, known[layer.name].gain)
+
+        counts = sensitivities(model, layers, sample, probed, progress)
     layers = [replace(layer, module=folding.layers.get(id(layer.module), layer.module)) for layer in layers]
 
+    latest = lru_cache(maxsize=1)(lambda name: known[name].unfactorized())  # one layer after the other is measured
+
     def measured(layer: Layer, name: str, options: Options, splits: int | None) -> Measured:
-        return measure(layer, name, options, known[layer.name]._replace(splits={name: splits}))
+        return measure(layer, name, options, latest(layer.name)._replace(splits={name: splits}))
 
     if budget is not None:
         return chosen | allocate_bits(layers, chosen, budget, measured, counts, progress), {}

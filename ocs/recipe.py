@@ -44,5 +44,7 @@ def _favoured(options: Options, *, has_mean: bool) -> dict[str, Any]:
     compensates = has_mean and options.split == "qa"
     favoured = {"granularity": "channel", "clip": "auto", "rounding": "squant" if compensates else "nearest"}
     if options.abits is not None:
-        favoured |= {"act_clip": "mse", "act_signed": "auto"}
+        favoured["act_clip"] = "mse"
+        if options.act_split != "oracle":  # which needs no calibration, as long as nothing is known of signs
+            favoured["act_signed"] = "auto"
     return favoured

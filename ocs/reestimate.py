@@ -41,10 +41,14 @@ class NormStatistics:
 
     def observe(self, _: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Take in one more batch [N, C, ...]."""
-        x = arguments["input"]
+        x = next(iter(arguments.values()))
         if not x.numel():
             return
         rows = x.detach().movedim(1, 0).flatten(1).cpu().double()
+        if rows.shape[1] < 2:
+            raise ValueError(
+                "a batch gave it one value of each channel: give batches of 32 or more, drop a short last one"
+            )
         mean, variance = rows.mean(1), rows.var(1, correction=0)
         if not bool((mean + variance).isfinite().all()):
             raise ValueError("its input holds NaN or Inf: repair model or batch")
@@ -84,22 +88,18 @@ def reestimate_batchnorm(
             that runs the model on what it likes: data(model).
         reference: the float model that `model` was made from, of the same architecture. Its running statistics then
             count as right, and change only as those of `data` differ between the two models: so that data need not
-            be like what the model is for, from ocs.synthesize, say. It is run on the same data, which must give it
-            twice: a list, no iterator; and it is as it was afterwards.
+            be like what the model is for, from ocs.synthesize, say. Channels that hardly vary on the data keep theirs.
+            It is run on the same data, which must give it twice: a list, no iterator; and it is as it was afterwards.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Raises:
         TypeError: a model is no nn.Module, or data is one batch of a kind that should be in a list.
-        ValueError: it has no BatchNorm with running statistics, there is no batch or none reaches one, a norm's input
-            holds NaN or Inf, or the reference has other norms. The model is then as it was.
+        ValueError: it has no BatchNorm with running statistics, there is no batch or none reaches one, a batch has one
+            value for each channel of a norm, a norm's input holds NaN or Inf or its variance is beyond its dtype, or
+            the reference has other norms. The model is then as it was.
     """
     norms = _norms(model)
-    if reference is not None:
-        of_reference = _norms(reference)
-        if {name: norm.num_features for name, norm in norms.items()} != {
-            name: norm.num_features for name, norm in of_reference.items()
-        }:
-            raise ValueError("reference has other BatchNorms than model: give the float model that it was made from")
+    of_reference = {} if reference is None else _norms_of_reference(reference, model, norms, data)
     measured = _measure(model, norms, data, progress)
     if reference is not None:
         expected = _measure(reference, of_reference, data, progress)
@@ -108,23 +108,51 @@ def reestimate_batchnorm(
             for name, found in measured.items()
             if name in expected
         }
+    cast = {name: [each.to(norms[name].running_var) for each in found] for name, found in measured.items()}
+    for name, found in cast.items():
+        if not all(bool(each.isfinite().all()) for each in found):
+            raise ValueError(
+                f"{name}: what it is given is too large for its statistics in {found[0].dtype}: use float32"
+            )
     with torch.no_grad():
-        for name, (mean, variance) in measured.items():
+        for name, (mean, variance) in cast.items():
             norms[name].running_mean.copy_(mean)
             norms[name].running_var.copy_(variance)
 
 
 Moments = tuple[Tensor, Tensor]  # mean and variance
+STILL = 1e-3  # of a channel's running variance: what varies less on the data tells nothing of its scale
+
+
+def _norms_of_reference(
+    reference: nn.Module, model: nn.Module, norms: Mapping[str, _BatchNorm], data: Data
+) -> dict[str, _BatchNorm]:
+    """Those of the float model, which are the quantized one's."""
+    found = _norms(reference)
+    if {name: norm.num_features for name, norm in norms.items()} != {
+        name: norm.num_features for name, norm in found.items()
+    }:
+        if any(isinstance(module, FoldedBatchNorm) for module in model.modules()):
+            raise ValueError("some of the model's BatchNorms are folded into its layers: quantize with fold_bn=False")
+        raise ValueError("reference has other BatchNorms than model: give the float model that it was made from")
+    if isinstance(data, Iterator):
+        raise ValueError(
+            "data is an iterator, which gives its batches once, and reference= needs them twice: make a list"
+        )
+    return found
 
 
 def _measure(
     model: nn.Module, norms: Mapping[str, _BatchNorm], data: Data, progress: bool | None
 ) -> dict[str, Moments]:
     """What each norm is given; its statistics are as they were afterwards."""
+    for norm in norms.values():
+        if norm.running_mean.is_inference():  # made in inference mode, and perhaps not to be written to outside of it
+            norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
     before = [(norm, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms.values()]
     watched = {name: (norm, NormStatistics(norm)) for name, norm in norms.items()}
     try:
-        observe(model, data, watched, progress)
+        observe(model, data, watched, progress, what="data")
     finally:
         with torch.no_grad():
             for norm, mean, variance in before:
@@ -137,10 +165,12 @@ def _measure(
 
 
 def _relative(norm: _BatchNorm, found: Moments, expected: Moments) -> Moments:
-    """A norm's running statistics, changed as those found differ from those expected."""
+    """A norm's running statistics, changed as those found differ from those expected; where both say something."""
     mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
-    gain = variance / expected[1].clamp(min=1e-12)
-    return mean + (found[0] - expected[0]) * gain.sqrt(), found[1] * gain
+    varies = torch.minimum(found[1], expected[1]) > STILL * variance
+    gain = variance / expected[1].where(varies, 1.0)
+    changed = mean + (found[0] - expected[0]) * gain.sqrt(), found[1] * gain
+    return changed[0].where(varies, mean), changed[1].where(varies, variance)
 
 
 def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -186,11 +216,12 @@ def synthesize(
         images: how many.
         steps: of Adam, for each batch.
         batch: inputs that are optimized together.
-        seed: the same gives the same inputs, on one machine.
+        seed: the same gives the same inputs, on one machine; 0 to 2^63 - 1.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
-        Batches [N, *shape] of the dtype and on the device of the model, N = `batch` but perhaps for the last.
+        Batches [N, *shape] of the dtype and on the device of the model's first parameter, N = `batch` but perhaps for
+        the last. They are found in float32, whatever the model's dtype.
 
     Raises:
         TypeError: model is no nn.Module, shape no sequence or seed no whole number.
@@ -202,19 +233,22 @@ def synthesize(
         raise TypeError(f"shape={shape!r}: use that of one input, (C, H, W) say")
     if not isinstance(seed, Integral):
         raise TypeError(f"seed={seed!r}: use a whole number")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: use 0 to 2^63 - 1")
     numbers = {"images": images, "steps": steps, "batch": batch, **{f"shape[{i}]": n for i, n in enumerate(shape)}}
     for name, value in numbers.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: use a whole number from 1 on")
     with torch.inference_mode(False):
-        frozen = copy.deepcopy(model).requires_grad_(False)
+        frozen = copy.deepcopy(model).requires_grad_(False).float()
         for module in frozen.modules():
             module.training = False
-        like = next(iter(_norms(frozen).values())).running_mean
-        generator = torch.Generator().manual_seed(seed)
-        noise = _smooth_noise(images, shape, generator).to(like)
+        like = next(
+            (p for p in model.parameters() if p.is_floating_point()), next(iter(_norms(model).values())).running_mean
+        )
+        noise = _smooth_noise(images, shape, torch.Generator().manual_seed(int(seed))).to(like.device)
         parts = with_progress(noise.split(batch), "synthesize", progress, "batch")
-        return [_matched(frozen, part, steps) for part in parts]
+        return [_matched(frozen, part, steps).to(like.dtype) for part in parts]
 
 
 def _smooth_noise(images: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -256,12 +290,13 @@ def _losses(model: nn.Module) -> Iterator[list[Tensor]]:
     """How far the input of each BatchNorm is from its statistics, in the order of calls."""
     losses: list[Tensor] = []
 
-    def take(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        losses.append(_distance(args[0], norm.running_mean, (norm.running_var + norm.eps).sqrt()))
+    def take(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        losses.append(_distance(x, norm.running_mean, (norm.running_var + norm.eps).sqrt()))
 
     with ExitStack() as hooks:
         for norm in _norms(model).values():
-            hooks.callback(norm.register_forward_pre_hook(take).remove)
+            hooks.callback(norm.register_forward_pre_hook(take, with_kwargs=True).remove)
         yield losses
 
 

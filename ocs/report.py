@@ -75,7 +75,7 @@ class LayerReport:
     def gains(self) -> dict[str, float]:
         """dB of nearest rounding alone, and what each option added to it, where `steps` are known."""
         before = [0.0, *(db for _, db in self.steps)]
-        return {what: db - before[i] for i, (what, db) in enumerate(self.steps)}
+        return {what: db - before[i] if db != before[i] else 0.0 for i, (what, db) in enumerate(self.steps)}
 
     @property
     def label(self) -> str:
@@ -240,9 +240,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.max_after:.3g}",
         f"{clip:.3g}" + ("" if isinstance(layer.threshold, float) else " max") + _method(layer.clip),
         f"{layer.sqnr_db:.1f}",
-        _steps(
-            {what: db - before for (what, db), (_, before) in zip(layer.steps, [("", 0), *layer.steps], strict=False)}
-        ),
+        _steps(layer.gains),
         _size(layer.packed_bytes),
         _input(layer),
         layer.reason,

@@ -1,7 +1,7 @@
-"""What the weights of a layer meet, as calibration sees it: the second moments and the mean of their inputs.
+"""What the weights of a layer meet, as calibration sees it: the second moments of their inputs.
 
 A weight [O, C, *kernel] of G groups is a matrix [G, O / G, C K] that multiplies vectors x [G, C K]: a linear layer's
-inputs, a convolution's patches. Kept are the sums of x x^T and of x, and how many there were: (C K)^2 float32 numbers
+inputs, a convolution's patches. Kept are the sum of x x^T, and how many there were: (C K)^2 float32 numbers
 for each group, however many batches there are, 85 MB where 512 channels meet a 3 x 3 kernel.
 
 Recurrent layers run once more, layer by layer, for the hidden states that the deeper weights meet; attention with an
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ocs.nn import CONVOLUTIONS, REPLACEMENTS
+from ocs.find import replacement_of
+from ocs.nn import CONVOLUTIONS
 from ocs.ranks import reduced
 
 ELEMENTS = 2**24  # of patches that are made at once
@@ -33,35 +34,20 @@ class SecondMoments:
 
     def __init__(self, groups: int, columns: int) -> None:
         self.count = 0
-        self.total = torch.zeros(groups, columns, dtype=torch.float64)  # sum of x
         self.products = torch.zeros(groups, columns, columns)  # sum of x x^T
 
     def update(self, rows: Tensor) -> None:
         """Take in N more, [G, N, C K]. The sums are on their device from then on."""
         rows = rows.detach().float()
-        total = rows.sum(1)
-        if not bool(total.isfinite().all()):
+        if not bool(rows.sum(1).isfinite().all()):
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
         self.count += rows.shape[1]
-        self.total = self.total.to(rows.device) + total
         self.products = torch.baddbmm(self.products.to(rows.device), rows.transpose(1, 2), rows)
-
-    def merge(self, other: SecondMoments) -> None:
-        """Take in what another has seen of the same weight."""
-        self.count += other.count
-        self.total = self.total + other.total.to(self.total)
-        self.products = self.products + other.products.to(self.products)
 
     def reduce(self) -> None:
         """Merge what all ranks have seen."""
         self.count = int(reduced(torch.tensor(self.count), dist.ReduceOp.SUM))
-        self.total = reduced(self.total, dist.ReduceOp.SUM)
         self.products = reduced(self.products, dist.ReduceOp.SUM)
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x], float64 [G, C K]; zeros where nothing was seen."""
-        return self.total / max(self.count, 1)
 
 
 class LayerMoments(dict[str, SecondMoments]):
@@ -85,10 +71,8 @@ class LayerMoments(dict[str, SecondMoments]):
         """Take in one call, of the layer or of its reader, with these arguments by name."""
         rows = _attended(layer, arguments) if self.reader else rows_of(layer, arguments)
         for name, of_weight in rows:
-            if of_weight.shape[2] != self[name].total.shape[1]:
-                raise ValueError(
-                    f"its input has {of_weight.shape[2]} channels, {name} needs {len(self[name].total[0])}"
-                )
+            if of_weight.shape[2] != (columns := self[name].products.shape[2]):
+                raise ValueError(f"its input has {of_weight.shape[2]} channels, {name} needs {columns}")
             self[name].update(of_weight)
 
     def reduce(self) -> None:
@@ -98,7 +82,7 @@ class LayerMoments(dict[str, SecondMoments]):
 
     def check(self, layer: nn.Module) -> None:
         """They are of what this layer's weights meet, or a ValueError."""
-        seen = {name: tuple(moments.total.shape) for name, moments in self.items()}
+        seen = {name: tuple(moments.products.shape[:2]) for name, moments in self.items()}
         for name, needed in _shapes(layer).items():
             if seen.get(name) != needed:
                 raise ValueError(
@@ -109,13 +93,9 @@ class LayerMoments(dict[str, SecondMoments]):
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
     """G and C K of each weight, by its name."""
-    kind, groups = _replacement_of(layer), getattr(layer, "groups", 1)
+    kind, groups = replacement_of(layer), getattr(layer, "groups", 1)
     weights = {name: kind.layout(layer._parameters[name].detach(), groups) for name in kind.weight_names(layer)}
     return {name: (groups, w[0].numel() if len(w) else 0) for name, w in weights.items()}
-
-
-def _replacement_of(layer: nn.Module) -> Any:
-    return next(new for kind, new in REPLACEMENTS.items() if isinstance(layer, kind))
 
 
 # --- What the weights of each kind of layer meet ----------------------------------------------------------------------

@@ -10,7 +10,6 @@ from torch import Tensor
 from ocs import functional
 from ocs.find import Options
 from ocs.functional import How, Quantization
-from ocs.gptq import OutputErrors
 
 STEPS = {  # in this order
     "OCS": ("r", "select"),
@@ -26,7 +25,7 @@ def steps_of(
 ) -> tuple[tuple[str, float], ...]:
     """(what, dB) for nearest rounding alone, and for each option that was switched on after it.
 
-    dB is how far the outputs' power is above functional.output_error, an estimate without inputs, or where how.second
+    dB is how far the outputs' power is above functional.output_error, an estimate without inputs, or where how.hessian
     has the inputs' second moments, above what these say; inf where exact.
 
     w: float32 [O, C, ...], to be quantized by these options, and how that is; quantize: the weight by other options;
@@ -37,7 +36,7 @@ def steps_of(
     for label in labels:
         chosen = replace(chosen, **{field: getattr(options, field) for field in STEPS.get(label, ())})
         step = last if label == labels[-1] else quantize(chosen)
-        found.append((_shown(label, options), _decibels(w, step, how)))
+        found.append((_shown(label, options), functional.sqnr_db(*functional.signal_and_noise(w, step.quantized, how))))
     return tuple(found)
 
 
@@ -48,13 +47,3 @@ def _differ(options: Options, fields: tuple[str, ...]) -> bool:
 def _shown(label: str, options: Options) -> str:
     rounding = "naive" if options.split == "naive" else options.rounding
     return {"rounding": rounding, "clip": f"clip {options.clip}"}.get(label, label)
-
-
-def _decibels(w: Tensor, step: Quantization, how: How) -> float:
-    if how.second is None:
-        power, error = functional.output_power(w), functional.output_error(w, step.quantized, how.groups, how.gain)
-    else:
-        measured = OutputErrors(w, how.second)
-        w_hat = functional.fold(step.quantized, w.shape[1], how.groups)
-        power, error = measured.power, measured.error(w_hat, how.gain)
-    return functional.sqnr_db(float(power.sum()), float(error.sum()))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import operator
+import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import repeat
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from ocs.arguments import (
     check_values,
     filled_like,
 )
-from ocs.gptq import Compensation
+from ocs.gptq import Compensation, Hessian, OutputErrors
 from ocs.ops import kernels
 
 METHODS = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what people compare
@@ -70,7 +71,7 @@ class How(NamedTuple):
     split: Split = "qa"
     rounding: Rounding = "nearest"
     groups: int = 1
-    second: Tensor | None = None  # moments [G, C K, C K] of what it meets, for rounding="gptq"
+    hessian: Hessian | None = None  # of what it meets, for rounding="gptq"
     gain: float = GAIN  # see output_error
 
 
@@ -114,10 +115,14 @@ def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:
     try:
         chosen = [operator.index(c) for c in chosen]
     except TypeError:
-        raise TypeError(f"select={name} returned {chosen!r}: return {splits} channels as integers") from None
+        raise TypeError(f"select={name} returned {_short(chosen)}: return {splits} channels as integers") from None
     if len(chosen) != splits or not all(0 <= c < channels for c in chosen):
-        raise ValueError(f"select={name} returned {chosen}: return {splits} channels from 0 to {channels - 1}")
+        raise ValueError(f"select={name} returned {_short(chosen)}: return {splits} channels from 0 to {channels - 1}")
     return chosen
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
 def plan_channels(w: Array, channels: Iterable[int], groups: int = 1) -> SplitPlan:
@@ -175,7 +180,7 @@ class Quantization(NamedTuple):
 
 def quantize_plan(w: Array, plan: SplitPlan, how: How) -> Quantization:
     """Steps 2 and 3: threshold and integers."""
-    compensation = Compensation(w, *plan[:3], how.bits, how.second) if how.rounding == "gptq" else None
+    compensation = Compensation(w, *plan[:3], how.bits, how.hessian) if how.rounding == "gptq" else None
     if how.clip == "auto":
         clip, threshold = _least_output_error(w, plan, how, compensation)
     else:
@@ -331,17 +336,25 @@ def output_power(w: Array) -> Array:
     )
 
 
+def signal_and_noise(w: Array, quantized: QuantizedWeight, how: How) -> tuple[float, float]:
+    """Of a layer's outputs: their power and what they are off by; by the inputs' second moments where how has them."""
+    if how.hessian is None:
+        power, error = output_power(w), output_error(w, quantized, how.groups, how.gain)
+    else:
+        measured = OutputErrors(w, how.hessian)
+        power, error = measured.power, measured.error(fold(quantized, w.shape[1], how.groups), how.gain)
+    return float(power.sum()), float(error.sum())
+
+
 def remaining_error(w: Array, step: Quantization, how: How) -> float:
     """Noise to signal of a quantized weight: e / (1 - e), where the share e of its power is error.
 
-    The error is that of the weight, sum (w - w_hat)^2 / sum w^2; where rounding="squant" or clip="auto" that of the
-    layer's outputs, output_error over what they would be off without the layer. 1 - e is what w_hat still has of the
-    signal: nothing as e nears 1, which no other layer makes up for. At most some 1000.
+    The error is that of the weight, sum (w - w_hat)^2 / sum w^2; where clip="auto" or rounding is not to nearest, that
+    of the layer's outputs over what they would be off without the layer. 1 - e is what w_hat still has of the signal:
+    nothing as e nears 1, which no other layer makes up for. At most some 1000.
     """
-    signal, noise = step.error
-    if how.rounding == "squant" or how.clip == "auto":
-        noise = float(output_error(w, step.quantized, how.groups, how.gain).sum())
-        signal = float(output_power(w).sum())
+    of_weight = how.rounding == "nearest" and how.clip != "auto"
+    signal, noise = step.error if of_weight else signal_and_noise(w, step.quantized, how)
     return noise / max(signal - noise, 1e-3 * signal) if signal else 0.0
 
 

@@ -320,6 +320,8 @@ def spent() -> Iterator[Tensor]:
     [
         ({"allocate": "best", "r": 0.1}, "allocate='best': use 'uniform' or 'knapsack' or 'error'"),
         ({"allocate": "error"}, "allocate='error' without r has no effect: set r"),
+        ({"allocate": "error", "overrides": {"faint": {"r": 0.5}}, "skip": "faint"}, "without r has no effect"),
+        ({"select": "error"}, "select='error' without r has no effect: set r"),
         ({"wbits": "auto"}, 'heard: wbits="auto" needs budget='),
         ({"wbits": "best"}, "wbits='best': use an integer from 2 to 8"),
         ({"budget": 1000}, 'budget=1000 without wbits="auto" has no effect'),

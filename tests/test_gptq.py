@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import ocs
-from ocs import functional, reference
-from ocs.gptq import Compensation
+from ocs import functional, gptq, reference
+from ocs.gptq import Compensation, Hessian
 from ocs.second_moments import LayerMoments, SecondMoments, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +69,9 @@ def test_parts_add_up(bits: int) -> None:
         source, depth, offset, *_ = reference.split_plan(np.float32([1, 2**-20]), 1, splits)
         whole = torch.arange(-40 * most, 40 * most + 1, dtype=torch.float32)
         w = torch.stack([whole, torch.zeros_like(whole)], 1)
-        compensation = Compensation(w, *map(torch.from_numpy, (source, depth, offset)), bits, torch.eye(2)[None])
+        compensation = Compensation(
+            w, *map(torch.from_numpy, (source, depth, offset)), bits, Hessian(torch.eye(2)[None])
+        )
         total = compensation.parts.sum(whole[None].double(), 0, splits > 0)[0]
         q = reference.quantize_weight(w.numpy(), np.float32(1), source, depth, offset, 1, bits, True)
         np.testing.assert_array_equal(total, reference.fold(q, np.float32(1), source, 1, 2)[:, 0])
@@ -114,7 +116,7 @@ def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
     """Of all that could be chosen, after rounding; of each output channel by itself, where each has a scale."""
     w, H = outlier_weight((6, 12, 2)), correlated(2, 24)
     plan = functional.plan_splits(w, 0.2, 2)
-    compensation = Compensation(w, *plan[:3], 3, torch.from_numpy(H))
+    compensation = Compensation(w, *plan[:3], 3, Hessian(torch.from_numpy(H)))
     errors = []
     for clip in functional.AUTO:
         q = quantized(w, 3, 0.2, clip=clip, granularity=granularity, groups=2, moments=H)
@@ -129,7 +131,9 @@ def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
 
 def test_error_by_hand() -> None:
     w, H = np.float32([[2, 0], [0, 1]]), torch.tensor([[[1.0, 0.5], [0.5, 2.0]]])
-    error = Compensation(w, *functional.plan_splits(w, 0)[:3], 4, H).error(w + np.float32([[1, 0], [1, -1]]), 10)
+    error = Compensation(w, *functional.plan_splits(w, 0)[:3], 4, Hessian(H)).error(
+        w + np.float32([[1, 0], [1, -1]]), 10
+    )
     assert error.tolist() == pytest.approx([1 + 10 * 2**2 / 4, (1 + 2 - 1) + 10 * (0.5 - 2) ** 2 / 2])
 
 
@@ -204,18 +208,17 @@ def test_what_linear_layers_meet(case: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_moments_are_those_of_the_vectors() -> None:
-    """Merged or at once; their mean too. Half-precision inputs are summed up in float32."""
+    """In parts or at once. Half-precision inputs are summed up in float32."""
     layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(5, 4, 6, 6) + 1
     rows = torch.cat([part for _, part in rows_of(layer, {"input": x})], 1).double()
-    parts = [LayerMoments(layer), LayerMoments(layer), LayerMoments(layer)]
-    for moments, part in zip(parts, (x, x[:2], x[2:]), strict=True):
-        moments.observe(layer, {"input": part})
-    parts[1]["weight"].merge(parts[2]["weight"])
-    for moments in parts[:2]:
+    at_once, in_parts = LayerMoments(layer), LayerMoments(layer)
+    at_once.observe(layer, {"input": x})
+    for part in (x[:2], x[2:]):
+        in_parts.observe(layer, {"input": part})
+    for moments in (at_once, in_parts):
         ours = moments["weight"]
         assert ours.count == moments.inputs == rows.shape[1] == 5 * 16
         torch.testing.assert_close(ours.products.double(), rows.mT @ rows, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(ours.mean, rows.mean(1), rtol=1e-6, atol=1e-7)
     half = SecondMoments(1, 4)
     half.update(torch.full((1, 3000, 4), 30.0, dtype=torch.float16))
     assert half.products.dtype == torch.float32
@@ -450,6 +453,47 @@ def test_layers_never_reached_get_splits_and_bits_too(net: SmallNet, more: dict[
     )
     notes = {line.name: line.reason for line in report.quantized}
     assert notes["spare"] == "rounded to nearest: calibration never reached it"
+
+
+def test_what_is_left_is_the_outputs_error() -> None:
+    """Not that of the weight, which compensation raises: bits, splits and channels are chosen by it."""
+    w, H = torch.from_numpy(outlier_weight((32, 64))), torch.from_numpy(correlated(1, 64))
+    how = functional.How(3, rounding="gptq", hessian=Hessian(H))
+    plan = functional.plan_splits(w, 0)
+    ours, nearest = functional.quantize_plan(w, plan, how), functional.quantize_plan(w, plan, functional.How(3))
+    d, of_nearest = (functional.fold(step.quantized, 64) - w for step in (ours, nearest))
+    noise, power = (float(((x.double() @ H[0]) * x).sum()) for x in (d, w))
+    found = functional.remaining_error(w, ours, how._replace(gain=0.0))
+    assert found == pytest.approx(noise / (power - noise), rel=1e-4)
+    assert float(d.square().sum()) > float(of_nearest.square().sum())
+    assert found < float(((of_nearest.double() @ H[0]) * of_nearest).sum()) / power
+
+
+def test_every_layer_is_factorized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ways to quantize it are tried."""
+    sizes, factor = [], gptq._factor
+    monkeypatch.setattr(gptq, "_factor", lambda second, order: sizes.append(second.shape[1]) or factor(second, order))
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8))
+    given = {"rounding": "gptq", "calibration": [torch.randn(40, 12)], "r": 0.1}
+    ocs.quantize(model, wbits="auto", budget=160, clip="auto", explain=True, **given)
+    assert sizes == [12, 10, 12, 10]  # to choose the bits, then to quantize
+
+
+class Attends(nn.MultiheadAttention):
+    """With arguments of its own, which are not those of a query."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x, x)[0]
+
+
+def test_attention_with_a_forward_of_its_own() -> None:
+    """What its output projection meets is not known."""
+    model = nn.Sequential(Attends(8, 2))
+    given = {"rounding": "gptq", "calibration": [torch.randn(5, 7, 8)]}
+    with pytest.raises(ValueError, match=r"calibration reached none of the layers 0\.out_proj"):
+        ocs.quantize(model, **given)
+    report = ocs.quantize(nn.Sequential(nn.Linear(8, 8), *model), **given)
+    assert report.quantized[1].reason.startswith("rounded to nearest: calibration never reached it")
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,48 @@ def test_batchnorm_of_features() -> None:
     torch.testing.assert_close(found["3"].mean, torch.full((6,), 0.3989, dtype=torch.float64), atol=1e-3, rtol=0)
 
 
+class Activated(nn.BatchNorm2d):
+    """A norm that does more than torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_norms_with_a_forward_of_their_own_are_unknown() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Activated(4), nn.Conv2d(4, 4, 1))
+    assert input_moments(model)["2"] is None
+    assert inputs_have_mean(model)["2"].worth
+
+
+@pytest.mark.parametrize(
+    "copies",
+    [lambda y: y.clone(), lambda y: F.avg_pool2d(y, 1), lambda y: F.max_pool2d(y, 1), lambda y: y.mean((2, 3))],
+)
+def test_what_is_done_in_place_to_a_copy_stays_there(copies: Callable) -> None:
+    assert_right(Net(lambda net, a, b: (copies(a).relu_(), a)[1]))
+    assert_right(Net(lambda net, a, b: (a.relu_(), a)[1]))
+
+
+def test_the_time_axis_is_not_that_of_channels() -> None:
+    """[N, C, L] with as many steps as the layer has inputs, or as many in C and L together."""
+
+    class Steps(nn.Module):
+        def __init__(self, inputs: int, view: tuple[int, ...] | None) -> None:
+            super().__init__()
+            self.conv, self.norm, self.view = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), view
+            self.layer = nn.Linear(inputs, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            return self.layer(y if self.view is None else y.view(*self.view))
+
+    assert input_moments(Steps(8, None))["layer"] is None
+    assert input_moments(Steps(16, (-1, 16)))["layer"] is None
+    assert input_moments(Steps(16, (4, -1)))["layer"] is not None  # [N, C L]
+    features = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    assert not input_moments(features)["2"].guessed
+
+
 def test_transformers() -> None:
     for norm_first in (False, True):
         layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=norm_first, batch_first=True)

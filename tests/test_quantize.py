@@ -290,6 +290,10 @@ def nothing(net: SmallNet) -> None:
 ERRORS = [
     (nothing, {"wbits": 9}, ValueError, "wbits=9: use an integer from 2 to 8"),
     (nothing, {"wbits": "4"}, ValueError, "wbits='4'"),
+    (nothing, {"wbits": None}, ValueError, "wbits=None: use an integer from 2 to 8"),
+    (nothing, {"r": None}, ValueError, "r=None: use a number"),
+    (nothing, {"select": None}, ValueError, "select=None: use 'max'"),
+    (nothing, {"correct_bias": None}, ValueError, "correct_bias=None: use True or False"),
     (nothing, {"r": 2}, ValueError, "r=2: use a number"),
     (nothing, {"clip": "mse2"}, ValueError, "clip='mse2'"),
     (nothing, {"granularity": "group"}, ValueError, "granularity='group'"),

@@ -89,6 +89,21 @@ def test_inputs_are_clipped_where_they_are_quantized() -> None:
     assert model.after_norm.input_grid.signed
 
 
+def test_oracle_splits_need_no_calibration() -> None:
+    model = Norms().eval()
+    ocs.quantize(model, wbits=4, abits=4, act_r=0.1, act_split="oracle", recipe="best")
+    assert settings(model, "after_relu")["act_clip"] == "mse"
+    assert settings(model, "after_relu")["act_signed"] is True
+
+
+def test_the_report_shows_what_quantized_layers_have_in_common() -> None:
+    """An embedding is none of them, whatever the recipe would do with it."""
+    model = nn.Sequential(nn.Embedding(9, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    report = ocs.quantize(model, recipe="best", skip=None)
+    assert [layer.status for layer in report.layers] == ["float", "quantized"]
+    assert report.settings["rounding"] == "squant"
+
+
 def test_the_paper_is_the_default() -> None:
     model, same = Norms().eval(), Norms().eval()
     report = ocs.quantize(model, wbits=3, r=0.1)
@@ -190,6 +205,14 @@ def test_steps_of_gptq_are_measured() -> None:
     noise, signal = (float((a - b).detach().square().sum()) for a, b in ((model(x), expected), (expected, bias)))
     measured = 10 * math.log10(signal / noise)
     assert measured - 1.5 < compensated <= measured + 0.01  # the change of gain counts on top
+
+
+def test_exact_weights_gain_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.init.zeros_(model[0].weight)
+    report = ocs.quantize(model, wbits=3, r=0.5, clip="auto", explain=True)
+    assert report.quantized[0].gains == {"nearest": math.inf, "OCS": 0.0, "clip auto": 0.0}
+    assert "nan" not in str(report)
 
 
 def test_explain_is_a_flag() -> None:

@@ -200,6 +200,15 @@ def test_what_no_rule_may_do(net: SmallNet, rule: object, error: type[Exception]
     assert_unchanged(net, before)
 
 
+def test_a_rule_that_fails_says_where(net: SmallNet) -> None:
+    def fails(w: Tensor, n: int) -> list[int]:
+        raise KeyError(n)
+
+    with pytest.raises(KeyError) as failure:
+        ocs.quantize(net, r=0.1, select=fails)
+    assert failure.value.__notes__ == ["in body.0"]
+
+
 def first(w: Tensor, n: int) -> Tensor:
     """The first channel of each group, as a tensor of indices."""
     assert w.dtype == torch.float32

@@ -54,11 +54,31 @@ def test_only_statistics_change() -> None:
     assert not model[0]._forward_pre_hooks
 
 
-def test_single_values_and_features() -> None:
-    """What torch's own training mode refuses."""
+def test_features() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    ocs.reestimate_batchnorm(model, X[:, :, 0, 0].split(1))
+    ocs.reestimate_batchnorm(model, X[:, :, 0, 0].split(8))
     assert_statistics(model[0], X[:, :, 0, 0])
+
+
+class Activated(nn.BatchNorm2d):
+    """As there are in other libraries: a norm with more in its forward, whose argument has another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_norms_with_a_forward_of_their_own() -> None:
+    model = nn.Sequential(Activated(3), nn.Conv2d(3, 6, 3), Activated(6))
+    ocs.reestimate_batchnorm(model, [X])
+    assert_statistics(model[0], X)
+    assert_statistics(model[2], model[:2].eval()(X))
+
+
+def test_norms_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = two_norms()
+    ocs.reestimate_batchnorm(model, [X])
+    assert_statistics(model[0], X)
 
 
 def test_bundled_resnet20_at_2_bits() -> None:
@@ -104,6 +124,17 @@ def test_a_reference_gives_the_change() -> None:
     torch.testing.assert_close(model[1].running_var, torch.full((4,), 20.0))
 
 
+def test_channels_that_do_not_vary_keep_theirs() -> None:
+    """There the data tell nothing of how the quantized model differs."""
+    float_model = two_norms().eval()
+    ocs.reestimate_batchnorm(float_model, [X])
+    model = copy.deepcopy(float_model)
+    ocs.quantize(model, wbits=3, skip=None)
+    before = [buffer.clone() for buffer in model.buffers()]
+    ocs.reestimate_batchnorm(model, [torch.zeros_like(X)], reference=float_model)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
+
+
 def test_ranks_merge() -> None:
     whole, parts = NormStatistics(nn.BatchNorm2d(3)), [NormStatistics(nn.BatchNorm2d(3)) for _ in range(3)]
     whole.observe(whole.norm, {"input": X})
@@ -118,7 +149,17 @@ def test_ranks_merge() -> None:
 BAD = [
     (nn.Sequential(nn.Conv2d(3, 2, 1)), [X], {}, ValueError, "Sequential has no BatchNorm with running statistics"),
     (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), [X], {}, ValueError, "has no BatchNorm with running"),
-    (two_norms(), [], {}, ValueError, "calibration is empty"),
+    (two_norms(), [], {}, ValueError, "data is empty"),
+    (two_norms(), 5, {}, TypeError, "data=5: use batches"),
+    (two_norms(), iter([X]), {"reference": two_norms()}, ValueError, "reference= needs them twice: make a list"),
+    (
+        nn.Sequential(nn.BatchNorm1d(3)),
+        X[:13, :, 0, 0].split(4),
+        {},
+        ValueError,
+        "0: a batch gave it one value of each",
+    ),
+    (two_norms().half(), [X.half() * 1000], {}, ValueError, "0: what it is given is too large .*float16: use float32"),
     (two_norms(), [X, X * torch.nan], {}, ValueError, "0: its input holds NaN or Inf"),
     (two_norms(), [X, X[:, :2]], {}, RuntimeError, "must match"),
     (two_norms(), lambda model: None, {}, ValueError, "no batch reached the norms 0, 3"),
@@ -137,9 +178,14 @@ def test_bad_calls(model: nn.Module, data: object, options: dict, error: type[Ex
 
 
 def test_folded_norms(net: SmallNet) -> None:
-    ocs.quantize(net, fold_bn=True)
-    with pytest.raises(ValueError, match="folded into its layers: quantize with fold_bn=False"):
-        ocs.reestimate_batchnorm(net, [X])
+    message = "folded into its layers: quantize with fold_bn=False"
+    float_model = nn.Sequential(net, nn.Unflatten(1, (5, 1)), nn.BatchNorm1d(5))  # the second norm stays
+    model = copy.deepcopy(float_model)
+    ocs.quantize(model, fold_bn=True)
+    with pytest.raises(ValueError, match=f"some of the model's BatchNorms are {message}"):
+        ocs.reestimate_batchnorm(model, [X], reference=float_model)
+    with pytest.raises(ValueError, match=f"BatchNorms are {message}"):
+        ocs.reestimate_batchnorm(model[0], [X])
 
 
 # --- Synthesized inputs -----------------------------------------------------------------------------------------------
@@ -214,3 +260,30 @@ def test_norms_without_values(norm: nn.Module) -> None:
 def test_bad_requests(model: nn.Module, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ocs.synthesize(model, **{"shape": (3, 8, 8), **options})
+
+
+class Called(nn.Module):
+    """A norm that is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(input=self.conv(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inputs_of_any_dtype(dtype: torch.dtype) -> None:
+    """Found in float32, and given in the model's, whatever its norms have."""
+    model = Called().to(dtype)
+    model.norm.float()
+    (made,) = ocs.synthesize(model, (3, 8, 8), images=4, steps=3)
+    (expected,) = ocs.synthesize(copy.deepcopy(model).float(), (3, 8, 8), images=4, steps=3)
+    assert made.dtype == dtype
+    assert torch.equal(made, expected.to(dtype))
+
+
+def test_seeds_beyond_the_generators() -> None:
+    with pytest.raises(ValueError, match="seed=1180591620717411303424: use 0 to 2"):
+        ocs.synthesize(two_norms(), (3, 8, 8), seed=2**70)

@@ -83,6 +83,7 @@ def made(task: tasks.Evaluation, **options: Any) -> nn.Module:
 
 SPLITS = ["max", "select error", "knapsack", "allocate error", "both error", "both, measured"]
 BITS = ["uniform", "auto", "auto, measured"]
+BOTH = ("paper", "best")
 OF_NORMS = ["norms, synthetic", "norms, measured", "gptq, norms measured"]
 ROUNDING = ["nearest, none", "nearest, mse", "nearest, auto", "squant, none", "squant, mse", "squant, auto"]
 RECIPES = ["paper, r = 0", "paper, r = 0.1", "best, r = 0", "best, r = 0.1"]
@@ -106,7 +107,12 @@ def check_files(table: ModuleType, folder: Path, rows: list[str], columns: list[
     ("table", "arguments", "rows", "columns"),
     [
         (splits, ONE, BASES, SPLITS),
-        (bits, ["--r", "0", "0.1"], ["size of 3 bits, r = 0", "size of 3 bits, r = 0.1"], BITS),
+        (
+            bits,
+            ["--r", "0", "0.1"],
+            [f"{recipe}, size of 3 bits, r = {r}" for recipe in BOTH for r in ("0", "0.1")],
+            BITS,
+        ),
         (calibrated, ONE, BASES, list(calibrated.COLUMNS)),
         (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, "and norms measured"]),
         (rounding, [*ONE, "--r", "0.1"], ["3 bits, per channel, r = 0.1"], ROUNDING),
@@ -128,7 +134,7 @@ def test_commands_on_images(
     ("table", "arguments", "rows", "columns"),
     [
         (splits, ONE, BASES, SPLITS),
-        (bits, ["--r", "0.1"], ["size of 3 bits, r = 0.1"], BITS),
+        (bits, ["--r", "0.1"], [f"{recipe}, size of 3 bits, r = 0.1" for recipe in BOTH], BITS),
         (calibrated, ONE, BASES, ["alone", "gptq"]),
         (recipes, ["--r", "0", "0.1"], ["3 bits"], RECIPES),
     ],
