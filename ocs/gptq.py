@@ -24,17 +24,19 @@ from ocs.arguments import Array, as_tensor
 
 BLOCK = 128  # columns between updates of all that follow
 ELEMENTS = 2**22  # of weights that are rounded side by side
-DAMPING = 0.01  # added to H's diagonal, a share of its mean
+DAMPING, SHRINKAGE = 0.03, 0.1  # see Hessian
 
 
 class Hessian:
     """H of what one weight meets, and its factorization, which is made once and takes twice the memory.
 
-    second: sum or mean of x x^T, [G, C K, C K], the K values of a filter side by side.
+    second: sum or mean of x x^T, [G, C K, C K], the K values of a filter side by side. count: over so many vectors x;
+    0 where that is not known. What few vectors seem to have in common is mostly chance: a share of the diagonal's mean
+    is added to the diagonal, DAMPING and SHRINKAGE for each column per vector.
     """
 
-    def __init__(self, second: Tensor) -> None:
-        self.second = second
+    def __init__(self, second: Tensor, count: int = 0) -> None:
+        self.second, self.count = second, count
 
     @cached_property
     def order(self) -> Tensor:
@@ -44,7 +46,8 @@ class Hessian:
     @cached_property
     def factor(self) -> Tensor:
         """R_ij / R_jj in that order, float64 [G, C K, C K]; a ValueError where H is clearly negative somewhere."""
-        return _factor(self.second, self.order)
+        shrinkage = SHRINKAGE * self.second.shape[1] / self.count if self.count else 0.0
+        return _factor(self.second, self.order, DAMPING + shrinkage)
 
 
 class OutputErrors:
@@ -127,13 +130,13 @@ class Compensation(OutputErrors):
         return (rounded.view(G, -1, R, N) * of_row).transpose(0, 1).reshape(-1, *self.w.shape)
 
 
-def _factor(second: Tensor, order: Tensor) -> Tensor:
+def _factor(second: Tensor, order: Tensor, share: float) -> Tensor:
     """R_ij / R_jj, float64 [G, N, N], of the damped H with its columns in this order."""
     backwards = order.flip(1)
     group = torch.arange(len(order), device=order.device)[:, None, None]
     H = second[group, backwards[:, :, None], backwards[:, None]].double()
     mean = H.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    damping = DAMPING * mean + (mean == 0)
+    damping = share * mean + (mean == 0)
     for _ in range(3):  # what was summed up in float32 may be further off
         H.diagonal(dim1=1, dim2=2).add_(damping)
         lower, failed = torch.linalg.cholesky_ex(H)

@@ -93,7 +93,10 @@ class _Tracer(fx.Tracer):
 
 
 class _OpenTracer(_Tracer):
-    """Looks into torch's own blocks of layers (transformers), too, and not into what is opaque."""
+    """Looks into torch's own blocks of layers (transformers), too, and not into what is opaque.
+
+    A forward is called without more arguments than it names, and without its decorators.
+    """
 
     def __init__(self, arguments: dict[str, Any], opaque: Collection[str]) -> None:
         super().__init__(arguments)
@@ -105,6 +108,15 @@ class _OpenTracer(_Tracer):
             return True
         block = not (isinstance(m, _KINDS) or has_hooks(m)) and any(isinstance(part, _KINDS) for part in m.modules())
         return not block and super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
+        """The arguments of the model's forward, the model first."""
+        root_fn = inspect.unwrap(root_fn)
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        code, flags = root_fn.__code__, root_fn.__code__.co_flags
+        named = code.co_argcount + code.co_kwonlyargcount
+        more = [()] * bool(flags & inspect.CO_VARARGS) + [{}] * bool(flags & inspect.CO_VARKEYWORDS)
+        return fn, [*args[:named], *more]
 
 
 def _check(model: nn.Module) -> None:

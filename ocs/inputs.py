@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from ocs.gptq import Hessian
 from ocs.moments import input_moments
 from ocs.nn import QuantProduct
 
+_TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of classes, torch's and others'
+
 
 class Known(NamedTuple):
     """What is known of a layer besides its weights."""
@@ -27,7 +30,7 @@ class Known(NamedTuple):
 
     def unfactorized(self) -> Known:
         """The same, with Hessians whose factorizations, large ones, go when this does."""
-        own = self.hessians and {name: Hessian(each.second) for name, each in self.hessians.items()}
+        own = self.hessians and {name: Hessian(each.second, each.count) for name, each in self.hessians.items()}
         return self._replace(hessians=own)
 
 
@@ -76,14 +79,24 @@ def look_at_inputs(
     measured = {name for name, statistics in seen.items() if statistics.mean() is not None}
     means = input_means(seen, input_moments(model) if wanted - measured else {})
     hessians = {
-        name: {weight: Hessian(moments.products) for weight, moments in of_layer.items()}
+        name: {weight: Hessian(moments.products, moments.count) for weight, moments in of_layer.items()}
         for name, of_layer in seen.moments.items()
     }
-    depth = sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
+    gain = _gain(model, layers)
     return {
-        name: Known(seen.get(name), means.get(name) if name in wanted else None, hessians.get(name), depth)
+        name: Known(seen.get(name), means.get(name) if name in wanted else None, hessians.get(name), gain)
         for name in (layer.name for layer in layers)
     }
+
+
+def _gain(model: nn.Module, layers: list[Layer]) -> float:
+    """Through how many layers an error of an output's gain passes on the mean, see functional.output_error.
+
+    That is, until a norm takes it away; a BatchNorm, which divides by what it has seen in training, does not.
+    """
+    depth = sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
+    norms = sum(_TAKES_GAIN.search(type(module).__name__) is not None for module in model.modules())
+    return max(depth / (norms + 1), 1.0)
 
 
 def _calibrated(
@@ -107,8 +120,8 @@ def _calibrated(
         options.abits is not None or options.correct_bias or options.rounding == "gptq" for options in chosen.values()
     ):
         raise ValueError(
-            "calibration= without abits, correct_bias, rounding='gptq' or, where it is batches and no ocs.Calibration,"
-            " allocate='error' or wbits='auto' has no effect: set one of these, too"
+            "calibration= has no effect on these options: add rounding='gptq', correct_bias=True or abits= to use it;"
+            " batches (no ocs.Calibration) serve allocate='error' and wbits='auto', too"
         )
     if not watched and not compensated:
         return Calibration()

@@ -29,6 +29,7 @@ from ocs.layer import QuantizedLayer
 from ocs.nn import CONVOLUTIONS, REPLACEMENTS
 
 _ANY_CONVOLUTION = (*CONVOLUTIONS, *(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
+UNKNOWN_INPUT = "nothing is known of its input"
 MEAN_SHARE = 0.05  # of an input's power: where its mean has more, errors that add up along channels count
 
 
@@ -61,7 +62,7 @@ def inputs_have_mean(model: nn.Module) -> dict[str, HasMean]:
     for name, moments in input_moments(model).items():
         if moments is None:
             convolution = isinstance(modules[name], CONVOLUTIONS)
-            found[name] = HasMean(convolution, "nothing is known of its input")
+            found[name] = HasMean(convolution, UNKNOWN_INPUT)
             continue
         power = float(moments.mean.square().sum())
         share = power / max(power + float(moments.var.sum()), 1e-30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ocs.calibrate import Statistics
 from ocs.correct import restore_mean
 from ocs.find import Layer, Options, check_lazy, first_weight, named, replacement_of
 from ocs.functional import How, Quantization, SplitPlan
+from ocs.gptq import Hessian
 from ocs.inputs import Known, corrects, wants_input
 from ocs.layer import QuantizedLayer, with_originals
 from ocs.report import LayerReport
@@ -33,6 +35,8 @@ def quantize_layer(
     possible = _possible(options, known)
     if possible is not options:
         options, layer.note = possible, "rounded to nearest: calibration never reached it"
+    if options.rounding == "gptq":
+        layer.note = _few_inputs(known.hessians)
     if layer.only_folded:
         options = replace(options, expand=False)
     steps = {}
@@ -58,6 +62,12 @@ def _possible(options: Options, known: Known) -> Options:
     if options.rounding == "gptq" and known.hessians is None:
         return replace(options, rounding="nearest")
     return options
+
+
+def _few_inputs(hessians: Mapping[str, Hessian]) -> str:
+    """What to say where fewer vectors were seen than they have numbers."""
+    count, columns = min(((each.count, each.second.shape[1]) for each in hessians.values()), key=lambda x: x[0] / x[1])
+    return f"rounded by {count} inputs of {columns} numbers: more would be better" if count < columns else ""
 
 
 def _steps_of(layer: Layer, name: str, options: Options, known: Known, last: Quantization) -> Any:
@@ -230,7 +240,7 @@ def _note(layer: Layer, options: Options, channels: int, groups: int, corrected:
     if options.correct_bias and not corrects(layer):
         notes.append(f"bias not corrected: not for {type(layer.module).__name__}")
     elif options.correct_bias and not corrected:
-        notes.append("bias not corrected: the mean of its input is unknown")
+        notes.append("bias not corrected: the mean of its input is not known, or only guessed")
     return "; ".join(notes)
 
 

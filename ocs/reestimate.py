@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
@@ -21,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocs.batchnorm import FoldedBatchNorm
 from ocs.calibrate import Data, observe
+from ocs.layer import QuantizedLayer
 from ocs.progress import with_progress
 from ocs.ranks import reduced
 
@@ -225,12 +227,15 @@ def synthesize(
 
     Raises:
         TypeError: model is no nn.Module, shape no sequence or seed no whole number.
-        ValueError: it has no BatchNorm with running statistics or none that inputs of this shape reach, a number is
-            below 1, or the loss is not finite.
+        ValueError: it has no BatchNorm with running statistics or none that inputs of this shape reach, it is
+            quantized, a number is below 1, or the loss is not finite.
+        RuntimeError: what the model raises for inputs of this shape, with a note that says so.
     """
     _norms(model)
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise ValueError("model is quantized: inputs are made for the float model's statistics, give that")
     if not isinstance(shape, Sequence) or not shape:
-        raise TypeError(f"shape={shape!r}: use that of one input, (C, H, W) say")
+        raise TypeError(f"shape={reprlib.repr(shape)}: use that of one input, (C, H, W) say")
     if not isinstance(seed, Integral):
         raise TypeError(f"seed={seed!r}: use a whole number")
     if not 0 <= seed < 2**63:
@@ -273,7 +278,11 @@ def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     with torch.enable_grad(), _losses(model) as losses:
         for _ in range(steps):
             losses.clear()
-            model(x)
+            try:
+                model(x)
+            except Exception as error:
+                error.add_note(f"while synthesizing inputs: is shape={tuple(x.shape[1:])} that of one input?")
+                raise
             if not losses:
                 raise ValueError(f"inputs {list(x.shape)} reach no BatchNorm of the model")
             loss = sum(losses) / len(losses) + _distance(x, 0.0, 1.0)

@@ -341,8 +341,9 @@ def gptq_weight(
 ) -> Ints:
     """Integers int8 [O, C + n, ...] by Frantar et al.'s equations 2 and 3, second [groups, C K, C K].
 
-    The column with the largest diagonal first; each one's error is compensated by the inverse of H in those that are
-    left, and then goes out of the inverse. What is rounded is M; part i of 2^m of it is floor((M + i) / 2^m).
+    H's diagonal is damped by 0.03 of its mean. The column with the largest diagonal comes first; each one's error is
+    compensated by the inverse of H in those that are left, and then goes out of the inverse. What is rounded is M; part
+    i of 2^m of it is floor((M + i) / 2^m).
     """
     qmax, C, K = 2 ** (bits - 1) - 1, w.shape[1], math.prod(w.shape[2:])
     u = _grouped(_grid_units(w, scale), groups).astype(np.float64)
@@ -352,7 +353,7 @@ def gptq_weight(
     for g in range(groups):
         diagonal = np.diag(second[g])
         left = [int(i) for i in np.argsort(-diagonal, kind="stable")]
-        inverse = np.linalg.inv((second[g] + np.eye(C * K) * (0.01 * diagonal.mean() or 1))[np.ix_(left, left)])
+        inverse = np.linalg.inv((second[g] + np.eye(C * K) * (0.03 * diagonal.mean() or 1))[np.ix_(left, left)])
         v = u[g].reshape(-1, C * K).copy()
         while left:
             c, k = divmod(left[0], K)

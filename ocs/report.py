@@ -5,10 +5,13 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
+
+from ocs.moments import UNKNOWN_INPUT
 
 Status = Literal["quantized", "skipped", "float"]
 
@@ -196,6 +199,7 @@ class Report:
             text = f"{text}, {folded} of {len(self.batch_norms)} batch norms folded"
         if not self.quantized:
             return text
+        text += self._roundings()
         if self.mean_steps:
             text = f"{text}; outputs, mean dB: {_steps(self.mean_steps)}"
         saving = self.float_bytes / self.packed_bytes if self.packed_bytes else math.inf
@@ -203,6 +207,15 @@ class Report:
             f"{text}: weights x{self.relative_size:.3f} with their copies, {_size(self.float_bytes)} -> "
             f"{_size(self.packed_bytes)} packed ({saving:.1f}x smaller), mean SQNR {self.mean_sqnr_db:.1f} dB"
         )
+
+    def _roundings(self) -> str:
+        """How many weights were rounded how, where a recipe chose it, and what it knew."""
+        if not any(layer.input_mean for layer in self.quantized):
+            return ""
+        counts = Counter(layer.rounding for layer in self.quantized)
+        text = "; rounding: " + ", ".join(f"{count} {rounding}" for rounding, count in counts.most_common())
+        unknown = sum(layer.input_mean == UNKNOWN_INPUT for layer in self.quantized)
+        return f"{text} ({unknown} of them without knowing their inputs)" if unknown else text
 
 
 HEADER = (

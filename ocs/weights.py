@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import operator
-import textwrap
+import reprlib
 from collections.abc import Iterable, Iterator
 from itertools import repeat
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from ocs.ops import kernels
 
 METHODS = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what people compare
 AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" chooses from
-GAIN = 10.0  # what changes of gain weigh in output_error where the number of layers is not known
+GAIN = 10.0  # what changes of gain weigh in output_error where the model is not known
 BINS, CHANNEL_BINS = 2048, 512  # of the histogram that a threshold is searched in: of a tensor, of an output channel
 SMALLEST = np.float32(1e-45).item()  # a positive threshold never gives a scale of zero
 
@@ -115,14 +115,14 @@ def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:
     try:
         chosen = [operator.index(c) for c in chosen]
     except TypeError:
-        raise TypeError(f"select={name} returned {_short(chosen)}: return {splits} channels as integers") from None
+        raise TypeError(
+            f"select={name} returned {reprlib.repr(chosen)}: return {splits} channels as integers"
+        ) from None
     if len(chosen) != splits or not all(0 <= c < channels for c in chosen):
-        raise ValueError(f"select={name} returned {_short(chosen)}: return {splits} channels from 0 to {channels - 1}")
+        raise ValueError(
+            f"select={name} returned {reprlib.repr(chosen)}: return {splits} channels from 0 to {channels - 1}"
+        )
     return chosen
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
 def plan_channels(w: Array, channels: Iterable[int], groups: int = 1) -> SplitPlan:
@@ -318,7 +318,8 @@ def output_error(w: Array, quantized: QuantizedWeight, groups: int = 1, gain: fl
     is v^T E[x x^T] v for inputs of E[x^2] = 1 whose squared mean is 1/3 (1/pi after the ReLU of a normal), half of the
     rest common to the K inputs that a filter sees of a channel: SQuant's three terms (section 3). The second part is
     the output's change of gain. Saturation shrinks all outputs of all layers; these errors do not average out as others
-    do but multiply, so that over L layers they weigh L times as much: gain is the number of layers.
+    do but multiply, so that over L layers they weigh L times as much. A norm of single inputs (LayerNorm, say) takes
+    them away: gain is how many layers there are to each such norm, all layers where there is none.
     """
     w = check_array("w", w, min_rank=2)
     check_groups(groups, w.shape[0])

@@ -239,7 +239,7 @@ def test_oracle_depends_on_the_batch_and_static_does_not() -> None:
     layer, x = make("linear")
     static, oracle = (quantized(layer, x, abits=4, **options) for options in (STATIC, ORACLE))
     both = torch.cat([x, 10 * x])
-    assert torch.equal(static(both)[: len(x)], static(x))
+    torch.testing.assert_close(static(both)[: len(x)], static(x))  # sums of a product may depend on its size
     assert not torch.allclose(oracle(both)[: len(x)], oracle(x))
     assert torch.allclose(oracle(10 * x) - layer.bias, 10 * (oracle(x) - layer.bias), rtol=1e-4, atol=1e-4)
 
@@ -303,7 +303,7 @@ def test_every_kind_of_layer() -> None:
         ({"act_r": 0.1}, "an act_ option without abits has no effect"),
         ({"act_clip": "mse"}, "an act_ option without abits has no effect"),
         ({"abits": 4, "fold_bn": "no"}, "fold_bn='no': use True or False"),
-        ({"abits": None}, "calibration= without abits, correct_bias"),
+        ({"abits": None}, "calibration= has no effect on these options: add"),
     ],
 )
 def test_bad_options(net: SmallNet, options: dict, message: str) -> None:

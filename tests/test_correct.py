@@ -78,7 +78,7 @@ def test_norms_give_nearly_what_512_images_give() -> None:
 def test_unknown_means_leave_the_bias(net: SmallNet) -> None:
     bias = {name: p for name, p in net.named_parameters() if "bias" in name}
     report = ocs.quantize(net, wbits=4, correct_bias=True, skip=None)
-    unknown = "bias not corrected: the mean of its input is unknown"
+    unknown = "bias not corrected: the mean of its input is not known, or only guessed"
     assert {line.name: (line.bias_from, line.reason) for line in report.layers} == {
         "stem": ("", unknown),
         "body.0": ("", unknown),  # after the ReLU of a convolution: no guess is used
@@ -207,7 +207,7 @@ def test_overrides_and_quantized_inputs(net: SmallNet) -> None:
 
 BAD = [
     ({"correct_bias": "yes"}, "correct_bias='yes': use True or False"),
-    ({"correct_bias": False}, "calibration= without abits, correct_bias"),
+    ({"correct_bias": False}, "calibration= has no effect on these options: add"),
     ({"calibration": []}, "calibration is empty"),
     ({"calibration": [torch.full((1, 3, 8, 8), torch.nan)]}, "its input holds NaN"),
 ]

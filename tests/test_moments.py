@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -296,6 +297,35 @@ def test_transformers() -> None:
             assert {name for name in worth if worth[name]} == {name for name in worth if name.endswith("linear2")}
             assert all(input_moments(model)[name].guessed for name in worth if name.endswith(("linear1", "linear2")))
             assert any(worth)
+
+
+def decorated(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def wrapped(*args: object, **kwargs: object) -> object:
+        return forward(*args, **kwargs)
+
+    return wrapped
+
+
+class Block(nn.Module):
+    """As libraries write them: it hands on what it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.layer = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    @decorated
+    def forward(self, x: Tensor, *args: object, mask: Tensor | None = None, **kwargs: object) -> Tensor:
+        return self.layer(F.gelu(self.wide(x, *args, **kwargs)))
+
+
+def test_blocks_of_other_libraries() -> None:
+    """In a model that cannot be traced itself."""
+    model = Untraceable()
+    model.part = Block()
+    found = input_moments(model)
+    assert found["part.layer"].guessed
+    assert found["part.wide"] is None
 
 
 def test_recurrent() -> None:

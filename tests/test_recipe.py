@@ -155,10 +155,20 @@ def test_steps_are_what_each_option_alone_does() -> None:
     ]
     assert [what for what, _ in line.steps] == ["nearest", "OCS", "channel", "squant", "clip auto"]
     for (_, db), q in zip(line.steps, expected, strict=False):
-        assert db == pytest.approx(decibels(w, q, gain=2))
+        assert db == pytest.approx(decibels(w, q, gain=1))
     held = functional.QuantizedWeight(*model.after_relu.held("weight"), None)
-    assert line.steps[-1][1] == pytest.approx(decibels(w, held, gain=2))
+    assert line.steps[-1][1] == pytest.approx(decibels(w, held, gain=1))
     assert sum(line.gains.values()) == pytest.approx(line.steps[-1][1])
+
+
+@pytest.mark.parametrize(("norm", "gain"), [(nn.BatchNorm2d(4), 3), (nn.GroupNorm(2, 4), 1.5)])
+def test_errors_of_gain_count_up_to_the_next_norm_of_single_inputs(norm: nn.Module, gain: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    w = model[3].weight.detach()
+    report = ocs.quantize(model, wbits=3, clip=0.6, explain=True, skip=None)
+    held = functional.QuantizedWeight(*model[3].held("weight"), None)
+    assert report.quantized[2].steps[-1][1] == pytest.approx(decibels(w, held, gain=gain))
 
 
 def test_the_report_shows_them() -> None:
@@ -174,6 +184,13 @@ def test_the_report_shows_them() -> None:
     means = content["totals"]["mean_steps_db"]
     assert list(means) == ["nearest", "OCS", "channel", "squant", "clip auto"]
     assert means["OCS"] == pytest.approx(sum(layer.gains["OCS"] for layer in report.quantized) / 2)
+
+
+def test_the_report_counts_roundings() -> None:
+    model = nn.Sequential(Norms().eval(), nn.Embedding(9, 4), nn.Linear(4, 2))
+    report = ocs.quantize(model, wbits=3, recipe="best", explain=False)
+    assert "; rounding: 2 nearest, 1 squant (1 of them without knowing their inputs)" in str(report)
+    assert "rounding:" not in str(ocs.quantize(Norms().eval(), wbits=3))
 
 
 def test_steps_are_shown_where_asked_for() -> None:
