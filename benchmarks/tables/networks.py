@@ -97,7 +97,7 @@ def _preset(entry: Any) -> Preset:
 
 def _small(name: str, dataset: str, weights: str | Path | None) -> tuple[str, nn.Module, Preset]:
     bundled = {RESNET20: WEIGHTS, VIT: VIT_WEIGHTS} if dataset == "fashion-mnist" else {RESNET20: None}
-    name, _ = _known_name(name, {known.lower(): known for known in bundled} | {known: known for known in bundled})
+    name, _ = _known_name(name, {known: known for known in bundled} | {"resnet20": RESNET20})
     preset = CIFAR10 if dataset == "cifar10" else FASHION_MNIST
     weights = bundled[name] if weights is None else weights
     if weights is None:
