@@ -20,6 +20,7 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/*.cpp)
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist
 TEXT := --dataset bible --limit 8000 --out build/tables/lstm
+VIT := --models ViT --out build/tables/vit
 
 .PHONY: demo tables test lint format bench wheel clean
 
@@ -37,14 +38,18 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/table4.py $(IMAGES) --bits 6 4 3 --limit 1000
 	$(BIN)/python benchmarks/tables/table5.py
 	$(BIN)/python benchmarks/tables/table6.py --dataset bible --bits 6 5 4
-	$(BIN)/python benchmarks/tables/recipes.py --limit 2000
-	$(BIN)/python benchmarks/tables/recipes.py --limit 2000 --models ViT --out build/tables/vit
+	$(BIN)/python benchmarks/tables/recipes.py
+	$(BIN)/python benchmarks/tables/recipes.py $(VIT)
 	$(BIN)/python benchmarks/tables/recipes.py $(TEXT)
-	$(BIN)/python benchmarks/tables/rounding.py --limit 2000
+	$(BIN)/python benchmarks/tables/rounding.py
+	$(BIN)/python benchmarks/tables/rounding.py $(VIT) --limit 2000 --bits 4 3 2
 	$(BIN)/python benchmarks/tables/rounding.py $(TEXT)
 	$(BIN)/python benchmarks/tables/splits.py --limit 2000
+	$(BIN)/python benchmarks/tables/splits.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/bits.py --limit 2000
+	$(BIN)/python benchmarks/tables/bits.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/calibrated.py --limit 2000
+	$(BIN)/python benchmarks/tables/calibrated.py $(VIT) --limit 2000 --bits 4 3 2
 	$(BIN)/python benchmarks/tables/calibrated.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py

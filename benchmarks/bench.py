@@ -99,10 +99,10 @@ def publish(name: str, rows: list[Row], notes: dict[str, Any] | None = None) -> 
         print(json.dumps(content, indent=1))
         return
     print(", ".join(f"{key} {value}" for key, value in content["machine"].items()))
-    print(f"\n{'ours':<44}{'ms':>9}   {'against':<42}{'ms':>9}{'ratio':>8}   target")
+    print(f"\n{'ours':<44}{'ms':>9}   {'against':<42}{'ms':>11}{'ratio':>11}   target")
     for row in rows:
         verdict = "" if row.reached else "  NOT REACHED"
-        print(f"{row.what:<44}{row.ours_ms:>9.3f}   {row.against:<42}{row.theirs_ms:>9.3f}{row.ratio:>7.2f}x   "
+        print(f"{row.what:<44}{row.ours_ms:>9.3f}   {row.against:<42}{row.theirs_ms:>11.3f}{row.ratio:>10.2f}x   "
               f"{row.target}{verdict}")  # fmt: skip
     for key, value in (notes or {}).items():
         print(f"{key}: {value}")
