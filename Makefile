@@ -40,14 +40,13 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/table6.py --dataset bible --bits 6 5 4
 	$(BIN)/python benchmarks/tables/recipes.py
 	$(BIN)/python benchmarks/tables/recipes.py $(VIT)
-	$(BIN)/python benchmarks/tables/recipes.py $(TEXT)
+	$(BIN)/python benchmarks/tables/recipes.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/rounding.py
-	$(BIN)/python benchmarks/tables/rounding.py $(VIT) --limit 2000 --bits 4 3 2
+	$(BIN)/python benchmarks/tables/rounding.py $(VIT) --bits 4 3 2
 	$(BIN)/python benchmarks/tables/rounding.py $(TEXT)
 	$(BIN)/python benchmarks/tables/splits.py --limit 2000
 	$(BIN)/python benchmarks/tables/splits.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/bits.py --limit 2000
-	$(BIN)/python benchmarks/tables/bits.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/calibrated.py --limit 2000
 	$(BIN)/python benchmarks/tables/calibrated.py $(VIT) --limit 2000 --bits 4 3 2
 	$(BIN)/python benchmarks/tables/calibrated.py $(TEXT) --calibration 4000

@@ -66,7 +66,7 @@ def _possible(options: Options, known: Known) -> Options:
 
 def _few_inputs(hessians: Mapping[str, Hessian]) -> str:
     """What to say where fewer vectors were seen than they have numbers."""
-    count, columns = min(((each.count, each.second.shape[1]) for each in hessians.values()), key=lambda x: x[0] / x[1])
+    count, columns = min(((each.count, each.second.shape[1]) for each in hessians.values()), key=lambda x: x[0] - x[1])
     return f"rounded by {count} inputs of {columns} numbers: more would be better" if count < columns else ""
 
 

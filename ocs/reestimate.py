@@ -209,8 +209,8 @@ def synthesize(
     """Inputs with which the float model's BatchNorms see what their running statistics say; needs no data (ZeroQ).
 
     Adam moves smooth noise so that, batch by batch, mean and standard deviation before every BatchNorm are matched, and
-    0 and 1 of the inputs themselves: in units of the running standard deviation, each norm with the same weight. Made
-    for ocs.reestimate_batchnorm with reference=; they are no images.
+    0 and 1 of the inputs themselves: in units of the running standard deviation, each norm with the same weight. They
+    are no images, but serve ocs.reestimate_batchnorm with reference=, and calibration= where rounding="gptq".
 
     Args:
         model: a float model for inputs of mean 0 and variance 1 in each channel; it is not changed.

@@ -11,6 +11,7 @@ from typing import Any
 import bits
 import calibrated
 import command
+import encoder
 import networks
 import pytest
 import recipes
@@ -114,7 +115,7 @@ def check_files(table: ModuleType, folder: Path, rows: list[str], columns: list[
             BITS,
         ),
         (calibrated, ONE, BASES, list(calibrated.COLUMNS)),
-        (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, "and norms measured"]),
+        (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, *list(recipes.MORE)]),
         (rounding, [*ONE, "--r", "0.1"], ["3 bits, per channel, r = 0.1"], ROUNDING),
     ],
 )
@@ -136,7 +137,7 @@ def test_commands_on_images(
         (splits, ONE, BASES, SPLITS),
         (bits, ["--r", "0.1"], [f"{recipe}, size of 3 bits, r = 0.1" for recipe in BOTH], BITS),
         (calibrated, ONE, BASES, ["alone", "gptq"]),
-        (recipes, ["--r", "0", "0.1"], ["3 bits"], RECIPES),
+        (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, "gptq"]),
     ],
 )
 def test_commands_on_text(
@@ -157,7 +158,7 @@ def test_the_transformer_has_no_norms_to_measure(tmp_path: Path, capsys: pytest.
     left = [column for column in calibrated.COLUMNS if column not in OF_NORMS]
     check_files(calibrated, tmp_path, BASES, left, printed)
     args = argparse.Namespace(dataset="fashion-mnist", bits=[3], r=[0.1])
-    assert [cell.column for cell in recipes.cells(args, "ViT")] == ["paper, r = 0.1", "best, r = 0.1"]
+    assert [cell.column for cell in recipes.cells(args, "ViT")] == ["paper, r = 0.1", "best, r = 0.1", "gptq"]
 
 
 @pytest.mark.parametrize("table", [splits, bits, calibrated, recipes, rounding])
@@ -223,6 +224,16 @@ def test_synthesized_inputs_are_measured_against_the_float_model(
         assert args[1] is batches
         assert options["reference"] is task.model
     assert len(estimated) == 2
+
+
+def test_synthesized_inputs_calibrate(image_options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    task, given = opened(recipes.TABLE, image_options), []
+    calibrate = ocs.calibrate
+    monkeypatch.setattr(ocs, "calibrate", lambda *args, **options: given.append(args[1]) or calibrate(*args, **options))
+    common = {"wbits": 3, "rounding": "gptq"}
+    synthetic, measured = (made(task, **common, calibrated=how) for how in ("synthetic", True))
+    assert [sum(map(len, batches)) for batches in given] == [8, 40]
+    assert not torch.equal(synthetic.conv2.weight_int, measured.conv2.weight_int)
 
 
 def test_a_rank_without_test_images_knows_their_shape(image_options: list[str]) -> None:
@@ -329,3 +340,47 @@ def test_what_cannot_calibrate_is_said(image_options: list[str], text_options: l
     for task in (text, images):
         with pytest.raises(ValueError, match=r": there is nothing to calibrate with; give --calibration"):
             task.prepare({"calibrated": True})
+
+
+# --- A sentence encoder -----------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """As transformers' are called and answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(30, 24)
+        self.layers = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> argparse.Namespace:
+        x = self.words(input_ids)
+        return argparse.Namespace(last_hidden_state=x + self.layers(x))
+
+
+def tokenizer(sentences: list[str], padding: bool, return_tensors: str) -> dict[str, Tensor]:
+    assert (padding, return_tensors) == (True, "pt")
+    ids = [torch.tensor([len(word) for word in sentence.split()]) for sentence in sentences]
+    mask = [torch.ones_like(each) for each in ids]
+    padded = (nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (ids, mask))
+    return dict(zip(("input_ids", "attention_mask"), padded, strict=True))
+
+
+def test_embeddings_do_not_depend_on_padding() -> None:
+    sentences = encoder.verses(ASSETS / "test.txt")[:40]
+    assert all(len(sentence.split()) >= 8 and "<unk>" not in sentence for sentence in sentences)
+    model, batches = Encoder().eval(), encoder.tokens(tokenizer, sentences)
+    assert [len(batch["input_ids"]) for batch in batches] == [32, 8]
+    alone = torch.cat([encoder.embeddings(model, [tokenizer([s], True, "pt")]) for s in sorted(sentences, key=len)])
+    torch.testing.assert_close(encoder.embeddings(model, batches), alone)
+    torch.testing.assert_close(alone.norm(dim=1), torch.ones(40))
+
+
+def test_distances_fall_with_bits_and_by_what_was_calibrated() -> None:
+    sentences = encoder.verses(ASSETS / "test.txt")
+    batches, others = (encoder.tokens(tokenizer, part) for part in (sentences[:40], sentences[40:200]))
+    found = encoder.distances(Encoder().eval(), batches, others, [6, 3], 0.1)
+    assert all(0 < six < three for six, three in found.values())
+    assert found["recipe best, gptq"][1] < 0.8 * found["recipe best"][1]
+    assert "| 6 bits | 3 bits |" in " ".join(encoder.table(found, [6, 3]).split())

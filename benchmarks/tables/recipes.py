@@ -1,11 +1,13 @@
-"""Beyond the paper: recipe="paper" and recipe="best" by weight bits.
+"""Beyond the paper: recipe="paper" and recipe="best" by weight bits, and what more a few inputs give.
 
-Weights only, first layer float, without data; the last column estimates the norms' statistics again on a few inputs
-without labels, where there are BatchNorms.
+Weights only, first layer float, without data. The last columns go on from recipe="best" at the largest ratio: where
+there are BatchNorms, their statistics are estimated again, or rounding is by the second moments of inputs (gptq), both
+on inputs synthesized from these statistics, which needs no data; the same, and both together, on a few measured inputs
+without labels.
 
     python benchmarks/tables/recipes.py --limit 2000
     python benchmarks/tables/recipes.py --limit 2000 --models ViT --out build/tables/vit
-    python benchmarks/tables/recipes.py --dataset bible --limit 8000 --out build/tables/lstm
+    python benchmarks/tables/recipes.py --dataset bible --limit 8000 --calibration 4000 --out build/tables/lstm
 """
 
 from __future__ import annotations
@@ -16,17 +18,26 @@ from beyond import beyond
 from cells import Cell
 from command import main
 
+GPTQ = {"rounding": "gptq", "calibrated": True}
+MORE = {
+    "norms, synthetic": {"norms": "synthetic"},
+    "gptq, synthetic": GPTQ | {"calibrated": "synthetic"},
+    "norms, measured": {"norms": "measured"},
+    "gptq": GPTQ,
+    "gptq, norms measured": GPTQ | {"norms": "measured"},
+}
+
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width."""
-    found = []
+    found, has_norms = [], args.dataset == "fashion-mnist" and model == "ResNet-20"
     for bits in args.bits:
         for recipe in ("paper", "best"):
             for r in args.r:
                 options = {"wbits": bits, "r": r, "recipe": recipe}
                 found.append(Cell(f"{bits} bits", f"{recipe}, r = {r:g}", options))
-        if args.dataset == "fashion-mnist" and model == "ResNet-20":
-            found.append(Cell(f"{bits} bits", "and norms measured", options | {"norms": "measured"}))
+        more = {column: given for column, given in MORE.items() if has_norms or given == GPTQ}
+        found += [Cell(f"{bits} bits", column, options | given) for column, given in more.items()]
     return found
 
 

@@ -95,7 +95,7 @@ class Evaluation(Task):
     batches: Iterable[Any]
     sums: int  # how many numbers score() adds up
     _synthetic: list[Tensor] | None = None
-    _seen: ocs.Calibration | None = None
+    _seen: dict[bool | str, ocs.Calibration]  # by the option `calibrated`
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
@@ -112,17 +112,19 @@ class Evaluation(Task):
     def prepare(self, options: Options | None) -> None:
         """Once for all settings that need it: inputs synthesized, or all that calibration can tell."""
         options = options or {}
-        if self._synthetic is None and options.get("norms") == "synthetic":
+        shown = options.get("calibrated")
+        if self._synthetic is None and "synthetic" in (options.get("norms"), shown):
             self._synthetic = ocs.synthesize(self.model, self.shape(), images=SYNTHETIC, progress=False)
-        if self._seen is None and options.get("calibrated") and _suffices(options):
-            self._seen = ocs.calibrate(self.model, self.shown(), moments=True, progress=False)
+        if shown and shown not in self._seen and _suffices(options):
+            data = self._synthetic if shown == "synthetic" else self.shown()
+            self._seen[shown] = ocs.calibrate(self.model, data, moments=True, progress=False)
 
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """A folded copy (the same values as expanded, at the float model's cost), and what its report says.
 
-        Besides those of ocs.quantize, options may be `calibrated` (True: with what calibrates), `norms` (estimated
-        again by what calibrates, "measured", or on "synthetic" inputs), `size_of` (wbits="auto" in the size of so many
-        bits).
+        Besides those of ocs.quantize, options may be `calibrated` (True: with what calibrates; or with "synthetic"
+        inputs), `norms` (estimated again by what calibrates, "measured", or on "synthetic" inputs), `size_of`
+        (wbits="auto" in the size of so many bits).
         """
         suffices = _suffices(options)
         norms, size_of, shown = (options.pop(name, None) for name in ("norms", "size_of", "calibrated"))
@@ -131,7 +133,7 @@ class Evaluation(Task):
             report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
         if shown:
-            given["calibration"] = self._seen if suffices else self.shown()
+            given["calibration"] = self._seen[shown] if suffices else self.shown()
         model = copy.deepcopy(self.model)
         report = ocs.quantize(model, **options, **given)
         if norms == "measured":
@@ -173,7 +175,7 @@ class Classification(Evaluation):
         """batches, calibration: data.Batches, this rank's share; normalize: makes floats; shape: (C, H, W)."""
         self.name, self.what, self.identity, self.model, self.count = name, what, identity, model, batches.images
         self.batches, self.calibration, self._normalize, self._shape = batches, calibration, normalize, shape
-        self.device = next(model.parameters()).device
+        self.device, self._seen = next(model.parameters()).device, {}
         self._statistics: ocs.Calibration | None = None
 
     def _ready(self, images: Tensor) -> Tensor:
@@ -218,7 +220,7 @@ class LanguageModelling(Evaluation):
         self, name: str, what: str, identity: list[Any], model: nn.Module, groups: list[Tensor], shown: Tensor | None
     ) -> None:
         """groups: int64 [T, B] each, this rank's share; shown: int64 [T, B], what calibrates."""
-        self.text = shown
+        self.text, self._seen = shown, {}
         self.name, self.what, self.identity, self.model, self.batches = name, what, identity, model, groups
         self.count = sum((len(group) - 1) * group.shape[1] for group in groups)
 
