@@ -31,6 +31,7 @@ from ocs.reference import OCTAVE_BINS, OCTAVES
 from ocs.second_moments import LayerMoments
 
 BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
+ROWS = 4096  # whose sum float32 still holds well
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
 
 Data = Iterable[Any] | Callable[[nn.Module], Any]
@@ -212,8 +213,11 @@ class Statistics:
 
 
 def _channel_sums(rows: Tensor) -> Tensor:
-    """float64 [C] of [N, C, K]; some devices have no float64, but sum in parts."""
-    sums = rows.sum(2, dtype=torch.float32)
+    """float64 [C] of [N, C, K]; in float32 parts first, which is fast in any layout and on devices without float64."""
+    if rows.shape[2] == 1:
+        sums = torch.stack([part.sum(0, dtype=torch.float32) for part in rows[:, :, 0].split(ROWS)])
+    else:
+        sums = rows.sum(2, dtype=torch.float32)
     return sums.sum(0, dtype=torch.float64 if rows.is_cpu else torch.float32).cpu().double()
 
 
