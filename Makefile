@@ -1,5 +1,5 @@
 # make demo     set up, then OCS on a trained ResNet-20 and real images
-# make tables   the paper's tables, as far as the bundled data goes, into docs/
+# make tables   the paper's tables and those beyond it, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/

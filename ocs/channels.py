@@ -276,8 +276,8 @@ def _transpose(x: Channels, first: int, second: int) -> Any:
 
 
 def _reduce(x: Channels, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
-    """A mean over other dimensions than that of the channels."""
-    x, dims = copied(x), _dims(dim)
+    """Without other dimensions than that of the channels: a view."""
+    dims = _dims(dim)
     if x.axis is None:
         return x
     if any(x.on_axis(dim) for dim in dims):
@@ -293,13 +293,16 @@ def _reduce(x: Channels, dim: Any = None, keepdim: bool = False, **_: Any) -> An
     return x
 
 
+def _mean(x: Channels, *args: Any, **kwargs: Any) -> Any:
+    return copied(_reduce(x, *args, **kwargs))
+
+
 def _reduce_to_largest(x: Channels, dim: Any = None, keepdim: bool = False) -> Any:
-    return replace(_reduce(x, dim, keepdim), guessed=True)
+    return replace(_mean(x, dim, keepdim), guessed=True)
 
 
 def _squeeze(x: Channels, dim: int) -> Any:
-    """A view."""
-    return replace(_reduce(x, dim), samples=x.samples)
+    return _reduce(x, dim)
 
 
 def _unsqueeze(x: Channels, dim: int) -> Any:
@@ -393,7 +396,7 @@ _MOVES: dict[str, Callable[..., Any]] = {
     "flatten": flatten,
     "getattr": _getattr,
     "getitem": _getitem,
-    "mean": _reduce,
+    "mean": _mean,
     "pad": _pad,
     "permute": _permute,
     "reshape": _view,

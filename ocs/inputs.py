@@ -95,7 +95,8 @@ def _gain(model: nn.Module, layers: list[Layer]) -> float:
     That is, until a norm takes it away; a BatchNorm, which divides by what it has seen in training, does not.
     """
     depth = sum(getattr(layer.module, "num_layers", 1) for layer in layers if layer.status == "quantized")
-    norms = sum(_TAKES_GAIN.search(type(module).__name__) is not None for module in model.modules())
+    leaves = (type(module).__name__ for module in model.modules() if not module._modules)
+    norms = sum(_TAKES_GAIN.search(name) is not None for name in leaves)
     return max(depth / (norms + 1), 1.0)
 
 

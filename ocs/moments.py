@@ -223,7 +223,7 @@ def _run_module(module: nn.Module, x: Any, rank: int | None, seed: Callable[[str
 
 def _norm(norm: nn.Module, x: Any, rank: int | None, seed: Callable[[str], int]) -> Any:
     """Mean beta and variance gamma^2; with running statistics, less what eps takes of it."""
-    rank = rank or rank_of(x)
+    rank = rank_of(x) or (rank if isinstance(norm, _BatchNorm) else None)
     weight, bias = norm.weight, getattr(norm, "bias", None)
     if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
         if len(norm.normalized_shape) != 1:

@@ -100,8 +100,9 @@ def quantize(
             nothing negative.
         correct_bias: add to the bias of each convolution and linear layer what its errors take from the mean of its
             outputs, (w - w_hat) E[x] (Nagel et al. 2019); a layer without a bias gets one. E[x] is the mean of the
-            float inputs: measured where there is calibration, else from the norms before the layer, else unknown,
-            and the layer's bias as it was: the report says so. Recurrent and attention layers keep theirs.
+            float inputs: measured where there is calibration, else from the BatchNorms before the layer, where these
+            tell it surely (not through a LayerNorm, GroupNorm or max pooling), else unknown, and the layer's bias as it
+            was: the report says so. Recurrent and attention layers keep theirs.
         calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
             model, or what ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode
             and without gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
@@ -126,10 +127,11 @@ def quantize(
         recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
             rounding="nearest", act_clip="none", act_signed=True.
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
-            clip="auto"; rounding="squant" where a layer's inputs have a mean (after ReLU, say: see
-            ocs.moments), else "nearest"; act_clip="mse" and act_signed="auto".
+            clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
+            power (after ReLU, say: see ocs.moments), and in convolutions of which nothing is known, else "nearest", as
+            for split="naive"; with abits act_clip="mse" and, but for act_split="oracle", act_signed="auto".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
-            recipe than the paper's. It takes a few times as long where options are fast. The error is an estimate
+            recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate
             without data, functional.output_error, or with rounding="gptq" what calibration measured.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
@@ -138,7 +140,9 @@ def quantize(
 
     Raises:
         ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
-            nothing yet, calibration is missing or empty, the model is quantized already or has no layer to quantize.
+            nothing yet, calibration is missing or empty, an option has no effect (select or allocate without r, act_
+            options without abits, calibration that nothing uses), the model is quantized already or has no layer to
+            quantize.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin = time.perf_counter()

@@ -98,7 +98,7 @@ def reestimate_batchnorm(
         TypeError: a model is no nn.Module, or data is one batch of a kind that should be in a list.
         ValueError: it has no BatchNorm with running statistics, there is no batch or none reaches one, a batch has one
             value for each channel of a norm, a norm's input holds NaN or Inf or its variance is beyond its dtype, or
-            the reference has other norms. The model is then as it was.
+            the reference has other norms, or data is an iterator beside it. The model is then as it was.
     """
     norms = _norms(model)
     of_reference = {} if reference is None else _norms_of_reference(reference, model, norms, data)
@@ -228,7 +228,7 @@ def synthesize(
     Raises:
         TypeError: model is no nn.Module, shape no sequence or seed no whole number.
         ValueError: it has no BatchNorm with running statistics or none that inputs of this shape reach, it is
-            quantized, a number is below 1, or the loss is not finite.
+            quantized, a number is no whole one from 1 on, seed is out of range, or the loss is not finite.
         RuntimeError: what the model raises for inputs of this shape, with a note that says so.
     """
     _norms(model)

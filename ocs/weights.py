@@ -319,7 +319,7 @@ def output_error(w: Array, quantized: QuantizedWeight, groups: int = 1, gain: fl
     rest common to the K inputs that a filter sees of a channel: SQuant's three terms (section 3). The second part is
     the output's change of gain. Saturation shrinks all outputs of all layers; these errors do not average out as others
     do but multiply, so that over L layers they weigh L times as much. A norm of single inputs (LayerNorm, say) takes
-    them away: gain is how many layers there are to each such norm, all layers where there is none.
+    them away: gain is how many layers there are, on average, to each such norm, all layers where there is none.
     """
     w = check_array("w", w, min_rank=2)
     check_groups(groups, w.shape[0])

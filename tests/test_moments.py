@@ -284,6 +284,12 @@ def test_the_time_axis_is_not_that_of_channels() -> None:
     assert input_moments(Steps(8, None))["layer"] is None
     assert input_moments(Steps(16, (-1, 16)))["layer"] is None
     assert input_moments(Steps(16, (4, -1)))["layer"] is not None  # [N, C L]
+
+    class Pooled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](self[1](self[0](x)).mean(1))
+
+    assert input_moments(Pooled(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 2)))["2"] is not None
     features = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     assert not input_moments(features)["2"].guessed
 
