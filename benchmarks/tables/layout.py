@@ -188,7 +188,7 @@ def picture(block: Block, title: str) -> Figure | None:
     for axis, panel in zip(axes, panels[0], strict=True):
         _draw_panel(panel, block, cells, axis)
         panel.set_xticks(values[axis], [f"{x:g}" for x in values[axis]])
-    figure.suptitle(f"{title}: {block.name}, {block.what}", fontsize=11)
+    figure.suptitle(f"{title}: {block.name}, {block.what}", fontsize=11, wrap=True)
     return figure
 
 

@@ -32,12 +32,15 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width."""
     found, has_norms = [], args.dataset == "fashion-mnist" and model == "ResNet-20"
     for bits in args.bits:
+        columns = {}
         for recipe in ("paper", "best"):
             for r in args.r:
                 options = {"wbits": bits, "r": r, "recipe": recipe}
-                found.append(Cell(f"{bits} bits", f"{recipe}, r = {r:g}", options))
-        more = {column: given for column, given in MORE.items() if has_norms or given == GPTQ}
-        found += [Cell(f"{bits} bits", column, options | given) for column, given in more.items()]
+                columns[f"{recipe}, r = {r:g}"] = options
+        columns |= {column: options | given for column, given in MORE.items() if has_norms or given == GPTQ}
+        found += [
+            Cell(f"{bits} bits", column, given, axes={"bits": bits}, curve=column) for column, given in columns.items()
+        ]
     return found
 
 
