@@ -287,3 +287,16 @@ def test_inputs_of_any_dtype(dtype: torch.dtype) -> None:
 def test_seeds_beyond_the_generators() -> None:
     with pytest.raises(ValueError, match="seed=1180591620717411303424: use 0 to 2"):
         ocs.synthesize(two_norms(), (3, 8, 8), seed=2**70)
+
+
+def test_a_quantized_model_has_other_statistics() -> None:
+    model = two_norms()
+    ocs.quantize(model, skip=None)
+    with pytest.raises(ValueError, match="model is quantized: inputs are made for the float model"):
+        ocs.synthesize(model, (3, 8, 8))
+
+
+def test_a_shape_that_the_model_does_not_take() -> None:
+    with pytest.raises(RuntimeError) as failure:
+        ocs.synthesize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), (1, 8, 8))
+    assert failure.value.__notes__ == ["while synthesizing inputs: is shape=(1, 8, 8) that of one input?"]
