@@ -26,17 +26,19 @@ class InputMean(NamedTuple):
     source: str  # "calibration" or "norms"
 
 
-def input_means(
-    statistics: Mapping[str, Statistics], moments: Mapping[str, InputMoments | None]
-) -> dict[str, InputMean]:
-    """By layer: measured ones where there are, else those of the graph that are no guess."""
-    of_graph = {
+def measured_means(statistics: Mapping[str, Statistics]) -> dict[str, InputMean]:
+    """By layer, where there is one."""
+    measured = {name: found.mean() for name, found in statistics.items()}
+    return {name: InputMean(mean, "calibration") for name, mean in measured.items() if mean is not None}
+
+
+def means_of_graph(moments: Mapping[str, InputMoments | None]) -> dict[str, InputMean]:
+    """By layer, those that are no guess."""
+    return {
         name: InputMean(found.mean, "norms")
         for name, found in moments.items()
         if found is not None and not found.guessed
     }
-    measured = {name: found.mean() for name, found in statistics.items()}
-    return of_graph | {name: InputMean(mean, "calibration") for name, mean in measured.items() if mean is not None}
 
 
 def restore_mean(layer: QuantProduct, weight: Tensor, mean: Tensor) -> None:

@@ -163,13 +163,10 @@ def quantize_weight(
             missing where rounding="gptq" needs them, given where not, of another shape, not finite or none.
     """
     w, how = _checked(w, How(bits, clip, granularity, split, rounding, groups))
-    how = how._replace(hessian=_hessian(check_moments(moments, rounding, w, groups)))
+    second = check_moments(moments, rounding, w, groups)
+    how = how._replace(hessian=None if second is None else Hessian(second))
     splits = splits_for(check_ratio("r", r), w.shape[1], groups)
     return quantize_plan(w, choose_splits(w, splits, select, how), how).quantized
-
-
-def _hessian(moments: Tensor | None) -> Hessian | None:
-    return None if moments is None else Hessian(moments)
 
 
 def _checked(w: Array, how: How) -> tuple[Array, How]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ocs import functional
 from ocs.calibrate import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
-from ocs.correct import InputMean, input_means
+from ocs.correct import InputMean, means_of_graph, measured_means
 from ocs.find import Layer, Options, named, replacement_of
 from ocs.gptq import Hessian
 from ocs.moments import input_moments
@@ -76,8 +76,9 @@ def look_at_inputs(
     """
     seen = _calibrated(model, layers, chosen, calibration, progress, has_use)
     wanted = {layer.name for layer in layers if wants_mean(layer, chosen[layer.name])}
-    measured = {name for name, statistics in seen.items() if statistics.mean() is not None}
-    means = input_means(seen, input_moments(model) if wanted - measured else {})
+    means = measured_means(seen)
+    if wanted - means.keys():
+        means = means_of_graph(input_moments(model)) | means
     hessians = {
         name: {weight: Hessian(moments.products, moments.count) for weight, moments in of_layer.items()}
         for name, of_layer in seen.moments.items()

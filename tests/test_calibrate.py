@@ -349,11 +349,11 @@ try:
     if os.environ["CASE"] == "moments":
         moments = ocs.calibrate(net, share.split(3), moments=True).moments
         kept = {name: (m["weight"].count, m["weight"].products) for name, m in moments.items()}
-        torch.save(kept, os.environ["OUT"] + str(dist.get_rank()))
-        sys.exit()
-    options = {"abits": 4, "act_r": 0.2, "act_clip": "mse", "correct_bias": True}
-    report = ocs.quantize(net, **options, calibration=share.split(3) if len(share) else [])
-    torch.save(net.state_dict(), os.environ["OUT"] + str(dist.get_rank()))
+    else:
+        options = {"abits": 4, "act_r": 0.2, "act_clip": "mse", "correct_bias": True}
+        ocs.quantize(net, **options, calibration=share.split(3) if len(share) else [])
+        kept = net.state_dict()
+    torch.save(kept, os.environ["OUT"] + str(dist.get_rank()))
 except Exception as error:
     open(os.environ["OUT"] + str(dist.get_rank()), "w").write(str(error))
 dist.barrier()

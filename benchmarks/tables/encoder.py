@@ -13,7 +13,6 @@ import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import paths  # isort: split
 
 import torch
 from bench import machine
+from command import footnote
 from language_model import ASSETS, UNKNOWN
 from layout import aligned
 from torch import Tensor, nn
@@ -115,14 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sentences = verses(ASSETS / "test.txt")
     batches, others = (tokens(tokenizer, part) for part in (sentences[:SENTENCES], sentences[SENTENCES:][:OTHERS]))
     found = distances(model.eval(), batches, others, args.bits, args.r)
-    m = machine()
-    where = f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, {date.today().isoformat()}"
     what = f"100 (1 - cosine to the float embeddings); r = {args.r:g} where split"
     heading = f"**{Path(args.model).name}**; {SENTENCES} verses; {what}"
     text = f"{heading}\n\n{table(found, args.bits)}"
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "encoder.md").write_text(f"{text}\n\n`python benchmarks/tables/encoder.py {args.model}`; {where}.\n")
+    made = {"command": f"python benchmarks/tables/encoder.py {args.model}", "machine": machine()}
+    (args.out / "encoder.md").write_text(f"{text}\n\n{footnote(made)}\n")
 
 
 if __name__ == "__main__":

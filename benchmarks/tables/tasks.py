@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,7 +96,11 @@ class Evaluation(Task):
     batches: Iterable[Any]
     sums: int  # how many numbers score() adds up
     _synthetic: list[Tensor] | None = None
-    _seen: dict[bool | str, ocs.Calibration]  # by the option `calibrated`
+
+    @cached_property
+    def _seen(self) -> dict[bool | str, ocs.Calibration]:
+        """What calibration told, by the option `calibrated`."""
+        return {}
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Any, size: int | None) -> Iterator[tuple[int, Tensor]]:
@@ -175,7 +180,7 @@ class Classification(Evaluation):
         """batches, calibration: data.Batches, this rank's share; normalize: makes floats; shape: (C, H, W)."""
         self.name, self.what, self.identity, self.model, self.count = name, what, identity, model, batches.images
         self.batches, self.calibration, self._normalize, self._shape = batches, calibration, normalize, shape
-        self.device, self._seen = next(model.parameters()).device, {}
+        self.device = next(model.parameters()).device
         self._statistics: ocs.Calibration | None = None
 
     def _ready(self, images: Tensor) -> Tensor:
@@ -220,7 +225,7 @@ class LanguageModelling(Evaluation):
         self, name: str, what: str, identity: list[Any], model: nn.Module, groups: list[Tensor], shown: Tensor | None
     ) -> None:
         """groups: int64 [T, B] each, this rank's share; shown: int64 [T, B], what calibrates."""
-        self.text, self._seen = shown, {}
+        self.text = shown
         self.name, self.what, self.identity, self.model, self.batches = name, what, identity, model, groups
         self.count = sum((len(group) - 1) * group.shape[1] for group in groups)
 
