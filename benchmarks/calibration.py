@@ -22,8 +22,8 @@ from torch.ao.quantization.observer import HistogramObserver
 from zoo import torchvision_models
 
 from ocs import functional
-from ocs.calibrate import observe, statistics_for
-from ocs.find import FIRST_LAYER, apply_skip, find_layers
+from ocs.calibration.run import observe, statistics_for
+from ocs.model.targets import FIRST_LAYER, apply_skip, find_layers
 
 BINS = 2048
 LIMITS_MS = {"kl": 10.0}  # milliseconds; of the others 2

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocs import ops
-from ocs.arguments import (
+from ocs.kernels import ops
+from ocs.kernels.ops import kernels
+from ocs.weight.arguments import (
     CLIP_METHODS,
     Array,
     Granularity,
@@ -36,9 +37,8 @@ from ocs.arguments import (
     dtype_name,
     kind_of,
 )
-from ocs.gptq import Hessian
-from ocs.ops import kernels
-from ocs.weights import (
+from ocs.weight.gptq import Hessian
+from ocs.weight.integers import (
     AUTO,
     BINS,
     CHANNEL_BINS,

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ocs.activation import ActSplit
-from ocs.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation, mean_bits
-from ocs.batchnorm import Folding, plan_folding
-from ocs.calibrate import Calibration, Data, with_sample
-from ocs.find import (
+from ocs.calibration.run import Calibration, Data, with_sample
+from ocs.errors import error_context
+from ocs.functional import Granularity, Rounding, Select, Split
+from ocs.model.batchnorm_folding import Folding, plan_folding
+from ocs.model.rewrite import exchange, module_slots
+from ocs.model.targets import (
     FIRST_LAYER,
     Layer,
     Options,
@@ -25,19 +26,18 @@ from ocs.find import (
     check_model,
     check_values,
     find_layers,
-    is_kind,
-    named,
     selectors,
     show,
 )
-from ocs.functional import Granularity, Rounding, Select, Split
-from ocs.inputs import Known, look_at_inputs
-from ocs.one_layer import common_part, measure, probe, quantize_layer
+from ocs.nn.input import ActSplit
+from ocs.nn.registry import is_quantizable
+from ocs.plan.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation, mean_bits
+from ocs.plan.input_facts import Known, look_at_inputs
+from ocs.plan.quantize_layer import common_part, measure, probe, quantize_layer
+from ocs.plan.recipe import Recipe, by_recipe, check_recipe
+from ocs.plan.sensitivity import sensitivities
 from ocs.progress import with_progress
-from ocs.recipe import Recipe, by_recipe, check_recipe
-from ocs.report import LayerReport, Report
-from ocs.rewrite import exchange, module_slots
-from ocs.sensitivity import sensitivities
+from ocs.report.data import LayerReport, Report
 
 
 def quantize(
@@ -199,7 +199,7 @@ def _choose(
     common = Options(**given)  # refuses what is out of range
     check_model(model)
     layers = find_layers(model)
-    if not any(is_kind(layer.module) for layer in layers):
+    if not any(is_quantizable(layer.module) for layer in layers):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     favour = by_recipe(recipe, model, given)
     favoured = {layer.name: favour(layer, common) for layer in layers}
@@ -228,7 +228,7 @@ def _quantize_all(
             continue
         old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
         of_layer = known[layer.name].unfactorized()._replace(splits=splits.get(layer.name))
-        with named(layer.name):
+        with error_context(layer.name):
             replacements[id(old)], weights = quantize_layer(layer, chosen[layer.name], of_layer, explain=explain)
         lines += weights
     return replacements, lines

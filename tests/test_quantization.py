@@ -20,7 +20,7 @@ import ocs
 from ocs import functional
 from ocs.nn import QuantConv2d, QuantLinear
 
-quantize_module = importlib.import_module("ocs.quantize")
+quantize_module = importlib.import_module("ocs.quantization")
 
 
 def by_name(report: ocs.Report) -> dict[str, ocs.LayerReport]:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ocs.find import replacement_of
-from ocs.nn import CONVOLUTIONS
-from ocs.ranks import reduced
+from ocs.calibration.ranks import reduced
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.registry import replacement_of
 
 ELEMENTS = 2**24  # of patches that are made at once
 

@@ -22,13 +22,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ocs import functional
-from ocs.activation import as_rows
-from ocs.find import Layer, check_lazy, check_model, check_values, find_layers, first_weight, named, replacement_of
-from ocs.nn import CONVOLUTIONS
+from ocs.calibration.gram import LayerMoments
+from ocs.calibration.ranks import reduced, several_ranks
+from ocs.errors import error_context
+from ocs.kernels.reference import OCTAVE_BINS, OCTAVES
+from ocs.model.targets import Layer, check_model, check_values, find_layers
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.input import as_rows
+from ocs.nn.registry import replacement_of
+from ocs.nn.weights import check_values as check_weight_values
+from ocs.nn.weights import input_weight
 from ocs.progress import with_progress
-from ocs.ranks import reduced, several_ranks
-from ocs.reference import OCTAVE_BINS, OCTAVES
-from ocs.second_moments import LayerMoments
 
 BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
 ROWS = 4096  # whose sum float32 still holds well
@@ -269,7 +273,7 @@ def _observer(name: str, kept: Observer) -> Callable[..., None]:
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = signature(layer.forward).parameters
-        with named(name):
+        with error_context(name):
             kept.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
 
     return take
@@ -468,10 +472,10 @@ def moments_for(model: nn.Module, layer: Layer) -> tuple[nn.Module, LayerMoments
 def statistics_for(layer: Layer, *, channels: bool = True) -> Statistics:
     """Empty ones, with a histogram for each channel where there shall be and the layer can have its input split."""
     kind, module = replacement_of(layer.module), layer.module
-    with named(layer.name):
-        check_lazy(module._parameters[kind.weight_names(module)[0]])
+    with error_context(layer.name):
+        check_weight_values(module._parameters[kind.weight_names(module)[0]])
     axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
     if not (channels and kind.splits_input):
         return Statistics(axis)
-    _, groups, C = first_weight(module)
-    return Statistics(axis, groups * C)
+    weight = input_weight(module)
+    return Statistics(axis, weight.groups * weight.channels)

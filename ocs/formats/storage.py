@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocs.activation import InputGrid, QuantizedInput, check_grid
-from ocs.batchnorm import FoldedBatchNorm, with_parameters
-from ocs.find import Layer, find_layers, first_weight, named, replacement_of
+from ocs.errors import error_context
 from ocs.functional import QuantizedWeight
-from ocs.layer import (
+from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
+from ocs.model.rewrite import Slot, exchange, module_slots
+from ocs.model.targets import Layer, find_layers
+from ocs.nn.base import (
     INPUT_NAMES,
     QuantizedLayer,
     input_names,
@@ -38,9 +39,11 @@ from ocs.layer import (
     state_names,
     with_originals,
 )
-from ocs.nn import CONVOLUTIONS
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.input import InputGrid, QuantizedInput, check_grid
+from ocs.nn.registry import replacement_of
+from ocs.nn.weights import input_weight
 from ocs.progress import with_progress
-from ocs.rewrite import Slot, exchange, module_slots
 
 FORMAT = 2  # 1 had neither quantized inputs nor folded batch norms
 
@@ -223,7 +226,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
     _check_module(model)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: it is a folder")
-    with named(str(path)), torch.inference_mode(False), torch.no_grad():
+    with error_context(str(path)), torch.inference_mode(False), torch.no_grad():
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 reader = _Reader(file)
@@ -346,7 +349,7 @@ def _replacements(
             raise ValueError(f"it was saved from another model: this one has no layer {name[:200]!r} to replace")
         old = layers[name].module
         layers[name].module = folded.get(id(old), old)
-        with named(name):
+        with error_context(name):
             replacements[id(old)] = _rebuilt(reader, layers[name], saved)
     return replacements
 
@@ -396,7 +399,8 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
 
 def _read_input(reader: _Reader, layer: Layer, grid: InputGrid) -> QuantizedInput:
     """How a layer quantizes its input; the model says how many channels that has."""
-    kind, (weight, groups, C) = replacement_of(layer.module), first_weight(layer.module)
+    kind, (_, weight, groups) = replacement_of(layer.module), input_weight(layer.module)
+    C = weight.shape[1]
     if layer.float_input or grid.splits > C * kind.splits_input:
         raise ValueError(f"it was saved with an input of {grid}, which this layer cannot have")
     if grid.oracle:

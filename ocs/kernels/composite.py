@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ocs.reference import OCTAVE_BINS
+from ocs.kernels.reference import OCTAVE_BINS
 
 KERNELS = (
     "abs_max",

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocs import _C, composite
-from ocs.reference import OCTAVE_BINS
+from ocs import _C
+from ocs.kernels import composite
+from ocs.kernels.reference import OCTAVE_BINS
 
 isa = _C.isa
 set_isa = _C.set_isa

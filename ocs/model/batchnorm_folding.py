@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ocs.find import replacement_of
-from ocs.graph import Trace, first_line, has_hooks, traces
-from ocs.nn import CONVOLUTIONS
+from ocs.model.graph import Trace, first_line, has_hooks, traces
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.registry import replacement_of
 
 _NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # spatial dimensions of the convolutions they fit
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "__call__")

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from ocs.layer import QuantizedLayer
-from ocs.nn import REPLACEMENTS
+from ocs.nn.base import QuantizedLayer
+from ocs.nn.registry import REPLACEMENTS
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KINDS = (*REPLACEMENTS, QuantizedLayer, _BatchNorm)

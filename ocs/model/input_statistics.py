@@ -22,11 +22,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.padding import _ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from ocs.channels import UNKNOWN, Channels, InputMoments, apply, copied, flatten, normal, normals, rank_of
-from ocs.find import first_weight, replacement_of
-from ocs.graph import has_hooks, traced_parts
-from ocs.layer import QuantizedLayer
-from ocs.nn import CONVOLUTIONS, REPLACEMENTS
+from ocs.model.channel_samples import UNKNOWN, Channels, InputMoments, apply, copied, flatten, normal, normals, rank_of
+from ocs.model.graph import has_hooks, traced_parts
+from ocs.nn.base import QuantizedLayer
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.registry import REPLACEMENTS, replacement_of
+from ocs.nn.weights import input_weight
 
 _ANY_CONVOLUTION = (*CONVOLUTIONS, *(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
 UNKNOWN_INPUT = "nothing is known of its input"
@@ -175,8 +176,8 @@ def _input_of(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     if isinstance(layer, QuantizedLayer):
         names, channels = layer.input_names, layer.groups * next(iter(layer.channels.values()))
     else:
-        _, groups, C = first_weight(layer)
-        names, channels = replacement_of(layer).input_names, groups * C
+        weight = input_weight(layer)
+        names, channels = replacement_of(layer).input_names, weight.groups * weight.channels
     convolution = isinstance(layer, _ANY_CONVOLUTION)
     given = kwargs | dict(zip(names, args, strict=False))
     inputs = [given[name] for name in names if name in given]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs import functional
-from ocs.activation import ActSplit
+from ocs.errors import error_context
 from ocs.functional import Granularity, Rounding, Select, Split
-from ocs.layer import QuantizedLayer
-from ocs.nn import CONVOLUTIONS, REPLACEMENTS
+from ocs.nn.base import QuantizedLayer
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.input import ActSplit
+from ocs.nn.registry import is_quantizable, replacement_of
+from ocs.nn.weights import check_values as check_weight_values
 
 
 class _FirstLayer:
@@ -147,7 +149,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
             )
         if isinstance(module, ParametrizationList):
             continue  # its layer is listed, and left float
-        if any(_holds_weight(parameter) for parameter in module._parameters.values()) or is_kind(module):
+        if any(_holds_weight(parameter) for parameter in module._parameters.values()) or is_quantizable(module):
             layer = Layer(module, names)
             reason = _reason_to_leave(layer, owners)
             if reason:
@@ -169,39 +171,16 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule, whose layers cannot be replaced: quantize the model it was made from")
-    if is_kind(model):
+    if is_quantizable(model):
         name = type(model).__name__
         raise TypeError(f"model is a {name}, which cannot replace itself in place: wrap it, nn.Sequential({name}(...))")
 
 
 def check_values(layer: Layer) -> None:
     """A layer whose weights have values."""
-    with named(layer.name):
+    with error_context(layer.name):
         for name in replacement_of(layer.module).weight_names(layer.module):
-            check_lazy(layer.module._parameters[name])
-
-
-def check_lazy(weight: Tensor) -> None:
-    """A weight that has values."""
-    if nn.parameter.is_lazy(weight) or weight.is_meta:
-        raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
-
-
-def is_kind(module: nn.Module) -> bool:
-    """Whether it is among the layers that can be quantized."""
-    return isinstance(module, tuple(REPLACEMENTS))
-
-
-def first_weight(module: nn.Module) -> tuple[Tensor, int, int]:
-    """The weight that a layer's input meets, its groups, and the input channels C of one group."""
-    kind, groups = replacement_of(module), getattr(module, "groups", 1)
-    weight = module._parameters[kind.weight_names(module)[0]]
-    return weight, groups, kind.layout(weight, groups).shape[1]
-
-
-def replacement_of(module: nn.Module) -> type[QuantizedLayer]:
-    """The class that replaces such a layer."""
-    return next(new for kind, new in REPLACEMENTS.items() if isinstance(module, kind))
+            check_weight_values(layer.module._parameters[name])
 
 
 def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
@@ -217,7 +196,7 @@ def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
 def _reason_to_leave(layer: Layer, owners: Mapping[int, list[str]]) -> str:
     """Why the layer cannot be quantized, or ""."""
     kind, module = type(layer.module).__name__, layer.module
-    if not is_kind(module):
+    if not is_quantizable(module):
         own = ", ".join(name for name, parameter in module._parameters.items() if _holds_weight(parameter))
         return f"{own} of {kind}, which is not among the layers that are quantized"
     replacement = replacement_of(module)
@@ -342,20 +321,6 @@ def apply_overrides(
         for layer in fitting:
             layer.overridden = True
             layer.asked_for |= changes.keys()
-            with named(layer.name, f"overrides[{pattern!r}]"):
+            with error_context(layer.name, f"overrides[{pattern!r}]"):
                 chosen[layer.name] = replace(chosen[layer.name], **changes)
     return chosen
-
-
-@contextmanager
-def named(*context: str) -> Iterator[None]:
-    """Says where in the model a ValueError or TypeError came from."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(": ".join([*context, str(error)])) from error
-    except Exception as error:  # of a user's own select=, say
-        if context:
-            error.add_note(f"in {': '.join(context)}")
-        raise

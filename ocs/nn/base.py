@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocs.activation import Cuts, InputGrid, QuantizedInput, folded, oracle_cuts
-from ocs.composite import source_valid
 from ocs.functional import QuantizedWeight, qmax
+from ocs.kernels.composite import source_valid
+from ocs.nn.input import Cuts, InputGrid, QuantizedInput, folded, oracle_cuts
 
 _HOOKS = frozenset(
     f"_{kind}_hooks{suffix}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ocs import functional
 from ocs.functional import Split, SplitPlan
-from ocs.ops import fake_quantize
+from ocs.kernels.ops import fake_quantize
 
 ActSplit = Literal["static", "oracle"]
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ocs.layer import QuantizedLayer
+from ocs.nn.base import QuantizedLayer
+from ocs.nn.registry import register
 
 States = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
 
@@ -266,6 +267,7 @@ def _suffixes(layer: nn.Module) -> Iterator[str]:
             yield f"_l{i}_reverse"
 
 
+@register
 class QuantLSTM(_RecurrentLayer):
     """nn.LSTM with quantized weights, proj_size included."""
 
@@ -274,6 +276,7 @@ class QuantLSTM(_RecurrentLayer):
     has_cell = True
 
 
+@register
 class QuantGRU(_RecurrentLayer):
     """nn.GRU with quantized weights."""
 
@@ -281,6 +284,7 @@ class QuantGRU(_RecurrentLayer):
     gates = 3
 
 
+@register
 class QuantRNN(_RecurrentLayer):
     """nn.RNN with quantized weights, tanh or relu."""
 
@@ -329,6 +333,7 @@ class _RecurrentCell(_Recurrent):
         return tuple(state[..., : self.hidden_size].contiguous() for state in (last if self.has_cell else (last,)))
 
 
+@register
 class QuantLSTMCell(_RecurrentCell):
     """nn.LSTMCell with quantized weights."""
 
@@ -341,6 +346,7 @@ class QuantLSTMCell(_RecurrentCell):
         return torch._VF.lstm_cell
 
 
+@register
 class QuantGRUCell(_RecurrentCell):
     """nn.GRUCell with quantized weights."""
 
@@ -352,6 +358,7 @@ class QuantGRUCell(_RecurrentCell):
         return torch._VF.gru_cell
 
 
+@register
 class QuantRNNCell(_RecurrentCell):
     """nn.RNNCell with quantized weights, tanh or relu."""
 

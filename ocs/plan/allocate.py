@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocs import functional
-from ocs.find import Layer, Options, named, replacement_of
+from ocs.errors import error_context
+from ocs.model.targets import Layer, Options
+from ocs.nn.registry import replacement_of
 from ocs.progress import with_progress
 
 Allocate = Literal["uniform", "knapsack", "error"]
@@ -133,7 +135,7 @@ def allocate_splits(
         for names in _together(layer):
             n = _uniform_splits(layer, names[0], options.r)
             ladder = _ladder(n, _channels(layer, names[0]))
-            with named(layer.name):
+            with error_context(layer.name):
                 items.append([_splits_way(layer, names, options, k, by, measure, count) for k in ladder])
             uniform.append(ladder.index(n))
     budget = sum(ways[at].packed_bytes for ways, at in zip(items, uniform, strict=True))
@@ -204,7 +206,7 @@ def allocate_bits(
     """Every layer's options with its bits, and r up to what it was, so that all packed weights fit the budget."""
     items = []
     for layer in with_progress(layers, "allocate", progress):
-        with named(layer.name):
+        with error_context(layer.name):
             items.append(_layer_ways(layer, chosen[layer.name], measure, sensitivity[layer.name]))
     least = sum(min(way.packed_bytes for way in ways) for ways in items)
     if least > budget:

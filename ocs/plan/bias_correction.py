@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocs.calibrate import Statistics
-from ocs.moments import InputMoments
-from ocs.nn import QuantProduct
+from ocs.calibration.run import Statistics
+from ocs.model.input_statistics import InputMoments
+from ocs.nn.product import QuantProduct
 
 
 class InputMean(NamedTuple):

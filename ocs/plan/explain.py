@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ocs import functional
-from ocs.find import Options
 from ocs.functional import How, Quantization
+from ocs.model.targets import Options
 
 STEPS = {  # in this order
     "OCS": ("r", "select"),

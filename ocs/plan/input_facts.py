@@ -9,12 +9,14 @@ from typing import NamedTuple
 from torch import nn
 
 from ocs import functional
-from ocs.calibrate import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
-from ocs.correct import InputMean, means_of_graph, measured_means
-from ocs.find import Layer, Options, named, replacement_of
-from ocs.gptq import Hessian
-from ocs.moments import input_moments
-from ocs.nn import QuantProduct
+from ocs.calibration.run import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
+from ocs.errors import error_context
+from ocs.model.input_statistics import input_moments
+from ocs.model.targets import Layer, Options
+from ocs.nn.product import QuantProduct
+from ocs.nn.registry import replacement_of
+from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
+from ocs.weight.gptq import Hessian
 
 _TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of classes, torch's and others'
 
@@ -135,7 +137,7 @@ def _calibrated(
         raise ValueError("rounding='gptq': calibration has no second moments; use ocs.calibrate(..., moments=True)")
     for layer in compensated:
         if layer.name in calibration.moments:
-            with named(layer.name):
+            with error_context(layer.name):
                 calibration.moments[layer.name].check(layer.module)
     for layer in needed:
         if layer.name not in calibration:

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ocs import functional
-from ocs.activation import InputGrid, QuantizedInput
-from ocs.allocate import Measured
-from ocs.calibrate import Statistics
-from ocs.correct import restore_mean
-from ocs.find import Layer, Options, check_lazy, first_weight, named, replacement_of
+from ocs.calibration.run import Statistics
+from ocs.errors import error_context
 from ocs.functional import How, Quantization, SplitPlan
-from ocs.gptq import Hessian
-from ocs.inputs import Known, corrects, wants_input
-from ocs.layer import QuantizedLayer, with_originals
-from ocs.report import LayerReport
-from ocs.steps import steps_of
+from ocs.model.targets import Layer, Options
+from ocs.nn.base import QuantizedLayer, with_originals
+from ocs.nn.input import InputGrid, QuantizedInput
+from ocs.nn.registry import replacement_of
+from ocs.nn.weights import check_values, input_weight
+from ocs.plan.allocate import Measured
+from ocs.plan.bias_correction import restore_mean
+from ocs.plan.explain import steps_of
+from ocs.plan.input_facts import Known, corrects, wants_input
+from ocs.report.data import LayerReport
+from ocs.weight.gptq import Hessian
 
 
 def quantize_layer(
@@ -41,7 +44,7 @@ def quantize_layer(
         options = replace(options, expand=False)
     steps = {}
     for name in kind.weight_names(module):
-        with named(*[name] * (name != "weight")):
+        with error_context(*[name] * (name != "weight")):
             steps[name] = _quantize_weight(layer, name, options, known)
     quantized = {name: step.quantized for name, (_, step) in steps.items()}
     quantized_input = quantize_input(layer, options, known.statistics) if wants_input(layer, options) else None
@@ -91,7 +94,7 @@ def _quantize_weight(layer: Layer, name: str, options: Options, known: Known) ->
 def _weight_of(layer: Layer, name: str) -> Tensor:
     """A weight as float32 [O, C, ...]."""
     weight = layer.module._parameters[name]
-    check_lazy(weight)
+    check_values(weight)
     groups = getattr(layer.module, "groups", 1)
     return replacement_of(layer.module).layout(weight.detach(), groups).float().contiguous()
 
@@ -126,7 +129,8 @@ def _numbers_of_input(layer: Layer, options: Options) -> int:
     """How many there are of a quantized input: its scale, and the sources of its copies."""
     if not wants_input(layer, options) or options.act_split == "oracle":
         return 0
-    _, groups, C = first_weight(layer.module)
+    _, w, groups = input_weight(layer.module)
+    C = w.shape[1]
     splits = functional.splits_for(options.act_r, C, groups) if replacement_of(layer.module).splits_input else 0
     return 1 + groups * splits
 
@@ -150,7 +154,8 @@ def probe(layer: Layer, options: Options, bits: int, gain: float) -> tuple[Quant
 def quantize_input(layer: Layer, options: Options, statistics: Statistics | None) -> QuantizedInput:
     """Its grid, which channels are split (those with most values beyond the layer's 99th percentile), and its scale."""
     kind = replacement_of(layer.module)
-    weight, groups, C = first_weight(layer.module)
+    _, weight, groups = input_weight(layer.module)
+    C = weight.shape[1]
     grid = InputGrid(
         bits=options.abits,
         signed=options.act_signed is True or statistics.smallest < 0,

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from ocs import functional
-from ocs.find import Layer, Options
-from ocs.moments import inputs_have_mean
+from ocs.model.input_statistics import inputs_have_mean
+from ocs.model.targets import Layer, Options
 
 Recipe = Literal["paper", "best"]
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ocs.calibrate import Data, mean_over_ranks, outputs_of
-from ocs.find import Layer, named
+from ocs.calibration.run import Data, mean_over_ranks, outputs_of
+from ocs.errors import error_context
+from ocs.model.rewrite import exchange, module_slots
+from ocs.model.targets import Layer
 from ocs.progress import with_progress
-from ocs.rewrite import exchange, module_slots
 
 Probe = Callable[[Layer], tuple[nn.Module, float]]  # the layer quantized, and its error
 
@@ -34,7 +35,7 @@ def _by_layer(
 ) -> list[float]:
     expected, values = outputs_of(model, sample), []
     for layer in with_progress(layers, "sensitivity", progress):
-        with named(layer.name):
+        with error_context(layer.name):
             module, error = probe(layer)
         with _exchanged(model, {id(layer.module): module}):
             moved = _moved(outputs_of(model, sample), expected)

@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from ocs.moments import UNKNOWN_INPUT
+from ocs.model.input_statistics import UNKNOWN_INPUT
 
 Status = Literal["quantized", "skipped", "float"]
 

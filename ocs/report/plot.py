@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ocs import functional, reference
-from ocs.calibrate import Statistics
+from ocs import functional
+from ocs.calibration.run import Statistics
 from ocs.functional import Array, QuantizedWeight, SplitPlan
+from ocs.kernels import reference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

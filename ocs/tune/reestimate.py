@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ocs.batchnorm import FoldedBatchNorm
-from ocs.calibrate import Data, observe
-from ocs.layer import QuantizedLayer
+from ocs.calibration.ranks import reduced
+from ocs.calibration.run import Data, observe
+from ocs.model.batchnorm_folding import FoldedBatchNorm
+from ocs.nn.base import QuantizedLayer
 from ocs.progress import with_progress
-from ocs.ranks import reduced
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocs import select as selection
-from ocs.arguments import (
+from ocs.kernels.ops import kernels
+from ocs.weight import selection
+from ocs.weight.arguments import (
     CLIP_METHODS,
     Array,
     Choice,
@@ -33,8 +34,7 @@ from ocs.arguments import (
     check_values,
     filled_like,
 )
-from ocs.gptq import Compensation, Hessian, OutputErrors
-from ocs.ops import kernels
+from ocs.weight.gptq import Compensation, Hessian, OutputErrors
 
 METHODS = ("none", "mse", "aciq", "kl", "percentile", "std", "sawb")  # what people compare
 AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" chooses from

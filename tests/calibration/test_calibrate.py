@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ocs
 from ocs import functional
-from ocs.calibrate import BINS, Statistics
+from ocs.calibration.run import BINS, Statistics
 
 NAMES = ("limit", "largest", "smallest", "zeros", "inputs")
 TENSORS = ("counts", "octaves", "channel_max")
@@ -368,7 +368,7 @@ def run_ranks(folder: Path, case: str) -> list[Path]:
     script = folder / "rank.py"
     script.write_text(RANK)
     env = os.environ | {
-        "TESTS": str(Path(__file__).parent),
+        "TESTS": str(Path(__file__).resolve().parents[1]),
         "IMAGES": str(folder / "images"),
         "OUT": str(folder / "out"),
         "CASE": case,

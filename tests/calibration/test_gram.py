@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import ocs
-from ocs.second_moments import LayerMoments, SecondMoments, rows_of
+from ocs.calibration.gram import LayerMoments, SecondMoments, rows_of
+from ocs.nn.registry import replacement_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,14 +35,14 @@ LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("case", LINEAR)
 def test_what_linear_layers_meet(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The products of the weight with these vectors are the layer's outputs, all of them; in however many pieces."""
-    monkeypatch.setattr("ocs.second_moments.ELEMENTS", 300)
+    monkeypatch.setattr("ocs.calibration.gram.ELEMENTS", 300)
     make, shape = LINEAR[case]
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape)
     layer.bias = None
     rows = torch.cat([part for _, part in rows_of(layer, {"input": x})], 1)
     groups = getattr(layer, "groups", 1)
-    kind = ocs.find.replacement_of(layer)
+    kind = replacement_of(layer)
     w = kind.layout(layer.weight.detach(), groups).reshape(groups, -1, rows.shape[2])
     y = layer(x).detach()
     channels = y.dim() - len(getattr(layer, "kernel_size", ())) - 1
@@ -144,7 +145,7 @@ def test_what_recurrent_layers_meet(case: str, bidirectional: bool, form: str) -
     with torch.no_grad():
         ours = dict(rows_of(layer, arguments))
         parts = [expected_rows(layer, x[:T, n], tuple(s[:, n] for s in hx)) for n, T in enumerate(lengths)]
-    assert set(ours) == set(ocs.find.replacement_of(layer).weight_names(layer))
+    assert set(ours) == set(replacement_of(layer).weight_names(layer))
     for name, rows in ours.items():
         expected = torch.cat([part[name] for part in parts])
         torch.testing.assert_close(rows[0].mT @ rows[0], expected.mT @ expected, rtol=1e-4, atol=1e-5, msg=name)

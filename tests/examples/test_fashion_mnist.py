@@ -16,7 +16,7 @@ from torch import nn
 import ocs
 import ocs.plot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

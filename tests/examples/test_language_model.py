@@ -31,7 +31,7 @@ from torch import Tensor
 
 import ocs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
 
 

@@ -19,8 +19,9 @@ from conftest import Everything, assert_unchanged, state
 from torch import Tensor, nn
 
 import ocs
-from ocs import _C, storage
-from ocs.layer import QuantizedLayer
+from ocs import _C
+from ocs.formats import storage
+from ocs.nn.base import QuantizedLayer
 
 
 def fresh() -> Everything:

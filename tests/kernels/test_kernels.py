@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ocs import _C, composite, ops, reference
+from ocs import _C
+from ocs.kernels import composite, ops, reference
 
 # shape of the weight, groups, splits in each group
 WEIGHTS = {

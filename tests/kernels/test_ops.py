@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import outlier_weight
 
-import ocs
-from ocs import _C, composite, functional
+from ocs import _C, functional
 from ocs.functional import fake_quantize
+from ocs.kernels import composite, ops
 
 W = torch.from_numpy(outlier_weight((12, 10, 3, 3)))
 PLAN = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(W, 3), 3, 4)
@@ -293,9 +293,9 @@ def test_gil_is_released(library: str, isa: str) -> None:
     assert len(inside) > 10  # three calls leave room for three or four ticks where each holds the GIL
 
 
-@pytest.mark.parametrize(("value", "expected"), [("ref", "ref"), ("auto", ocs.ops.isa())])
+@pytest.mark.parametrize(("value", "expected"), [("ref", "ref"), ("auto", ops.isa())])
 def test_isa_from_the_environment(value: str, expected: str) -> None:
-    code = "import torch, ocs; print(ocs.ops.isa())"
+    code = "import torch, ocs.kernels.ops; print(ocs.kernels.ops.isa())"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"OCS_ISA": value}, capture_output=True, text=True, check=True
     )
@@ -304,7 +304,7 @@ def test_isa_from_the_environment(value: str, expected: str) -> None:
 
 def test_unknown_isa() -> None:
     with pytest.raises(ValueError, match="'sse9'; use 'auto', 'avx2' or 'ref'"):
-        ocs.ops.set_isa("sse9")
+        ops.set_isa("sse9")
     command = [sys.executable, "-c", "import ocs"]
     done = subprocess.run(command, env={"OCS_ISA": "sse9"}, capture_output=True, text=True, check=False)
     assert "ImportError: OCS_ISA=sse9" in done.stderr

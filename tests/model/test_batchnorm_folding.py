@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune
 from zoo import torchvision_models
 
-from ocs.batchnorm import FoldedBatchNorm, Folding, plan_folding
+from ocs.model.batchnorm_folding import FoldedBatchNorm, Folding, plan_folding
+from ocs.model.rewrite import exchange, module_slots
 from ocs.nn import QuantConvTranspose2d
-from ocs.quantize import quantize
-from ocs.rewrite import exchange, module_slots
+from ocs.quantization import quantize
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

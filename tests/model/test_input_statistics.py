@@ -14,7 +14,7 @@ from fashion_mnist import load, load_model
 from torch import Tensor, nn
 
 import ocs
-from ocs.moments import InputMoments, input_moments, inputs_have_mean
+from ocs.model.input_statistics import InputMoments, input_moments, inputs_have_mean
 
 
 def measured(model: nn.Module, x: Tensor, axis: int = 1) -> dict[str, tuple[Tensor, Tensor]]:

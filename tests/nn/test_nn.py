@@ -11,9 +11,10 @@ from conftest import SmallNet, outlier_weight
 from torch import nn
 
 import ocs
-from ocs import reference
 from ocs.functional import QuantizedWeight, quantize_weight
-from ocs.nn import REPLACEMENTS, QuantizedLayer
+from ocs.kernels import reference
+from ocs.nn import QuantizedLayer
+from ocs.nn.registry import REPLACEMENTS
 
 # layer, input shape
 LAYERS = {

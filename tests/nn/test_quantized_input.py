@@ -15,8 +15,10 @@ from test_nn import LAYERS, make
 from torch import Tensor, nn
 
 import ocs
-from ocs import activation, functional, reference
-from ocs.activation import Cuts, InputGrid
+from ocs import functional
+from ocs.kernels import reference
+from ocs.nn import input as activation
+from ocs.nn.input import Cuts, InputGrid
 
 STATIC = {"act_r": 0.2}
 ORACLE = {"act_r": 0.2, "act_split": "oracle"}

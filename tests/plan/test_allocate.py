@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import ocs
 from examples import fashion_mnist
-from ocs import allocate, functional
-from ocs.allocate import Way, spend
-from ocs.calibrate import outputs_of
-from ocs.find import Layer, find_layers
-from ocs.layer import QuantizedLayer
-from ocs.sensitivity import sensitivities
+from ocs import functional
+from ocs.calibration.run import outputs_of
+from ocs.model.targets import Layer, find_layers
+from ocs.nn.base import QuantizedLayer
+from ocs.plan import allocate
+from ocs.plan.allocate import Way, spend
+from ocs.plan.sensitivity import sensitivities
 
 
 def total_error(model: nn.Module, ours: nn.Module, rounding: str = "nearest") -> float:

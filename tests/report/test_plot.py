@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import ocs
-from ocs import functional, reference
-from ocs.calibrate import Statistics
-from ocs.plot import LINES, clip_thresholds, input_histograms
+from ocs import functional
+from ocs.calibration.run import Statistics
+from ocs.kernels import reference
+from ocs.report.plot import LINES, clip_thresholds, input_histograms
 
 METHODS = ["none", "mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb", 0.5]
 

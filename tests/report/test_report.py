@@ -14,7 +14,7 @@ from conftest import SmallNet
 
 import ocs
 from ocs import functional
-from ocs.report import HEADER
+from ocs.report.data import HEADER
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tasks import PERPLEXITY, TOP1, perplexity, wilson
 
 import ocs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FASHION = ["--dataset", "fashion-mnist"]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import ocs
-from ocs.reestimate import NormStatistics
+from ocs.tune.reestimate import NormStatistics
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 + 0.5
 

@@ -13,8 +13,11 @@ from conftest import Everything, SmallNet, assert_unchanged, outlier_weight, sta
 from torch import Tensor, nn
 
 import ocs
-from ocs import functional, gptq, reference
-from ocs.gptq import Compensation, Hessian
+from ocs import functional
+from ocs.kernels import reference
+from ocs.nn.registry import replacement_of
+from ocs.weight import gptq
+from ocs.weight.gptq import Compensation, Hessian
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,7 +191,7 @@ def test_every_kind_of_layer_does_better() -> None:
         of_layer = calibration.moments[line.name]
         name = line.weight or "weight"
         H = of_layer[name].products.double()
-        kind = ocs.find.replacement_of(layer)
+        kind = replacement_of(layer)
         errors = {}
         for rounding, model in rounded.items():
             ours = model.get_submodule(line.name)

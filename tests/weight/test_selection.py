@@ -14,7 +14,9 @@ from conftest import Everything, SmallNet, assert_unchanged, outlier_weight, sta
 from torch import Tensor, nn
 
 import ocs
-from ocs import functional, reference, select
+from ocs import functional
+from ocs.kernels import reference
+from ocs.weight import selection as select
 
 kinds = pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 

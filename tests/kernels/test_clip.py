@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_kernels import assert_same, both
 
-from ocs import _C, composite, functional, reference
+from ocs import _C, functional
+from ocs.kernels import composite, reference
 
 METHODS = functional.CLIP_METHODS
 
