@@ -13,7 +13,6 @@ from torch import nn
 
 from ocs.calibration.run import Calibration, Data, with_sample
 from ocs.errors import error_context
-from ocs.functional import Granularity, Rounding, Select, Split
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, module_slots
 from ocs.model.targets import (
@@ -38,6 +37,7 @@ from ocs.plan.recipe import Recipe, by_recipe, check_recipe
 from ocs.plan.sensitivity import sensitivities
 from ocs.progress import with_progress
 from ocs.report.data import LayerReport, Report
+from ocs.weight.types import Granularity, Rounding, Select, Split
 
 
 def quantize(

@@ -21,11 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ocs import functional
 from ocs.calibration.gram import LayerMoments
 from ocs.calibration.ranks import reduced, several_ranks
 from ocs.errors import error_context
-from ocs.kernels.reference import OCTAVE_BINS, OCTAVES
+from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
 from ocs.model.targets import Layer, check_model, check_values, find_layers
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.input import as_rows
@@ -33,6 +32,7 @@ from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
 from ocs.progress import with_progress
+from ocs.weight.threshold import Clip, count_zeros
 
 BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
 ROWS = 4096  # whose sum float32 still holds well
@@ -90,12 +90,12 @@ class Statistics:
         largest = max(abs(smallest), abs(most))
         if not largest < 2.0**127:  # NaN, too
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
-        largest = largest if largest >= functional.TINY else 0.0
+        largest = largest if largest >= TINY else 0.0
         self.inputs += 1
         self._add(rows.shape[0] * rows.shape[2], _channel_sums(rows))
         self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
         self._grow(largest)
-        zeros = functional.zeros(rows) if largest else rows.numel()
+        zeros = count_zeros(rows) if largest else rows.numel()
         self.zeros += zeros
         if not largest:
             lowest = torch.zeros_like(self.octaves)
@@ -175,13 +175,13 @@ class Statistics:
         split: the channels (int64, distinct) whose values are halved first.
         """
         largest = self.largest if split is None else float(self._split_max(split))
-        if method not in functional.CLIP_METHODS or not largest:
-            return largest if method == "none" or not largest else largest * float(method)
+        clip = Clip(method, bits, signed)
+        if not clip.searches or not largest:
+            return largest if not largest else float(clip.threshold(largest))
         counts = self.counts
         if split is not None and split.numel():
             counts = self.split_counts(split)
-        found = functional.search_threshold(counts, torch.tensor(self.limit), bits, method, signed)
-        return min(float(found), largest)
+        return min(float(clip.threshold(torch.tensor(self.limit), counts)), largest)
 
     def _split_max(self, split: Tensor) -> Tensor:
         halved = torch.ones_like(self.channel_max).index_fill(0, split, 0.5)

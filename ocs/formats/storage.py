@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from ocs.errors import error_context
-from ocs.functional import QuantizedWeight
 from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
 from ocs.model.rewrite import Slot, exchange, module_slots
 from ocs.model.targets import Layer, find_layers
@@ -44,6 +43,7 @@ from ocs.nn.input import InputGrid, QuantizedInput, check_grid
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import input_weight
 from ocs.progress import with_progress
+from ocs.weight.types import QuantizedWeight
 
 FORMAT = 2  # 1 had neither quantized inputs nor folded batch norms
 

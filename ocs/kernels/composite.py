@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ocs.kernels.reference import OCTAVE_BINS
+from ocs.kernels import constants
+from ocs.kernels.constants import MAX_BINS, MAX_DEPTH, OCTAVE_BINS
 
 KERNELS = (
     "abs_max",
@@ -33,7 +34,7 @@ KERNELS = (
     "pack",
     "unpack",
 )
-GRID_LIMIT, MAX_DEPTH = 2.0**30, 22
+GRID_LIMIT = 2.0**30
 STEP = 2**24  # an error of one grid step, in squant_weight
 
 
@@ -89,7 +90,7 @@ def abs_max(x: Tensor) -> Tensor:
 def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
     x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
-    valid = 1 <= bins <= 2**24 and 0 <= width < math.inf
+    valid = 1 <= bins <= MAX_BINS and 0 <= width < math.inf
     _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
     if width == 0:
         return torch.cat([x.new_full((1,), x.numel(), dtype=torch.int64), x.new_zeros(bins - 1, dtype=torch.int64)])
@@ -136,7 +137,7 @@ def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins:
     """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
     _check_plan("split_histogram", groups, w.shape[1], source, depth)
     limit = _floats("split_histogram", limit)
-    valid = 1 <= bins <= 2**24 and _all((limit >= 0) & limit.isfinite()) and limit.shape in ((), w.shape[:1])
+    valid = 1 <= bins <= MAX_BINS and _all((limit >= 0) & limit.isfinite()) and limit.shape in ((), w.shape[:1])
     _require(valid, "split_histogram", "bins must be 1 to 2^24, and limit [] or [O], finite and not negative")
     if not w.shape[0]:
         return torch.zeros((*limit.shape, bins), dtype=torch.int64, device=w.device)
@@ -304,7 +305,7 @@ def unpack(packed: Tensor, numel: int, bits: int) -> Tensor:
 def grid(bits: int, signed: bool) -> tuple[int, int]:
     """The smallest and largest integer of k bits: -qmax .. qmax, or 0 .. 2^k - 1."""
     _require(2 <= bits <= 8, "grid", f"bits={bits}: bits must be 2 to 8")
-    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    return constants.grid(bits, signed)
 
 
 def _to_grid(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ocs import _C
 from ocs.kernels import composite
-from ocs.kernels.reference import OCTAVE_BINS
+from ocs.kernels.constants import OCTAVE_BINS
 
 isa = _C.isa
 set_isa = _C.set_isa

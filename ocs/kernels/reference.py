@@ -11,9 +11,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, grid
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int8]
-OCTAVES, OCTAVE_BINS = 16, 128  # of octave_histogram
 Plan = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], Floats]
 
 # --- Where the outliers are -------------------------------------------------------------------------------------------
@@ -419,11 +420,6 @@ def _sum_of_squares(x: Floats) -> np.float64:
 
 
 # --- Any array to the grid and back -----------------------------------------------------------------------------------
-
-
-def grid(bits: int, signed: bool) -> tuple[int, int]:
-    """The smallest and largest integer of k bits: -qmax .. qmax, or 0 .. 2^k - 1."""
-    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def quantize(x: Floats, scale: float, bits: int, signed: bool) -> NDArray[np.int8] | NDArray[np.uint8]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ocs import functional
 from ocs.errors import error_context
-from ocs.functional import Granularity, Rounding, Select, Split
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.input import ActSplit
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
+from ocs.weight.arguments import check_bits, check_choice, check_clip, check_ratio, check_rounding, check_select
+from ocs.weight.types import Granularity, Rounding, Select, Split
 
 
 class _FirstLayer:
@@ -59,22 +59,22 @@ class Options:
             raise ValueError(f"expand={self.expand!r}: use True (expanded) or False (folded)")
         if not isinstance(self.correct_bias, bool):
             raise ValueError(f"correct_bias={self.correct_bias!r}: use True or False")
-        functional.check_choice("granularity", self.granularity, get_args(Granularity))
-        functional.check_rounding(self.rounding, self.split)
-        functional.check_select(self.select)
-        functional.check_choice("act_split", self.act_split, get_args(ActSplit))
-        functional.check_clip("act_clip", self.act_clip)
+        check_choice("granularity", self.granularity, get_args(Granularity))
+        check_rounding(self.rounding, self.split)
+        check_select(self.select)
+        check_choice("act_split", self.act_split, get_args(ActSplit))
+        check_clip("act_clip", self.act_clip)
         if self.act_signed is not True and self.act_signed != "auto":
             raise ValueError(
                 f'act_signed={self.act_signed!r}: use True, or "auto" (unsigned where nothing is negative)'
             )
-        functional.check_clip("clip", self.clip, auto=True)
+        check_clip("clip", self.clip, auto=True)
         plain = {  # numpy's numbers become Python's, which JSON knows
-            "wbits": self.wbits if self.automatic else functional.check_bits("wbits", self.wbits),
-            "r": functional.check_ratio("r", self.r),
+            "wbits": self.wbits if self.automatic else check_bits("wbits", self.wbits),
+            "r": check_ratio("r", self.r),
             "clip": self.clip if isinstance(self.clip, str) else float(self.clip),
-            "abits": self.abits if self.abits is None else functional.check_bits("abits", self.abits),
-            "act_r": functional.check_ratio("act_r", self.act_r),
+            "abits": self.abits if self.abits is None else check_bits("abits", self.abits),
+            "act_r": check_ratio("act_r", self.act_r),
             "act_clip": self.act_clip if isinstance(self.act_clip, str) else float(self.act_clip),
         }
         for name, value in plain.items():

@@ -20,9 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocs.functional import QuantizedWeight, qmax
 from ocs.kernels.composite import source_valid
+from ocs.kernels.constants import qmax
 from ocs.nn.input import Cuts, InputGrid, QuantizedInput, folded, oracle_cuts
+from ocs.weight.types import QuantizedWeight
 
 _HOOKS = frozenset(
     f"_{kind}_hooks{suffix}"

@@ -17,9 +17,11 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from ocs import functional
-from ocs.functional import Split, SplitPlan
+from ocs.kernels.constants import qmax
 from ocs.kernels.ops import fake_quantize
+from ocs.weight.arguments import check_bits, check_choice, check_clip
+from ocs.weight.threshold import scale_for, split_thresholds
+from ocs.weight.types import Split, SplitPlan
 
 ActSplit = Literal["static", "oracle"]
 
@@ -38,7 +40,7 @@ class InputGrid:
     @property
     def qmax(self) -> int:
         """The largest integer."""
-        return functional.qmax(self.bits + (not self.signed))
+        return qmax(self.bits + (not self.signed))
 
     @property
     def oracle(self) -> bool:
@@ -53,10 +55,10 @@ class InputGrid:
 
 def check_grid(grid: InputGrid) -> None:
     """That it is possible: it may come from a stranger's file."""
-    functional.check_bits("bits", grid.bits)
-    functional.check_choice("split", grid.split, get_args(Split))
-    functional.check_choice("act_split", grid.act_split, get_args(ActSplit))
-    functional.check_clip("clip", grid.clip)
+    check_bits("bits", grid.bits)
+    check_choice("split", grid.split, get_args(Split))
+    check_choice("act_split", grid.act_split, get_args(ActSplit))
+    check_clip("clip", grid.clip)
     if not isinstance(grid.signed, bool) or type(grid.splits) is not int or grid.splits < 0:
         raise ValueError(f"signed={grid.signed!r}, splits={grid.splits!r}: use a bool and a number of splits")
 
@@ -102,8 +104,8 @@ def oracle_cuts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> Cuts:
     channel_max = torch.ops.ocs.channel_max(rows, 1)
     plan = torch.ops.ocs.split_plan(channel_max, groups, grid.splits)
     plan = SplitPlan(*(_originals_first(part, groups, grid.splits) for part in plan), channel_max)
-    (threshold,) = functional.split_thresholds(rows, plan, grid.bits, (grid.clip,), "tensor", signed=grid.signed)
-    scale = functional.scale_for(threshold, grid.qmax)
+    (threshold,) = split_thresholds(rows, plan, grid.bits, (grid.clip,), "tensor", signed=grid.signed)
+    scale = scale_for(threshold, grid.qmax)
     if not grid.splits:
         return Cuts(scale)
     return cut(scale, plan.source, plan.depth, plan.offset, x.shape[axis], grid.split)

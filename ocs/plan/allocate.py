@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ocs import functional
 from ocs.errors import error_context
 from ocs.model.targets import Layer, Options
 from ocs.nn.registry import replacement_of
 from ocs.progress import with_progress
+from ocs.weight.arguments import check_choice
+from ocs.weight.plan import splits_for
 
 Allocate = Literal["uniform", "knapsack", "error"]
 BITS = range(2, 9)
@@ -50,7 +51,7 @@ class Way(NamedTuple):
 
 def check_allocation(layers: Sequence[Layer], chosen: Mapping[str, Options], allocate: Any, budget: Any) -> None:
     """What is asked for has an effect, and does not contradict itself."""
-    functional.check_choice("allocate", allocate, get_args(Allocate))
+    check_choice("allocate", allocate, get_args(Allocate))
     quantized = {layer.name: chosen[layer.name] for layer in layers if layer.status == "quantized"}
     if quantized and not any(options.r for options in quantized.values()):
         if allocate != "uniform":
@@ -169,7 +170,7 @@ def _channels(layer: Layer, name: str) -> int:
 
 
 def _uniform_splits(layer: Layer, name: str, r: float) -> int:
-    return functional.splits_for(r, _channels(layer, name), getattr(layer.module, "groups", 1))
+    return splits_for(r, _channels(layer, name), getattr(layer.module, "groups", 1))
 
 
 def _ladder(splits: int, channels: int) -> list[int]:

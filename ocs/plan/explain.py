@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ocs import functional
-from ocs.functional import How, Quantization
 from ocs.model.targets import Options
+from ocs.weight.error import signal_and_noise, sqnr_db
+from ocs.weight.types import Quantization, Scheme
 
 STEPS = {  # in this order
     "OCS": ("r", "select"),
@@ -21,7 +21,7 @@ Quantize = Callable[[Options], Quantization]
 
 
 def steps_of(
-    w: Tensor, options: Options, how: How, quantize: Quantize, last: Quantization
+    w: Tensor, options: Options, how: Scheme, quantize: Quantize, last: Quantization
 ) -> tuple[tuple[str, float], ...]:
     """(what, dB) for nearest rounding alone, and for each option that was switched on after it.
 
@@ -36,7 +36,7 @@ def steps_of(
     for label in labels:
         chosen = replace(chosen, **{field: getattr(options, field) for field in STEPS.get(label, ())})
         step = last if label == labels[-1] else quantize(chosen)
-        found.append((_shown(label, options), functional.sqnr_db(*functional.signal_and_noise(w, step.quantized, how))))
+        found.append((_shown(label, options), sqnr_db(*signal_and_noise(w, step.quantized, how))))
     return tuple(found)
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ocs import functional
 from ocs.calibration.run import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
 from ocs.errors import error_context
 from ocs.model.input_statistics import input_moments
@@ -17,6 +16,7 @@ from ocs.nn.product import QuantProduct
 from ocs.nn.registry import replacement_of
 from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
 from ocs.weight.gptq import Hessian
+from ocs.weight.types import GAIN
 
 _TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of classes, torch's and others'
 
@@ -27,7 +27,7 @@ class Known(NamedTuple):
     statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
     mean: InputMean | None = None  # of its input, where the bias is to be corrected
     hessians: Mapping[str, Hessian] | None = None  # of what each weight meets, where these are rounded by them
-    gain: float = functional.GAIN  # see functional.output_error
+    gain: float = GAIN  # see functional.output_error
     splits: Mapping[str, int | None] | None = None  # of each weight, in each group; None is what r says
 
     def unfactorized(self) -> Known:

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocs import functional
 from ocs.calibration.run import Statistics
 from ocs.errors import error_context
-from ocs.functional import How, Quantization, SplitPlan
 from ocs.model.targets import Layer, Options
 from ocs.nn.base import QuantizedLayer, with_originals
 from ocs.nn.input import InputGrid, QuantizedInput
@@ -24,7 +22,12 @@ from ocs.plan.bias_correction import restore_mean
 from ocs.plan.explain import steps_of
 from ocs.plan.input_facts import Known, corrects, wants_input
 from ocs.report.data import LayerReport
+from ocs.weight.error import remaining_error, sqnr_db
 from ocs.weight.gptq import Hessian
+from ocs.weight.plan import choose_splits, splits_for
+from ocs.weight.quantize_plan import quantize_plan
+from ocs.weight.threshold import scale_for
+from ocs.weight.types import Quantization, Scheme, SplitPlan
 
 
 def quantize_layer(
@@ -86,9 +89,9 @@ def _quantize_weight(layer: Layer, name: str, options: Options, known: Known) ->
     w, how = _weight_of(layer, name), how_of(layer, name, options, known)
     n = (known.splits or {}).get(name)
     if n is None or not options.r:
-        n = functional.splits_for(options.r, w.shape[1], how.groups)
-    plan = functional.choose_splits(w, n, options.select, how)
-    return plan, functional.quantize_plan(w, plan, how)
+        n = splits_for(options.r, w.shape[1], how.groups)
+    plan = choose_splits(w, n, options.select, how)
+    return plan, quantize_plan(w, plan, how)
 
 
 def _weight_of(layer: Layer, name: str) -> Tensor:
@@ -99,12 +102,12 @@ def _weight_of(layer: Layer, name: str) -> Tensor:
     return replacement_of(layer.module).layout(weight.detach(), groups).float().contiguous()
 
 
-def how_of(layer: Layer, name: str, options: Options, known: Known) -> How:
+def how_of(layer: Layer, name: str, options: Options, known: Known) -> Scheme:
     """How a weight of the layer is quantized."""
     hessian = known.hessians[name] if options.rounding == "gptq" else None
     groups = getattr(layer.module, "groups", 1)
     given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
-    return How(*given, groups, hessian, known.gain)
+    return Scheme(*given, groups, hessian, known.gain)
 
 
 def measure(layer: Layer, name: str, options: Options, known: Known) -> Measured:
@@ -115,7 +118,7 @@ def measure(layer: Layer, name: str, options: Options, known: Known) -> Measured
     before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))
     return Measured(
         _packed_bytes(step, options.wbits, copies, _numbers_of_input(layer, options)),
-        functional.remaining_error(_weight_of(layer, name), step, how_of(layer, name, options, known)),
+        remaining_error(_weight_of(layer, name), step, how_of(layer, name, options, known)),
         after / before if before else 0.0,
     )
 
@@ -131,7 +134,7 @@ def _numbers_of_input(layer: Layer, options: Options) -> int:
         return 0
     _, w, groups = input_weight(layer.module)
     C = w.shape[1]
-    splits = functional.splits_for(options.act_r, C, groups) if replacement_of(layer.module).splits_input else 0
+    splits = splits_for(options.act_r, C, groups) if replacement_of(layer.module).splits_input else 0
     return 1 + groups * splits
 
 
@@ -159,7 +162,7 @@ def quantize_input(layer: Layer, options: Options, statistics: Statistics | None
     grid = InputGrid(
         bits=options.abits,
         signed=options.act_signed is True or statistics.smallest < 0,
-        splits=functional.splits_for(options.act_r, C, groups) if kind.splits_input else 0,
+        splits=splits_for(options.act_r, C, groups) if kind.splits_input else 0,
         split=options.split,
         act_split=options.act_split,
         clip=options.act_clip,
@@ -173,7 +176,7 @@ def quantize_input(layer: Layer, options: Options, statistics: Statistics | None
         split = statistics.most_outliers(grid.splits, groups).flatten()
         source = with_originals(split, groups, C).to(weight.device)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
-    scale = functional.scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
+    scale = scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
     return QuantizedInput(grid, scale.to(weight.device), source)
 
 
@@ -204,7 +207,7 @@ def _report_weight(
         scale=_numbers(quantized.scale),
         max_before=max(plan.channel_max.tolist(), default=0.0),
         max_after=max(plan.split_max.tolist(), default=0.0),
-        sqnr_db=functional.sqnr_db(*step.error),
+        sqnr_db=sqnr_db(*step.error),
         packed_bytes=_packed_bytes(step, options.wbits, len(sources), others),
         expanded_shape=replacement.expanded_shape(name),
         **of_input,

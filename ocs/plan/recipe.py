@@ -8,16 +8,16 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ocs import functional
 from ocs.model.input_statistics import inputs_have_mean
 from ocs.model.targets import Layer, Options
+from ocs.weight.arguments import check_choice
 
 Recipe = Literal["paper", "best"]
 
 
 def check_recipe(recipe: Any) -> None:
     """One that there is."""
-    functional.check_choice("recipe", recipe, get_args(Recipe))
+    check_choice("recipe", recipe, get_args(Recipe))
 
 
 def by_recipe(recipe: Recipe, model: nn.Module, given: Collection[str]) -> Callable[[Layer, Options], Options]:

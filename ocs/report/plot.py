@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ocs import functional
 from ocs.calibration.run import Statistics
-from ocs.functional import Array, QuantizedWeight, SplitPlan
 from ocs.kernels import reference
+from ocs.kernels.constants import SMALLEST, qmax
+from ocs.weight.arguments import check_array, check_bits, check_clip, check_groups, check_ratio
+from ocs.weight.error import sqnr_db, weight_error
+from ocs.weight.grid import fake_quantize
+from ocs.weight.plan import plan_splits, quantize_weight, splits_for
+from ocs.weight.threshold import METHODS, clip_threshold
+from ocs.weight.types import Array, QuantizedWeight, SplitPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,15 +52,15 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
         title: above the panels.
     """
     w = _as_floats(w)
-    plan = functional.plan_splits(w, r, groups)
+    plan = plan_splits(w, r, groups)
     narrowed = float(plan.split_max.max() / plan.channel_max.max()) if plan.channel_max.max() else 1.0
     split, halved = _halves(w, plan, groups)
-    linear = functional.quantize_weight(w, bits, groups=groups)
-    clipped = functional.quantize_weight(w, bits, clip=narrowed, groups=groups)
+    linear = quantize_weight(w, bits, groups=groups)
+    clipped = quantize_weight(w, bits, clip=narrowed, groups=groups)
     saturated = np.abs(w) > clipped.threshold * (1 + 1e-6)
     copies = plan.source.size - groups * w.shape[1]
     ours = f"OCS, r = {r:g}, {copies} split{'s' * (copies != 1)}: outliers halved, the grid narrows as much"
-    kept = functional.quantize_weight(w, bits, r, groups=groups)
+    kept = quantize_weight(w, bits, r, groups=groups)
     panels = (
         ("linear: the grid reaches the largest weight", {"weights": w}, linear),
         ("clipped: outliers saturate", {"weights": w[~saturated], "saturated": w[saturated]}, clipped),
@@ -64,7 +69,7 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
     limit = 1.05 * float(np.abs(w).max(initial=1e-12))
     figure, rows = _new_figure(3, 7, "weight", title)
     for axes, (name, parts, quantized) in zip(rows, panels, strict=True):
-        sqnr = functional.sqnr_db(*functional.weight_error(w, quantized, groups))
+        sqnr = sqnr_db(*weight_error(w, quantized, groups))
         _draw_bars(axes, parts, np.linspace(-limit, limit, BINS + 1), (GREY, RED))
         _draw_grid(axes, quantized, bits)
         axes.set_title(f"{name}; SQNR {sqnr:.1f} dB", loc="left", fontsize=10)
@@ -72,7 +77,7 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
 
 
 def _draw_grid(axes: Axes, quantized: QuantizedWeight, bits: int) -> None:
-    most = functional.qmax(bits)
+    most = qmax(bits)
     grid = np.arange(-most, most + 1) * float(quantized.scale)
     axes.vlines(grid, 0, 1, transform=axes.get_xaxis_transform(), color=BLUE, linewidth=0.6, label=f"{bits}-bit grid")
     axes.legend(loc="upper left", fontsize=8)
@@ -113,20 +118,20 @@ def clip_thresholds(
         TypeError: x is no float array or tensor.
         ValueError: x has fewer than two dimensions or holds NaN or Inf, or an option is out of range.
     """
-    x = functional.check_array("x", x, min_rank=2)
-    methods, r = _check_methods(methods), functional.check_ratio("r", r)
-    largest = functional.clip_threshold(x, bits, "none", signed)
-    functional.check_groups(groups, x.shape[0])
+    x = check_array("x", x, min_rank=2)
+    methods, r = _check_methods(methods), check_ratio("r", r)
+    largest = clip_threshold(x, bits, "none", signed)
+    check_groups(groups, x.shape[0])
     x = _as_floats(x)
     panels = [_split_panel(x, bits, ratio, methods, groups, signed) for ratio in ((0.0, r) if r else (0.0,))]
     return _clip_figure(panels, np.linspace(0, 1.05 * largest or 1.0, BINS + 1), title)
 
 
 def _split_panel(x: np.ndarray, bits: int, r: float, methods: Methods, groups: int, signed: bool) -> _Panel:
-    plan = functional.plan_splits(x, r, groups)
+    plan = plan_splits(x, r, groups)
     values, halved = _halves(x, plan, groups)
     parts = {"": values[~halved], "of split channels": values[halved]} if r else {"": values}
-    thresholds = {method: functional.clip_threshold(values, bits, method, signed) for method in methods}
+    thresholds = {method: clip_threshold(values, bits, method, signed) for method in methods}
     sqnr = {method: _sqnr_db(x, values, plan.source, t, bits, signed) for method, t in thresholds.items()}
     zeros = values.size - int(np.count_nonzero(values))
     title = _panel_title(bits, signed, r, plan.source.size - groups * x.shape[1], zeros)
@@ -158,7 +163,7 @@ def input_histograms(
     if not isinstance(statistics, Statistics):
         kind = type(statistics).__name__
         raise TypeError(f'statistics must be those of one layer, ocs.calibrate(model, data)["its name"], not {kind}')
-    bits, methods, r = functional.check_bits("bits", bits), _check_methods(methods), functional.check_ratio("r", r)
+    bits, methods, r = check_bits("bits", bits), _check_methods(methods), check_ratio("r", r)
     edges = np.linspace(0, statistics.limit or 1.0, statistics.counts.numel() + 1)
     panels = []
     for split in (None, _most_outliers(statistics, r, groups)) if r else (None,):
@@ -176,27 +181,27 @@ def _most_outliers(statistics: Statistics, r: float, groups: int) -> Tensor:
     """The channels that quantize() splits."""
     if not statistics.channels:
         raise ValueError(f"r={r}: these statistics do not count single channels, which are to be split: use r=0")
-    functional.check_groups(groups, statistics.channels)
-    splits = functional.splits_for(r, statistics.channels // groups, groups)
+    check_groups(groups, statistics.channels)
+    splits = splits_for(r, statistics.channels // groups, groups)
     return statistics.most_outliers(splits, groups).flatten()
 
 
 def _check_methods(methods: Methods | None) -> list[str | float]:
-    chosen = functional.METHODS if methods is None else methods
+    chosen = METHODS if methods is None else methods
     for method in chosen:
-        functional.check_clip("method", method)
+        check_clip("method", method)
     return list(dict.fromkeys(method if isinstance(method, str) else float(method) for method in chosen))
 
 
 def _sqnr_db(x: np.ndarray, values: np.ndarray, source: np.ndarray, t: float, bits: int, signed: bool) -> float:
     """Of x [O, C, ...], the split values [groups, O / groups, C + n, K] once they are rounded and added up."""
     C, groups = x.shape[1], values.shape[0]
-    scale = max(t / functional.qmax(bits + (not signed)), functional.SMALLEST)
-    error = functional.fake_quantize(values, scale, bits, signed).astype(np.float64) - values
+    scale = max(t / qmax(bits + (not signed)), SMALLEST)
+    error = fake_quantize(values, scale, bits, signed).astype(np.float64) - values
     for group, channels in enumerate(source.reshape(groups, -1) - C * np.arange(groups)[:, None]):
         for copy in range(C, channels.size):
             error[group, :, channels[copy]] += error[group, :, copy]
-    return functional.sqnr_db(float(np.square(x, dtype=np.float64).sum()), float(np.square(error[:, :, :C]).sum()))
+    return sqnr_db(float(np.square(x, dtype=np.float64).sum()), float(np.square(error[:, :, :C]).sum()))
 
 
 def _panel_title(bits: int, signed: bool, r: float, splits: int, zeros: int = 0) -> str:

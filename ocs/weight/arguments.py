@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Array = np.ndarray | Tensor
-Granularity = Literal["tensor", "channel"]
-Split = Literal["qa", "naive"]
-Rounding = Literal["nearest", "squant", "gptq"]
-Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one group, n -> n of its input channels
-Select = Literal["max", "error"] | Choice
-CLIP_METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # numbered as in csrc/ocs.h
+from ocs.weight.types import CLIP_METHODS, Array, Rounding, Split
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 

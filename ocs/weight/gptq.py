@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ocs.weight.arguments import Array, as_tensor
+from ocs.weight.arguments import as_tensor
+from ocs.weight.types import Array
 
 BLOCK = 128  # columns between updates of all that follow
 ELEMENTS = 2**22  # of weights that are rounded side by side

@@ -14,7 +14,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_DEPTH = 22  # as in csrc/split.c
+from ocs.kernels.constants import MAX_DEPTH
 
 Floats = NDArray[np.float64]
 

@@ -15,6 +15,8 @@ from test_kernels import assert_same, both
 
 from ocs import _C, functional
 from ocs.kernels import composite, reference
+from ocs.weight.quantize_plan import AUTO
+from ocs.weight.threshold import CHANNEL_BINS
 
 METHODS = functional.CLIP_METHODS
 
@@ -286,7 +288,7 @@ def test_the_split_weight_is_what_is_clipped(method: str, groups: int) -> None:
     assert by_channel.threshold.shape == (16,)
     for threshold, row in zip(by_channel.threshold, split.reshape(16, -1), strict=True):
         limit = np.abs(row).max()
-        counts = _C.histogram(row[row != 0], functional.CHANNEL_BINS, float(limit))
+        counts = _C.histogram(row[row != 0], CHANNEL_BINS, float(limit))
         assert threshold == _C.clip_threshold(counts, np.asarray(limit), 5, True, METHODS.index(method))
 
 
@@ -313,16 +315,16 @@ def test_auto_leaves_the_least_output_error(kind, r: float, groups: int, roundin
         for granularity in ("tensor", "channel"):
             options = {"granularity": granularity, "groups": groups, "rounding": rounding}
             errors, thresholds = [], []
-            for clip in functional.AUTO:
+            for clip in AUTO:
                 q = functional.quantize_weight(w, bits, r, clip, **options)
                 errors.append(functional.output_error(w, q, groups, gain=4))
                 thresholds.append(q.threshold)
             plan = functional.plan_splits(kind(w), r, groups)
-            how = functional.How(bits, "auto", granularity, "qa", rounding, groups, gain=4)
+            how = functional.Scheme(bits, "auto", granularity, "qa", rounding, groups, gain=4)
             best = functional.quantize_plan(kind(w), plan, how)
             first = np.argmin([error.sum() for error in errors])
             if granularity == "tensor":
-                assert best.clip == functional.AUTO[first]
+                assert best.clip == AUTO[first]
                 assert best.quantized.threshold == thresholds[first]
             else:
                 first = np.argmin(errors, 0)
@@ -337,7 +339,7 @@ def test_auto_leaves_the_least_output_error(kind, r: float, groups: int, roundin
 def test_auto_without_weights(granularity: str, shape: tuple[int, ...]) -> None:
     w = torch.zeros(shape)
     best = functional.quantize_plan(
-        w, functional.plan_splits(w, 0.5), functional.How(3, "auto", granularity, rounding="squant")
+        w, functional.plan_splits(w, 0.5), functional.Scheme(3, "auto", granularity, rounding="squant")
     )
     assert best.clip == ("none" if len(w) else best.clip)  # the first of equals
     assert best.quantized.threshold.shape == (shape[:1] if granularity == "channel" else ())

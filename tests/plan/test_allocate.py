@@ -24,6 +24,8 @@ from ocs.nn.base import QuantizedLayer
 from ocs.plan import allocate
 from ocs.plan.allocate import Way, spend
 from ocs.plan.sensitivity import sensitivities
+from ocs.weight.error import remaining_error
+from ocs.weight.types import Quantization
 
 
 def total_error(model: nn.Module, ours: nn.Module, rounding: str = "nearest") -> float:
@@ -34,9 +36,9 @@ def total_error(model: nn.Module, ours: nn.Module, rounding: str = "nearest") ->
             for weight in layer.channels:
                 w = layer.layout(model.get_submodule(name)._parameters[weight].detach(), layer.groups).contiguous()
                 quantized = functional.QuantizedWeight(*layer.held(weight), None)
-                step = functional.Quantization(quantized, "none", functional.weight_error(w, quantized, layer.groups))
-                how = functional.How(layer.bits, rounding=rounding, groups=layer.groups)
-                total += functional.remaining_error(w, step, how)
+                step = Quantization(quantized, "none", functional.weight_error(w, quantized, layer.groups))
+                how = functional.Scheme(layer.bits, rounding=rounding, groups=layer.groups)
+                total += remaining_error(w, step, how)
     return total
 
 

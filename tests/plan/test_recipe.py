@@ -10,6 +10,7 @@ from torch import nn
 import ocs
 from examples import fashion_mnist, language_model
 from ocs import functional
+from ocs.weight.error import output_power
 
 
 class Norms(nn.Module):
@@ -137,9 +138,7 @@ def test_best_is_better_than_the_paper(bits: int, margin: int) -> None:
 
 
 def decibels(w: torch.Tensor, q: functional.QuantizedWeight, gain: float) -> float:
-    return functional.sqnr_db(
-        float(functional.output_power(w).sum()), float(functional.output_error(w, q, gain=gain).sum())
-    )
+    return functional.sqnr_db(float(output_power(w).sum()), float(functional.output_error(w, q, gain=gain).sum()))
 
 
 def test_steps_are_what_each_option_alone_does() -> None:

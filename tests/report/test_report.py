@@ -15,6 +15,7 @@ from conftest import SmallNet
 import ocs
 from ocs import functional
 from ocs.report.data import HEADER
+from ocs.weight.quantize_plan import AUTO
 
 
 @pytest.fixture
@@ -86,10 +87,10 @@ def test_the_clip_method_is_shown(net: SmallNet) -> None:
     report = ocs.quantize(net, wbits=3, clip="auto", overrides={"head": {"clip": 0.5}})
     for line in report.quantized:
         shown = next(text for text in str(report).splitlines() if text.startswith(line.label))
-        assert line.clip == 0.5 if line.label == "head" else line.clip in functional.AUTO
+        assert line.clip == 0.5 if line.label == "head" else line.clip in AUTO
         text = line.clip if isinstance(line.clip, str) else f"x{line.clip:g}"
         assert line.clip == "none" or f" {text}" in shown
-    assert json.loads(report.to_json())["layers"][1]["clip"] in functional.AUTO
+    assert json.loads(report.to_json())["layers"][1]["clip"] in AUTO
 
 
 def test_html_is_well_formed(report: ocs.Report) -> None:

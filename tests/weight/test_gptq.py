@@ -17,7 +17,9 @@ from ocs import functional
 from ocs.kernels import reference
 from ocs.nn.registry import replacement_of
 from ocs.weight import gptq
+from ocs.weight.error import remaining_error
 from ocs.weight.gptq import Compensation, Hessian
+from ocs.weight.quantize_plan import AUTO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,7 +121,7 @@ def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
     plan = functional.plan_splits(w, 0.2, 2)
     compensation = Compensation(w, *plan[:3], 3, Hessian(torch.from_numpy(H)))
     errors = []
-    for clip in functional.AUTO:
+    for clip in AUTO:
         q = quantized(w, 3, 0.2, clip=clip, granularity=granularity, groups=2, moments=H)
         errors.append(compensation.error(functional.fold(q, 12, 2), 10))
     ours = quantized(kind(w), 3, 0.2, clip="auto", granularity=granularity, groups=2, moments=kind(H))
@@ -283,12 +285,12 @@ def test_layers_never_reached_get_splits_and_bits_too(net: SmallNet, more: dict[
 def test_what_is_left_is_the_outputs_error() -> None:
     """Not that of the weight, which compensation raises: bits, splits and channels are chosen by it."""
     w, H = torch.from_numpy(outlier_weight((32, 64))), torch.from_numpy(correlated(1, 64))
-    how = functional.How(3, rounding="gptq", hessian=Hessian(H))
+    how = functional.Scheme(3, rounding="gptq", hessian=Hessian(H))
     plan = functional.plan_splits(w, 0)
-    ours, nearest = functional.quantize_plan(w, plan, how), functional.quantize_plan(w, plan, functional.How(3))
+    ours, nearest = functional.quantize_plan(w, plan, how), functional.quantize_plan(w, plan, functional.Scheme(3))
     d, of_nearest = (functional.fold(step.quantized, 64) - w for step in (ours, nearest))
     noise, power = (float(((x.double() @ H[0]) * x).sum()) for x in (d, w))
-    found = functional.remaining_error(w, ours, how._replace(gain=0.0))
+    found = remaining_error(w, ours, how._replace(gain=0.0))
     assert found == pytest.approx(noise / (power - noise), rel=1e-4)
     assert float(d.square().sum()) > float(of_nearest.square().sum())
     assert found < float(((of_nearest.double() @ H[0]) * of_nearest).sum()) / power
@@ -315,7 +317,7 @@ def test_few_vectors_are_trusted_less() -> None:
     for hessian in (None, Hessian(second), Hessian(second, 40)):
         rounding = "nearest" if hessian is None else "gptq"
         step = functional.quantize_plan(
-            w, plan, functional.How(3, "mse", "channel", rounding=rounding, hessian=hessian)
+            w, plan, functional.Scheme(3, "mse", "channel", rounding=rounding, hessian=hessian)
         )
         errors.append(float((others @ (functional.fold(step.quantized, 64) - w).T).square().sum()))
     nearest, many, few = errors

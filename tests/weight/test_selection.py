@@ -17,6 +17,7 @@ import ocs
 from ocs import functional
 from ocs.kernels import reference
 from ocs.weight import selection as select
+from ocs.weight.types import Array
 
 kinds = pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 
@@ -171,7 +172,7 @@ def test_error_under_squant_is_of_outputs() -> None:
 def test_a_callable_sees_each_group_and_chooses(kind: Callable) -> None:
     w, seen = kind(outlier_weight((4, 6, 3))), []
 
-    def mine(of_group: functional.Array, n: int) -> list[int]:
+    def mine(of_group: Array, n: int) -> list[int]:
         seen.append((of_group, n))
         return [5, 5, len(seen)]
 
