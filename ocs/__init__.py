@@ -3,7 +3,8 @@
 from ocs import functional, nn
 from ocs.calibration.run import Calibration, calibrate
 from ocs.formats.storage import load, save
-from ocs.quantization import FIRST_LAYER, quantize
+from ocs.plan.selectors import FIRST_LAYER
+from ocs.quantization import quantize
 from ocs.report.data import LayerReport, Report
 from ocs.tune.reestimate import reestimate_batchnorm, synthesize
 

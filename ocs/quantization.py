@@ -5,38 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ocs.calibration.run import Calibration, Data, with_sample
-from ocs.errors import error_context
+from ocs.calibration.run import Calibration, Data
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, module_slots
-from ocs.model.targets import (
-    FIRST_LAYER,
-    Layer,
-    Options,
-    Selector,
-    apply_overrides,
-    apply_skip,
-    check_model,
-    check_values,
-    find_layers,
-    selectors,
-    show,
-)
 from ocs.nn.input import ActSplit
-from ocs.nn.registry import is_quantizable
-from ocs.plan.allocate import Allocate, Measured, Splits, allocate_bits, allocate_splits, check_allocation, mean_bits
-from ocs.plan.input_facts import Known, look_at_inputs
-from ocs.plan.quantize_layer import common_part, measure, probe, quantize_layer
-from ocs.plan.recipe import Recipe, by_recipe, check_recipe
-from ocs.plan.sensitivity import sensitivities
-from ocs.progress import with_progress
-from ocs.report.data import LayerReport, Report
+from ocs.plan.allocate import allocate as allocate_sizes
+from ocs.plan.allocate import check_allocation
+from ocs.plan.choose import choose
+from ocs.plan.input_facts import learn
+from ocs.plan.options import Allocate, Recipe, Request
+from ocs.plan.quantize_layer import LayerResult, quantize_layers
+from ocs.plan.selectors import FIRST_LAYER, Selector
+from ocs.report.data import Report
+from ocs.report.lines import report_lines
 from ocs.weight.types import Granularity, Rounding, Select, Split
 
 
@@ -145,144 +131,21 @@ def quantize(
             quantize.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
-    begin = time.perf_counter()
-    explain = recipe != "paper" if explain is None else explain
-    for name, value in {"fold_bn": fold_bn, "explain": explain}.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r}: use True or False")
-    given = {
-        "wbits": wbits,
-        "r": r,
-        "clip": clip,
-        "granularity": granularity,
-        "split": split,
-        "rounding": rounding,
-        "abits": abits,
-        "act_clip": act_clip,
-        "act_r": act_r,
-        "act_split": act_split,
-        "act_signed": act_signed,
-        "correct_bias": correct_bias,
-        "expand": expand,
-        "select": select,
-    }
-    given = {name: value for name, value in given.items() if value is not None or name not in LEFT_OPEN}
-    layers, chosen, settings = _choose(model, given, recipe, skip, overrides)
-    check_allocation(layers, chosen, allocate, budget)
-    sample = None
-    by_error = budget is not None or allocate == "error"
-    if by_error and calibration is not None and not isinstance(calibration, Calibration):
-        sample, calibration = with_sample(calibration)
-    known = look_at_inputs(model, layers, chosen, calibration, progress, sample is not None)
+    begin, request = time.perf_counter(), Request.of(locals())
+    plans, settings = choose(model, request)
+    check_allocation(plans, request.model)
+    plans, facts, sample = learn(model, plans, request.model)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
-        chosen, splits = _allocated(model, layers, chosen, known, folding, allocate, budget, sample, progress)
-        replacements, lines = _quantize_all(layers, chosen, known, splits, folding, explain, progress)
-    norms = {name: "" for name, module in model.named_modules() if id(module) in folding.norms} | folding.left
-    exchange(list(module_slots(model, replacements)))
-    settings |= {"fold_bn": fold_bn, "allocate": allocate, "budget": budget and int(budget), "recipe": recipe}
-    return Report(tuple(lines), settings, time.perf_counter() - begin, norms)
+        plans = [replace(plan, norm_folded=folding.layers.get(id(plan.target.module))) for plan in plans]
+        plans = allocate_sizes(model, plans, facts, sample, request.model)
+        results = quantize_layers(plans, facts, explain=request.model.explained, progress=progress)
+    lines, batch_norms = report_lines(results), folding.by_name(model)
+    exchange(list(module_slots(model, _replacements(folding, results))))
+    return Report(tuple(lines), settings, time.perf_counter() - begin, batch_norms)
 
 
-LEFT_OPEN = ("clip", "granularity", "rounding", "abits", "act_clip", "act_signed")  # may be None
-
-
-def _choose(
-    model: nn.Module,
-    given: dict[str, Any],
-    recipe: Recipe,
-    skip: Selector | Collection[Selector] | None,
-    overrides: Mapping[str, Mapping[str, Any]] | None,
-) -> tuple[list[Layer], dict[str, Options], dict[str, Any]]:
-    """The layers, the options of each by name, and what of these the report says."""
-    check_recipe(recipe)
-    common = Options(**given)  # refuses what is out of range
-    check_model(model)
-    layers = find_layers(model)
-    if not any(is_quantizable(layer.module) for layer in layers):
-        raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
-    favour = by_recipe(recipe, model, given)
-    favoured = {layer.name: favour(layer, common) for layer in layers}
-    chosen = apply_overrides(layers, dict.fromkeys(favoured, common), overrides)
-    chosen = {layer.name: favour(layer, chosen[layer.name]) for layer in layers}
-    apply_skip(layers, skip)
-    shown = [favoured[layer.name] for layer in layers if layer.status == "quantized"] or [common]
-    return layers, chosen, _settings(shown, skip, overrides)
-
-
-def _quantize_all(
-    layers: list[Layer],
-    chosen: Mapping[str, Options],
-    known: Mapping[str, Known],
-    splits: Mapping[str, Splits],
-    folding: Folding,
-    explain: bool,
-    progress: bool | None,
-) -> tuple[dict[int, nn.Module], list[LayerReport]]:
-    """What replaces each module, by its id, and the lines of the report."""
-    replacements: dict[int, nn.Module] = {**folding.layers, **folding.norms}
-    lines = []
-    for layer in with_progress(layers, "quantize", progress):
-        if layer.status != "quantized":
-            lines.append(LayerReport(**common_part(layer), reason=layer.reason))
-            continue
-        old, layer.module = layer.module, folding.layers.get(id(layer.module), layer.module)
-        of_layer = known[layer.name].unfactorized()._replace(splits=splits.get(layer.name))
-        with error_context(layer.name):
-            replacements[id(old)], weights = quantize_layer(layer, chosen[layer.name], of_layer, explain=explain)
-        lines += weights
-    return replacements, lines
-
-
-def _allocated(
-    model: nn.Module,
-    layers: list[Layer],
-    chosen: dict[str, Options],
-    known: Mapping[str, Known],
-    folding: Folding,
-    allocate: Allocate,
-    budget: int | None,
-    sample: Data | None,
-    progress: bool | None,
-) -> tuple[dict[str, Options], dict[str, Splits]]:
-    """Every layer's options, and where not all follow from them, the splits of its weights."""
-    if allocate == "uniform" and budget is None:
-        return chosen, {}
-    layers = [layer for layer in layers if layer.status == "quantized"]
-    for layer in layers:
-        check_values(layer)
-    counts = dict.fromkeys(chosen, 1.0)
-    if sample is not None:
-        bits = 0 if budget is None else mean_bits(layers, budget)
-
-        def probed(layer: Layer) -> tuple[nn.Module, float]:
-            return probe(layer, chosen[layer.name], bits, known[layer.name].gain)
-
-        counts = sensitivities(model, layers, sample, probed, progress)
-    layers = [replace(layer, module=folding.layers.get(id(layer.module), layer.module)) for layer in layers]
-
-    latest = lru_cache(maxsize=1)(lambda name: known[name].unfactorized())  # one layer after the other is measured
-
-    def measured(layer: Layer, name: str, options: Options, splits: int | None) -> Measured:
-        return measure(layer, name, options, latest(layer.name)._replace(splits={name: splits}))
-
-    if budget is not None:
-        return chosen | allocate_bits(layers, chosen, budget, measured, counts, progress), {}
-    return chosen, allocate_splits(layers, chosen, allocate, measured, counts, progress)
-
-
-def _settings(
-    chosen: Iterable[Options], skip: Any, overrides: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, Any]:
-    """What was asked for, before overrides; "by layer" where a recipe chose different things."""
-    first, *others = [options.shown for options in chosen]
-    shared = {name: value if all(o[name] == value for o in others) else "by layer" for name, value in first.items()}
-    return {
-        **shared,
-        "skip": [show(selector) for selector in selectors(skip)],
-        "overrides": {pattern: _shown(changes) for pattern, changes in (overrides or {}).items()},
-    }
-
-
-def _shown(changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {option: show(value) if callable(value) else value for option, value in changes.items()}
+def _replacements(folding: Folding, results: Iterable[LayerResult]) -> dict[int, nn.Module]:
+    """What stands in the model afterwards, by id of what stands there now."""
+    layers = {id(result.plan.target.module): result.replacement for result in results if result.replacement is not None}
+    return {**folding.layers, **folding.norms, **layers}

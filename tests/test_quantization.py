@@ -20,7 +20,7 @@ import ocs
 from ocs import functional
 from ocs.nn import QuantConv2d, QuantLinear
 
-quantize_module = importlib.import_module("ocs.quantization")
+quantize_module = importlib.import_module("ocs.plan.quantize_layer")
 
 
 def by_name(report: ocs.Report) -> dict[str, ocs.LayerReport]:

@@ -25,7 +25,7 @@ from ocs.calibration.gram import LayerMoments
 from ocs.calibration.ranks import reduced, several_ranks
 from ocs.errors import error_context
 from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
-from ocs.model.targets import Layer, check_model, check_values, find_layers
+from ocs.model.targets import Target, check_model, check_values, find_targets
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.input import as_rows
 from ocs.nn.registry import replacement_of
@@ -440,7 +440,7 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     check_model(model)
     if not isinstance(moments, bool):
         raise ValueError(f"moments={moments!r}: use True or False")
-    layers = [layer for layer in find_layers(model) if layer.status == "quantized"]
+    layers = [target for target in find_targets(model) if not target.reason_float]
     watched = {layer.name: (layer.module, statistics_for(layer)) for layer in layers}
     second = {layer.name: moments_for(model, layer) for layer in layers} if moments else {}
     observe(model, data, watched, progress, second, what="data")
@@ -460,7 +460,7 @@ def reached(
     return Calibration(statistics, moments=second)
 
 
-def moments_for(model: nn.Module, layer: Layer) -> tuple[nn.Module, LayerMoments]:
+def moments_for(model: nn.Module, layer: Target) -> tuple[nn.Module, LayerMoments]:
     """Empty ones, and the module whose calls fill them: the layer, or the attention that it projects the output of."""
     check_values(layer)
     parent = model.get_submodule(layer.name.rpartition(".")[0])
@@ -469,7 +469,7 @@ def moments_for(model: nn.Module, layer: Layer) -> tuple[nn.Module, LayerMoments
     return layer.module, LayerMoments(layer.module)
 
 
-def statistics_for(layer: Layer, *, channels: bool = True) -> Statistics:
+def statistics_for(layer: Target, *, channels: bool = True) -> Statistics:
     """Empty ones, with a histogram for each channel where there shall be and the layer can have its input split."""
     kind, module = replacement_of(layer.module), layer.module
     with error_context(layer.name):

@@ -18,7 +18,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ocs.errors import error_context
 from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
 from ocs.model.rewrite import Slot, exchange, module_slots
-from ocs.model.targets import Layer, find_layers
+from ocs.model.targets import Target, find_targets
 from ocs.nn.base import (
     INPUT_NAMES,
     QuantizedLayer,
@@ -342,34 +342,34 @@ def _replacements(
     reader: _Reader, model: nn.Module, folded: Mapping[int, nn.Module], progress: bool | None
 ) -> dict[int, QuantizedLayer]:
     """The quantized layers of the file, by id of the float ones."""
-    layers = {layer.name: layer for layer in find_layers(model)}
+    layers = {layer.name: layer for layer in find_targets(model)}
     replacements = {}
     for name, saved in with_progress(reader.layers.items(), "load", progress):
         if name not in layers or not name:
             raise ValueError(f"it was saved from another model: this one has no layer {name[:200]!r} to replace")
         old = layers[name].module
-        layers[name].module = folded.get(id(old), old)
         with error_context(name):
-            replacements[id(old)] = _rebuilt(reader, layers[name], saved)
+            layer = replace(layers[name], module=folded.get(id(old), old))
+            replacements[id(old)] = _rebuilt(reader, layer, saved)
     return replacements
 
 
-def _rebuilt(reader: _Reader, layer: Layer, saved: _SavedLayer) -> QuantizedLayer:
+def _rebuilt(reader: _Reader, layer: Target, saved: _SavedLayer) -> QuantizedLayer:
     module = layer.module
-    if layer.status != "quantized":
-        raise ValueError(f"it was saved quantized, but {layer.reason}")
+    if layer.reason_float:
+        raise ValueError(f"it was saved quantized, but {layer.reason_float}")
     kind = replacement_of(module)
     if saved.kind != kind.float_kind.__name__ or list(saved.weights) != list(kind.weight_names(module)):
         raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
     quantized = {weight: _read_weight(reader, layer, weight, saved) for weight in saved.weights}
     grid = saved.grid()
     quantized_input = None if grid is None else _read_input(reader, layer, grid)
-    replacement = kind(module, quantized, saved.bits, saved.expand and not layer.only_folded, quantized_input)
+    replacement = kind(module, quantized, saved.bits, saved.expand and not layer.reason_folded, quantized_input)
     replacement.settings = saved.settings
     return replacement
 
 
-def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer) -> QuantizedWeight:
+def _read_weight(reader: _Reader, layer: Target, weight: str, saved: _SavedLayer) -> QuantizedWeight:
     """A weight [O, C + n, ...], of which the model says everything but n <= C."""
     float_weight, groups = layer.module._parameters[weight], getattr(layer.module, "groups", 1)
     if nn.parameter.is_lazy(float_weight):
@@ -397,11 +397,11 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
     return QuantizedWeight(ints.to(device), scale.to(device), source.to(device), scale)
 
 
-def _read_input(reader: _Reader, layer: Layer, grid: InputGrid) -> QuantizedInput:
+def _read_input(reader: _Reader, layer: Target, grid: InputGrid) -> QuantizedInput:
     """How a layer quantizes its input; the model says how many channels that has."""
     kind, (_, weight, groups) = replacement_of(layer.module), input_weight(layer.module)
     C = weight.shape[1]
-    if layer.float_input or grid.splits > C * kind.splits_input:
+    if layer.reason_float_input or grid.splits > C * kind.splits_input:
         raise ValueError(f"it was saved with an input of {grid}, which this layer cannot have")
     if grid.oracle:
         return QuantizedInput(grid)

@@ -34,6 +34,10 @@ class Folding(NamedTuple):
     norms: dict[int, FoldedBatchNorm]  # by id of the old BatchNorm
     left: dict[str, str]  # the first name of every BatchNorm that stays, and why
 
+    def by_name(self, model: nn.Module) -> dict[str, str]:
+        """Say of each BatchNorm of the model, by its first name, why it stays, or "" where it is folded."""
+        return {name: "" for name, module in model.named_modules() if id(module) in self.norms} | self.left
+
 
 def plan_folding(model: nn.Module) -> Folding:
     """Fold every BatchNorm that can be into the convolution before it; the model itself is not changed.

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
 from ocs.model.input_statistics import inputs_have_mean
-from ocs.model.targets import Layer, Options
-from ocs.weight.arguments import check_choice
-
-Recipe = Literal["paper", "best"]
+from ocs.plan.layer_plan import LayerPlan
+from ocs.plan.options import LayerOptions, Recipe
 
 
-def check_recipe(recipe: Any) -> None:
-    """One that there is."""
-    check_choice("recipe", recipe, get_args(Recipe))
+class RecipeRule:
+    """What a recipe makes of the options of a model's layers.
 
-
-def by_recipe(recipe: Recipe, model: nn.Module, given: Collection[str]) -> Callable[[Layer, Options], Options]:
-    """What makes of a layer's options those of the recipe.
-
-    given: names of options that the caller chose. No recipe changes them, nor what an override of the layer names.
+    Args:
+        recipe: "paper" changes nothing.
+        model: the float model.
+        given: names of the options that the caller chose. No recipe changes them, nor what an override names.
     """
-    if recipe == "paper":
-        return lambda layer, options: options
-    means = inputs_have_mean(model)
 
-    def favour(layer: Layer, options: Options) -> Options:
-        mean = means.get(layer.name)
-        layer.input_mean = "" if mean is None else mean.reason
-        favoured = _favoured(options, has_mean=mean is not None and mean.worth)
-        left_open = favoured.keys() - set(given) - layer.asked_for
-        return replace(options, **{name: favoured[name] for name in left_open})
+    def __init__(self, recipe: Recipe, model: nn.Module, given: Collection[str]) -> None:
+        self.recipe, self.given = recipe, frozenset(given)
+        self.means = {} if recipe == "paper" else inputs_have_mean(model)
 
-    return favour
+    def apply(self, plan: LayerPlan) -> LayerPlan:
+        """Decide the options that are left open, and note what is known of the layer's input."""
+        if self.recipe == "paper":
+            return plan
+        mean = self.means.get(plan.name)
+        favoured = _favoured(plan.options, has_mean=mean is not None and mean.worth)
+        decided = self.given | (plan.overridden or frozenset())
+        changes = {name: value for name, value in favoured.items() if name not in decided}
+        return replace(plan, options=replace(plan.options, **changes), input_mean=mean)
 
 
-def _favoured(options: Options, *, has_mean: bool) -> dict[str, Any]:
+def _favoured(options: LayerOptions, *, has_mean: bool) -> dict[str, Any]:
     """What docs/accuracy.md measured to be best for a layer, without data."""
     compensates = has_mean and options.split == "qa"
     favoured = {"granularity": "channel", "clip": "auto", "rounding": "squant" if compensates else "nearest"}

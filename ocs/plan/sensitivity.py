@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ocs.calibration.run import Data, mean_over_ranks, outputs_of
 from ocs.errors import error_context
 from ocs.model.rewrite import exchange, module_slots
-from ocs.model.targets import Layer
+from ocs.model.targets import Target
 from ocs.progress import with_progress
 
-Probe = Callable[[Layer], tuple[nn.Module, float]]  # the layer quantized, and its error
+Probe = Callable[[Target], tuple[nn.Module, float]]  # the layer quantized, and its error
 
 
 def sensitivities(
-    model: nn.Module, layers: Sequence[Layer], sample: Data, probe: Probe, progress: bool | None = None
+    model: nn.Module, layers: Sequence[Target], sample: Data, probe: Probe, progress: bool | None = None
 ) -> dict[str, float]:
     """By name, the relative squared error of the model's outputs per error of the layer's weights.
 
@@ -31,7 +31,7 @@ def sensitivities(
 
 
 def _by_layer(
-    model: nn.Module, layers: Sequence[Layer], sample: Data, probe: Probe, progress: bool | None
+    model: nn.Module, layers: Sequence[Target], sample: Data, probe: Probe, progress: bool | None
 ) -> list[float]:
     expected, values = outputs_of(model, sample), []
     for layer in with_progress(layers, "sensitivity", progress):

@@ -19,10 +19,10 @@ import ocs
 from examples import fashion_mnist
 from ocs import functional
 from ocs.calibration.run import outputs_of
-from ocs.model.targets import Layer, find_layers
+from ocs.model.targets import Target, find_targets
 from ocs.nn.base import QuantizedLayer
-from ocs.plan import allocate
-from ocs.plan.allocate import Way, spend
+from ocs.plan import allocate, knapsack
+from ocs.plan.knapsack import Candidate, solve_knapsack
 from ocs.plan.sensitivity import sensitivities
 from ocs.weight.error import remaining_error
 from ocs.weight.types import Quantization
@@ -45,17 +45,17 @@ def total_error(model: nn.Module, ours: nn.Module, rounding: str = "nearest") ->
 # --- Spending ---------------------------------------------------------------------------------------------------------
 
 
-def ways(*points: tuple[int, float]) -> list[Way]:
-    return [Way(size, error, i) for i, (size, error) in enumerate(points)]
+def ways(*points: tuple[int, float]) -> list[Candidate]:
+    return [Candidate(size, error, i) for i, (size, error) in enumerate(points)]
 
 
-def best(items: list[list[Way]], budget: int) -> float:
+def best(items: list[list[Candidate]], budget: int) -> float:
     """By trying all."""
     fitting = (each for each in itertools.product(*items) if sum(way.packed_bytes for way in each) <= budget)
     return min(sum(way.error for way in each) for each in fitting)
 
 
-def random_items(count: int, most: int, seed: int) -> list[list[Way]]:
+def random_items(count: int, most: int, seed: int) -> list[list[Candidate]]:
     rng = np.random.default_rng(seed)
     return [ways(*zip(rng.integers(1, most, 5).tolist(), rng.random(5), strict=True)) for _ in range(count)]
 
@@ -67,18 +67,18 @@ def test_the_budget_is_spent_as_well_as_can_be(most: int) -> None:
         for budget in np.linspace(sum(min(way.packed_bytes for way in each) for each in items), 4 * most, 5).astype(
             int
         ):
-            chosen = spend(items, int(budget))
+            chosen = solve_knapsack(items, int(budget))
             assert sum(way.packed_bytes for way in chosen) <= budget
             assert sum(way.error for way in chosen) == pytest.approx(best(items, budget))
 
 
 def test_sizes_beyond_the_units_are_spent_on_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that would still fit is left to take."""
-    monkeypatch.setattr(allocate, "UNITS", 200)
+    monkeypatch.setattr(knapsack, "UNITS", 200)
     for seed in range(20):
         items = random_items(4, 10**7, seed)
         budget = 2 * 10**7
-        chosen = spend(items, budget)
+        chosen = solve_knapsack(items, budget)
         assert sum(way.packed_bytes for way in chosen) <= budget
         assert sum(way.error for way in chosen) <= best(items, budget) + 0.05
         for item, way in zip(items, chosen, strict=True):
@@ -87,8 +87,8 @@ def test_sizes_beyond_the_units_are_spent_on_nearly_as_well(monkeypatch: pytest.
 
 
 def test_nothing_to_spend_on() -> None:
-    assert spend([], 5) == []
-    assert [way.what for way in spend([ways((3, 1.0)), ways((2, 1.0), (3, 0.0))], 5)] == [0, 0]
+    assert solve_knapsack([], 5) == []
+    assert [way.what for way in solve_knapsack([ways((3, 1.0)), ways((2, 1.0), (3, 0.0))], 5)] == [0, 0]
 
 
 # --- Splits -----------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_bits_of_every_kind_of_layer(how: dict, tmp_path: Path) -> None:
 
 
 def test_mean_bits() -> None:
-    layers = find_layers(nn.Sequential(nn.Linear(10, 10), nn.LSTM(5, 5)))
+    layers = find_targets(nn.Sequential(nn.Linear(10, 10), nn.LSTM(5, 5)))
     assert [allocate.mean_bits(layers, budget) for budget in (20, 150, 10**6)] == [2, 4, 8]
 
 
@@ -274,13 +274,13 @@ def test_sensitivities_are_per_error_of_the_weights() -> None:
     for noise in (0.01, 0.1):
 
         @torch.no_grad()
-        def probe(layer: Layer, noise: float = noise) -> tuple[nn.Module, float]:
+        def probe(layer: Target, noise: float = noise) -> tuple[nn.Module, float]:
             other = copy.deepcopy(layer.module)
             off = noise * torch.randn(64, 64) * other.weight.std()
             other.weight.data += off
             return other, float(off.square().sum() / layer.module.weight.square().sum())
 
-        found = sensitivities(model, find_layers(model), [torch.randn(512, 64)], probe)
+        found = sensitivities(model, find_targets(model), [torch.randn(512, 64)], probe)
         assert list(found.values()) == pytest.approx([1, 1], rel=0.1)
 
 
