@@ -20,20 +20,20 @@ from ocs.nn.product import QuantProduct
 
 
 class InputMean(NamedTuple):
-    """Of a layer's input: float64 [C], over all groups."""
+    """The mean of each channel of a layer's input, and what tells it."""
 
-    mean: Tensor
+    mean: Tensor  # float64 [C], over all groups
     source: str  # "calibration" or "norms"
 
 
 def measured_means(statistics: Mapping[str, Statistics]) -> dict[str, InputMean]:
-    """By layer, where there is one."""
+    """Map layers to the mean inputs that calibration measured, where there is one."""
     measured = {name: found.mean() for name, found in statistics.items()}
     return {name: InputMean(mean, "calibration") for name, mean in measured.items() if mean is not None}
 
 
 def means_of_graph(moments: Mapping[str, InputMoments | None]) -> dict[str, InputMean]:
-    """By layer, those that are no guess."""
+    """Map layers to the mean inputs that the graph tells, those that are no guess."""
     return {
         name: InputMean(found.mean, "norms")
         for name, found in moments.items()

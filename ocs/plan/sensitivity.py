@@ -20,7 +20,7 @@ Probe = Callable[[Target], tuple[nn.Module, float]]  # the layer quantized, and 
 def sensitivities(
     model: nn.Module, layers: Sequence[Target], sample: Data, probe: Probe, progress: bool | None = None
 ) -> dict[str, float]:
-    """By name, the relative squared error of the model's outputs per error of the layer's weights.
+    """Measure by name the relative squared error of the model's outputs per error of a layer's weights.
 
     sample: one batch, or a callable that runs the model. Layers that move nothing, those that it does not reach say,
     count as the least of the others. Over the ranks of torch.distributed it is the mean.
@@ -44,7 +44,7 @@ def _by_layer(
 
 
 def _moved(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """Mean over the output tensors of sum (y - y0)^2 / sum y0^2, those of zeros left out."""
+    """Compute the mean over the output tensors of sum (y - y0)^2 / sum y0^2, those of zeros left out."""
     if [y.shape for y in outputs] != [y.shape for y in expected]:
         raise ValueError("calibration gives outputs of other shapes each time: the same batch must give the same")
     parts = []
@@ -60,7 +60,7 @@ def _moved(outputs: list[Tensor], expected: list[Tensor]) -> float:
 
 @contextmanager
 def _exchanged(model: nn.Module, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
-    """The model with other layers, for a while."""
+    """Put other layers into the model for a while."""
     slots = list(module_slots(model, replacements))
     before = [(where, name, where[name]) for where, name, _ in slots]
     exchange(slots)
