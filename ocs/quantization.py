@@ -71,8 +71,8 @@ def quantize(
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
             rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
             for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
-            moments of what the weight meets in the float model (ocs.second_moments says what that is, and what it
-            takes). Layers that calibration never reaches are rounded to nearest; the report says so.
+            moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a weight with C K
+            columns). Layers that calibration never reaches are rounded to nearest; the report says so.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
@@ -114,7 +114,7 @@ def quantize(
             rounding="nearest", act_clip="none", act_signed=True.
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
             clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
-            power (after ReLU, say: see ocs.moments), and in convolutions of which nothing is known, else "nearest", as
+            power (after ReLU, say), and in convolutions of which nothing is known, else "nearest", as
             for split="naive"; with abits act_clip="mse" and, but for act_split="oracle", act_signed="auto".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
             recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate

@@ -2,7 +2,7 @@
 
 Where inputs have a mean, errors of the weights shift each output's mean, by (w_hat - w) E[x] summed over channels and
 filter taps. The bias takes that back. E[x] is measured where there is calibration, else what the norms before the layer
-say (section 4.2, ocs.moments).
+say (section 4.2, ocs.model.input_statistics).
 """
 
 from __future__ import annotations
