@@ -22,7 +22,8 @@ from torch.ao.quantization.observer import HistogramObserver
 from zoo import torchvision_models
 
 from ocs import functional
-from ocs.calibration.run import observe, statistics_for
+from ocs.calibration.calibrate import statistics_for
+from ocs.calibration.run import observe
 from ocs.model.targets import FIRST_LAYER, apply_skip, find_layers
 
 BINS = 2048

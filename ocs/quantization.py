@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ocs.calibration.run import Calibration, Data, with_sample
+from ocs.calibration.calibrate import Calibration
+from ocs.calibration.run import Data, with_sample
 from ocs.errors import error_context
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, module_slots

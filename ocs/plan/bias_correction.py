@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocs.calibration.run import Statistics
+from ocs.calibration.statistics import Statistics
 from ocs.model.input_statistics import InputMoments
 from ocs.nn.product import QuantProduct
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ocs.calibration.run import Calibration, Data, Statistics, moments_for, observe, reached, statistics_for
+from ocs.calibration.calibrate import Calibration, moments_for, reached, statistics_for
+from ocs.calibration.run import Data, observe
+from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.input_statistics import input_moments
 from ocs.model.targets import Layer, Options

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocs.calibration.run import Statistics
+from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.targets import Layer, Options
 from ocs.nn.base import QuantizedLayer, with_originals

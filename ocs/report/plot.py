@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ocs.calibration.run import Statistics
+from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
 from ocs.kernels.constants import SMALLEST, qmax
 from ocs.weight.arguments import check_array, check_bits, check_clip, check_groups, check_ratio
