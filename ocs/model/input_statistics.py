@@ -30,15 +30,15 @@ from ocs.nn.registry import REPLACEMENTS, replacement_of
 from ocs.nn.weights import input_weight
 
 _ANY_CONVOLUTION = (*CONVOLUTIONS, *(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
-UNKNOWN_INPUT = "nothing is known of its input"
 MEAN_SHARE = 0.05  # of an input's power: where its mean has more, errors that add up along channels count
 
 
 class HasMean(NamedTuple):
-    """Whether a layer's inputs have a mean worth compensating, and what tells."""
+    """Whether a layer's inputs have a mean worth compensating, what tells, and whether that is known or assumed."""
 
     worth: bool
     reason: str
+    known: bool = True
 
 
 def input_moments(model: nn.Module) -> dict[str, InputMoments | None]:
@@ -63,7 +63,7 @@ def inputs_have_mean(model: nn.Module) -> dict[str, HasMean]:
     for name, moments in input_moments(model).items():
         if moments is None:
             convolution = isinstance(modules[name], CONVOLUTIONS)
-            found[name] = HasMean(convolution, UNKNOWN_INPUT)
+            found[name] = HasMean(convolution, "nothing is known of its input", known=False)
             continue
         power = float(moments.mean.square().sum())
         share = power / max(power + float(moments.var.sum()), 1e-30)

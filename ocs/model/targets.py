@@ -109,6 +109,7 @@ class Layer:
     float_input: str = ""  # why its input is not quantized, if so
     note: str = ""  # what is not as it was asked for
     input_mean: str = ""  # what is known of it, where a recipe asked
+    input_known: bool | None = None  # whether anything is, where a recipe asked
     overridden: bool = False
     asked_for: frozenset[str] = frozenset()  # the options that an override names
 

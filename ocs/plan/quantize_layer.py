@@ -199,6 +199,7 @@ def _report_weight(
         granularity=options.granularity,
         rounding=options.rounding,
         input_mean=layer.input_mean,
+        input_known=layer.input_known,
         clip=step.clip,
         channels=groups * C,
         splits=len(sources),

@@ -31,7 +31,8 @@ def by_recipe(recipe: Recipe, model: nn.Module, given: Collection[str]) -> Calla
 
     def favour(layer: Layer, options: Options) -> Options:
         mean = means.get(layer.name)
-        layer.input_mean = "" if mean is None else mean.reason
+        if mean is not None:
+            layer.input_mean, layer.input_known = mean.reason, mean.known
         favoured = _favoured(options, has_mean=mean is not None and mean.worth)
         left_open = favoured.keys() - set(given) - layer.asked_for
         return replace(options, **{name: favoured[name] for name in left_open})
