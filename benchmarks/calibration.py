@@ -22,7 +22,7 @@ from torch.ao.quantization.observer import HistogramObserver
 from zoo import torchvision_models
 
 from ocs import functional
-from ocs.calibration.calibrate import statistics_for
+from ocs.calibration.calibrate import watch_input
 from ocs.calibration.run import observe
 from ocs.model.targets import FIRST_LAYER, apply_skip, find_layers
 
@@ -51,12 +51,8 @@ def watching(model: nn.Module, x: Tensor, *, channels: bool) -> None:
     """One batch through the model with our statistics on the inputs of the layers that quantize() takes."""
     layers = find_layers(model)
     apply_skip(layers, FIRST_LAYER)
-    watched = {
-        layer.name: (layer.module, statistics_for(layer, channels=channels))
-        for layer in layers
-        if layer.status == "quantized"
-    }
-    observe(model, [x], watched, progress=False)
+    watches = [watch_input(layer, channels=channels) for layer in layers if layer.status == "quantized"]
+    observe(model, [x], watches, progress=False)
 
 
 def watching_torch(model: nn.Module, x: Tensor) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ocs.calibration.gram import LayerMoments
-from ocs.calibration.run import Data, observe
+from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.targets import Layer, check_model, check_values, find_layers
@@ -21,7 +21,7 @@ from ocs.nn.weights import input_weight
 class Calibration(dict[str, Statistics]):
     """What calibrate() has seen, by layer name; quantize(calibration=) takes it in place of data, again and again.
 
-    moments: of what the layers' weights meet, by layer name, where calibrate() was asked for them.
+    moments: second moments of what the layers' weights meet, by layer name, where calibrate() was asked for them.
     """
 
     def __init__(self, *statistics: Any, moments: Mapping[str, LayerMoments] | None = None) -> None:
@@ -52,41 +52,55 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     if not isinstance(moments, bool):
         raise ValueError(f"moments={moments!r}: use True or False")
     layers = [layer for layer in find_layers(model) if layer.status == "quantized"]
-    watched = {layer.name: (layer.module, statistics_for(layer)) for layer in layers}
-    second = {layer.name: moments_for(model, layer) for layer in layers} if moments else {}
-    observe(model, data, watched, progress, second, what="data")
-    return reached(watched, second)
+    statistics = [watch_input(layer) for layer in layers]
+    second = [watch_moments(model, layer) for layer in layers] if moments else []
+    return collect(model, data, statistics, second, progress, what="data")
 
 
-def reached(
-    watched: Mapping[str, tuple[nn.Module, Statistics]], moments: Mapping[str, tuple[nn.Module, LayerMoments]]
+def collect(
+    model: nn.Module,
+    data: Data,
+    statistics: Sequence[Watch],
+    moments: Sequence[Watch],
+    progress: bool | None = None,
+    *,
+    what: str = "calibration",
 ) -> Calibration:
-    """What was kept of the layers that had an input; that none had one is a ValueError."""
-    statistics, second = (
-        {name: of_layer for name, (_, of_layer) in kept.items() if of_layer.inputs} for kept in (watched, moments)
-    )
-    names = [*{**watched, **moments}]
-    if names and not statistics and not second:
+    """Run the batches, and keep what was seen of the layers that had an input; that none had one is a ValueError.
+
+    statistics, moments: what to look at, from watch_input and watch_moments.
+    """
+    watches = [*statistics, *moments]
+    observe(model, data, watches, progress, what=what)
+    names = [*dict.fromkeys(watch.name for watch in watches)]
+    if names and not any(watch.observer.inputs for watch in watches):
         raise ValueError(f"calibration reached none of the layers {', '.join(names[:3])} ...: does it run the model?")
-    return Calibration(statistics, moments=second)
+    return Calibration(_reached(statistics), moments=_reached(moments))
 
 
-def moments_for(model: nn.Module, layer: Layer) -> tuple[nn.Module, LayerMoments]:
-    """Empty ones, and the module whose calls fill them: the layer, or the attention that it projects the output of."""
-    check_values(layer)
-    parent = model.get_submodule(layer.name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
-        return parent, LayerMoments(layer.module, parent)
-    return layer.module, LayerMoments(layer.module)
+def _reached(watches: Sequence[Watch]) -> dict[str, Any]:
+    return {watch.name: watch.observer for watch in watches if watch.observer.inputs}
 
 
-def statistics_for(layer: Layer, *, channels: bool = True) -> Statistics:
-    """Empty ones, with a histogram for each channel where there shall be and the layer can have its input split."""
-    kind, module = replacement_of(layer.module), layer.module
+def watch_input(layer: Layer, *, channels: bool = True) -> Watch:
+    """Take statistics of a layer's input, with a histogram of each channel unless the layer cannot have it split.
+
+    channels: False leaves these histograms out.
+    """
+    module, kind = layer.module, replacement_of(layer.module)
     with error_context(layer.name):
         check_weight_values(module._parameters[kind.weight_names(module)[0]])
     axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
     if not (channels and kind.splits_input):
-        return Statistics(axis)
+        return Watch(layer.name, module, Statistics(axis))
     weight = input_weight(module)
-    return Statistics(axis, weight.groups * weight.channels)
+    return Watch(layer.name, module, Statistics(axis, weight.groups * weight.channels))
+
+
+def watch_moments(model: nn.Module, layer: Layer) -> Watch:
+    """Take second moments of what a layer's weights meet, from its calls or those of the attention that reads it."""
+    check_values(layer)
+    parent = model.get_submodule(layer.name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
+        return Watch(layer.name, parent, LayerMoments(layer.module, reader=parent))
+    return Watch(layer.name, layer.module, LayerMoments(layer.module))

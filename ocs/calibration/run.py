@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
 
-from ocs.calibration.ranks import reduced, several_ranks
+from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
 from ocs.progress import with_progress
 
@@ -22,7 +22,7 @@ Data = Iterable[Any] | Callable[[nn.Module], Any]
 
 
 class Observer(Protocol):
-    """What is kept of the inputs of a module."""
+    """Keeps something of the inputs of a module."""
 
     def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Take in one call of the module with these arguments by name."""
@@ -31,60 +31,69 @@ class Observer(Protocol):
         """Merge what all ranks have seen."""
 
 
+class Watch(NamedTuple):
+    """A module whose calls an observer sees, and the name that errors give it."""
+
+    name: str
+    module: nn.Module
+    observer: Observer
+
+
 def observe(
-    model: nn.Module,
-    data: Data,
-    watched: Mapping[str, tuple[nn.Module, Observer]],
-    progress: bool | None = None,
-    moments: Mapping[str, tuple[nn.Module, Observer]] | None = None,
-    *,
-    what: str = "calibration",
+    model: nn.Module, data: Data, watches: Sequence[Watch], progress: bool | None = None, *, what: str = "calibration"
 ) -> None:
-    """Run the batches through the model, in eval mode and without gradients, and fill the statistics.
+    """Run the batches through the model, in eval mode and without gradients, and fill the observers.
 
-    watched, moments: by name, the modules, and what is kept of their inputs, and of what their weights meet. The model
-    is as it was afterwards, whatever happens. what: the argument that data is, for errors.
+    The model is as it was afterwards, whatever happens. what: the argument that data is, for errors.
     """
-    kept = [*watched.items(), *(moments or {}).items()]
-    failure: Exception | None = None
-    batches = 0
+
+    def run() -> list[float]:
+        with undisturbed(model), ExitStack() as hooks:
+            for watch in watches:
+                hooks.callback(_hook(watch).remove)
+            return [_run(model, data, progress, what)]
+
+    (batches,) = sum_over_ranks(run, 1)
+    _check_count(batches, what)
+    if rank_count() > 1:
+        for watch in watches:
+            watch.observer.reduce()
+
+
+def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
+    """Collect every float tensor that the model returns for the batches, float64; in eval mode without gradients."""
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _, args, output: outputs.extend(_float_tensors(output)))
     try:
-        with _undisturbed(model), ExitStack() as hooks:
-            for name, (layer, of_layer) in kept:
-                take = _observer(name, of_layer)
-                hook = layer.register_forward_pre_hook(take, with_kwargs=True)
-                hooks.callback(hook.remove)
-            batches = _run(model, data, progress, what)
-    except Exception as error:  # noqa: BLE001 - other ranks must hear of it, or they would wait for this one
-        failure = error
-    if several_ranks():
-        of_all = reduced(torch.tensor([int(failure is not None), batches]), dist.ReduceOp.SUM)
-        failed, batches = of_all.tolist()
-        if failed and failure is None:
-            raise RuntimeError(f"calibration failed on {failed} other rank{'s' * (failed > 1)}")
-    if failure is not None:
-        raise failure
-    if not batches:
-        raise ValueError(f"{what} is empty: it gave no batch (was it an iterator that is used up?)")
-    if several_ranks():
-        for _, (_, of_layer) in kept:
-            of_layer.reduce()
+        with undisturbed(model):
+            batches = _run(model, data, False)
+    finally:
+        hook.remove()
+    _check_count(batches, "calibration")
+    if not outputs:
+        raise ValueError(
+            "calibration cannot tell which layers count: the model returns no float tensor, nor a tuple or dict of them"
+        )
+    return outputs
 
 
-def _observer(name: str, kept: Observer) -> Callable[..., None]:
-    """A hook that takes in what a layer is called with."""
+def with_sample(data: Data) -> tuple[Data, Data]:
+    """Take one batch from data (a callable as it is); returns it, and data that still gives all batches."""
+    if isinstance(data, Callable | Tensor):
+        return data, data
+    _check_data(data, "calibration")
+    batches = iter(data)
+    for batch in batches:
+        return [batch], data if batches is not data else chain([batch], batches)
+    return [], data
 
-    def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = signature(layer.forward).parameters
-        with error_context(name):
-            kept.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
 
-    return take
+# --- Running the model ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no compiled code or fused transformer layers, which would not call the hooks.
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Set eval mode, no gradients, and no compiled code or fused transformer layers, which would not call the hooks.
 
     Flags are set one by one, as a train() of the model's own may do more than set them.
     """
@@ -102,8 +111,19 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def _hook(watch: Watch) -> RemovableHandle:
+    """Let the observer see what the module is called with."""
+
+    def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = signature(layer.forward).parameters
+        with error_context(watch.name):
+            watch.observer.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
+
+    return watch.module.register_forward_pre_hook(take, with_kwargs=True)
+
+
 def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calibration") -> int:
-    """Runs all batches; how many there were."""
+    """Run all batches; returns how many there were."""
     if isinstance(data, Callable):
         data(model)
         return 1
@@ -120,37 +140,8 @@ def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calib
     return count
 
 
-def with_sample(data: Data) -> tuple[Data, Data]:
-    """One batch as data (a callable as it is), and data that still gives all batches."""
-    if isinstance(data, Callable | Tensor):
-        return data, data
-    _check_data(data, "calibration")
-    batches = iter(data)
-    for batch in batches:
-        return [batch], data if batches is not data else chain([batch], batches)
-    return [], data
-
-
-def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
-    """Every float tensor that the model returns for the batches, float64; it runs in eval mode without gradients."""
-    outputs: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, args, output: outputs.extend(_float_tensors(output)))
-    try:
-        with _undisturbed(model):
-            batches = _run(model, data, False)
-    finally:
-        hook.remove()
-    if not batches:
-        raise ValueError("calibration is empty: it gave no batch (was it an iterator that is used up?)")
-    if not outputs:
-        raise ValueError(
-            "calibration cannot tell which layers count: the model returns no float tensor, nor a tuple or dict of them"
-        )
-    return outputs
-
-
 def _float_tensors(output: Any) -> Iterator[Tensor]:
-    """Those in tuples, lists and dicts, in order."""
+    """Find the float tensors in tuples, lists and dicts, in order."""
     if isinstance(output, Tensor) and output.is_floating_point():
         yield output.detach().double()
     elif isinstance(output, Mapping | tuple | list):
@@ -158,8 +149,14 @@ def _float_tensors(output: Any) -> Iterator[Tensor]:
             yield from _float_tensors(part)
 
 
+def _check_count(batches: float, what: str) -> None:
+    """Refuse data that gave nothing."""
+    if not batches:
+        raise ValueError(f"{what} is empty: it gave no batch (was it an iterator that is used up?)")
+
+
 def _check_data(data: Any, what: str) -> None:
-    """Batches, not one of them."""
+    """Refuse what is no batches, and what is one of them."""
     if not isinstance(data, Iterable) or isinstance(data, str | bytes):
         raise TypeError(f"{what}={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
     pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
@@ -169,7 +166,7 @@ def _check_data(data: Any, what: str) -> None:
 
 
 def _call(model: nn.Module, batch: Any, device: torch.device, what: str) -> None:
-    """model(batch); of a (batch, target) pair the batch alone, of a dict its entries by name."""
+    """Call the model on a batch: of a (batch, target) pair on the batch alone, of a dict on its entries by name."""
     if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         if not 1 <= len(batch) <= 2:
             raise ValueError(f"{what} gave {len(batch)} things at once: use a callable that runs the model on them")

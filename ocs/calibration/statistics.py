@@ -29,7 +29,7 @@ PERCENTILE = 0.99  # a channel is split for its values beyond this share of the 
 
 
 class Statistics:
-    """Of the inputs of one layer, whose channels are on axis `axis`.
+    """Statistics of the inputs of one layer, whose channels are on axis `axis`.
 
     channels: their number, where they may be split; None keeps no histogram for each of them.
     """
@@ -50,16 +50,15 @@ class Statistics:
 
     def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Take in one call of the layer with these arguments by name, each tensor once."""
-        inputs = [_tensor_of(arguments[name]) for name in replacement_of(layer).input_names if name in arguments]
-        for x in {id(x): x for x in inputs if isinstance(x, Tensor)}.values():
+        inputs = [arguments[name] for name in replacement_of(layer).input_names if name in arguments]
+        for x in {id(x): x for x in inputs}.values():
             self.update(x)
 
-    def update(self, x: Tensor) -> None:
-        """Take in one more input."""
-        if not x.is_floating_point() or x.is_nested or not x.numel():
+    def update(self, x: Any) -> None:
+        """Take in one more input; what is no tensor of floats, and no packed sequence of them, is passed over."""
+        x = values_of(x)
+        if x is None:
             return
-        if x.is_meta:
-            raise ValueError("its input holds no values: give a model on the meta device weights first")
         if self.channels not in (None, x.shape[self.axis]):
             raise ValueError(f"its input has {x.shape[self.axis]} channels, it needs {self.channels}")
         rows = as_rows(x.detach(), self.axis)
@@ -90,8 +89,12 @@ class Statistics:
         """Take in the sums of so many values of each channel; of inputs that differ in size there is no mean."""
         if not rows:
             return
-        alike = not self.rows or self.sums.shape == sums.shape
-        self.sums = (self.sums + sums if self.rows else sums) if alike else self.sums.new_empty(0)
+        if not self.rows:
+            self.sums = sums
+        elif self.sums.shape == sums.shape:
+            self.sums = self.sums + sums
+        else:
+            self.sums = self.sums.new_empty(0)
         self.rows += rows
 
     def _grow(self, largest: float) -> None:
@@ -132,69 +135,77 @@ class Statistics:
             self.channel_max = reduced(self.channel_max, dist.ReduceOp.MAX)
 
     def _reduce_sums(self) -> None:
-        """Ranks that have seen nothing have no sums, and do not know their number."""
-        seen = self.rows > 0
-        sizes = torch.tensor([self.sums.numel(), -self.sums.numel() if seen else -(2**62)])
-        most, least = reduced(sizes, dist.ReduceOp.MAX).tolist()
+        """Merge the sums of all ranks; those that have seen nothing have none, and do not know their number."""
+        size = self.sums.numel()
+        bounds = torch.tensor([size, -size if self.rows else -(2**62)])
+        most, least = reduced(bounds, dist.ReduceOp.MAX).tolist()
+        sums = self.sums if self.rows else self.sums.new_zeros(most)
         self.rows = int(reduced(torch.tensor(self.rows), dist.ReduceOp.SUM))
-        sums = self.sums if seen else self.sums.new_zeros(most)
         self.sums = reduced(sums, dist.ReduceOp.SUM) if most == -least and most else self.sums.new_zeros(0)
 
     # --- What follows from them
 
     def mean(self) -> Tensor | None:
-        """float64 [C] of each channel; None where there is none, or inputs differ in size."""
+        """Compute the mean of each channel, float64 [C]; None where there is none, or inputs differ in size."""
         return self.sums / self.rows if self.sums.numel() else None
 
     def threshold(self, bits: int, method: str | float, signed: bool, split: Tensor | None = None) -> float:
-        """Where the inputs are clipped, by functional.clip_threshold's methods; at most max|x|.
+        """Find where to clip the inputs, by functional.clip_threshold's methods; at most max|x|.
 
         split: the channels (int64, distinct) whose values are halved first.
         """
-        largest = self.largest if split is None else float(self._split_max(split))
-        clip = Clip(method, bits, signed)
-        if not clip.searches or not largest:
-            return largest if not largest else float(clip.threshold(largest))
-        counts = self.counts
-        if split is not None and split.numel():
-            counts = self.split_counts(split)
-        return min(float(clip.threshold(torch.tensor(self.limit), counts)), largest)
+        clip, largest = Clip(method, bits, signed), self._split_max(split)
+        if not largest:
+            return largest
+        if not clip.searches:
+            return float(clip.threshold(largest))
+        found = clip.threshold(largest, self.split_counts(split), limit=torch.tensor(self.limit))
+        return min(float(found), largest)
 
-    def _split_max(self, split: Tensor) -> Tensor:
-        halved = torch.ones_like(self.channel_max).index_fill(0, split, 0.5)
-        return (self.channel_max * halved).amax()
+    def _split_max(self, split: Tensor | None) -> float:
+        """Find max |x| once the values of these channels are halved."""
+        if split is None:
+            return self.largest
+        return float((self.channel_max * torch.ones_like(self.channel_max).index_fill(0, split, 0.5)).amax())
 
-    def split_counts(self, split: Tensor) -> Tensor:
-        """The counts once the values of these channels are halved and there twice.
+    def split_counts(self, split: Tensor | None) -> Tensor:
+        """Count |x| once the values of these channels are halved and there twice.
 
         In each eighth of an octave they are taken to be spread as all values are.
         """
+        if split is None or not split.numel():
+            return self.counts
         centers = (torch.arange(BINS) + 0.5) / BINS
-        eighth = (8 * (OCTAVES + centers.log2().floor()) + 8 * (centers / 2 ** centers.log2().floor() - 1)).long()
+        octave = centers.log2().floor()
+        eighth = (8 * (OCTAVES + octave) + 8 * (centers / 2**octave - 1)).long().clamp(min=0)
         share = self.octaves[split].sum(0) / self.octaves.sum(0).clamp(min=1)
-        split = nn.functional.pad((self.counts * share[eighth.clamp(min=0)]).cumsum(0), (1, 0)).round().diff().long()
-        halved = nn.functional.pad(split.view(-1, 2).sum(1), (0, BINS // 2))
-        return (self.counts - split).clamp(min=0) + 2 * halved
+        below = nn.functional.pad((self.counts * share[eighth]).cumsum(0), (1, 0))  # so that rounding adds up
+        whole = below.round().diff().long()
+        halved = nn.functional.pad(whole.view(-1, 2).sum(1), (0, BINS // 2))
+        return (self.counts - whole).clamp(min=0) + 2 * halved
 
     def most_outliers(self, splits: int, groups: int = 1) -> Tensor:
-        """int64 [groups, splits]: the channels of each group with most outliers, the lowest first where they tie."""
+        """Choose each group's channels with most outliers, int64 [groups, splits]; the lowest first where they tie."""
         own = torch.arange(self.channels).view(groups, -1)
         order = self.outliers().view(groups, -1).argsort(dim=1, descending=True, stable=True)
         return order[:, :splits] + own[:, :1]
 
     def outliers(self) -> Tensor:
-        """float64 [channels]: how many |x| of each channel are beyond the layer's 99th percentile."""
+        """Count the |x| of each channel beyond the layer's 99th percentile, float64 [channels]."""
         in_all = self.octaves.sum(0).double()
         beyond = in_all.flip(0).cumsum(0).flip(0)
         wanted = (1 - PERCENTILE) * beyond[0]
-        at = int((beyond > wanted).sum()) - 1  # the percentile is in this bin, so many of which are beyond it:
+        at = int((beyond > wanted).sum()) - 1  # the percentile is in this bin, of which a share is beyond it
         share = (wanted - (beyond[at] - in_all[at])) / in_all[at] if at >= 0 and in_all[at] else 0.0
         of_channel = self.octaves.double()
         return of_channel[:, at + 1 :].sum(1) + share * of_channel[:, max(at, 0)]
 
 
 def _channel_sums(rows: Tensor) -> Tensor:
-    """float64 [C] of [N, C, K]; in float32 parts first, which is fast in any layout and on devices without float64."""
+    """Sum the channels of [N, C, K], float64 [C].
+
+    In float32 parts first, which is fast in any layout and on devices without float64.
+    """
     if rows.shape[2] == 1:
         sums = torch.stack([part.sum(0, dtype=torch.float32) for part in rows[:, :, 0].split(ROWS)])
     else:
@@ -202,5 +213,15 @@ def _channel_sums(rows: Tensor) -> Tensor:
     return sums.sum(0, dtype=torch.float64 if rows.is_cpu else torch.float32).cpu().double()
 
 
-def _tensor_of(x: Any) -> Any:
-    return x.data if isinstance(x, PackedSequence) else x
+def values_of(x: Any) -> Tensor | None:
+    """Take the values out of what a layer was given: a tensor of floats or a packed sequence; None where it has none.
+
+    Raises:
+        ValueError: the tensor is on the meta device.
+    """
+    x = x.data if isinstance(x, PackedSequence) else x
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or not x.numel():
+        return None
+    if x.is_meta:
+        raise ValueError("its input holds no values: give a model on the meta device weights first")
+    return x

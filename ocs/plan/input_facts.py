@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ocs.calibration.calibrate import Calibration, moments_for, reached, statistics_for
-from ocs.calibration.run import Data, observe
+from ocs.calibration.calibrate import Calibration, collect, watch_input, watch_moments
+from ocs.calibration.run import Data
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.input_statistics import input_moments
@@ -163,11 +163,10 @@ def _run(
     progress: bool | None,
 ) -> Calibration:
     """What these layers need and no more."""
-    statistics = {}
+    statistics = []
     for layer in watched:
         options = chosen[layer.name]
         split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
-        statistics[layer.name] = (layer.module, statistics_for(layer, channels=split))
-    moments = {layer.name: moments_for(model, layer) for layer in compensated}
-    observe(model, data, statistics, progress, moments)
-    return reached(statistics, moments)
+        statistics.append(watch_input(layer, channels=split))
+    moments = [watch_moments(model, layer) for layer in compensated]
+    return collect(model, data, statistics, moments, progress)

@@ -1,14 +1,14 @@
-"""BatchNorm without its training data: statistics measured again, or inputs made that have those of the float model.
+"""BatchNorm statistics measured again, without the training data.
 
 Quantized weights give other means and variances than the float ones; a BatchNorm that expects the new ones takes most
 of that back, at no cost. Its statistics are measured on a few inputs without labels, and where there are none on inputs
-synthesized to have the float model's statistics (ZeroQ: Cai et al. 2020, arXiv 2001.00281, section 3.1).
+that ocs.synthesize makes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocs.calibration.ranks import reduced
-from ocs.calibration.run import Data, observe
+from ocs.calibration.run import Data, Watch, observe
 from ocs.model.batchnorm_folding import FoldedBatchNorm
+
+STILL = 1e-3  # of a channel's running variance: what varies less on the data tells nothing of its scale
+
+
+class MeanAndVariance(NamedTuple):
+    """Mean and variance of the input of a BatchNorm, float64 [C] each."""
+
+    mean: Tensor
+    variance: Tensor
 
 
 class NormStatistics:
@@ -56,6 +65,10 @@ class NormStatistics:
         total, away = self.count + count, mean - self.mean
         self.squares = self.squares + squares + away.square() * (self.count * count / total)
         self.mean, self.count = self.mean + away * (count / total), total
+
+    def estimate(self) -> MeanAndVariance:
+        """Compute mean and variance of what was seen."""
+        return MeanAndVariance(self.mean, self.squares / self.count)
 
     def reduce(self) -> None:
         """Merge what all ranks have seen, so that each has the same."""
@@ -97,34 +110,32 @@ def reestimate_batchnorm(
     if reference is not None:
         expected = _measure(reference, of_reference, data, progress)
         measured = {
-            name: _relative(of_reference[name], found, expected[name])
-            for name, found in measured.items()
-            if name in expected
+            name: _relative(of_reference[name], measured[name], expected[name]) for name in measured if name in expected
         }
-    cast = {name: [each.to(norms[name].running_var) for each in found] for name, found in measured.items()}
-    for name, found in cast.items():
-        if not all(bool(each.isfinite().all()) for each in found):
-            raise ValueError(
-                f"{name}: what it is given is too large for its statistics in {found[0].dtype}: use float32"
-            )
+    _write(norms, measured)
+
+
+def _write(norms: Mapping[str, _BatchNorm], measured: Mapping[str, MeanAndVariance]) -> None:
+    """Set the running statistics of these norms, all or none: what its dtype cannot hold is a ValueError."""
+    cast = {}
+    for name, found in measured.items():
+        cast[name] = [each.to(norms[name].running_var) for each in found]
+        if not all(bool(each.isfinite().all()) for each in cast[name]):
+            dtype = norms[name].running_var.dtype
+            raise ValueError(f"{name}: what it is given is too large for its statistics in {dtype}: use float32")
     with torch.no_grad():
         for name, (mean, variance) in cast.items():
             norms[name].running_mean.copy_(mean)
             norms[name].running_var.copy_(variance)
 
 
-Moments = tuple[Tensor, Tensor]  # mean and variance
-STILL = 1e-3  # of a channel's running variance: what varies less on the data tells nothing of its scale
-
-
 def _norms_of_reference(
     reference: nn.Module, model: nn.Module, norms: Mapping[str, _BatchNorm], data: Data
 ) -> dict[str, _BatchNorm]:
-    """Those of the float model, which are the quantized one's."""
+    """Find the norms of the float model, which must be those of the quantized one, and data that can be run twice."""
     found = running_norms(reference)
-    if {name: norm.num_features for name, norm in norms.items()} != {
-        name: norm.num_features for name, norm in found.items()
-    }:
+    sizes, own_sizes = ({name: norm.num_features for name, norm in each.items()} for each in (found, norms))
+    if sizes != own_sizes:
         if any(isinstance(module, FoldedBatchNorm) for module in model.modules()):
             raise ValueError("some of the model's BatchNorms are folded into its layers: quantize with fold_bn=False")
         raise ValueError("reference has other BatchNorms than model: give the float model that it was made from")
@@ -137,37 +148,37 @@ def _norms_of_reference(
 
 def _measure(
     model: nn.Module, norms: Mapping[str, _BatchNorm], data: Data, progress: bool | None
-) -> dict[str, Moments]:
-    """What each norm is given; its statistics are as they were afterwards."""
+) -> dict[str, MeanAndVariance]:
+    """Measure what each norm is given, where it is given something; its own statistics are as they were afterwards."""
     for norm in norms.values():
         if norm.running_mean.is_inference():  # made in inference mode, and perhaps not to be written to outside of it
             norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
     before = [(norm, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms.values()]
-    watched = {name: (norm, NormStatistics(norm)) for name, norm in norms.items()}
+    watches = [Watch(name, norm, NormStatistics(norm)) for name, norm in norms.items()]
     try:
-        observe(model, data, watched, progress, what="data")
+        observe(model, data, watches, progress, what="data")
     finally:
         with torch.no_grad():
             for norm, mean, variance in before:
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(variance)
-    found = {name: each for name, (_, each) in watched.items() if each.count}
-    if not found:
+    reached = {watch.name: watch.observer.estimate() for watch in watches if watch.observer.count}
+    if not reached:
         raise ValueError(f"no batch reached the norms {', '.join([*norms][:3])} ...: does data run the model?")
-    return {name: (each.mean, each.squares / each.count) for name, each in found.items()}
+    return reached
 
 
-def _relative(norm: _BatchNorm, found: Moments, expected: Moments) -> Moments:
-    """A norm's running statistics, changed as those found differ from those expected; where both say something."""
+def _relative(norm: _BatchNorm, found: MeanAndVariance, expected: MeanAndVariance) -> MeanAndVariance:
+    """Change a norm's running statistics as those found differ from those expected; where both say something."""
     mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
-    varies = torch.minimum(found[1], expected[1]) > STILL * variance
-    gain = variance / expected[1].where(varies, 1.0)
-    changed = mean + (found[0] - expected[0]) * gain.sqrt(), found[1] * gain
-    return changed[0].where(varies, mean), changed[1].where(varies, variance)
+    varies = torch.minimum(found.variance, expected.variance) > STILL * variance
+    gain = variance / expected.variance.where(varies, 1.0)
+    moved = mean + (found.mean - expected.mean) * gain.sqrt()
+    return MeanAndVariance(moved.where(varies, mean), (found.variance * gain).where(varies, variance))
 
 
 def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorms that normalize by running statistics, by name."""
+    """Find the BatchNorms that normalize by running statistics, by name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

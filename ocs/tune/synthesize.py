@@ -85,7 +85,7 @@ def synthesize(
 
 
 def _smooth_noise(images: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """[images, *shape] of mean 0 and variance 1: noise of every octave, the coarser the stronger, as images have it."""
+    """Draw [images, *shape] of mean 0 and variance 1: noise of all octaves, the coarser the stronger, as in images."""
     spatial, x = shape[1:], torch.randn(images, *shape, generator=generator)
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}.get(len(spatial))
     if mode is None:
@@ -99,7 +99,7 @@ def _smooth_noise(images: int, shape: Sequence[int], generator: torch.Generator)
 
 
 def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
-    """A batch, from noise."""
+    """Move a batch of noise until the norms see what their statistics say."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -124,7 +124,7 @@ def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
 
 @contextmanager
 def _losses(model: nn.Module) -> Iterator[list[Tensor]]:
-    """How far the input of each BatchNorm is from its statistics, in the order of calls."""
+    """Collect how far the input of each BatchNorm is from its statistics, in the order of calls."""
     losses: list[Tensor] = []
 
     def take(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def _losses(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _distance(x: Tensor, mean: Tensor | float, deviation: Tensor | float) -> Tensor:
-    """Squared differences of mean and standard deviation by channel, in units of that deviation; their average."""
+    """Average over channels the squared differences of mean and standard deviation, in units of that deviation."""
     dims = [0, *range(2, x.dim())]
     found = x.var(dims, correction=0).clamp(min=1e-12).sqrt()
     return (((x.mean(dims) - mean) / deviation).square() + ((found - deviation) / deviation).square()).mean()
