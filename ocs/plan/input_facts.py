@@ -12,7 +12,7 @@ from ocs.calibration.calibrate import Calibration, collect, watch_input, watch_m
 from ocs.calibration.run import Data
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
-from ocs.model.input_statistics import input_moments
+from ocs.model.input_statistics import estimate_inputs
 from ocs.model.targets import Layer, Options
 from ocs.nn.product import QuantProduct
 from ocs.nn.registry import replacement_of
@@ -82,7 +82,7 @@ def look_at_inputs(
     wanted = {layer.name for layer in layers if wants_mean(layer, chosen[layer.name])}
     means = measured_means(seen)
     if wanted - means.keys():
-        means = means_of_graph(input_moments(model)) | means
+        means = means_of_graph(estimate_inputs(model)) | means
     hessians = {
         name: {weight: Hessian(moments.products, moments.count) for weight, moments in of_layer.items()}
         for name, of_layer in seen.moments.items()
