@@ -52,30 +52,24 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     if not isinstance(moments, bool):
         raise ValueError(f"moments={moments!r}: use True or False")
     layers = [layer for layer in find_layers(model) if layer.status == "quantized"]
-    statistics = [watch_input(layer) for layer in layers]
-    second = [watch_moments(model, layer) for layer in layers] if moments else []
-    return collect(model, data, statistics, second, progress, what="data")
+    inputs = [watch_input(layer) for layer in layers]
+    of_weights = [watch_moments(model, layer) for layer in layers] if moments else []
+    return collect(model, data, inputs, of_weights, progress, "data")
 
 
 def collect(
-    model: nn.Module,
-    data: Data,
-    statistics: Sequence[Watch],
-    moments: Sequence[Watch],
-    progress: bool | None = None,
-    *,
-    what: str = "calibration",
+    model: nn.Module, data: Data, inputs: Sequence[Watch], moments: Sequence[Watch], progress: bool | None, what: str
 ) -> Calibration:
     """Run the batches, and keep what was seen of the layers that had an input; that none had one is a ValueError.
 
-    statistics, moments: what to look at, from watch_input and watch_moments.
+    inputs, moments: what to look at, from watch_input and watch_moments. what: the argument that data is, for errors.
     """
-    watches = [*statistics, *moments]
+    watches = [*inputs, *moments]
     observe(model, data, watches, progress, what=what)
     names = [*dict.fromkeys(watch.name for watch in watches)]
     if names and not any(watch.observer.inputs for watch in watches):
         raise ValueError(f"calibration reached none of the layers {', '.join(names[:3])} ...: does it run the model?")
-    return Calibration(_reached(statistics), moments=_reached(moments))
+    return Calibration(_reached(inputs), moments=_reached(moments))
 
 
 def _reached(watches: Sequence[Watch]) -> dict[str, Any]:
@@ -89,11 +83,11 @@ def watch_input(layer: Layer, *, channels: bool = True) -> Watch:
     """
     module, kind = layer.module, replacement_of(layer.module)
     with error_context(layer.name):
-        check_weight_values(module._parameters[kind.weight_names(module)[0]])
+        weight = input_weight(module)
+        check_weight_values(weight.tensor)
     axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
     if not (channels and kind.splits_input):
         return Watch(layer.name, module, Statistics(axis))
-    weight = input_weight(module)
     return Watch(layer.name, module, Statistics(axis, weight.groups * weight.channels))
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Seed = Callable[[str], int]  # numbers norms, by what they are
 SAMPLES = 1024  # of each channel: means are right to a thousandth of a standard deviation, products to a few percent
 
 
@@ -136,9 +137,7 @@ _COPYING = _names(  # what is done to their results in place does not reach thei
 _LARGEST = _names("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool2d max_pool3d")
 
 
-def apply(
-    name: str, function: Callable, args: Sequence[Any], kwargs: dict[str, Any], seed: Callable[[str], int]
-) -> Any:
+def apply(name: str, function: Callable, args: Sequence[Any], kwargs: dict[str, Any], seed: Seed) -> Any:
     """Run a function or method of tensors, by name, on channels; `seed` numbers the norms among them."""
     plain = name if name.startswith("_") else name.removesuffix("_")
     if name == "layer_norm":
@@ -153,17 +152,14 @@ def apply(
     x = args[0] if args else kwargs.get("input", kwargs.get("x"))
     if plain in _MOVES:
         return _MOVES[plain](x, *args[1:], **{key: value for key, value in kwargs.items() if key not in ("input", "x")})
-    return _LIKE_THEIR_INPUT[plain](x) if isinstance(x, Channels) and plain in _LIKE_THEIR_INPUT else UNKNOWN
+    if not isinstance(x, Channels) or plain not in _KEEPING | _COPYING | _LARGEST:
+        return UNKNOWN
+    return x if plain in _KEEPING else replace(copied(x), guessed=x.guessed or plain in _LARGEST)
 
 
 def copied(x: Channels) -> Channels:
     """Copy channels to memory of their own."""
     return replace(x, samples=x.samples.clone())
-
-
-def largest(x: Channels) -> Channels:
-    """Guess the largest of several values of each channel to be like one of them."""
-    return replace(copied(x), guessed=True)
 
 
 def _mentions_unknown(x: Any) -> bool:
@@ -186,9 +182,8 @@ def _elementwise(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]
     args = [_samples(x, first) for x in args]
     samples = function(*args, **{key: _samples(x, first) for key, x in kwargs.items()})
     ranks = {x.rank for x in found if x.axis is not None}
-    return Channels(
-        samples, first.axis, ranks.pop() if len(ranks) == 1 else None, any(x.guessed for x in found), first.flat
-    )
+    rank = ranks.pop() if len(ranks) == 1 else None
+    return Channels(samples, first.axis, rank, any(x.guessed for x in found), first.flat)
 
 
 def _samples(x: Any, beside: Channels) -> Any:
@@ -208,13 +203,7 @@ def _samples(x: Any, beside: Channels) -> Any:
 
 
 def _functional_layer_norm(
-    input: Any,
-    normalized_shape: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *,
-    seed: Callable[[str], int],
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *, seed: Seed
 ) -> Any:
     if len(normalized_shape) != 1 or _mentions_unknown((weight, bias, normalized_shape)):
         raise UnknownError
@@ -273,14 +262,12 @@ def _permute(x: Channels, *dims: Any) -> Any:
 def _transpose(x: Channels, first: int, second: int) -> Any:
     if x.axis is None:
         return x
-    pair = (first, second)
+    at = x.axis
     if x.rank is not None:
-        at, pair = x.axis % x.rank, [dim % x.rank for dim in pair]
-    elif all((dim < 0) == (x.axis < 0) for dim in pair):
-        at = x.axis
-    else:
+        at, first, second = (dim % x.rank for dim in (at, first, second))
+    elif not all((dim < 0) == (at < 0) for dim in (first, second)):
         raise UnknownError
-    return replace(x, axis=pair[1 - pair.index(at)] if at in pair else at)
+    return replace(x, axis={first: second, second: first}.get(at, at))
 
 
 def _reduce(x: Channels, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
@@ -306,11 +293,7 @@ def _mean(x: Channels, *args: Any, **kwargs: Any) -> Any:
 
 
 def _reduce_to_largest(x: Channels, dim: Any = None, keepdim: bool = False) -> Any:
-    return largest(_reduce(x, dim, keepdim))
-
-
-def _squeeze(x: Channels, dim: int) -> Any:
-    return _reduce(x, dim)
+    return replace(_mean(x, dim, keepdim), guessed=True)
 
 
 def _unsqueeze(x: Channels, dim: int) -> Any:
@@ -398,11 +381,6 @@ def _pad(x: Channels, pad: Any, mode: str = "constant", value: float | None = No
     return replace(x, samples=F.pad(x.samples, (before, after), value=value or 0.0))
 
 
-_LIKE_THEIR_INPUT: dict[str, Callable[[Channels], Channels]] = {
-    **dict.fromkeys(_KEEPING, lambda x: x),
-    **dict.fromkeys(_COPYING, copied),
-    **dict.fromkeys(_LARGEST, largest),
-}
 _MOVES: dict[str, Callable[..., Any]] = {
     "amax": _reduce_to_largest,
     "cat": _cat,
@@ -417,7 +395,7 @@ _MOVES: dict[str, Callable[..., Any]] = {
     "reshape": _view,
     "size": _size,
     "split": _split,
-    "squeeze": _squeeze,
+    "squeeze": _reduce,
     "transpose": _transpose,
     "unsqueeze": _unsqueeze,
     "view": _view,

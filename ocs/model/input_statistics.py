@@ -22,18 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.padding import _ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from ocs.model.channel_samples import (
-    UNKNOWN,
-    Channels,
-    InputEstimate,
-    apply,
-    copied,
-    flatten,
-    largest,
-    normal,
-    normals,
-    rank_of,
-)
+from ocs.model.channel_samples import UNKNOWN, Channels, InputEstimate, apply, copied, flatten, normal, normals, rank_of
 from ocs.model.graph import has_hooks, traced_parts
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
@@ -227,7 +216,7 @@ def _run_module(module: nn.Module, x: Any, rank: int | None, seed: Callable[[str
     if isinstance(x, Channels) and isinstance(module, nn.Flatten):
         return flatten(x, module.start_dim, module.end_dim)
     if isinstance(x, Channels) and isinstance(module, _MAX_MODULES) and not module.return_indices:
-        return largest(x)
+        return replace(copied(x), guessed=True)
     if isinstance(x, Channels) and isinstance(module, _COPYING_MODULES):
         return copied(x)
     return x if isinstance(module, nn.Identity | _DropoutNd) else UNKNOWN

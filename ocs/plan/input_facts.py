@@ -169,4 +169,4 @@ def _run(
         split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
         statistics.append(watch_input(layer, channels=split))
     moments = [watch_moments(model, layer) for layer in compensated]
-    return collect(model, data, statistics, moments, progress)
+    return collect(model, data, statistics, moments, progress, "calibration")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from ocs.report.text import LEFT_ALIGNED, cells_of, columns_of, summary_of
+from ocs.report.text import RIGHT_ALIGNED, cells_of, columns_of, summary_of
 
 if TYPE_CHECKING:
     from ocs.report.data import Report
@@ -32,5 +32,5 @@ def report_page(report: Report) -> str:
 
 
 def _cell(column: str, text: str) -> str:
-    align = "" if column in LEFT_ALIGNED else ' style="text-align:right"'
+    align = ' style="text-align:right"' if column in RIGHT_ALIGNED else ""
     return f"<td{align}>{escape(text)}</td>"

@@ -9,22 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ocs.report.data import LayerReport, Report
 
-HEADER = (
-    "layer",
-    "kind",
-    "weight",
-    "bits",
-    "splits",
-    "max |w|",
-    "once split",
-    "clip at",
-    "SQNR dB",
-    "outputs dB",
-    "packed",
-    "input",
-    "",
-)
-LEFT_ALIGNED = ("layer", "kind", "weight", "outputs dB", "input", "")
+_NUMBERS = ("bits", "splits", "max |w|", "once split", "clip at", "SQNR dB")
+HEADER = ("layer", "kind", "weight", *_NUMBERS, "outputs dB", "packed", "input", "")
+RIGHT_ALIGNED = (*_NUMBERS, "packed")
 
 
 def report_text(report: Report) -> str:
@@ -32,7 +19,7 @@ def report_text(report: Report) -> str:
     columns = columns_of(report)
     rows = [columns, *cells_of(report, columns)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pads = [str.ljust if name in LEFT_ALIGNED else str.rjust for name in columns]
+    pads = [str.rjust if name in RIGHT_ALIGNED else str.ljust for name in columns]
     lines = ["  ".join(pad(*cell) for pad, *cell in zip(pads, row, widths, strict=True)) for row in rows]
     return "\n".join([*(line.rstrip() for line in lines), summary_of(report)])
 
