@@ -22,7 +22,7 @@ Data = Iterable[Any] | Callable[[nn.Module], Any]
 
 
 class Observer(Protocol):
-    """Keeps something of the inputs of a module."""
+    """Something that keeps what it needs of the inputs of a module."""
 
     def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Take in one call of the module with these arguments by name."""

@@ -63,30 +63,30 @@ class LayerReport:
 
     @property
     def weights(self) -> int:
-        """Elements of the float weight."""
+        """Count the elements of the float weight."""
         return math.prod(self.shape)
 
     @property
     def expanded_weights(self) -> int:
-        """Elements of the expanded weight."""
+        """Count the elements of the expanded weight."""
         return math.prod(self.expanded_shape)
 
     @property
     def gains(self) -> dict[str, float]:
-        """dB of nearest rounding alone, and what each option added to it, where `steps` are known."""
+        """Give the dB of nearest rounding alone, and what each option added to it, where `steps` are known."""
         before = [0.0, *(db for _, db in self.steps)]
         return {what: db - before[i] if db != before[i] else 0.0 for i, (what, db) in enumerate(self.steps)}
 
     @property
     def label(self) -> str:
-        """The weight's full name, or the layer's where it has but one called `weight`."""
+        """Give the weight's full name, or the layer's where it has but one called `weight`."""
         several = self.status == "quantized" and self.weight != "weight"
         return f"{self.name}.{self.weight}" if several else self.name or "(model)"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Layer by layer in the model's order, with the settings that were used and the seconds that it took."""
+    """What quantize() did, layer by layer in the model's order, with which settings and in how many seconds."""
 
     layers: tuple[LayerReport, ...]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -95,14 +95,14 @@ class Report:
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
-        """A line for each weight that was quantized."""
+        """Select the lines of weights that were quantized."""
         return tuple(layer for layer in self.layers if layer.status == "quantized")
 
     @property
     def relative_size(self) -> float:
-        """Weights that run expanded over those without copies: the paper's Table 5, extended to recurrent layers.
+        """Divide the weights that run expanded by those without copies: the paper's Table 5, and recurrent layers.
 
-        There a split hidden unit also brings its gate rows: two layers of 650 units at r = 0.02 give 1.04. What is
+        In these a split hidden unit also brings its gate rows: two layers of 650 units at r = 0.02 give 1.04. What is
         stored has the copies alone, see packed_bytes.
         """
         before = sum(layer.weights for layer in self.quantized)
@@ -110,30 +110,30 @@ class Report:
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of the quantized layers' float weights."""
+        """Sum the bytes of the quantized layers' float weights."""
         return sum(layer.float_bytes for layer in self.quantized)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the same weights as packed integers."""
+        """Sum the bytes of the quantized layers' weights as packed integers."""
         return sum(layer.packed_bytes for layer in self.quantized)
 
     @property
     def mean_sqnr_db(self) -> float:
-        """Mean over the quantized layers of the weights' signal-to-noise ratio in dB, exact layers left out."""
+        """Average the signal-to-noise ratio in dB over the quantized weights, exact ones left out."""
         values = [layer.sqnr_db for layer in self.quantized if math.isfinite(layer.sqnr_db)]
         return sum(values) / len(values) if values else math.inf
 
     @property
     def mean_steps(self) -> dict[str, float]:
-        """Where it was asked for: mean dB of nearest rounding alone, and what each option added to it on the mean."""
+        """Average the dB of nearest rounding alone, and what each option added to it, where that was asked for."""
         explained = [layer.gains for layer in self.quantized if layer.steps]
         explained = [gains for gains in explained if all(map(math.isfinite, gains.values()))]
         whats = dict.fromkeys(what for gains in sorted(explained, key=len, reverse=True) for what in gains)
         return {what: sum(gains.get(what, 0.0) for gains in explained) / len(explained) for what in whats}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts; inf appears as None."""
+        """Make plain numbers, strings, lists and dicts of it; inf appears as None."""
         totals = {
             "quantized_layers": len({layer.name for layer in self.quantized}),
             "quantized_weights": len(self.quantized),
@@ -149,7 +149,7 @@ class Report:
         return _plain(content | ({"batch_norms": self.batch_norms} if self.batch_norms else {}))
 
     def to_json(self) -> str:
-        """to_dict() as JSON."""
+        """Write to_dict() as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def save(self, path: str | Path) -> None:

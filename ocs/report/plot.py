@@ -39,7 +39,7 @@ Methods = Sequence[str | float]
 
 
 def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: int = 1, title: str = "") -> Figure:
-    """The paper's Figure 1: a weight under linear quantization, under clipping, and after outlier channel splitting.
+    """Draw the paper's Figure 1: a weight quantized linearly, clipped, and after outlier channel splitting.
 
     Each panel shows the histogram of the weights that are rounded, the k-bit grid, and the signal-to-noise ratio of the
     result. Clipping uses the threshold that splitting reaches, so that both have the same grid: clipping saturates the
@@ -99,7 +99,7 @@ def clip_thresholds(
     x: Array, bits: int, r: float = 0.0, *, methods: Methods | None = None, groups: int = 1, signed: bool = True,
     title: str = ""
 ) -> Figure:  # fmt: skip
-    """Histograms of |x| with the threshold of each clip method, before and after outlier channel splitting.
+    """Draw histograms of |x| with the threshold of each clip method, before and after outlier channel splitting.
 
     The second panel, there unless r is 0, has plain halves (split="naive") of the channels with the largest |x|, halved
     again and again: of a weight what quantize_weight clips, of activations what Oracle OCS makes of a batch. Zeros are
@@ -143,7 +143,7 @@ def input_histograms(
     statistics: Statistics, bits: int, r: float = 0.0, *, methods: Methods | None = None, signed: bool = True,
     groups: int = 1, title: str = ""
 ) -> Figure:  # fmt: skip
-    """Histograms of what calibration has seen of a layer's inputs, with the threshold of each clip method.
+    """Draw histograms of what calibration has seen of a layer's inputs, with the threshold of each clip method.
 
     The second panel, there unless r is 0, is after halving the channels that quantize(act_r=r) splits: those with most
     values beyond the layer's 99th percentile. Zeros are counted in the first title, not drawn.

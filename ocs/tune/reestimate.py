@@ -55,8 +55,7 @@ class NormStatistics:
         if not bool((mean + variance).isfinite().all()):
             raise ValueError("its input holds NaN or Inf: repair model or batch")
         self.merge(rows.shape[1], mean, variance * rows.shape[1])
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(variance)
+        _set_statistics(self.norm, mean, variance)
 
     def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         """Take in so many values of each channel."""
@@ -123,10 +122,8 @@ def _write(norms: Mapping[str, _BatchNorm], measured: Mapping[str, MeanAndVarian
         if not all(bool(each.isfinite().all()) for each in cast[name]):
             dtype = norms[name].running_var.dtype
             raise ValueError(f"{name}: what it is given is too large for its statistics in {dtype}: use float32")
-    with torch.no_grad():
-        for name, (mean, variance) in cast.items():
-            norms[name].running_mean.copy_(mean)
-            norms[name].running_var.copy_(variance)
+    for name, found in cast.items():
+        _set_statistics(norms[name], *found)
 
 
 def _norms_of_reference(
@@ -158,10 +155,8 @@ def _measure(
     try:
         observe(model, data, watches, progress, what="data")
     finally:
-        with torch.no_grad():
-            for norm, mean, variance in before:
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(variance)
+        for kept in before:
+            _set_statistics(*kept)
     reached = {watch.name: watch.observer.estimate() for watch in watches if watch.observer.count}
     if not reached:
         raise ValueError(f"no batch reached the norms {', '.join([*norms][:3])} ...: does data run the model?")
@@ -175,6 +170,13 @@ def _relative(norm: _BatchNorm, found: MeanAndVariance, expected: MeanAndVarianc
     gain = variance / expected.variance.where(varies, 1.0)
     moved = mean + (found.mean - expected.mean) * gain.sqrt()
     return MeanAndVariance(moved.where(varies, mean), (found.variance * gain).where(varies, variance))
+
+
+def _set_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Write a norm's running statistics, in place."""
+    with torch.no_grad():
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
 
 
 def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -33,7 +33,7 @@ def synthesize(
     seed: int = 0,
     progress: bool | None = None,
 ) -> list[Tensor]:
-    """Inputs with which the float model's BatchNorms see what their running statistics say; needs no data (ZeroQ).
+    """Make inputs of which the float model's BatchNorms see what their statistics say; needs no data (ZeroQ).
 
     Adam moves smooth noise so that, batch by batch, mean and standard deviation before every BatchNorm are matched, and
     0 and 1 of the inputs themselves: in units of the running standard deviation, each norm with the same weight. They
