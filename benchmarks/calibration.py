@@ -22,7 +22,8 @@ from torch.ao.quantization.observer import HistogramObserver
 from zoo import torchvision_models
 
 from ocs import functional
-from ocs.calibration.run import observe, statistics_for
+from ocs.calibration.calibrate import watch_input
+from ocs.calibration.run import observe
 from ocs.model.targets import find_targets
 from ocs.nn.convolution import CONVOLUTIONS
 
@@ -51,12 +52,8 @@ def watching(model: nn.Module, x: Tensor, *, channels: bool) -> None:
     """One batch through the model with our statistics on the inputs of the layers that quantize() takes."""
     targets = [target for target in find_targets(model) if not target.reason_float]
     first = next(target for target in targets if isinstance(target.module, CONVOLUTIONS))
-    watched = {
-        target.name: (target.module, statistics_for(target, channels=channels))
-        for target in targets
-        if target is not first
-    }
-    observe(model, [x], watched, progress=False)
+    watches = [watch_input(target, channels=channels) for target in targets if target is not first]
+    observe(model, [x], watches, progress=False)
 
 
 def watching_torch(model: nn.Module, x: Tensor) -> None:

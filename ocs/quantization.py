@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ocs.calibration.run import Calibration, Data
+from ocs.calibration.calibrate import Calibration
+from ocs.calibration.run import Data
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, module_slots
 from ocs.nn.input import ActSplit

@@ -1,4 +1,4 @@
-"""What the weights of a layer meet, as calibration sees it: the second moments of their inputs.
+"""Second moments of what the weights of a layer meet, as calibration sees it.
 
 A weight [O, C, *kernel] of G groups is a matrix [G, O / G, C K] that multiplies vectors x [G, C K]: a linear layer's
 inputs, a convolution's patches. Kept are the sum of x x^T, and how many there were: (C K)^2 float32 numbers
@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ocs.calibration.ranks import reduced
+from ocs.calibration.statistics import values_of
 from ocs.nn.convolution import CONVOLUTIONS
-from ocs.nn.registry import replacement_of
+from ocs.nn.weights import weights_of
 
 ELEMENTS = 2**24  # of patches that are made at once
+ATTENDED = ("query", "key", "value")  # arguments of attention
 
 Rows = Iterator[tuple[str, Tensor]]  # a weight's name, and vectors [G, N, C K] that it meets
 
 
 class SecondMoments:
-    """Of the vectors x [G, C K] that one weight meets."""
+    """Second moments of the vectors x [G, C K] that one weight meets."""
 
     def __init__(self, groups: int, columns: int) -> None:
         self.count = 0
@@ -51,7 +53,7 @@ class SecondMoments:
 
 
 class LayerMoments(dict[str, SecondMoments]):
-    """Of each weight of a layer, by its name in the layer.
+    """Second moments of what each weight of a layer meets, by its name in the layer.
 
     layer: the float layer. reader: the attention whose output projection it is, if so, which reads its weight itself.
     """
@@ -64,7 +66,7 @@ class LayerMoments(dict[str, SecondMoments]):
 
     @property
     def inputs(self) -> int:
-        """How many vectors its weights have met; 0 where calibration never reached it."""
+        """Count the vectors that the weights have met; 0 where calibration never reached the layer."""
         return max(moments.count for moments in self.values())
 
     def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -81,7 +83,7 @@ class LayerMoments(dict[str, SecondMoments]):
             moments.reduce()
 
     def check(self, layer: nn.Module) -> None:
-        """They are of what this layer's weights meet, or a ValueError."""
+        """Raise a ValueError unless these are second moments of what this layer's weights meet."""
         seen = {name: tuple(moments.products.shape[:2]) for name, moments in self.items()}
         for name, needed in _shapes(layer).items():
             if seen.get(name) != needed:
@@ -92,25 +94,23 @@ class LayerMoments(dict[str, SecondMoments]):
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
-    """G and C K of each weight, by its name."""
-    kind, groups = replacement_of(layer), getattr(layer, "groups", 1)
-    weights = {name: kind.layout(layer._parameters[name].detach(), groups) for name in kind.weight_names(layer)}
-    return {name: (groups, w[0].numel() if len(w) else 0) for name, w in weights.items()}
+    """List G and C K of each weight, by its name."""
+    return {
+        weight.name: (weight.groups, weight.tensor[0].numel() if len(weight.tensor) else 0)
+        for weight in weights_of(layer)
+    }
 
 
 # --- What the weights of each kind of layer meet ----------------------------------------------------------------------
 
 
 def rows_of(layer: nn.Module, arguments: Mapping[str, Any]) -> Rows:
-    """The vectors that the weights of a float layer meet in a call with these arguments."""
+    """Find the vectors that the weights of a float layer meet in a call with these arguments."""
     if isinstance(layer, nn.MultiheadAttention):
         return _projections(layer, arguments)
     x = arguments["input"]
-    data = x.data if isinstance(x, PackedSequence) else x
-    if not isinstance(data, Tensor) or not data.is_floating_point() or data.is_nested or not data.numel():
+    if values_of(x) is None:
         return iter(())
-    if data.is_meta:
-        raise ValueError("its input holds no values: give a model on the meta device weights first")
     if isinstance(layer, nn.RNNBase):
         return _recurrent(layer, x, arguments.get("hx"))
     if isinstance(layer, nn.RNNCellBase):
@@ -125,32 +125,29 @@ def _vectors(x: Tensor) -> Tensor:
 
 
 def _projections(layer: nn.MultiheadAttention, arguments: Mapping[str, Any]) -> Rows:
-    """One weight for query, key and value meets all three, or the one tensor that they are."""
-    inputs = [(name[0], x) for name, x in arguments.items() if name in ("query", "key", "value")]
+    """Find what the projections of query, key and value meet: one weight meets all three, or the one that they are."""
+    inputs = [(f"{name[0]}_proj_weight", arguments[name]) for name in arguments if name in ATTENDED]
     if layer._qkv_same_embed_dim:
-        inputs = [("in", x) for x in {id(x): x for _, x in inputs}.values()]
+        inputs = [("in_proj_weight", x) for x in {id(x): x for _, x in inputs}.values()]
     for name, x in inputs:
         if x.numel() and not x.is_nested:
-            yield f"{name}_proj_weight", _vectors(x)
+            yield name, _vectors(x)
 
 
 def _attended(layer: nn.MultiheadAttention, arguments: Mapping[str, Any]) -> Rows:
-    """What the output projection meets: the layer's output with an identity in its place."""
-    if any(x.is_nested or not x.numel() for name, x in arguments.items() if name in ("query", "key", "value")):
+    """Find what the output projection meets: the layer's output with an identity in its place."""
+    if any(x.is_nested or not x.numel() for name, x in arguments.items() if name in ATTENDED):
         return
-    weight = layer.out_proj.weight
-    shape = (layer.embed_dim, layer.embed_dim)
-    identity = nn.utils.skip_init(
-        nn.Linear, *shape, bias=False, device=weight.device, dtype=weight.dtype
-    )  # not at random
-    nn.init.eye_(identity.weight)
+    weight, size = layer.out_proj.weight, layer.embed_dim
+    identity = nn.utils.skip_init(nn.Linear, size, size, bias=False, device=weight.device, dtype=weight.dtype)
+    nn.init.eye_(identity.weight)  # skip_init, as random values would move the generator
     probe = copy.copy(layer)
     vars(probe)["_modules"] = {"out_proj": identity}
     yield "weight", _vectors(probe.forward(**arguments)[0])
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Rows:
-    """Of a convolution; a transposed one is a convolution with the kernel reversed, after zeros between the values."""
+    """Find what a convolution meets; a transposed one reverses its kernel, after zeros between the values."""
     spatial = len(layer.kernel_size)
     x, stride = x if x.dim() == spatial + 2 else x[None], layer.stride
     if layer.transposed:
@@ -168,7 +165,7 @@ def _patches(layer: nn.Module, x: Tensor) -> Rows:
 
 
 def _spread(layer: nn.Module, x: Tensor) -> Tensor:
-    """The input of the convolution that a transposed one is, of the layer's own output size."""
+    """Put zeros between and around the values: the input of the convolution that a transposed one is."""
     sizes = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
     spread[(..., *(slice(None, None, step) for step in layer.stride))] = x
@@ -181,17 +178,18 @@ def _spread(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _cell(layer: nn.RNNCellBase, x: Tensor, hx: Any) -> Rows:
+    """Find what the two weights of a cell meet."""
     yield "weight_ih", _vectors(x)
     h = hx[0] if isinstance(hx, tuple | list) else hx
     yield "weight_hh", _vectors(x.new_zeros(*x.shape[:-1], layer.hidden_size) if h is None else h)
 
 
 def _recurrent(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> Rows:
-    """Layer by layer, on packed data [steps N, C]."""
+    """Find what the weights of a recurrent layer meet, layer by layer, on packed data [steps N, C]."""
     data, batch_sizes, states = _packed(layer, x, hx)
     directions = 1 + layer.bidirectional
     for i in range(layer.num_layers):
-        suffixes = [f"_l{i}", f"_l{i}_reverse"][:directions]
+        suffixes = [f"_l{i}", f"_l{i}_reverse"] if layer.bidirectional else [f"_l{i}"]
         first = [state[i * directions : (i + 1) * directions] for state in states]
         for suffix in suffixes:
             yield f"weight_ih{suffix}", _vectors(data)
@@ -206,14 +204,19 @@ def _recurrent(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> Rows:
 
 
 def _packed(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Data [steps N, C], the batch size of each step, and the initial states [layers, N, H], (h,) or (h, c)."""
+    """Pack the input: data [steps N, C], each step's batch size, and initial states [layers, N, H], (h,) or (h, c)."""
     if isinstance(x, PackedSequence):
         data, batch_sizes, order, _ = x
     else:
-        x = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if layer.batch_first else x
+        if x.dim() == 2:
+            x = x.unsqueeze(1)
+        elif layer.batch_first:
+            x = x.transpose(0, 1)
         data, batch_sizes, order = x.reshape(-1, x.shape[-1]), torch.full(x.shape[:1], x.shape[1]), None
-    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 1 + (layer.mode == "LSTM")]
     if hx is None:
+        sizes = [layer.proj_size or layer.hidden_size]
+        if layer.mode == "LSTM":
+            sizes.append(layer.hidden_size)
         shape = layer.num_layers * (1 + layer.bidirectional), int(batch_sizes[0])
         return data, batch_sizes, [data.new_zeros(*shape, size) for size in sizes]
     states = list(hx) if layer.mode == "LSTM" else [hx]
@@ -224,11 +227,12 @@ def _packed(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> tuple[Ten
 def _run_layer(
     layer: nn.RNNBase, suffixes: list[str], data: Tensor, batch_sizes: Tensor, states: list[Tensor]
 ) -> Tensor:
-    """The hidden states of one layer [steps N, directions H]; of a projected one, what they were before, after each."""
+    """Compute the hidden states of one layer [steps N, directions H]; projected ones, then the same unprojected."""
     own = layer._parameters
     weights = []
     for suffix in suffixes:
-        hh, biases = own[f"weight_hh{suffix}"], [own[f"bias_{kind}{suffix}"] for kind in ("ih", "hh") if layer.bias]
+        hh = own[f"weight_hh{suffix}"]
+        biases = [own[f"bias_ih{suffix}"], own[f"bias_hh{suffix}"]] if layer.bias else []
         if not layer.proj_size:
             weights += [own[f"weight_ih{suffix}"], hh, *biases]
             continue
@@ -244,9 +248,9 @@ def _run_layer(
 
 
 def _before(h: Tensor, first: Tensor, batch_sizes: list[int], *, reverse: bool) -> Tensor:
-    """The hidden states that each step starts from [steps N, H]: the initial ones, or those of the step before."""
-    steps = [first[:0], *h.split(batch_sizes)] if not reverse else [*h.split(batch_sizes), first[:0]]
-    earlier = steps[1:] if reverse else steps[:-1]
+    """Find the hidden states that each step starts from [steps N, H]: the initial ones, or those of the step before."""
+    steps = h.split(batch_sizes)
+    earlier = [*steps[1:], first[:0]] if reverse else [first[:0], *steps[:-1]]
     return torch.cat(
         [torch.cat([of[:size], first[len(of) : size]]) for of, size in zip(earlier, batch_sizes, strict=True)]
     )

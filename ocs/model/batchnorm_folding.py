@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ocs.model.graph import Trace, first_line, has_hooks, traces
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
+from ocs.nn.weights import input_weight
 
 _NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # spatial dimensions of the convolutions they fit
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "__call__")
@@ -71,7 +72,7 @@ def plan_folding(model: nn.Module) -> Folding:
 
 
 def folded_layer(layer: nn.Module, norm: _BatchNorm) -> nn.Module | None:
-    """A copy of a convolution, weight and bias folded; None where one of these would not be finite.
+    """Copy a convolution with weight and bias folded; None where one of these would not be finite.
 
     It shares neither its parameters nor the tables of an nn.Module with the old one.
     """
@@ -84,7 +85,7 @@ def folded_layer(layer: nn.Module, norm: _BatchNorm) -> nn.Module | None:
 
 
 def with_parameters(layer: nn.Module, **parameters: nn.Parameter) -> nn.Module:
-    """A copy with other parameters, that shares none of the tables of an nn.Module with the old one."""
+    """Copy a layer with other parameters; the copy shares none of the tables of an nn.Module with it."""
     copied = type(layer).__new__(type(layer))
     vars(copied).update({k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in vars(layer).items()})
     copied._parameters.update(parameters)
@@ -92,20 +93,20 @@ def with_parameters(layer: nn.Module, **parameters: nn.Parameter) -> nn.Module:
 
 
 def _folded_parameters(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias [O] in the layer's dtype, device and memory format; computed in float64, rounded once."""
-    layout = replacement_of(layer).layout
+    """Fold weight and bias [O], in the layer's dtype, device and memory format; in float64, rounded once."""
     mean, variance = _float64(norm.running_mean), _float64(norm.running_var)
     gamma = 1.0 if norm.weight is None else _float64(norm.weight)
     beta = 0.0 if norm.bias is None else _float64(norm.bias)
     bias = 0.0 if layer.bias is None else _float64(layer.bias)
     scale = gamma / torch.sqrt(variance + norm.eps)
-    weight = layout(_float64(layer.weight), layer.groups)
-    weight = layout(weight * scale.view(-1, *[1] * (weight.dim() - 1)), layer.groups)
-    return torch.empty_like(layer.weight).copy_(weight), ((bias - mean) * scale + beta).to(layer.weight)
+    old = input_weight(layer)
+    folded = _float64(old.tensor) * scale.view(-1, *[1] * (old.tensor.dim() - 1))
+    weight = torch.empty_like(layer.weight).copy_(replacement_of(layer).layout(folded, old.groups))
+    return weight, ((bias - mean) * scale + beta).to(layer.weight)
 
 
 def _float64(x: Tensor) -> Tensor:
-    """On the CPU: some devices have no float64."""
+    """Cast to float64, on the CPU: some devices have none."""
     return x.detach().to("cpu", torch.float64)
 
 
@@ -113,7 +114,7 @@ def _float64(x: Tensor) -> Tensor:
 
 
 def _layer_before(name: str, modules: dict[str, nn.Module], traces: list[Trace], shared: set[int]) -> tuple[str, str]:
-    """The name of the convolution that can take in this norm, and "", or why there is none."""
+    """Name the convolution that can take in this norm, and "", or say why there is none."""
     norm = modules[name]
     kind = next((kind for kind in _NORMS if isinstance(norm, kind)), None)
     reason = _problem(norm, kind, shared) if kind else f"is a {type(norm).__name__}"
@@ -131,7 +132,7 @@ def _layer_before(name: str, modules: dict[str, nn.Module], traces: list[Trace],
 
 
 def _traced_before(name: str, modules: dict[str, nn.Module], trace: Trace) -> tuple[str, str]:
-    """The name of the convolution whose output goes into this norm and nowhere else, and "", or why there is none."""
+    """Name the convolution whose output goes into this norm and nowhere else, and "", or say why there is none."""
     call, reason = _only_call(name, trace)
     if call is None:
         return "", f"it {reason}"
@@ -149,7 +150,7 @@ def _traced_before(name: str, modules: dict[str, nn.Module], trace: Trace) -> tu
 
 
 def _only_call(name: str, trace: Trace) -> tuple[fx.Node | None, str]:
-    """The node that calls a module and "", or what the model does instead with it, its parts or what it is part of."""
+    """Find the one node that calls a module, and "", or say what else the model does with it or around it."""
     nodes = [node for node in trace.graph.nodes if node.op in ("call_module", "get_attr")]
     uses = [node for node in nodes if f"{node.target}.".startswith(f"{name}.") or name.startswith(f"{node.target}.")]
     if name in trace.read:
@@ -160,7 +161,7 @@ def _only_call(name: str, trace: Trace) -> tuple[fx.Node | None, str]:
 
 
 def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
-    """Why a norm or layer cannot be folded, whatever the model does with it, or ""."""
+    """Say why a norm or layer cannot be folded, whatever the model does with it, or ""."""
     parameters, buffers = module._parameters, module._buffers
     tensors = [t for t in (*parameters.values(), *buffers.values()) if t is not None]
     problems = {
@@ -186,7 +187,7 @@ def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """Ids of modules that stand in several places, and of parameters that several modules hold."""
+    """Find the ids of modules that stand in several places, and of parameters that several modules hold."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return {key for key, count in [*modules.items(), *held.items()] if count > 1}

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Seed = Callable[[str], int]  # numbers norms, by what they are
 SAMPLES = 1024  # of each channel: means are right to a thousandth of a standard deviation, products to a few percent
 
 
-class InputMoments(NamedTuple):
-    """Of a layer's input, over all that the model is made for: float64 [C], C all input channels.
+class InputEstimate(NamedTuple):
+    """Mean and variance of a layer's input, over all that the model is made for: float64 [C], C all input channels.
 
     guessed: they are right in kind but not in size, as they follow from a norm that is not of each channel (LayerNorm,
     GroupNorm, RMSNorm), from the largest of several values, or from an activation of what is unknown.
@@ -46,30 +47,30 @@ class Channels:
     flat: bool = False
 
     def on_axis(self, axis: int) -> bool:
-        """Whether its channels are there, as far as is known."""
+        """Tell whether its channels are on this axis, as far as is known."""
         if self.axis is None or axis == self.axis:
             return True
         return self.rank is not None and (axis - self.axis) % self.rank == 0
 
     def from_end(self) -> int | None:
-        """Its axis, counted from the end: -1 is the last."""
+        """Count its axis from the end, -1 for the last; None where that is not known."""
         if self.axis is None or self.axis < 0:
             return self.axis
         return None if self.rank is None else self.axis - self.rank
 
     def count(self) -> Any:
-        """C, where it is known."""
+        """Count its channels; UNKNOWN where these are not all that is on their axis."""
         return UNKNOWN if self.axis is None or self.flat else self.samples.shape[1]
 
-    def moments(self, channels: int) -> InputMoments | None:
-        """As a layer of so many channels sees it."""
+    def estimate(self, channels: int) -> InputEstimate | None:
+        """Compute mean and variance as a layer of so many channels sees them; None where it cannot be that many."""
         x = self.samples.double()
         mean, var = x.mean(0), x.var(0, correction=0)
         repeats, rest = divmod(channels, mean.numel())
         fits = repeats == 1 or self.flat or self.axis is None
         if rest or not fits or not bool((mean + var).isfinite().all()):
             return None
-        return InputMoments(mean.repeat_interleave(repeats), var.repeat_interleave(repeats), self.guessed)
+        return InputEstimate(mean.repeat_interleave(repeats), var.repeat_interleave(repeats), self.guessed)
 
 
 class Shape(NamedTuple):
@@ -82,11 +83,11 @@ UNKNOWN = object()  # anything may be there
 
 
 class UnknownError(Exception):
-    """Raised by an operation whose result is."""
+    """Raised by an operation whose result is UNKNOWN."""
 
 
 def normal(seed: int) -> Tensor:
-    """float32 [SAMPLES, 1]: quantiles of N(0, 1) in an order of their own, with mean 0 and variance 1."""
+    """Make quantiles of N(0, 1) in an order of their own, float32 [SAMPLES, 1], with mean 0 and variance 1."""
     at = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES
     quantiles = torch.special.ndtri(at)
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))
@@ -96,7 +97,7 @@ def normal(seed: int) -> Tensor:
 def normals(
     seed: int, channels: int, weight: Tensor | None, bias: Tensor | None, axis: int, rank: int | None, guessed: bool
 ) -> Channels:
-    """Independent of those of any other seed: mean `bias`, standard deviation `weight`."""
+    """Make channels of mean `bias` and standard deviation `weight`, independent of those of any other seed."""
     samples = normal(seed).expand(SAMPLES, channels)
     if weight is not None:
         samples = samples * weight.detach().float().cpu()
@@ -106,7 +107,7 @@ def normals(
 
 
 def rank_of(x: Any) -> int | None:
-    """The dimensions of a value, where they are known."""
+    """Count the dimensions of a value, where they are known."""
     return x.rank if isinstance(x, Channels) else None
 
 
@@ -136,11 +137,9 @@ _COPYING = _names(  # what is done to their results in place does not reach thei
 _LARGEST = _names("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool2d max_pool3d")
 
 
-def apply(
-    name: str, function: Callable, args: Sequence[Any], kwargs: dict[str, Any], seed: Callable[[str], int]
-) -> Any:
-    """A function or method of tensors, by name."""
-    plain = name.removesuffix("_") if not name.startswith("_") else name
+def apply(name: str, function: Callable, args: Sequence[Any], kwargs: dict[str, Any], seed: Seed) -> Any:
+    """Run a function or method of tensors, by name, on channels; `seed` numbers the norms among them."""
+    plain = name if name.startswith("_") else name.removesuffix("_")
     if name == "layer_norm":
         return _functional_layer_norm(*args, seed=seed, **kwargs)
     if plain in _ACTIVATIONS and args and args[0] is UNKNOWN:
@@ -159,7 +158,7 @@ def apply(
 
 
 def copied(x: Channels) -> Channels:
-    """The same, in memory of its own."""
+    """Copy channels to memory of their own."""
     return replace(x, samples=x.samples.clone())
 
 
@@ -170,7 +169,7 @@ def _mentions_unknown(x: Any) -> bool:
 
 
 def _elementwise(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """On the samples; in place, too, as in the model."""
+    """Run an elementwise function on the samples; in place, too, as in the model."""
     found = [x for x in (*args, *kwargs.values()) if isinstance(x, Channels)]
     if _mentions_unknown((args, kwargs)):
         raise UnknownError
@@ -183,13 +182,12 @@ def _elementwise(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]
     args = [_samples(x, first) for x in args]
     samples = function(*args, **{key: _samples(x, first) for key, x in kwargs.items()})
     ranks = {x.rank for x in found if x.axis is not None}
-    return Channels(
-        samples, first.axis, ranks.pop() if len(ranks) == 1 else None, any(x.guessed for x in found), first.flat
-    )
+    rank = ranks.pop() if len(ranks) == 1 else None
+    return Channels(samples, first.axis, rank, any(x.guessed for x in found), first.flat)
 
 
 def _samples(x: Any, beside: Channels) -> Any:
-    """What stands for an operand: of a parameter [C], [C, 1, 1] ... its values as a row."""
+    """Find what stands for an operand: of a parameter [C], [C, 1, 1] ... its values as a row."""
     if isinstance(x, Channels):
         return x.samples
     if not isinstance(x, Tensor):
@@ -205,13 +203,7 @@ def _samples(x: Any, beside: Channels) -> Any:
 
 
 def _functional_layer_norm(
-    input: Any,
-    normalized_shape: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *,
-    seed: Callable[[str], int],
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *, seed: Seed
 ) -> Any:
     if len(normalized_shape) != 1 or _mentions_unknown((weight, bias, normalized_shape)):
         raise UnknownError
@@ -221,16 +213,21 @@ def _functional_layer_norm(
 # --- What moves channels ----------------------------------------------------------------------------------------------
 
 
+def _together(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Unpack arguments that were given as one tuple or list."""
+    return tuple(values[0]) if len(values) == 1 and isinstance(values[0], tuple | list) else values
+
+
 def _dims(*dims: Any) -> tuple[int, ...]:
-    """Dimensions given one by one, or together."""
-    dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
+    """Check dimensions that were given one by one, or together."""
+    dims = _together(dims)
     if not all(type(dim) is int for dim in dims):
         raise UnknownError
     return dims
 
 
 def flatten(x: Channels, start_dim: int = 0, end_dim: int = -1) -> Any:
-    """The pixels in one dimension, alone or with the channels."""
+    """Put the pixels in one dimension, alone or with the channels."""
     if x.axis is None:
         return x
     if x.axis == 1 and start_dim == 1 and end_dim == -1:
@@ -241,7 +238,7 @@ def flatten(x: Channels, start_dim: int = 0, end_dim: int = -1) -> Any:
 
 
 def _view(x: Channels, *sizes: Any) -> Any:
-    sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+    sizes = _together(sizes)
     if x.axis is None:
         return x
     pixels = x.rank is not None and x.rank != 3  # of [N, C, L] it may put together what comes one after the other
@@ -265,18 +262,16 @@ def _permute(x: Channels, *dims: Any) -> Any:
 def _transpose(x: Channels, first: int, second: int) -> Any:
     if x.axis is None:
         return x
-    pair = (first, second)
+    at = x.axis
     if x.rank is not None:
-        at, pair = x.axis % x.rank, [dim % x.rank for dim in pair]
-    elif all((dim < 0) == (x.axis < 0) for dim in pair):
-        at = x.axis
-    else:
+        at, first, second = (dim % x.rank for dim in (at, first, second))
+    elif not all((dim < 0) == (at < 0) for dim in (first, second)):
         raise UnknownError
-    return replace(x, axis=pair[1 - pair.index(at)] if at in pair else at)
+    return replace(x, axis={first: second, second: first}.get(at, at))
 
 
 def _reduce(x: Channels, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
-    """Without other dimensions than that of the channels: a view."""
+    """Take away dimensions other than that of the channels; a view."""
     dims = _dims(dim)
     if x.axis is None:
         return x
@@ -299,10 +294,6 @@ def _mean(x: Channels, *args: Any, **kwargs: Any) -> Any:
 
 def _reduce_to_largest(x: Channels, dim: Any = None, keepdim: bool = False) -> Any:
     return replace(_mean(x, dim, keepdim), guessed=True)
-
-
-def _squeeze(x: Channels, dim: int) -> Any:
-    return _reduce(x, dim)
 
 
 def _unsqueeze(x: Channels, dim: int) -> Any:
@@ -334,15 +325,16 @@ def _getitem(x: Any, index: Any) -> Any:
     kinds = [type(each) for each in index]
     if not set(kinds) <= {slice, int}:
         raise UnknownError
+    rank = None if x.rank is None else x.rank - kinds.count(int)
     if x.axis < 0:
-        if len(index) > 2 - (x.rank == 2):  # they might reach the last dimension
+        most = 1 if x.rank == 2 else 2
+        if len(index) > most:  # they might reach the last dimension
             raise UnknownError
-        return replace(x, rank=x.rank and x.rank - kinds.count(int))
+        return replace(x, rank=rank)
     own = index[x.axis] if len(index) > x.axis else slice(None)
     if not isinstance(own, slice) or x.flat:
         raise UnknownError
     before = kinds[: x.axis].count(int)
-    rank = None if x.rank is None else x.rank - kinds.count(int)
     return replace(x, samples=x.samples[:, own], axis=x.axis - before, rank=rank)
 
 
@@ -374,13 +366,14 @@ def _split(x: Channels, split_size_or_sections: Any, dim: int = 0) -> Any:
 
 
 def _pad(x: Channels, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
-    """Around the pixels it changes little; new channels are of that value."""
+    """Add channels of that value; around the pixels a value changes little."""
     if x.axis is None:
         return x
     end = x.from_end()
     if end is None:
         raise UnknownError
-    before, after = (*pad, *[0] * 2 * -end)[-2 * end - 2 : -2 * end]
+    at = 2 * (-1 - end)  # in `pad`, whose first pair is the last dimension's
+    before, after = pad[at : at + 2] if len(pad) > at + 1 else (0, 0)
     if (before, after) == (0, 0):
         return x
     if mode != "constant" or x.flat:
@@ -402,7 +395,7 @@ _MOVES: dict[str, Callable[..., Any]] = {
     "reshape": _view,
     "size": _size,
     "split": _split,
-    "squeeze": _squeeze,
+    "squeeze": _reduce,
     "transpose": _transpose,
     "unsqueeze": _unsqueeze,
     "view": _view,

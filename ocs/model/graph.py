@@ -1,7 +1,7 @@
 """What a model does, as torch.fx sees it: one graph for each way to call it.
 
-Nothing here changes the model. Where a proof is needed (ocs.batchnorm), all of it must be traced; where an
-estimate will do (ocs.moments), the parts that can be, each by itself.
+Nothing here changes the model. Where a proof is needed (batchnorm_folding), all of it must be traced; where an
+estimate will do (input_statistics), the parts that can be, each by itself.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ class Trace(NamedTuple):
 
 
 def traces(model: nn.Module) -> list[Trace]:
-    """One for each choice of optional arguments; whatever torch.fx or the model's own code raises where one fails."""
+    """Trace the model once for each choice of optional arguments.
+
+    Raises whatever torch.fx or the model's own code raises where one trace fails.
+    """
     _check(model)
     return [_trace(model, _Tracer(arguments)) for arguments in _choices(type(model).forward)]
 
 
 def traced_parts(model: nn.Module) -> list[tuple[str, list[Trace]]]:
-    """The traces of the model, or where it has none those of its parts, by name; never fails.
+    """Trace the model, or where that cannot be its parts, by name; never fails.
 
     A part that cannot be traced stands as one node in what is around it. Optional arguments for which a trace fails are
     left out.
@@ -52,12 +55,12 @@ def traced_parts(model: nn.Module) -> list[tuple[str, list[Trace]]]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short."""
+    """Shorten what an error says."""
     return textwrap.shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 100, placeholder=" ...")
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether more may run than the module's forward."""
+    """Tell whether more may run than the module's forward."""
     return any(vars(module).get(hooks) for hooks in _HOOKS)
 
 
@@ -76,17 +79,17 @@ class _Tracer(fx.Tracer):
         self.read: set[int] = set()  # ids of tensors
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Subclasses too, which torch.fx would look into."""
+        """Do not look into layers and norms, subclasses of torch's among them, which torch.fx would look into."""
         return isinstance(m, _KINDS) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Remembers which tensors the model looks up: buffers leave no other mark."""
+        """Remember which tensors the model looks up: buffers leave no other mark."""
         if isinstance(attr_val, Tensor):
             self.read.add(id(attr_val))
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
-        """The arguments of the model's forward, the model first."""
+        """Give the model's forward its arguments, the model first."""
         names = inspect.unwrap(root_fn).__code__.co_varnames
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         return fn, [self.arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
@@ -103,24 +106,28 @@ class _OpenTracer(_Tracer):
         self.opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Names, as the traced modules are copies."""
+        """Look into blocks of layers, but not into what is opaque: by name, as the traced modules are copies."""
         if module_qualified_name in self.opaque:
             return True
         block = not (isinstance(m, _KINDS) or has_hooks(m)) and any(isinstance(part, _KINDS) for part in m.modules())
         return not block and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
-        """The arguments of the model's forward, the model first."""
+        """Give the model's forward no more arguments than it names, and empty ones for *args and **kwargs."""
         root_fn = inspect.unwrap(root_fn)
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         code, flags = root_fn.__code__, root_fn.__code__.co_flags
         named = code.co_argcount + code.co_kwonlyargcount
-        more = [()] * bool(flags & inspect.CO_VARARGS) + [{}] * bool(flags & inspect.CO_VARKEYWORDS)
-        return fn, [*args[:named], *more]
+        args = args[:named]
+        if flags & inspect.CO_VARARGS:
+            args.append(())
+        if flags & inspect.CO_VARKEYWORDS:
+            args.append({})
+        return fn, args
 
 
 def _check(model: nn.Module) -> None:
-    """Nothing runs that a trace would not see."""
+    """Refuse a model of which more runs than a trace would see."""
     own_call = type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
     if own_call or "forward" in vars(model):
         raise ValueError("its forward is not all that runs")
@@ -137,13 +144,13 @@ def _trace(model: nn.Module, tracer: _Tracer) -> Trace:
 
 
 def _kept(model: nn.Module) -> dict[int, Tensor]:
-    """What a copy to be traced shares with the model, by id: parameters, and what is computed of them (pruning)."""
+    """Find what a copy to be traced shares with the model, by id: parameters, and what is made of them (pruning)."""
     held = (t for module in model.modules() for t in (*module._parameters.values(), *vars(module).values()))
     return {id(t): t for t in held if isinstance(t, Tensor) and (isinstance(t, nn.Parameter) or not t.is_leaf)}
 
 
 def _choices(forward: Callable) -> list[dict[str, Any]]:
-    """Every way to call it as to its optional arguments: left out or given, True or False."""
+    """List every way to call it as to its optional arguments: left out or given, True or False."""
     optional = [p for p in inspect.signature(forward).parameters.values() if p.default is not p.empty]
     if len(optional) > _MOST_OPTIONAL:
         raise ValueError(f"its forward has {len(optional)} optional arguments")
@@ -161,7 +168,7 @@ Parts = list[tuple[str, list[Trace]]]
 
 
 def _parts(module: nn.Module) -> tuple[Parts, list[str]]:
-    """The traces of a module and of what is opaque in it, by name, and the names of what is opaque, "" for itself."""
+    """Trace a module and what is opaque in it, by name; returns the names of what is opaque, too, "" for itself."""
     found = _whole(module, ())
     if found:
         return [("", found)], []
@@ -181,7 +188,7 @@ def _parts(module: nn.Module) -> tuple[Parts, list[str]]:
 
 
 def _whole(module: nn.Module, opaque: Collection[str]) -> list[Trace]:
-    """One for each choice of optional arguments for which there is one."""
+    """Trace a module once for each choice of optional arguments for which that can be done."""
     found = []
     try:
         _check(module)
@@ -197,7 +204,7 @@ def _whole(module: nn.Module, opaque: Collection[str]) -> list[Trace]:
 
 
 def _estimated_choices(forward: Callable) -> list[dict[str, Any]]:
-    """All of them, or that all optional arguments are left out where there are too many."""
+    """List every way to call it, or where there are too many the one that leaves all optional arguments out."""
     try:
         return _choices(forward)
     except ValueError:
@@ -207,7 +214,7 @@ def _estimated_choices(forward: Callable) -> list[dict[str, Any]]:
 
 @contextmanager
 def _readable_attention() -> Iterator[None]:
-    """torch's transformer layers ask their inputs whether a fused kernel would do, which have no answer."""
+    """Keep torch's transformer layers from asking their inputs whether a fused kernel would do: they cannot tell."""
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)

@@ -22,7 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.padding import _ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from ocs.model.channel_samples import UNKNOWN, Channels, InputMoments, apply, copied, flatten, normal, normals, rank_of
+from ocs.model.channel_samples import UNKNOWN, Channels, InputEstimate, apply, copied, flatten, normal, normals, rank_of
 from ocs.model.graph import has_hooks, traced_parts
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
@@ -30,19 +30,19 @@ from ocs.nn.registry import REPLACEMENTS, replacement_of
 from ocs.nn.weights import input_weight
 
 _ANY_CONVOLUTION = (*CONVOLUTIONS, *(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
-UNKNOWN_INPUT = "nothing is known of its input"
 MEAN_SHARE = 0.05  # of an input's power: where its mean has more, errors that add up along channels count
 
 
 class HasMean(NamedTuple):
-    """Whether a layer's inputs have a mean worth compensating, and what tells."""
+    """Whether a layer's inputs have a mean worth compensating, what tells, and whether that is known or assumed."""
 
     worth: bool
     reason: str
+    known: bool = True
 
 
-def input_moments(model: nn.Module) -> dict[str, InputMoments | None]:
-    """Estimates for every layer that could be quantized, by name; None where nothing is known. Needs no data.
+def estimate_inputs(model: nn.Module) -> dict[str, InputEstimate | None]:
+    """Estimate the input of every layer that could be quantized, by name; None where nothing is known. Needs no data.
 
     Never fails and never changes the model: what torch.fx cannot trace is unknown, and so is what differs between two
     calls of a layer or between the choices of a forward's optional arguments.
@@ -53,44 +53,44 @@ def input_moments(model: nn.Module) -> dict[str, InputMoments | None]:
 
 
 def inputs_have_mean(model: nn.Module) -> dict[str, HasMean]:
-    """For the same layers: whether the squared mean is above a twentieth of their input's power E[x^2].
+    """Tell of every layer that could be quantized whether its squared mean is above a twentieth of its input's power.
 
     Where nothing is known of a layer's input, that of a convolution is taken to have a mean (images and feature maps
     mostly do), that of any other layer not (embeddings, states and what attention gives mostly do not).
     """
     modules = dict(model.named_modules())
     found = {}
-    for name, moments in input_moments(model).items():
-        if moments is None:
+    for name, estimate in estimate_inputs(model).items():
+        if estimate is None:
             convolution = isinstance(modules[name], CONVOLUTIONS)
-            found[name] = HasMean(convolution, UNKNOWN_INPUT)
+            found[name] = HasMean(convolution, "nothing is known of its input", known=False)
             continue
-        power = float(moments.mean.square().sum())
-        share = power / max(power + float(moments.var.sum()), 1e-30)
-        how = "is guessed to have" if moments.guessed else "has"
-        found[name] = HasMean(share > MEAN_SHARE, f"its mean {how} {share:.0%} of its input's power")
+        power = float(estimate.mean.square().sum())
+        share = power / max(power + float(estimate.var.sum()), 1e-30)
+        verb = "is guessed to have" if estimate.guessed else "has"
+        found[name] = HasMean(share > MEAN_SHARE, f"its mean {verb} {share:.0%} of its input's power")
     return found
 
 
-def _inputs(model: nn.Module, names: list[str]) -> dict[str, list[InputMoments | None]]:
-    """What each layer is given, call by call."""
-    found: dict[str, list[InputMoments | None]] = {name: [] for name in names}
+def _inputs(model: nn.Module, names: list[str]) -> dict[str, list[InputEstimate | None]]:
+    """Estimate what each layer is given, call by call."""
+    found: dict[str, list[InputEstimate | None]] = {name: [] for name in names}
     try:
         first_names = {id(module): name for name, module in model.named_modules()}
         for part, traces in traced_parts(model):
             root = model.get_submodule(part)
             for trace in traces:
-                for module, moments in _Walk(root, trace.graph).inputs:
+                for module, estimate in _Walk(root, trace.graph).inputs:
                     name = first_names.get(id(module))
                     if name in found:
-                        found[name].append(moments)
+                        found[name].append(estimate)
     except Exception:  # noqa: BLE001 - an estimate of what anyone may have written
         return {name: [] for name in names}
     return found
 
 
-def _agreed(inputs: list[InputMoments | None]) -> InputMoments | None:
-    """What all calls of a layer have in common; exactly, as the same operations give the same samples."""
+def _agreed(inputs: list[InputEstimate | None]) -> InputEstimate | None:
+    """Find what all calls of a layer have in common; exactly, as the same operations give the same samples."""
     first = inputs[0] if inputs else None
     for other in inputs[1:]:
         if first is None or other is None or first.mean.shape != other.mean.shape:
@@ -107,12 +107,12 @@ def _agreed(inputs: list[InputMoments | None]) -> InputMoments | None:
 class _Walk:
     """Runs a graph on channels.
 
-    inputs: each layer that it calls, with the moments of its input where they are known.
+    inputs: each layer that it calls, with the estimate of its input where there is one.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
-        self.inputs: list[tuple[nn.Module, InputMoments | None]] = []
+        self.inputs: list[tuple[nn.Module, InputEstimate | None]] = []
         self.calls: Counter[str] = Counter()
         values: dict[fx.Node, Any] = {}
         users = {node: set(node.users) for node in graph.nodes}
@@ -125,7 +125,7 @@ class _Walk:
                     values.pop(source)
 
     def run(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The value of a node; UNKNOWN whatever goes wrong, as what is run are functions meant for other tensors."""
+        """Compute a node; UNKNOWN whatever goes wrong, as what is run are functions meant for other tensors."""
         try:
             if node.op == "get_attr":
                 return operator.attrgetter(node.target)(self.root)
@@ -141,7 +141,7 @@ class _Walk:
         return UNKNOWN
 
     def rank_of_output(self, node: Any) -> int | None:
-        """The dimensions of what a layer gives to a BatchNorm1d; None for any other node."""
+        """Count the dimensions of what a layer gives to a BatchNorm1d; None for any other node."""
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
         module = self.root.get_submodule(node.target)
@@ -150,10 +150,10 @@ class _Walk:
         return len(module.kernel_size) + 2 if isinstance(module, _ANY_CONVOLUTION) else None
 
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], rank: int | None) -> Any:
-        """What a module makes of its input, of so many dimensions; what a layer is given is kept."""
+        """Run a module on its input, of so many dimensions; what a layer is given is kept."""
         plain = not has_hooks(module)
         if isinstance(module, (*REPLACEMENTS, QuantizedLayer)):
-            self.inputs.append((module, None))
+            self.inputs.append((module, None))  # whatever goes wrong below, the call counts
             if plain:
                 self.inputs[-1] = (module, _input_of(module, args, kwargs))
             return UNKNOWN
@@ -162,7 +162,7 @@ class _Walk:
         return _run_module(module, args[0], rank, self.seed)
 
     def seed(self, what: str) -> int:
-        """The same for the same norms in any trace, called as often."""
+        """Number a norm, alike for the same norms in any trace that were called as often."""
         self.calls[what] += 1
         return zlib.crc32(f"{what} {self.calls[what]}".encode())
 
@@ -171,8 +171,8 @@ def _value(values: dict[fx.Node, Any], x: Any) -> Any:
     return values.get(x, UNKNOWN) if isinstance(x, fx.Node) else x
 
 
-def _input_of(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> InputMoments | None:
-    """The moments of a layer's input; of attention only where query, key and value are one."""
+def _input_of(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> InputEstimate | None:
+    """Estimate a layer's input; that of attention only where query, key and value are one."""
     if isinstance(layer, QuantizedLayer):
         names, channels = layer.input_names, layer.groups * next(iter(layer.channels.values()))
     else:
@@ -185,9 +185,9 @@ def _input_of(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     if not isinstance(x, Channels) or any(other is not x for other in inputs):
         return None
     if x.on_axis(1 if convolution else -1):
-        return x.moments(channels)
+        return x.estimate(channels)
     if x.axis == 1 and x.rank is None and not convolution:  # a BatchNorm1d mostly has [N, C]
-        return replace(x, guessed=True).moments(channels)
+        return replace(x, guessed=True).estimate(channels)
     return None
 
 
@@ -223,7 +223,7 @@ def _run_module(module: nn.Module, x: Any, rank: int | None, seed: Callable[[str
 
 
 def _norm(norm: nn.Module, x: Any, rank: int | None, seed: Callable[[str], int]) -> Any:
-    """Mean beta and variance gamma^2; with running statistics, less what eps takes of it."""
+    """Make channels of mean beta and variance gamma^2; with running statistics, less what eps takes of it."""
     rank = rank_of(x) or (rank if isinstance(norm, _BatchNorm) else None)
     weight, bias = norm.weight, getattr(norm, "bias", None)
     if isinstance(norm, nn.LayerNorm | nn.RMSNorm):

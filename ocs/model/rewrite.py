@@ -11,7 +11,7 @@ Slot = tuple[MutableMapping[str, Any], str, Any]  # where, under which name, wha
 
 
 def module_slots(model: nn.Module, replacements: Mapping[int, nn.Module]) -> Iterator[Slot]:
-    """Every place in the model where a module stands that has a replacement (by id of the old module)."""
+    """Find every place in the model where a module stands that has a replacement (by id of the old module)."""
     parents = [parent for parent in model.modules() if id(parent) not in replacements]
     for parent in [*parents, *replacements.values()]:  # which may hold children that are replaced too
         for name, child in parent._modules.items():

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocs.calibration.run import Statistics
-from ocs.model.input_statistics import InputMoments
+from ocs.calibration.statistics import Statistics
+from ocs.model.input_statistics import InputEstimate
 from ocs.nn.product import QuantProduct
 
 
@@ -32,11 +32,11 @@ def measured_means(statistics: Mapping[str, Statistics]) -> dict[str, InputMean]
     return {name: InputMean(mean, "calibration") for name, mean in measured.items() if mean is not None}
 
 
-def means_of_graph(moments: Mapping[str, InputMoments | None]) -> dict[str, InputMean]:
+def means_of_graph(estimates: Mapping[str, InputEstimate | None]) -> dict[str, InputMean]:
     """Map layers to the mean inputs that the graph tells, those that are no guess."""
     return {
         name: InputMean(found.mean, "norms")
-        for name, found in moments.items()
+        for name, found in estimates.items()
         if found is not None and not found.guessed
     }
 

@@ -9,19 +9,12 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ocs.calibration.calibrate import Calibration, collect, watch_input, watch_moments
 from ocs.calibration.gram import LayerMoments
-from ocs.calibration.run import (
-    Calibration,
-    Data,
-    Statistics,
-    moments_for,
-    observe,
-    reached,
-    statistics_for,
-    with_sample,
-)
+from ocs.calibration.run import Data, with_sample
+from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
-from ocs.model.input_statistics import input_moments
+from ocs.model.input_statistics import estimate_inputs
 from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import ModelOptions
@@ -85,7 +78,7 @@ def _means(model: nn.Module, plans: Sequence[LayerPlan], seen: Calibration) -> d
     wanted = {plan.name for plan in plans if plan.needs_mean}
     means = measured_means(seen)
     if wanted - means.keys():
-        means = means_of_graph(input_moments(model)) | means
+        means = means_of_graph(estimate_inputs(model)) | means
     return {name: mean for name, mean in means.items() if name in wanted}
 
 
@@ -136,14 +129,13 @@ def _run(
     progress: bool | None,
 ) -> Calibration:
     """What these layers need and no more."""
-    statistics = {}
+    statistics = []
     for plan in watched:
         options = plan.options
         split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
-        statistics[plan.name] = (plan.module, statistics_for(plan.target, channels=split))
-    moments = {plan.name: moments_for(model, plan.target) for plan in compensated}
-    observe(model, data, statistics, progress, moments)
-    return reached(statistics, moments)
+        statistics.append(watch_input(plan.target, channels=split))
+    moments = [watch_moments(model, plan.target) for plan in compensated]
+    return collect(model, data, statistics, moments, progress, "calibration")
 
 
 # --- What does not go together ----------------------------------------------------------------------------------------

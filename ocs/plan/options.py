@@ -25,7 +25,8 @@ from ocs.weight.arguments import (
 from ocs.weight.types import Granularity, Rounding, Select, Split
 
 if TYPE_CHECKING:
-    from ocs.calibration.run import Calibration, Data
+    from ocs.calibration.calibrate import Calibration
+    from ocs.calibration.run import Data
 
 Allocate = Literal["uniform", "knapsack", "error"]
 Recipe = Literal["paper", "best"]

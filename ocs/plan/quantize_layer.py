@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocs.calibration.run import Statistics
+from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.nn.base import QuantizedLayer, with_originals
 from ocs.nn.input import InputGrid, QuantizedInput

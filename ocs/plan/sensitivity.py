@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ocs.calibration.run import Data, mean_over_ranks, outputs_of
+from ocs.calibration.ranks import mean_over_ranks
+from ocs.calibration.run import Data, outputs_of
 from ocs.errors import error_context
 from ocs.model.rewrite import exchange, module_slots
 from ocs.model.targets import Target

@@ -1,17 +1,13 @@
-"""What quantize() did to each layer: a table to print, HTML for notebooks, a dict and JSON for programs."""
+"""What quantize() did to each layer, as values, as plain dicts and as JSON; text.py and html.py show it to people."""
 
 from __future__ import annotations
 
-import html
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
-
-from ocs.model.input_statistics import UNKNOWN_INPUT
 
 Status = Literal["quantized", "skipped", "float"]
 
@@ -27,7 +23,7 @@ class LayerReport:
     name: str  # of the layer
     kind: str  # the float layer's class
     weight: str  # the weight's name in the layer, "" where a layer left alone has several or none
-    shape: tuple[int, ...]  # of the float weight, () likewise
+    shape: tuple[int, ...]  # of the float weight, () where a layer left alone has several or none
     status: Status
     reason: str = ""
     float_bytes: int = 0  # of the float weight
@@ -35,6 +31,7 @@ class LayerReport:
     granularity: str | None = None
     rounding: str | None = None
     input_mean: str = ""  # what is known of the mean of its input, where recipe="best" chose the rounding by it
+    input_known: bool | None = None  # whether anything is, where recipe="best" asked
     clip: str | float | None = None  # what gave the threshold; of "auto" what it chose, or "auto" where channels differ
     channels: int | None = None  # C over all groups
     splits: int | None = None  # n over all groups
@@ -66,30 +63,30 @@ class LayerReport:
 
     @property
     def weights(self) -> int:
-        """Elements of the float weight."""
+        """Count the elements of the float weight."""
         return math.prod(self.shape)
 
     @property
     def expanded_weights(self) -> int:
-        """Elements of the expanded weight."""
+        """Count the elements of the expanded weight."""
         return math.prod(self.expanded_shape)
 
     @property
     def gains(self) -> dict[str, float]:
-        """dB of nearest rounding alone, and what each option added to it, where `steps` are known."""
+        """Give the dB of nearest rounding alone, and what each option added to it, where `steps` are known."""
         before = [0.0, *(db for _, db in self.steps)]
         return {what: db - before[i] if db != before[i] else 0.0 for i, (what, db) in enumerate(self.steps)}
 
     @property
     def label(self) -> str:
-        """The weight's full name, or the layer's where it has but one called `weight`."""
+        """Give the weight's full name, or the layer's where it has but one called `weight`."""
         several = self.status == "quantized" and self.weight != "weight"
         return f"{self.name}.{self.weight}" if several else self.name or "(model)"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Layer by layer in the model's order, with the settings that were used and the seconds that it took."""
+    """What quantize() did, layer by layer in the model's order, with which settings and in how many seconds."""
 
     layers: tuple[LayerReport, ...]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -98,14 +95,14 @@ class Report:
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
-        """A line for each weight that was quantized."""
+        """Select the lines of weights that were quantized."""
         return tuple(layer for layer in self.layers if layer.status == "quantized")
 
     @property
     def relative_size(self) -> float:
-        """Weights that run expanded over those without copies: the paper's Table 5, extended to recurrent layers.
+        """Divide the weights that run expanded by those without copies: the paper's Table 5, and recurrent layers.
 
-        There a split hidden unit also brings its gate rows: two layers of 650 units at r = 0.02 give 1.04. What is
+        In these a split hidden unit also brings its gate rows: two layers of 650 units at r = 0.02 give 1.04. What is
         stored has the copies alone, see packed_bytes.
         """
         before = sum(layer.weights for layer in self.quantized)
@@ -113,30 +110,30 @@ class Report:
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of the quantized layers' float weights."""
+        """Sum the bytes of the quantized layers' float weights."""
         return sum(layer.float_bytes for layer in self.quantized)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the same weights as packed integers."""
+        """Sum the bytes of the quantized layers' weights as packed integers."""
         return sum(layer.packed_bytes for layer in self.quantized)
 
     @property
     def mean_sqnr_db(self) -> float:
-        """Mean over the quantized layers of the weights' signal-to-noise ratio in dB, exact layers left out."""
+        """Average the signal-to-noise ratio in dB over the quantized weights, exact ones left out."""
         values = [layer.sqnr_db for layer in self.quantized if math.isfinite(layer.sqnr_db)]
         return sum(values) / len(values) if values else math.inf
 
     @property
     def mean_steps(self) -> dict[str, float]:
-        """Where it was asked for: mean dB of nearest rounding alone, and what each option added to it on the mean."""
+        """Average the dB of nearest rounding alone, and what each option added to it, where that was asked for."""
         explained = [layer.gains for layer in self.quantized if layer.steps]
         explained = [gains for gains in explained if all(map(math.isfinite, gains.values()))]
         whats = dict.fromkeys(what for gains in sorted(explained, key=len, reverse=True) for what in gains)
         return {what: sum(gains.get(what, 0.0) for gains in explained) / len(explained) for what in whats}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts; inf appears as None."""
+        """Make plain numbers, strings, lists and dicts of it; inf appears as None."""
         totals = {
             "quantized_layers": len({layer.name for layer in self.quantized}),
             "quantized_weights": len(self.quantized),
@@ -152,7 +149,7 @@ class Report:
         return _plain(content | ({"batch_norms": self.batch_norms} if self.batch_norms else {}))
 
     def to_json(self) -> str:
-        """to_dict() as JSON."""
+        """Write to_dict() as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
@@ -164,144 +161,24 @@ class Report:
         Path(path).write_text(writers[suffix](), encoding="utf-8")
 
     def to_html(self) -> str:
-        """A page of its own."""
-        head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ocs report</title></head>'
-        return f'{head}<body style="font-family:sans-serif">{self._repr_html_()}</body></html>\n'
+        """Make a page of its own."""
+        from ocs.report.html import report_page
+
+        return report_page(self)
 
     def __str__(self) -> str:
-        rows = [HEADER, *(_cells(layer) for layer in self.layers)]
-        kept = self._columns()
-        widths = [max(len(row[i]) for row in rows) if i in kept else 0 for i in range(len(HEADER))]
-        lines = ["  ".join(_pad(row[i], widths[i], i) for i in kept) for row in rows]
-        return "\n".join([*(line.rstrip() for line in lines), self._summary()])
+        from ocs.report.text import report_text
+
+        return report_text(self)
 
     def _repr_html_(self) -> str:
-        kept = self._columns()
-        head = "".join(f"<th>{html.escape(HEADER[i])}</th>" for i in kept)
-        body = "".join(_html_row(layer, kept) for layer in self.layers)
-        return (
-            f'<table style="border-collapse:collapse" border="1" cellpadding="4"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table><p>{html.escape(self._summary())}</p>"
-        )
+        from ocs.report.html import report_table
 
-    def _columns(self) -> list[int]:
-        """All, but that of inputs only where one is quantized, that of steps only where they are known."""
-        shown = {_INPUT_COLUMN: any(layer.act_bits is not None for layer in self.layers),
-                 _STEPS_COLUMN: any(layer.steps for layer in self.layers)}  # fmt: skip
-        return [i for i in range(len(HEADER)) if shown.get(i, True)]
-
-    def _summary(self) -> str:
-        layers, left = len({layer.name for layer in self.quantized}), len(self.layers) - len(self.quantized)
-        weights = f" ({len(self.quantized)} weights)" if len(self.quantized) > layers else ""
-        text = f"{layers} layer{'s' * (layers != 1)} quantized{weights}, {left} left float, in {self.seconds:.2f} s"
-        if self.batch_norms:
-            folded = sum(not reason for reason in self.batch_norms.values())
-            text = f"{text}, {folded} of {len(self.batch_norms)} batch norms folded"
-        if not self.quantized:
-            return text
-        text += self._roundings()
-        if self.mean_steps:
-            text = f"{text}; outputs, mean dB: {_steps(self.mean_steps)}"
-        saving = self.float_bytes / self.packed_bytes if self.packed_bytes else math.inf
-        return (
-            f"{text}: weights x{self.relative_size:.3f} with their copies, {_size(self.float_bytes)} -> "
-            f"{_size(self.packed_bytes)} packed ({saving:.1f}x smaller), mean SQNR {self.mean_sqnr_db:.1f} dB"
-        )
-
-    def _roundings(self) -> str:
-        """How many weights were rounded how, where a recipe chose it, and what it knew."""
-        if not any(layer.input_mean for layer in self.quantized):
-            return ""
-        counts = Counter(layer.rounding for layer in self.quantized)
-        text = "; rounding: " + ", ".join(f"{count} {rounding}" for rounding, count in counts.most_common())
-        unknown = sum(layer.input_mean == UNKNOWN_INPUT for layer in self.quantized)
-        return f"{text} ({unknown} of them without knowing their inputs)" if unknown else text
-
-
-HEADER = (
-    "layer",
-    "kind",
-    "weight",
-    "bits",
-    "splits",
-    "max |w|",
-    "once split",
-    "clip at",
-    "SQNR dB",
-    "outputs dB",
-    "packed",
-    "input",
-    "",
-)
-_INPUT_COLUMN = HEADER.index("input")
-_STEPS_COLUMN = HEADER.index("outputs dB")
-_TEXT_COLUMNS = (0, 1, 2, _STEPS_COLUMN, _INPUT_COLUMN, len(HEADER) - 1)
-
-
-def _cells(layer: LayerReport) -> tuple[str, ...]:
-    shape = "x".join(map(str, layer.shape))
-    if layer.status != "quantized":
-        return (layer.label, layer.kind, shape, *[""] * (len(HEADER) - 4), f"{layer.status}: {layer.reason}")
-    clip = layer.threshold if isinstance(layer.threshold, float) else max(layer.threshold, default=0.0)
-    return (
-        layer.label,
-        layer.kind,
-        shape,
-        str(layer.bits),
-        f"+{layer.splits}",
-        f"{layer.max_before:.3g}",
-        f"{layer.max_after:.3g}",
-        f"{clip:.3g}" + ("" if isinstance(layer.threshold, float) else " max") + _method(layer.clip),
-        f"{layer.sqnr_db:.1f}",
-        _steps(layer.gains),
-        _size(layer.packed_bytes),
-        _input(layer),
-        layer.reason,
-    )
-
-
-def _method(clip: str | float) -> str:
-    """Which clip method, where there is one."""
-    return "" if clip == "none" else f" {clip}" if isinstance(clip, str) else f" x{clip:g}"
-
-
-def _steps(gains: dict[str, float]) -> str:
-    """What nearest rounding leaves, and what each option adds."""
-    first, *more = [*gains.items()] or [("", 0.0)]
-    return " ".join([f"{first[1]:.1f}" * bool(gains), *(f"{gain:+.1f} {what}" for what, gain in more)])
-
-
-def _input(layer: LayerReport) -> str:
-    """How the input is quantized."""
-    if layer.act_bits is None:
-        return ""
-    splits = f" +{layer.act_splits}" if layer.act_splits else ""
-    if layer.act_split == "oracle":
-        return f"{layer.act_bits} bits{splits} oracle"
-    reach = f"{'+-' if layer.act_signed else '0 .. '}{layer.act_threshold:.3g}{_method(layer.act_clip)}"
-    return f"{layer.act_bits} bits{splits}, {reach}"
-
-
-def _pad(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column in _TEXT_COLUMNS else cell.rjust(width)
-
-
-def _html_row(layer: LayerReport, kept: list[int]) -> str:
-    style = "" if layer.status == "quantized" else ' style="color:#777"'
-    row = _cells(layer)
-    cells = (("" if i in _TEXT_COLUMNS else ' style="text-align:right"', row[i]) for i in kept)
-    return f"<tr{style}>" + "".join(f"<td{align}>{html.escape(cell)}</td>" for align, cell in cells) + "</tr>"
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+        return report_table(self)
 
 
 def _plain(value: Any) -> Any:
+    """Make of a value what JSON has: lists of tuples, floats of numbers, None of inf and NaN."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -51,6 +51,7 @@ def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
         granularity=options.granularity,
         rounding=options.rounding,
         input_mean="" if plan.input_mean is None else plan.input_mean.reason,
+        input_known=None if plan.input_mean is None else plan.input_mean.known,
         clip=quantization.clip,
         channels=replacement.groups * replacement.channels[weight.name],
         splits=len(sources),

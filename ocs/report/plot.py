@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ocs.calibration.run import Statistics
+from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
 from ocs.kernels.constants import SMALLEST, qmax
+from ocs.report.text import plural
 from ocs.weight.arguments import check_array, check_bits, check_clip, check_groups, check_ratio
 from ocs.weight.error import sqnr_db, weight_error
 from ocs.weight.grid import fake_quantize
@@ -38,7 +39,7 @@ Methods = Sequence[str | float]
 
 
 def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: int = 1, title: str = "") -> Figure:
-    """The paper's Figure 1: a weight under linear quantization, under clipping, and after outlier channel splitting.
+    """Draw the paper's Figure 1: a weight quantized linearly, clipped, and after outlier channel splitting.
 
     Each panel shows the histogram of the weights that are rounded, the k-bit grid, and the signal-to-noise ratio of the
     result. Clipping uses the threshold that splitting reaches, so that both have the same grid: clipping saturates the
@@ -59,7 +60,7 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
     clipped = quantize_weight(w, bits, clip=narrowed, groups=groups)
     saturated = np.abs(w) > clipped.threshold * (1 + 1e-6)
     copies = plan.source.size - groups * w.shape[1]
-    ours = f"OCS, r = {r:g}, {copies} split{'s' * (copies != 1)}: outliers halved, the grid narrows as much"
+    ours = f"OCS, r = {r:g}, {copies} {plural(copies, 'split')}: outliers halved, the grid narrows as much"
     kept = quantize_weight(w, bits, r, groups=groups)
     panels = (
         ("linear: the grid reaches the largest weight", {"weights": w}, linear),
@@ -98,7 +99,7 @@ def clip_thresholds(
     x: Array, bits: int, r: float = 0.0, *, methods: Methods | None = None, groups: int = 1, signed: bool = True,
     title: str = ""
 ) -> Figure:  # fmt: skip
-    """Histograms of |x| with the threshold of each clip method, before and after outlier channel splitting.
+    """Draw histograms of |x| with the threshold of each clip method, before and after outlier channel splitting.
 
     The second panel, there unless r is 0, has plain halves (split="naive") of the channels with the largest |x|, halved
     again and again: of a weight what quantize_weight clips, of activations what Oracle OCS makes of a batch. Zeros are
@@ -142,7 +143,7 @@ def input_histograms(
     statistics: Statistics, bits: int, r: float = 0.0, *, methods: Methods | None = None, signed: bool = True,
     groups: int = 1, title: str = ""
 ) -> Figure:  # fmt: skip
-    """Histograms of what calibration has seen of a layer's inputs, with the threshold of each clip method.
+    """Draw histograms of what calibration has seen of a layer's inputs, with the threshold of each clip method.
 
     The second panel, there unless r is 0, is after halving the channels that quantize(act_r=r) splits: those with most
     values beyond the layer's 99th percentile. Zeros are counted in the first title, not drawn.
@@ -167,18 +168,19 @@ def input_histograms(
     edges = np.linspace(0, statistics.limit or 1.0, statistics.counts.numel() + 1)
     panels = []
     for split in (None, _most_outliers(statistics, r, groups)) if r else (None,):
-        whole = split is None or not split.numel()
-        counts = statistics.counts if whole else statistics.split_counts(split)
+        if split is None:
+            title_of_panel = _panel_title(bits, signed, 0.0, 0, statistics.zeros)
+        else:
+            title_of_panel = _panel_title(bits, signed, r, split.numel())
         thresholds = {method: statistics.threshold(bits, method, signed, split) for method in methods}
-        of_title = (0.0, 0, statistics.zeros) if split is None else (r, split.numel())
         magnitudes = {"": (edges[:-1] + edges[1:]) / 2}
-        panels.append(_Panel(_panel_title(bits, signed, *of_title), magnitudes, thresholds, {}, counts.numpy()))
+        panels.append(_Panel(title_of_panel, magnitudes, thresholds, {}, statistics.split_counts(split).numpy()))
     bars = edges[:: edges.size // 256]
     return _clip_figure(panels, bars[: int(np.searchsorted(bars, 1.05 * (statistics.largest or 1.0))) + 1], title)
 
 
 def _most_outliers(statistics: Statistics, r: float, groups: int) -> Tensor:
-    """The channels that quantize() splits."""
+    """Choose the channels that quantize() splits."""
     if not statistics.channels:
         raise ValueError(f"r={r}: these statistics do not count single channels, which are to be split: use r=0")
     check_groups(groups, statistics.channels)
@@ -194,7 +196,7 @@ def _check_methods(methods: Methods | None) -> list[str | float]:
 
 
 def _sqnr_db(x: np.ndarray, values: np.ndarray, source: np.ndarray, t: float, bits: int, signed: bool) -> float:
-    """Of x [O, C, ...], the split values [groups, O / groups, C + n, K] once they are rounded and added up."""
+    """Measure x [O, C, ...] over what is off once its split values [groups, O / groups, C + n, K] are rounded."""
     C, groups = x.shape[1], values.shape[0]
     scale = max(t / qmax(bits + (not signed)), SMALLEST)
     error = fake_quantize(values, scale, bits, signed).astype(np.float64) - values
@@ -205,8 +207,8 @@ def _sqnr_db(x: np.ndarray, values: np.ndarray, source: np.ndarray, t: float, bi
 
 
 def _panel_title(bits: int, signed: bool, r: float, splits: int, zeros: int = 0) -> str:
-    split = f"OCS, r = {r:g}, {splits} split{'s' * (splits != 1)}" if r else "no splits"
-    left_out = f"; {zeros:,} zero{'s' * (zeros != 1)} not drawn" if zeros else ""
+    split = f"OCS, r = {r:g}, {splits} {plural(splits, 'split')}" if r else "no splits"
+    left_out = f"; {zeros:,} {plural(zeros, 'zero')} not drawn" if zeros else ""
     return f"{bits} bits{'' if signed else ' unsigned'}, {split}{left_out}"
 
 
@@ -217,7 +219,7 @@ def _clip_figure(panels: Sequence[_Panel], edges: np.ndarray, title: str) -> Fig
     for axes, panel in zip(rows, panels, strict=True):
         bars = _draw_bars(axes, panel.parts, edges, (PALE, DARK), panel.counts)
         lines = _draw_thresholds(axes, panel)
-        heading = "method, threshold" + ", SQNR" * bool(panel.sqnr)
+        heading = "method, threshold, SQNR" if panel.sqnr else "method, threshold"
         font = {"prop": {"family": "monospace", "size": 8.5}, "title_fontsize": 8.5}
         axes.legend(handles=[*lines, *bars], title=heading, **legend, **font)
         axes.set_xlim(0, edges[-1])
@@ -226,7 +228,7 @@ def _clip_figure(panels: Sequence[_Panel], edges: np.ndarray, title: str) -> Fig
 
 
 def _draw_thresholds(axes: Axes, panel: _Panel) -> list[Line2D]:
-    """A line for each method, in ascending order; its mark is as far down as its line in the legend."""
+    """Draw a line for each method, in ascending order; its mark is as far down as its line in the legend."""
     names = [method if isinstance(method, str) else f"{method:g} of max" for method in panel.thresholds]
     numbers = [f"{t:#.3g}".rstrip(".") for t in panel.thresholds.values()]
     widths = [max(map(len, column), default=0) for column in (names, numbers)]
@@ -244,7 +246,7 @@ def _draw_thresholds(axes: Axes, panel: _Panel) -> list[Line2D]:
     return lines
 
 
-# --- What both need ---------------------------------------------------------------------------------------------------
+# --- Drawing and splitting, for all pictures --------------------------------------------------------------------------
 
 
 def _as_floats(x: Array) -> np.ndarray:
@@ -252,7 +254,7 @@ def _as_floats(x: Array) -> np.ndarray:
 
 
 def _halves(w: np.ndarray, plan: SplitPlan, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """The split weight [groups, O / groups, C + n, K] before it is rounded, and which of it was halved."""
+    """Split a weight, [groups, O / groups, C + n, K] before it is rounded, and say which of it was halved."""
     halvings = plan.depth.reshape(groups, 1, -1, 1)
     split = reference.halved(w, plan.source, plan.depth, groups)
     return split, np.broadcast_to(halvings > 0, split.shape)
@@ -274,7 +276,7 @@ def _new_figure(rows: int, height: float, xlabel: str, title: str) -> tuple[Figu
 def _draw_bars(
     axes: Axes, parts: Mapping[str, np.ndarray], edges: np.ndarray, colors: tuple[str, str], counts: Any = None
 ) -> list[StepPatch]:
-    """Stacked histograms of values by what they are, and a legend's handles for those that have a name."""
+    """Stack histograms of values by what they are; returns a legend's handles for those that have a name."""
     below, bars = np.zeros(edges.size - 1), []
     for (name, values), color in zip(parts.items(), colors, strict=False):
         above = below + np.histogram(values, edges, weights=counts)[0]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ocs
 from ocs import functional
-from ocs.calibration.run import BINS, Statistics
+from ocs.calibration.statistics import BINS, Statistics
 
 NAMES = ("limit", "largest", "smallest", "zeros", "inputs")
 TENSORS = ("counts", "octaves", "channel_max")

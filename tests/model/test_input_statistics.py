@@ -1,4 +1,4 @@
-"""input_moments(): what the graph tells of layers' inputs is what they have, all else is unknown."""
+"""estimate_inputs(): what the graph tells of layers' inputs is what they have, all else is unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fashion_mnist import load, load_model
 from torch import Tensor, nn
 
 import ocs
-from ocs.model.input_statistics import InputMoments, input_moments, inputs_have_mean
+from ocs.model.input_statistics import InputEstimate, estimate_inputs, inputs_have_mean
 
 
 def measured(model: nn.Module, x: Tensor, axis: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
@@ -41,18 +41,18 @@ def measured(model: nn.Module, x: Tensor, axis: int = 1) -> dict[str, tuple[Tens
 def test_bundled_resnet20() -> None:
     """Against 512 images; what is left are sums that are not independent, and borders."""
     model, images = load_model(), load("calibration")[0]
-    found, actual = input_moments(model), measured(model, images)
+    found, actual = estimate_inputs(model), measured(model, images)
     assert found.keys() == actual.keys()
     assert found.pop("conv1") is None
-    for name, moments in found.items():
+    for name, estimate in found.items():
         mean, variance = actual[name]
-        correlation = float(torch.corrcoef(torch.stack([mean, moments.mean]))[0, 1])
-        error = float((moments.mean - mean).norm() / mean.norm())
+        correlation = float(torch.corrcoef(torch.stack([mean, estimate.mean]))[0, 1])
+        error = float((estimate.mean - mean).norm() / mean.norm())
         print(f"{name}: correlation {correlation:.3f}, error of the mean {error:.1%}")
         assert correlation > 0.85, name
         assert error < 0.2, name
-        assert 0.5 < float(moments.var.sum() / variance.sum()) < 2.2, name
-        assert not moments.guessed
+        assert 0.5 < float(estimate.var.sum() / variance.sum()) < 2.2, name
+        assert not estimate.guessed
     assert all(mean.worth for mean in inputs_have_mean(model).values())
 
 
@@ -84,7 +84,7 @@ def normal_images() -> Tensor:
 
 
 def assert_right(model: nn.Module, name: str = "layer", tolerance: float = 0.03, guessed: bool = False) -> None:
-    found, (mean, variance) = input_moments(model)[name], measured(model, normal_images())[name]
+    found, (mean, variance) = estimate_inputs(model)[name], measured(model, normal_images())[name]
     assert found is not None
     assert found.guessed is guessed
     assert found.mean.dtype == found.var.dtype == torch.float64
@@ -171,7 +171,7 @@ MEANS = {
 def test_averages_keep_the_mean(name: str) -> None:
     between, layer = MEANS[name]
     model = Net(between, copy.deepcopy(layer))
-    found, (mean, variance) = input_moments(model)["layer"], measured(model, normal_images())["layer"]
+    found, (mean, variance) = estimate_inputs(model)["layer"], measured(model, normal_images())["layer"]
     torch.testing.assert_close(found.mean, mean, rtol=0.02, atol=0.02)
     assert bool((found.var > variance).all())
 
@@ -193,8 +193,8 @@ UNKNOWN = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown(name: str) -> None:
     model = Net(UNKNOWN[name])
-    assert input_moments(model)["layer"] is None
-    assert inputs_have_mean(model)["layer"] == (True, "nothing is known of its input")
+    assert estimate_inputs(model)["layer"] is None
+    assert inputs_have_mean(model)["layer"] == (True, "nothing is known of its input", False)
 
 
 GUESSED = {
@@ -207,7 +207,7 @@ GUESSED = {
 
 @pytest.mark.parametrize("name", GUESSED)
 def test_guessed(name: str) -> None:
-    assert input_moments(Net(GUESSED[name]))["layer"].guessed
+    assert estimate_inputs(Net(GUESSED[name]))["layer"].guessed
 
 
 def test_guesses_tell_activations_apart() -> None:
@@ -224,24 +224,24 @@ def test_norms() -> None:
         with torch.no_grad():
             norm.weight.copy_(torch.tensor([1, 2, 3, -4.0]))
             norm.bias.copy_(torch.tensor([0, 1, 0, -1.0]))
-        found = input_moments(nn.Sequential(norm, nn.Conv2d(4, 2, 1)))["1"]
+        found = estimate_inputs(nn.Sequential(norm, nn.Conv2d(4, 2, 1)))["1"]
         torch.testing.assert_close(found.mean, norm.bias.detach().double())
         torch.testing.assert_close(found.var, norm.weight.detach().double().square(), rtol=1e-4, atol=0)
         assert found.guessed is (name == "gn")
     for norm in (nn.LayerNorm(4), nn.RMSNorm(4), nn.LayerNorm(4, elementwise_affine=False)):
-        found = input_moments(nn.Sequential(norm, nn.Linear(4, 2)))["1"]
+        found = estimate_inputs(nn.Sequential(norm, nn.Linear(4, 2)))["1"]
         assert found.guessed
         torch.testing.assert_close(found.mean, torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
     dead = nn.BatchNorm2d(4)
     dead.running_var.fill_(1e-9)
-    found = input_moments(nn.Sequential(dead, nn.Conv2d(4, 2, 1)))["1"]
+    found = estimate_inputs(nn.Sequential(dead, nn.Conv2d(4, 2, 1)))["1"]
     assert float(found.var.max()) < 1e-3
 
 
 def test_batchnorm_of_features() -> None:
     """[N, C], as a BatchNorm1d mostly has it."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
-    found = input_moments(model)
+    found = estimate_inputs(model)
     assert found["0"] is None
     torch.testing.assert_close(found["3"].mean, torch.full((6,), 0.3989, dtype=torch.float64), atol=1e-3, rtol=0)
 
@@ -255,7 +255,7 @@ class Activated(nn.BatchNorm2d):
 
 def test_norms_with_a_forward_of_their_own_are_unknown() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Activated(4), nn.Conv2d(4, 4, 1))
-    assert input_moments(model)["2"] is None
+    assert estimate_inputs(model)["2"] is None
     assert inputs_have_mean(model)["2"].worth
 
 
@@ -281,17 +281,17 @@ def test_the_time_axis_is_not_that_of_channels() -> None:
             y = self.norm(self.conv(x))
             return self.layer(y if self.view is None else y.view(*self.view))
 
-    assert input_moments(Steps(8, None))["layer"] is None
-    assert input_moments(Steps(16, (-1, 16)))["layer"] is None
-    assert input_moments(Steps(16, (4, -1)))["layer"] is not None  # [N, C L]
+    assert estimate_inputs(Steps(8, None))["layer"] is None
+    assert estimate_inputs(Steps(16, (-1, 16)))["layer"] is None
+    assert estimate_inputs(Steps(16, (4, -1)))["layer"] is not None  # [N, C L]
 
     class Pooled(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return self[2](self[1](self[0](x)).mean(1))
 
-    assert input_moments(Pooled(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 2)))["2"] is not None
+    assert estimate_inputs(Pooled(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 2)))["2"] is not None
     features = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-    assert not input_moments(features)["2"].guessed
+    assert not estimate_inputs(features)["2"].guessed
 
 
 def test_transformers() -> None:
@@ -301,7 +301,7 @@ def test_transformers() -> None:
         for model in (layer, encoder, nn.Transformer(8, 2, 1, 1, 16, batch_first=True)):
             worth = {name: mean.worth for name, mean in inputs_have_mean(model).items()}
             assert {name for name in worth if worth[name]} == {name for name in worth if name.endswith("linear2")}
-            assert all(input_moments(model)[name].guessed for name in worth if name.endswith(("linear1", "linear2")))
+            assert all(estimate_inputs(model)[name].guessed for name in worth if name.endswith(("linear1", "linear2")))
             assert any(worth)
 
 
@@ -329,14 +329,14 @@ def test_blocks_of_other_libraries() -> None:
     """In a model that cannot be traced itself."""
     model = Untraceable()
     model.part = Block()
-    found = input_moments(model)
+    found = estimate_inputs(model)
     assert found["part.layer"].guessed
     assert found["part.wide"] is None
 
 
 def test_recurrent() -> None:
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 5), "cell": nn.GRUCell(4, 5), "decoder": nn.Linear(5, 3)})
-    assert inputs_have_mean(model) == dict.fromkeys(model, (False, "nothing is known of its input"))
+    assert inputs_have_mean(model) == dict.fromkeys(model, (False, "nothing is known of its input", False))
 
 
 class Untraceable(nn.Module):
@@ -356,8 +356,8 @@ def test_untraceable_part() -> None:
     """What is around it and what is in it are still known."""
     norm, end = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
     model = nn.Sequential(norm, nn.Conv2d(4, 4, 1), nn.Sequential(Untraceable()), nn.BatchNorm2d(4), end)
-    found = input_moments(model)
-    assert {name for name, moments in found.items() if moments is not None} == {"1", "2.0.inner.3", "4"}
+    found = estimate_inputs(model)
+    assert {name for name, estimate in found.items() if estimate is not None} == {"1", "2.0.inner.3", "4"}
 
 
 class Optional(nn.Module):
@@ -373,19 +373,19 @@ class Optional(nn.Module):
 
 
 def test_what_calls_do_not_agree_on_is_unknown() -> None:
-    assert input_moments(Optional())["layer"] is None
+    assert estimate_inputs(Optional())["layer"] is None
     layer = nn.Conv2d(4, 4, 1)
-    assert input_moments(nn.Sequential(nn.BatchNorm2d(4), layer, nn.ReLU(), layer))["1"] is None
+    assert estimate_inputs(nn.Sequential(nn.BatchNorm2d(4), layer, nn.ReLU(), layer))["1"] is None
     twice = nn.Sequential(nn.BatchNorm2d(4), layer, nn.BatchNorm2d(4), layer)
-    assert input_moments(twice)["1"] is not None
+    assert estimate_inputs(twice)["1"] is not None
 
 
 def test_hooks_are_not_seen_through() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     for module in model:
-        assert input_moments(model)["2"] is not None
+        assert estimate_inputs(model)["2"] is not None
         hook = module.register_forward_pre_hook(lambda module, args: None)
-        found = input_moments(model)["2"]
+        found = estimate_inputs(model)["2"]
         assert found is None or (found.guessed and module is not model[2])  # an activation of anything is a guess
         hook.remove()
 
@@ -394,8 +394,8 @@ def test_nothing_is_changed() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1), nn.Dropout()).train()
     everything = Everything()
     before, random = state(model), torch.get_rng_state()
-    assert isinstance(input_moments(model)["2"], InputMoments)
-    assert inputs_have_mean(everything).keys() == input_moments(everything).keys()
+    assert isinstance(estimate_inputs(model)["2"], InputEstimate)
+    assert inputs_have_mean(everything).keys() == estimate_inputs(everything).keys()
     assert_unchanged(model, before)
     assert model.training
     assert torch.backends.mha.get_fastpath_enabled()
@@ -404,13 +404,13 @@ def test_nothing_is_changed() -> None:
 
 def test_quantized_models_too() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
-    expected = input_moments(model)["2"]
+    expected = estimate_inputs(model)["2"]
     ocs.quantize(model, wbits=4, r=0.3, skip=None)
-    torch.testing.assert_close(input_moments(model)["2"].mean, expected.mean)
+    torch.testing.assert_close(estimate_inputs(model)["2"].mean, expected.mean)
 
 
 def test_lazy_and_meta_layers_are_unknown() -> None:
-    assert input_moments(nn.Sequential(nn.BatchNorm2d(4), nn.LazyConv2d(2, 1))) == {"1": None}
+    assert estimate_inputs(nn.Sequential(nn.BatchNorm2d(4), nn.LazyConv2d(2, 1))) == {"1": None}
     with torch.device("meta"):
         model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
-    assert input_moments(model) == {"1": None}
+    assert estimate_inputs(model) == {"1": None}

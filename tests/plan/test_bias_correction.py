@@ -13,7 +13,7 @@ from fashion_mnist import load, load_model
 from torch import Tensor, nn
 
 import ocs
-from ocs.calibration.run import Statistics
+from ocs.calibration.statistics import Statistics
 from ocs.nn import QuantConv2d, QuantLinear
 
 LAYERS = {

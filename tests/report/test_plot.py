@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import ocs
 from ocs import functional
-from ocs.calibration.run import Statistics
+from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
 from ocs.report.plot import LINES, clip_thresholds, input_histograms
 

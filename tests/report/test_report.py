@@ -14,7 +14,7 @@ from conftest import SmallNet
 
 import ocs
 from ocs import functional
-from ocs.report.data import HEADER
+from ocs.report.text import HEADER
 from ocs.weight.quantize_plan import AUTO
 
 
@@ -141,3 +141,10 @@ def test_everything_skipped(net: SmallNet) -> None:
     report = ocs.quantize(net, skip="*")
     assert (report.quantized, report.relative_size, report.packed_bytes) == ((), 1.0, 0)
     assert str(report).endswith("s")
+
+
+def test_what_is_known_of_inputs_is_a_field(net: SmallNet) -> None:
+    report = ocs.quantize(torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 2, 1), net), recipe="best")
+    known = {layer.input_known for layer in report.quantized}
+    assert known == {layer.input_mean != "nothing is known of its input" for layer in report.quantized}
+    assert {layer.input_known for layer in ocs.quantize(SmallNet()).layers} == {None}

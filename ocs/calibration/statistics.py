@@ -1,0 +1,227 @@
+"""Statistics of a layer's input: what thresholds and splits need.
+
+What is kept does not grow with the number of batches: a histogram of |x|, the largest and smallest value, the sum of
+each channel, and where channels shall be split a logarithmic histogram of each. Limits are powers of two, so that a
+histogram over a larger one has the counts of the smaller one added up: statistics merge exactly, over batches as over
+the ranks of a torch.distributed group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ocs.calibration.ranks import reduced
+from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
+from ocs.nn.input import as_rows
+from ocs.nn.registry import replacement_of
+from ocs.weight.threshold import Clip, count_zeros
+
+BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
+ROWS = 4096  # whose sum float32 still holds well
+PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
+
+
+class Statistics:
+    """Statistics of the inputs of one layer, whose channels are on axis `axis`.
+
+    channels: their number, where they may be split; None keeps no histogram for each of them.
+    """
+
+    def __init__(self, axis: int, channels: int | None = None) -> None:
+        self.axis, self.channels = axis, channels
+        self.inputs = 0  # tensors seen
+        self.rows = 0  # values of each channel seen
+        self.sums = torch.zeros(0, dtype=torch.float64)  # of each channel, once there is one
+        self.zeros = 0
+        self.largest, self.smallest = 0.0, math.inf  # max |x|, min x
+        self.limit = 0.0  # a power of two above every |x|, or 0 as long as there are only zeros
+        self.counts = torch.zeros(BINS, dtype=torch.int64)  # of |x| over [0, limit], zeros left out
+        self.octaves = torch.zeros(channels or 0, OCTAVE_BINS, dtype=torch.int64)
+        self.channel_max = torch.zeros(channels or 0)
+
+    # --- Growing
+
+    def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Take in one call of the layer with these arguments by name, each tensor once."""
+        inputs = [arguments[name] for name in replacement_of(layer).input_names if name in arguments]
+        for x in {id(x): x for x in inputs}.values():
+            self.update(x)
+
+    def update(self, x: Any) -> None:
+        """Take in one more input; what is no tensor of floats, and no packed sequence of them, is passed over."""
+        x = values_of(x)
+        if x is None:
+            return
+        if self.channels not in (None, x.shape[self.axis]):
+            raise ValueError(f"its input has {x.shape[self.axis]} channels, it needs {self.channels}")
+        rows = as_rows(x.detach(), self.axis)
+        smallest, most = (float(bound) for bound in rows.aminmax())
+        largest = max(abs(smallest), abs(most))
+        if not largest < 2.0**127:  # NaN, too
+            raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
+        largest = largest if largest >= TINY else 0.0
+        self.inputs += 1
+        self._add(rows.shape[0] * rows.shape[2], _channel_sums(rows))
+        self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
+        self._grow(largest)
+        zeros = count_zeros(rows) if largest else rows.numel()
+        self.zeros += zeros
+        if not largest:
+            lowest = torch.zeros_like(self.octaves)
+            lowest[:, 0] = rows.numel() // rows.shape[1]
+            self.octaves = self.octaves + lowest
+            return
+        counts = torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
+        counts[0] -= zeros
+        self.counts = self.counts + counts  # not in place: they may be of inference mode
+        if self.channels is not None:
+            self.octaves = self.octaves + torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
+            self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
+
+    def _add(self, rows: int, sums: Tensor) -> None:
+        """Take in the sums of so many values of each channel; of inputs that differ in size there is no mean."""
+        if not rows:
+            return
+        if not self.rows:
+            self.sums = sums
+        elif self.sums.shape == sums.shape:
+            self.sums = self.sums + sums
+        else:
+            self.sums = self.sums.new_empty(0)
+        self.rows += rows
+
+    def _grow(self, largest: float) -> None:
+        """Raise the limit to a power of two above `largest`."""
+        limit = math.ldexp(1.0, math.frexp(largest)[1]) if largest else 0.0
+        if limit <= self.limit:
+            return
+        doublings = round(math.log2(limit / self.limit)) if self.limit else 0
+        if doublings:
+            merged = 2 ** min(doublings, int(math.log2(BINS)))
+            self.counts = nn.functional.pad(self.counts.view(-1, merged).sum(1), (0, BINS - BINS // merged))
+            down = min(8 * doublings, OCTAVE_BINS - 1)
+            lowest = self.octaves[:, : down + 1].sum(1, keepdim=True)
+            self.octaves = nn.functional.pad(torch.cat([lowest, self.octaves[:, down + 1 :]], 1), (0, down))
+        self.limit = limit
+
+    def merge(self, other: Statistics) -> None:
+        """Take in what another has seen of the same layer."""
+        self._grow(other.largest)
+        other._grow(self.largest)
+        self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        self.inputs, self.zeros = self.inputs + other.inputs, self.zeros + other.zeros
+        self.counts, self.octaves = self.counts + other.counts, self.octaves + other.octaves
+        self.channel_max = self.channel_max.maximum(other.channel_max)
+        self._add(other.rows, other.sums)
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen, so that each has the same."""
+        bounds = reduced(torch.tensor([self.largest, -self.smallest], dtype=torch.float64), dist.ReduceOp.MAX)
+        self.largest, self.smallest = bounds[0].item(), -bounds[1].item()
+        self._grow(self.largest)
+        sums = reduced(torch.tensor([self.inputs, self.zeros]), dist.ReduceOp.SUM)
+        self.inputs, self.zeros = sums.tolist()
+        self._reduce_sums()
+        self.counts = reduced(self.counts, dist.ReduceOp.SUM)
+        if self.channels:
+            self.octaves = reduced(self.octaves, dist.ReduceOp.SUM)
+            self.channel_max = reduced(self.channel_max, dist.ReduceOp.MAX)
+
+    def _reduce_sums(self) -> None:
+        """Merge the sums of all ranks; those that have seen nothing have none, and do not know their number."""
+        size = self.sums.numel()
+        bounds = torch.tensor([size, -size if self.rows else -(2**62)])
+        most, least = reduced(bounds, dist.ReduceOp.MAX).tolist()
+        sums = self.sums if self.rows else self.sums.new_zeros(most)
+        self.rows = int(reduced(torch.tensor(self.rows), dist.ReduceOp.SUM))
+        self.sums = reduced(sums, dist.ReduceOp.SUM) if most == -least and most else self.sums.new_zeros(0)
+
+    # --- What follows from them
+
+    def mean(self) -> Tensor | None:
+        """Compute the mean of each channel, float64 [C]; None where there is none, or inputs differ in size."""
+        return self.sums / self.rows if self.sums.numel() else None
+
+    def threshold(self, bits: int, method: str | float, signed: bool, split: Tensor | None = None) -> float:
+        """Find where to clip the inputs, by functional.clip_threshold's methods; at most max|x|.
+
+        split: the channels (int64, distinct) whose values are halved first.
+        """
+        clip, largest = Clip(method, bits, signed), self._split_max(split)
+        if not largest:
+            return largest
+        if not clip.searches:
+            return float(clip.threshold(largest))
+        found = clip.threshold(largest, self.split_counts(split), limit=torch.tensor(self.limit))
+        return min(float(found), largest)
+
+    def _split_max(self, split: Tensor | None) -> float:
+        """Find max |x| once the values of these channels are halved."""
+        if split is None:
+            return self.largest
+        return float((self.channel_max * torch.ones_like(self.channel_max).index_fill(0, split, 0.5)).amax())
+
+    def split_counts(self, split: Tensor | None) -> Tensor:
+        """Count |x| once the values of these channels are halved and there twice.
+
+        In each eighth of an octave they are taken to be spread as all values are.
+        """
+        if split is None or not split.numel():
+            return self.counts
+        centers = (torch.arange(BINS) + 0.5) / BINS
+        octave = centers.log2().floor()
+        eighth = (8 * (OCTAVES + octave) + 8 * (centers / 2**octave - 1)).long().clamp(min=0)
+        share = self.octaves[split].sum(0) / self.octaves.sum(0).clamp(min=1)
+        below = nn.functional.pad((self.counts * share[eighth]).cumsum(0), (1, 0))  # so that rounding adds up
+        whole = below.round().diff().long()
+        halved = nn.functional.pad(whole.view(-1, 2).sum(1), (0, BINS // 2))
+        return (self.counts - whole).clamp(min=0) + 2 * halved
+
+    def most_outliers(self, splits: int, groups: int = 1) -> Tensor:
+        """Choose each group's channels with most outliers, int64 [groups, splits]; the lowest first where they tie."""
+        own = torch.arange(self.channels).view(groups, -1)
+        order = self.outliers().view(groups, -1).argsort(dim=1, descending=True, stable=True)
+        return order[:, :splits] + own[:, :1]
+
+    def outliers(self) -> Tensor:
+        """Count the |x| of each channel beyond the layer's 99th percentile, float64 [channels]."""
+        in_all = self.octaves.sum(0).double()
+        beyond = in_all.flip(0).cumsum(0).flip(0)
+        wanted = (1 - PERCENTILE) * beyond[0]
+        at = int((beyond > wanted).sum()) - 1  # the percentile is in this bin, of which a share is beyond it
+        share = (wanted - (beyond[at] - in_all[at])) / in_all[at] if at >= 0 and in_all[at] else 0.0
+        of_channel = self.octaves.double()
+        return of_channel[:, at + 1 :].sum(1) + share * of_channel[:, max(at, 0)]
+
+
+def _channel_sums(rows: Tensor) -> Tensor:
+    """Sum the channels of [N, C, K], float64 [C].
+
+    In float32 parts first, which is fast in any layout and on devices without float64.
+    """
+    if rows.shape[2] == 1:
+        sums = torch.stack([part.sum(0, dtype=torch.float32) for part in rows[:, :, 0].split(ROWS)])
+    else:
+        sums = rows.sum(2, dtype=torch.float32)
+    return sums.sum(0, dtype=torch.float64 if rows.is_cpu else torch.float32).cpu().double()
+
+
+def values_of(x: Any) -> Tensor | None:
+    """Take the values out of what a layer was given: a tensor of floats or a packed sequence; None where it has none.
+
+    Raises:
+        ValueError: the tensor is on the meta device.
+    """
+    x = x.data if isinstance(x, PackedSequence) else x
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or not x.numel():
+        return None
+    if x.is_meta:
+        raise ValueError("its input holds no values: give a model on the meta device weights first")
+    return x
