@@ -27,7 +27,7 @@ from ocs.errors import error_context
 from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
 from ocs.model.targets import Layer, check_model, check_values, find_layers
 from ocs.nn.convolution import CONVOLUTIONS
-from ocs.nn.input import as_rows
+from ocs.nn.input_parts import as_nck
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
@@ -85,7 +85,7 @@ class Statistics:
             raise ValueError("its input holds no values: give a model on the meta device weights first")
         if self.channels not in (None, x.shape[self.axis]):
             raise ValueError(f"its input has {x.shape[self.axis]} channels, it needs {self.channels}")
-        rows = as_rows(x.detach(), self.axis)
+        rows = as_nck(x.detach(), self.axis)
         smallest, most = (float(bound) for bound in rows.aminmax())
         largest = max(abs(smallest), abs(most))
         if not largest < 2.0**127:  # NaN, too

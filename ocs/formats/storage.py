@@ -29,18 +29,18 @@ from ocs.errors import error_context
 from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
 from ocs.model.rewrite import Slot, exchange, module_slots
 from ocs.model.targets import Layer, find_layers
-from ocs.nn.base import (
-    INPUT_NAMES,
-    QuantizedLayer,
-    input_names,
-    problem_of,
-    problem_of_input,
-    state_names,
-    with_originals,
-)
+from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.input import InputGrid, QuantizedInput, check_grid
 from ocs.nn.registry import replacement_of
+from ocs.nn.state import (
+    INPUT_BUFFERS,
+    calibrated_buffers,
+    input_problem,
+    weight_buffers,
+    weight_problem,
+    with_originals,
+)
 from ocs.nn.weights import input_weight
 from ocs.progress import with_progress
 from ocs.weight.types import QuantizedWeight
@@ -77,7 +77,7 @@ def _entries(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[_E
             raise ValueError(f"{prefix or 'model'}: it has extra state, which a file of tensors cannot hold")
         held = set()
         if isinstance(module, QuantizedLayer):
-            held = {*INPUT_NAMES, *(buffer for weight in module.channels for buffer in state_names(weight))}
+            held = {*INPUT_BUFFERS, *(buffer for weight in module.channels for buffer in weight_buffers(weight))}
         for where in (module._parameters, module._buffers):
             for key, tensor in where.items():
                 if tensor is not None and key not in held and key not in module._non_persistent_buffers_set:
@@ -183,12 +183,12 @@ def _as_stored(entry: _Entry) -> Tensor:
 
 def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
     for weight in layer.channels:
-        ints_name, scale_name, source_name = (_full(name, buffer) for buffer in state_names(weight))
-        ints, scale, _ = (tensor.cpu() for tensor in layer.held(weight))
+        ints_name, scale_name, source_name = (_full(name, buffer) for buffer in weight_buffers(weight))
+        ints, scale, _ = (tensor.cpu() for tensor in layer.weight_state(weight))
         yield ints_name, torch.ops.ocs.pack(ints, layer.bits)
         yield scale_name, scale.clone()
         yield source_name, layer.copies(weight).to("cpu", torch.int32, copy=True)
-    for buffer in input_names(layer.input_grid):
+    for buffer in calibrated_buffers(layer.input_grid):
         tensor = layer.input_copies().int() if buffer == "input_source" else layer._buffers[buffer]
         yield _full(name, buffer), tensor.to("cpu", copy=True)
 
@@ -200,7 +200,7 @@ def _describe(layer: QuantizedLayer) -> dict[str, Any]:
         "expand": layer.expand,
         "settings": layer.settings,
         "input": layer.input_grid and asdict(layer.input_grid),
-        "weights": {name: list(layer.held(name)[0].shape) for name in layer.channels},
+        "weights": {name: list(layer.weight_state(name)[0].shape) for name in layer.channels},
     }
 
 
@@ -375,7 +375,7 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
     if nn.parameter.is_lazy(float_weight):
         raise ValueError("run a batch through the model first, so that its lazy layers have shapes")
     outputs, C, *filters = replacement_of(layer.module).layout(float_weight, groups).shape
-    ints_name, scale_name, source_name = (_full(layer.name, buffer) for buffer in state_names(weight))
+    ints_name, scale_name, source_name = (_full(layer.name, buffer) for buffer in weight_buffers(weight))
     copies = math.prod(reader.shape(source_name))
     if copies % groups or copies > groups * C:
         raise ValueError(f"{source_name} has {copies} copies of {groups * C} channels")
@@ -390,7 +390,7 @@ def _read_weight(reader: _Reader, layer: Layer, weight: str, saved: _SavedLayer)
         ints = torch.ops.ocs.unpack(packed, numel, saved.bits).view(shape)
     except RuntimeError as error:
         raise ValueError(f"{ints_name} is not of {saved.bits}-bit integers") from error
-    problem = problem_of((ints_name, scale_name, source_name), ints, scale, source, saved.bits, groups, C)
+    problem = weight_problem((ints_name, scale_name, source_name), ints, scale, source, saved.bits, groups, C)
     if problem:
         raise ValueError(problem)
     device = "cpu" if float_weight.is_meta else float_weight.device
@@ -409,7 +409,7 @@ def _read_input(reader: _Reader, layer: Layer, grid: InputGrid) -> QuantizedInpu
     if grid.splits:
         copies = reader.read(_full(layer.name, "input_source"), [groups * grid.splits], "I32").long()
         source = with_originals(copies, groups, C)
-    problem = problem_of_input(scale, source, groups, C)
+    problem = input_problem(scale, source, groups, C)
     if problem:
         raise ValueError(problem)
     device = "cpu" if weight.is_meta else weight.device
@@ -426,8 +426,8 @@ def _plan_floats(
     entries = _entries(model, replacements)
     expected = {entry.name for entry in entries}
     for name, saved in reader.layers.items():
-        expected |= {_full(name, buffer) for weight in saved.weights for buffer in state_names(weight)}
-        expected |= {_full(name, buffer) for buffer in input_names(saved.grid())}
+        expected |= {_full(name, buffer) for weight in saved.weights for buffer in weight_buffers(weight)}
+        expected |= {_full(name, buffer) for buffer in calibrated_buffers(saved.grid())}
     for what, names in (("has no", expected - set(reader.sums)), ("has besides", set(reader.sums) - expected)):
         if names:
             raise ValueError(f"it was saved from another model: it {what} {', '.join(sorted(names)[:3])}")

@@ -202,7 +202,7 @@ def _reason_to_leave(layer: Layer, owners: Mapping[int, list[str]]) -> str:
     replacement = replacement_of(module)
     if _overrides_forward(module, replacement.float_kind):
         return f"{kind} has a forward of its own"
-    weights, others = replacement.weight_names(module), replacement.other_names(module)
+    weights, others = replacement.weight_names(module), replacement.unquantized_names(module)
     for name in (*weights, *others):
         if name not in module._parameters and getattr(module, name, None) is not None:
             return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ocs.calibration.run import Statistics
 from ocs.errors import error_context
 from ocs.model.targets import Layer, Options
-from ocs.nn.base import QuantizedLayer, with_originals
+from ocs.nn.base import QuantizedLayer
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.registry import replacement_of
+from ocs.nn.state import with_originals
 from ocs.nn.weights import check_values, input_weight
 from ocs.plan.allocate import Measured
 from ocs.plan.bias_correction import restore_mean
