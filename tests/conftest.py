@@ -130,7 +130,7 @@ def folded_twin(model: nn.Module, ours: nn.Module) -> nn.Module:
         for name, layer in ours.named_modules():
             if isinstance(layer, QuantizedLayer):
                 for weight in layer.channels:
-                    folded = layer.layout(layer.folded(weight), layer.groups)
+                    folded = layer.in_float_layout(layer.folded(weight))
                     twin.get_submodule(name)._parameters[weight].copy_(folded)
     return twin
 

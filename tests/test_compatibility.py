@@ -89,7 +89,7 @@ def test_casting(model: Everything, inputs: tuple, dtype: torch.dtype) -> None:
     assert all(output.dtype == dtype for output in model(*(x.to(dtype) for x in inputs)))
     for layer in quantized_layers(model):
         for name in layer.channels:
-            assert [tensor.dtype for tensor in layer.held(name)] == [torch.int8, torch.float32, torch.int64]
+            assert [tensor.dtype for tensor in layer.weight_state(name)] == [torch.int8, torch.float32, torch.int64]
     if dtype == torch.float64:
         assert_close(model.float()(*inputs), before)
         after = [b for layer in quantized_layers(model) for b in layer.buffers(recurse=False)]
@@ -219,7 +219,9 @@ def test_a_cuda_device_gives_the_same_integers_and_close_outputs(inputs: tuple) 
     moved = copy.deepcopy(on_cpu).cuda()
     for cpu, device, copied in zip(*map(quantized_layers, (on_cpu, on_device, moved)), strict=True):
         for name in cpu.channels:
-            for ours, theirs, third in zip(cpu.held(name), device.held(name), copied.held(name), strict=True):
+            for ours, theirs, third in zip(
+                cpu.weight_state(name), device.weight_state(name), copied.weight_state(name), strict=True
+            ):
                 assert theirs.is_cuda
                 assert third.is_cuda
                 assert torch.equal(ours, theirs.cpu())

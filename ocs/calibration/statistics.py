@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ocs.calibration.ranks import reduced
 from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
-from ocs.nn.input import as_rows
+from ocs.nn.input_parts import as_nck
 from ocs.nn.registry import replacement_of
 from ocs.weight.threshold import Clip, count_zeros
 
@@ -61,7 +61,7 @@ class Statistics:
             return
         if self.channels not in (None, x.shape[self.axis]):
             raise ValueError(f"its input has {x.shape[self.axis]} channels, it needs {self.channels}")
-        rows = as_rows(x.detach(), self.axis)
+        rows = as_nck(x.detach(), self.axis)
         smallest, most = (float(bound) for bound in rows.aminmax())
         largest = max(abs(smallest), abs(most))
         if not largest < 2.0**127:  # NaN, too

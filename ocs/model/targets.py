@@ -116,7 +116,7 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
     replacement = replacement_of(module)
     if _overrides_forward(module, replacement.float_kind):
         return f"{kind} has a forward of its own"
-    weights, others = replacement.weight_names(module), replacement.other_names(module)
+    weights, others = replacement.weight_names(module), replacement.unquantized_names(module)
     for each in (*weights, *others):
         if each not in module._parameters and getattr(module, each, None) is not None:
             return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"

@@ -7,22 +7,23 @@ hold the same state. A weight called `weight_hh_l0` is held as `weight_hh_l0_int
 float32 [] or [O] and `source_hh_l0` int64 [C + n]; plain `weight` as `weight_int`, `scale` and `source`. The float
 weights that run are not saved but rebuilt whenever the integers or the layer's dtype change.
 
-A layer may quantize its input too (ocs.activation): `input_grid` says how, the buffer `input_form` likewise, so that no
-state is taken for that of another grid; `input_scale` float32 [] and, where channels of it are split, `input_source`
+A layer may quantize its input too (ocs.nn.input): `input_grid` says how, and the buffer `input_form` encodes that, lest
+a state be taken for that of another grid; `input_scale` float32 [] and, where channels of it are split, `input_source`
 int64 [C + n] hold what calibration gave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ocs.kernels.composite import source_valid
-from ocs.kernels.constants import qmax
-from ocs.nn.input import Cuts, InputGrid, QuantizedInput, folded, oracle_cuts
+from ocs.nn.input import InputGrid, QuantizedInput
+from ocs.nn.input_parts import InputParts, oracle_parts, round_folded
+from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, weight_buffers, weight_problem
+from ocs.nn.weights import weights_of
 from ocs.weight.types import QuantizedWeight
 
 _HOOKS = frozenset(
@@ -30,59 +31,6 @@ _HOOKS = frozenset(
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
     for suffix in ("", "_with_kwargs", "_always_called")
 ) | {"_is_full_backward_hook"}
-
-
-def state_names(weight: str) -> tuple[str, str, str]:
-    """The buffers that hold a weight: its integers, scale and source."""
-    return f"{weight}_int", weight.replace("weight", "scale"), weight.replace("weight", "source")
-
-
-def problem_of(
-    names: tuple[str, str, str], ints: Tensor, scale: Tensor, source: Tensor, bits: int, groups: int, channels: int
-) -> str:
-    """Why these values are no quantized weight, or "": a state may come from a stranger."""
-    most = qmax(bits)
-    if ints.dtype != torch.int8 or bool((ints.short().abs() > most).any()):
-        return f"{names[0]} is not of {bits}-bit integers (int8 in [-{most}, {most}])"
-    scale = scale.float()
-    if not bool((scale.isfinite() & (scale > 0)).all()):
-        return f"{names[1]} is not positive and finite (in float32)"
-    if source.is_floating_point() or not source_valid(source.long(), groups, channels):
-        return f"{names[2]} is no split plan of this layer"
-    return ""
-
-
-INPUT_NAMES = ("input_form", "input_scale", "input_source")
-
-
-def input_names(grid: InputGrid | None) -> tuple[str, ...]:
-    """The tensors that calibration gave, of a quantized input."""
-    if grid is None or grid.oracle:
-        return ()
-    return INPUT_NAMES[1 : 2 + (grid.splits > 0)]
-
-
-def form_of(grid: InputGrid) -> Tensor:
-    """A grid as a state_dict has it, uint8 [4]: bits, whether signed, quantization-aware, Oracle OCS."""
-    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8)
-
-
-def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:
-    """A source [groups (C + n)] from that of its copies alone, group by group: the original channels come first."""
-    own = torch.arange(groups * channels, device=copies.device).view(groups, channels)
-    return torch.cat([own, copies.view(groups, -1)], 1).flatten()
-
-
-def problem_of_input(scale: Tensor, source: Tensor | None, groups: int, channels: int) -> str:
-    """The same of a quantized input."""
-    if not bool(scale.isfinite() & (scale > 0)):
-        return "input_scale is not positive and finite (in float32)"
-    if source is None:
-        return ""
-    if source.is_floating_point() or not source_valid(source.long(), groups, channels):
-        return "input_source is no split plan of this layer"
-    copies = source.view(groups, -1)[:, channels:].flatten()
-    return "" if copies.unique().numel() == copies.numel() else "input_source splits a channel twice"
 
 
 class QuantizedLayer(nn.Module):
@@ -98,10 +46,10 @@ class QuantizedLayer(nn.Module):
     """
 
     float_kind: ClassVar[type[nn.Module]]  # what it replaces
-    kept: ClassVar[tuple[str, ...]] = ()  # the float layer's private attributes that are needed
-    kept_children: ClassVar[tuple[str, ...]] = ()
+    kept_attributes: ClassVar[tuple[str, ...]] = ()  # the float layer's private attributes that are needed
+    kept_children: ClassVar[tuple[str, ...]] = ()  # the float layer's modules that are needed
     only_folded: ClassVar[str] = ""  # why it cannot run expanded, if so
-    more_running: ClassVar[tuple[str, ...]] = ()  # buffers of what runs besides those of running()
+    derived_buffers: ClassVar[tuple[str, ...]] = ()  # what rebuild() fills besides forward_buffer()
     input_names: ClassVar[tuple[str, ...]] = ("input",)  # the arguments of forward that are quantized
     splits_input: ClassVar[bool] = False  # whether channels of its input may be split
     input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
@@ -110,7 +58,7 @@ class QuantizedLayer(nn.Module):
     bits: int
     expand: bool
     channels: dict[str, int]  # of each weight: C, the original input channels of one group
-    settings: dict[str, object]  # how it was quantized, for people and files
+    settings: dict[str, object]  # the options that it was quantized with, for people and files
     input_grid: InputGrid | None = None
     input_axis: int = -1  # where the input has its channels
 
@@ -123,206 +71,206 @@ class QuantizedLayer(nn.Module):
         quantized_input: QuantizedInput | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        kept = {*self.kept, *_HOOKS}
-        mine = {"input_grid", *INPUT_NAMES}
-        carried = {k: v for k, v in vars(float_layer).items() if k in kept or not k.startswith("_")}
-        vars(self).update({k: v for k, v in carried.items() if k not in mine})
-        vars(self).update(bits=bits, expand=expand)
+        self._take_attributes(float_layer)
+        self.bits, self.expand = bits, expand
         self.channels, self.settings = {}, {"wbits": bits, "expand": expand}
-        for name, weight in quantized.items():
-            float_weight = float_layer._parameters[name].detach()
-            self.channels[name] = self.layout(float_weight, self.groups).shape[1]
-            for buffer, tensor in zip(state_names(name), weight[:3], strict=True):
-                self.register_buffer(buffer, tensor)
-            self.register_buffer(self.running(name), float_weight, persistent=False)  # its dtype counts, until rebuilt
+        self._register_weights(float_layer, quantized)
         if quantized_input is not None:
-            grid, scale, source = quantized_input
-            self.input_grid = grid
-            form = form_of(grid).to(next(iter(quantized.values())).ints.device)
-            for buffer, tensor in zip(INPUT_NAMES, (form, scale, source), strict=True):
-                self.register_buffer(buffer, tensor)
-        self._buffers.update(dict.fromkeys(self.more_running))
-        self._non_persistent_buffers_set.update(self.more_running)
-        for name in self.other_names(float_layer):
+            self._register_input(quantized_input, next(iter(quantized.values())).ints.device)
+        for name in self.derived_buffers:
+            self.register_buffer(name, None, persistent=False)
+        for name in self.unquantized_names(float_layer):
             if name in float_layer._parameters:
                 self.register_parameter(name, float_layer._parameters[name])
         for name in self.kept_children:
             self.add_module(name, float_layer._modules[name])
         self.rebuild()
 
+    def _take_attributes(self, float_layer: nn.Module) -> None:
+        """Take over the float layer's public attributes, its hooks, and the private attributes that are needed."""
+        own = {"input_grid", *INPUT_BUFFERS}
+        for name, value in vars(float_layer).items():
+            public = not name.startswith("_") and name not in own
+            if public or name in _HOOKS or name in self.kept_attributes:
+                vars(self)[name] = value
+
+    def _register_weights(self, float_layer: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> None:
+        """Hold the quantized weights and, until rebuild() makes better ones, the float ones, whose dtype counts."""
+        for weight in weights_of(float_layer):
+            ints, scale, source, _ = quantized[weight.name]
+            self.channels[weight.name] = weight.channels
+            for buffer, tensor in zip(weight_buffers(weight.name), (ints, scale, source), strict=True):
+                self.register_buffer(buffer, tensor)
+            float_weight = float_layer._parameters[weight.name].detach()
+            self.register_buffer(self.forward_buffer(weight.name), float_weight, persistent=False)
+
+    def _register_input(self, quantized_input: QuantizedInput, device: torch.device) -> None:
+        """Hold how the input is quantized."""
+        self.input_grid, scale, source = quantized_input
+        for buffer, tensor in zip(INPUT_BUFFERS, (encode_grid(self.input_grid).to(device), scale, source), strict=True):
+            self.register_buffer(buffer, tensor)
+
     # --- What a kind of layer says of itself
 
     @staticmethod
     def weight_names(float_layer: nn.Module) -> tuple[str, ...]:
-        """Its weights that are quantized."""
+        """Name the float layer's weights that are quantized."""
         return ("weight",)
 
     @staticmethod
-    def other_names(float_layer: nn.Module) -> tuple[str, ...]:
-        """Its parameters that stay as they are."""
+    def unquantized_names(float_layer: nn.Module) -> tuple[str, ...]:
+        """Name the float layer's parameters that stay as they are."""
         return ("bias",)
 
     @staticmethod
     def layout(weight: Tensor, groups: int) -> Tensor:
-        """The float layer's weight as [O, C, ...], and such a one as the float layer's."""
+        """Permute a weight of the float layer to [O, C, ...], or one [O, C, ...] to the float layer's layout."""
         return weight
 
-    def running(self, name: str) -> str:
-        """The buffer of what runs for a weight."""
+    def forward_buffer(self, name: str) -> str:
+        """Name the buffer of the float weight that forward reads for this weight."""
         return name
 
-    def expanded_shape(self, name: str) -> tuple[int, ...]:
-        """Of the weight that runs where the layer is expanded, in the float layer's layout."""
-        ints = getattr(self, state_names(name)[0])
-        return tuple(self.layout(ints, self.groups).shape)
+    def forward_weight(self, name: str) -> Tensor:
+        """Make the float32 weight that forward computes with from the integers."""
+        return self.in_float_layout(self.dequantized(name) if self.expand else self.folded(name))
 
-    def effective(self, name: str) -> Tensor:
-        """The float32 weight that runs, from the integers."""
-        return self.layout(self.dequantized(name) if self.expand else self.folded(name), self.groups)
+    def expanded_shape(self, name: str) -> tuple[int, ...]:
+        """Tell the shape, in the float layer's layout, of the weight that an expanded layer computes with."""
+        ints, _, _ = self.weight_state(name)
+        return tuple(self.in_float_layout(ints).shape)
 
     # --- Integers to weights
 
-    def held(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Integers, scale and source of a weight."""
-        ints, scale, source = (self._buffers[buffer] for buffer in state_names(name))
+    def weight_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Give integers, scale and source of a weight."""
+        ints, scale, source = (self._buffers[buffer] for buffer in weight_buffers(name))
         return ints, scale, source
 
     def source_of(self, name: str) -> Tensor:
-        """The original channel of each expanded one."""
-        return getattr(self, state_names(name)[2])
+        """Give the original channel of each expanded channel of a weight."""
+        return getattr(self, weight_buffers(name)[2])
+
+    def in_float_layout(self, weight: Tensor) -> Tensor:
+        """Permute a weight [O, C, ...] to the float layer's layout."""
+        return self.layout(weight, self.groups)
 
     def dequantized(self, name: str) -> Tensor:
-        """Float32 [O, C + n, ...]."""
-        ints, scale, _ = self.held(name)
+        """Dequantize a weight to float32 [O, C + n, ...]."""
+        ints, scale, _ = self.weight_state(name)
         return torch.ops.ocs.dequantize(ints, scale)
 
     def folded(self, name: str) -> Tensor:
-        """Float32 [O, C, ...], the copies added back onto their source channel."""
-        return torch.ops.ocs.fold(*self.held(name), self.groups, self.channels[name])
+        """Dequantize a weight to float32 [O, C, ...], with the copies added back onto their source channel."""
+        return torch.ops.ocs.fold(*self.weight_state(name), self.groups, self.channels[name])
 
     def copies(self, name: str = "weight") -> Tensor:
-        """The source of each copy, group by group."""
+        """Give the original channel of each copy in a weight, group by group."""
         source, C = self.source_of(name), self.channels[name]
         return source[C:] if self.groups == 1 else source.view(self.groups, -1)[:, C:].flatten()
 
     def input_copies(self) -> Tensor:
-        """Likewise of the input's copies, where calibration chose them; empty where there are none."""
+        """Give the original channel of each copy in the input that calibration chose, group by group."""
         source = self._buffers.get("input_source")
         if source is None:
             return torch.empty(0, dtype=torch.int64)
         return source.view(self.groups, -1)[:, -self.input_grid.splits :].flatten()
 
     def splits_of(self, name: str) -> int:
-        """The copies of one weight over all groups."""
+        """Count the copies in one weight, over all groups."""
         return self.source_of(name).numel() - self.groups * self.channels[name]
 
     @property
     def splits(self) -> int:
-        """The copies over all weights."""
+        """The number of copies in all weights."""
         return sum(self.splits_of(name) for name in self.channels)
 
     def rebuild(self) -> None:
-        """Make the weights that run from the integers again, in the layer's dtype and memory format."""
+        """Make the weights that forward reads from the integers again, in the layer's dtype and memory format."""
         for name in self.channels:
-            self.set_running(self.running(name), self.effective(name), like=self._buffers[self.running(name)])
+            buffer = self.forward_buffer(name)
+            self.set_forward_buffer(buffer, self.forward_weight(name), like=self._buffers[buffer])
 
-    def set_running(self, buffer: str, weight: Tensor | None, like: Tensor) -> None:
-        """Another tensor for a buffer of a running weight, in the dtype and memory format of `like`."""
-        if weight is not None:
-            weight = weight.to(like.dtype).contiguous(memory_format=_memory_format(like))
-        self._buffers[buffer] = weight
+    def set_forward_buffer(self, buffer: str, weight: Tensor, like: Tensor) -> None:
+        """Put a weight into a buffer that forward reads, in the dtype and memory format of `like`."""
+        self._buffers[buffer] = weight.to(like.dtype).contiguous(memory_format=_memory_format(like))
 
-    def on_grid(self, x: Tensor) -> Tensor:
-        """An input as the layer sees it: rounded, where its input is quantized."""
+    def round_input(self, x: Tensor) -> Tensor:
+        """Round an input to its grid, the parts of split channels added up; a float input stays as it is."""
         if self.input_grid is None:
             return x
         grid, axis = self.input_grid, self.input_axis
-        return folded(x, grid, oracle_cuts(grid, x, axis, 1) if grid.oracle else Cuts(self.input_scale), axis)
+        parts = oracle_parts(grid, x, axis, 1) if grid.oracle else InputParts(self.input_scale)
+        return round_folded(x, grid, parts, axis)
 
     # --- As an nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """Moves and casts as nn.Module does; scales stay float32, and weights are rounded once, from the integers."""
-        names = [*(buffer for name in self.channels for buffer in state_names(name)), *self._input_names()]
-        before = {buffer: getattr(self, buffer) for buffer in names}
-        running = self.running(next(iter(self.channels)))
-        dtype = getattr(self, running).dtype
+        """Move and cast as nn.Module does, but keep scales in float32 and round weights once, from the integers."""
+        state = [*(buffer for name in self.channels for buffer in weight_buffers(name)), *self._input_buffers()]
+        before = {buffer: self._buffers[buffer] for buffer in state}
+        forward_buffer = self.forward_buffer(next(iter(self.channels)))
+        dtype = self._buffers[forward_buffer].dtype
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            if getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        if getattr(self, running).dtype != dtype:
+        for buffer, tensor in before.items():
+            if self._buffers[buffer].dtype != tensor.dtype:
+                self._buffers[buffer] = tensor.to(self._buffers[buffer].device)
+        if self._buffers[forward_buffer].dtype != dtype:
             self.rebuild()
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        problems = [self._problem_of(name, state_dict, prefix) for name in self.channels]
-        problems.append(self._problem_of_input(state_dict, prefix))
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        *_, error_msgs = others
+        problems = [self._weight_problem(name, state_dict, prefix) for name in self.channels]
+        problems.append(self._input_problem(state_dict, prefix))
         if any(problems):  # nothing of this layer is loaded
             error_msgs.extend(f"{prefix.removesuffix('.')}: {problem}" for problem in problems if problem)
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        for name in self.channels:  # assigned ones may have come in another dtype
-            _, scale, source = state_names(name)
-            self._buffers.update({scale: self._buffers[scale].float(), source: self._buffers[source].long()})
-        for buffer, dtype in zip(self._input_names()[1:], (torch.float32, torch.int64), strict=False):
-            self._buffers[buffer] = self._buffers[buffer].to(dtype)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self._restore_dtypes()
         self.rebuild()
 
-    def _problem_of(self, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> str:
-        """Why a state cannot be this weight's, or "". Its three tensors belong together: all of them, or none."""
-        names = state_names(name)
-        given, problem = self._given(names, state_dict, prefix)
-        return problem or (problem_of(names, *given, self.bits, self.groups, self.channels[name]) if given else "")
-
-    def _problem_of_input(self, state_dict: Mapping[str, Tensor], prefix: str) -> str:
-        """Likewise of its quantized input."""
-        given, problem = self._given(self._input_names(), state_dict, prefix)
+    def _weight_problem(self, name: str, state: Mapping[str, Tensor], prefix: str) -> str:
+        """Say why a state cannot be this weight's, or "". It has all three tensors of the weight, or none."""
+        names = weight_buffers(name)
+        given, problem = tensors_of(state, prefix, {buffer: self._buffers[buffer] for buffer in names})
         if problem or not given:
             return problem
-        form, scale, source, *_ = (*given, None, None)
+        return weight_problem(names, *given.values(), self.bits, self.groups, self.channels[name])
+
+    def _input_problem(self, state: Mapping[str, Tensor], prefix: str) -> str:
+        """Say why a state cannot be this layer's as to its quantized input, or ""."""
+        given, problem = tensors_of(state, prefix, self._input_buffers())
+        if problem or not given:
+            return problem
+        form = given["input_form"]
         if not torch.equal(form, self.input_form.to(form.device)):
             return f"input_form is {form.tolist()}: the state is of another input than one of {self.input_grid}"
+        if "input_scale" not in given:
+            return ""
         channels = next(iter(self.channels.values()))
-        return "" if scale is None else problem_of_input(scale.float(), source, self.groups, channels)
+        return input_problem(given["input_scale"].float(), given.get("input_source"), self.groups, channels)
 
-    def _input_names(self) -> tuple[str, ...]:
-        """The buffers of its quantized input that it has."""
-        return tuple(name for name in INPUT_NAMES if self._buffers.get(name) is not None)
+    def _restore_dtypes(self) -> None:
+        """Cast scales to float32 and sources to int64: a state that is assigned may have come in another dtype."""
+        for _, *names in (INPUT_BUFFERS, *map(weight_buffers, self.channels)):
+            for buffer, dtype in zip(names, (torch.float32, torch.int64), strict=True):
+                if self._buffers.get(buffer) is not None:
+                    self._buffers[buffer] = self._buffers[buffer].to(dtype)
 
-    def _given(self, names: tuple[str, ...], state_dict: Mapping[str, Tensor], prefix: str) -> tuple[list[Tensor], str]:
-        """The tensors of a state that belong together, none where there are none or without values; what is wrong."""
-        given = [state_dict.get(prefix + buffer) for buffer in names]
-        if all(tensor is None for tensor in given):
-            return [], ""
-        for buffer, tensor in zip(names, given, strict=True):
-            held = self._buffers[buffer]
-            if tensor is None:
-                return [], f"{buffer} is missing, without which {', '.join(set(names) - {buffer})} means nothing"
-            if tensor.shape != held.shape:
-                return [], f"{buffer} has a size mismatch: {list(tensor.shape)}, this layer needs {list(held.shape)}"
-        return ([] if any(tensor.is_meta for tensor in given) else given), ""
+    def _input_buffers(self) -> dict[str, Tensor]:
+        """Find the buffers of its quantized input that it has."""
+        return {name: self._buffers[name] for name in INPUT_BUFFERS if self._buffers.get(name) is not None}
 
     def extra_repr(self) -> str:
-        """Hyperparameters as the float layer shows them, then what was quantized."""
+        """Show the hyperparameters as the float layer does, then what was quantized."""
         form = "expanded" if self.expand else "folded"
-        scales = "channel" if self.held(next(iter(self.channels)))[1].dim() else "tensor"
+        _, scale, _ = self.weight_state(next(iter(self.channels)))
+        scales = "channel" if scale.dim() else "tensor"
         shown = self.float_kind.extra_repr(self)
+        shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""
-        return (
-            f"{shown}{', ' if shown else ''}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}{grid}"
-        )
+        return f"{shown}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}{grid}"
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:

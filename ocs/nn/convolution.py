@@ -14,19 +14,13 @@ from torch import Tensor, nn
 from ocs.nn.product import QuantProduct
 from ocs.nn.registry import register
 
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+CONVOLUTIONS: tuple[type[nn.Module], ...]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @torch.fx.wrap
 def _add_pointwise(y: Tensor, copied: Tensor, x: Tensor) -> Tensor:
-    """y [..., O, *spatial] + copied [O, n] x [..., n, *spatial], in one pass over y."""
+    """Add copied [O, n] x [..., n, *spatial] to y [..., O, *spatial], in one pass over y."""
     rank = copied.dim() - 2
     w, x = copied.flatten(1).to(y.dtype), x.flatten(-rank).to(y.dtype)
     in_rows = y.view(*y.shape[:-rank], math.prod(y.shape[-rank:]))
@@ -38,37 +32,36 @@ def _add_pointwise(y: Tensor, copied: Tensor, x: Tensor) -> Tensor:
 
 
 class _QuantConvolution(QuantProduct):
-    """What convolutions of either direction share."""
+    """A convolution of either direction."""
 
-    kept = ("_reversed_padding_repeated_twice",)
+    kept_attributes = ("_reversed_padding_repeated_twice",)
+    convolve: ClassVar[Callable[..., Tensor]]
 
     @property
     def input_axis(self) -> int:
-        """Before the spatial ones."""
+        """The axis of the channels, before the spatial ones."""
         return -1 - len(self.kernel_size)
 
     def sum_parts(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        """product(x, weight, bias) over the original channels plus that over the copies."""
-        own, more, copied = self.operands(x)
-        y = product(own, self.original, self.bias)
-        return y if copied is None else y.add_(product(more, copied, None))
+        """Add product(x, weight, bias) over the original channels and over the copies."""
+        x, copied_input, copied = self.operands(x)
+        y = product(x, self.original, self.bias)
+        return y if copied is None else y.add_(product(copied_input, copied, None))
 
 
 class _QuantConv(_QuantConvolution):
     """nn.Conv1d/2d/3d with a quantized weight, batched or not; every padding mode and groups."""
 
-    convolve: ClassVar[Callable[..., Tensor]]
-
     def forward(self, input: Tensor) -> Tensor:
-        """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...]."""
+        """Convolve x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...]."""
         x, padding = input, self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         if self._is_pointwise():  # which is mostly memory
-            own, more, copied = self.operands(x)
-            y = self.convolve(own, self.original, self.bias)
-            return y if copied is None else _add_pointwise(y, copied, more)
+            x, copied_input, copied = self.operands(x)
+            y = self.convolve(x, self.original, self.bias)
+            return y if copied is None else _add_pointwise(y, copied, copied_input)
         return self.sum_parts(
             x, lambda x, w, b: self.convolve(x, w, b, self.stride, padding, self.dilation, self.groups)
         )
@@ -105,15 +98,13 @@ class QuantConv3d(_QuantConv):
 class _QuantConvTranspose(_QuantConvolution):
     """nn.ConvTranspose1d/2d/3d with a quantized weight; its integers are [O, C + n, ...] like those of any layer."""
 
-    convolve: ClassVar[Callable[..., Tensor]]
-
     @staticmethod
     def layout(weight: Tensor, groups: int) -> Tensor:
-        """[groups C, O / groups, ...] as [O, C, ...], and back."""
+        """Permute a weight [groups C, O / groups, ...] to [O, C, ...], or one [O, C, ...] to the former."""
         return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...], of `output_size` where given."""
+        """Convolve x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...]; see torch's layer."""
         output_padding = self.float_kind._output_padding(
             self, input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )

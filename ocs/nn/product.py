@@ -6,33 +6,34 @@ need not be moved, and the few copies cost little.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
-from ocs.nn.input import (
-    CopiedChannels,
-    Cuts,
-    copied_channels,
-    copies_needed,
-    folded,
-    gather,
-    oracle_cuts,
-    rounded,
-    static_cuts,
-)
+from ocs.nn.copied_channels import CopiedChannels, copied_channels, copies_needed
+from ocs.nn.input_parts import InputParts, oracle_parts, round_folded, round_parts, static_parts, take_channels
 from ocs.nn.registry import register
 
 
+class Operands(NamedTuple):
+    """What a layer multiplies: the original channels by the weight `original`, and the copies, if any, by `copied`."""
+
+    input: Tensor  # the original channels
+    copied_input: Tensor | None = None
+    copied: Tensor | None = None
+
+
 class QuantProduct(QuantizedLayer):
-    """A layer that is linear in its weight. What runs: the original channels' part, and where expanded the copies'."""
+    """A layer that is linear in its weight: it computes the original channels' part and, expanded, the copies' part."""
 
     original: Tensor
     copied: Tensor | None
     bias: nn.Parameter | None
-    more_running = ("copied", "copied_index", "copied_at", "cut_source", "cut_factor", "cut_shift")
+    derived_buffers = ("copied", "copied_index", "copied_at", "cut_source", "cut_factor", "cut_shift")
     splits_input = True
 
     @property
@@ -43,73 +44,100 @@ class QuantProduct(QuantizedLayer):
         """
         if self.copied is None:
             return self.original
-        return self.layout(self.folded("weight"), self.groups).to(self.original.dtype)
+        return self.in_float_layout(self.folded("weight")).to(self.original.dtype)
 
-    def running(self, name: str) -> str:
-        """The original channels' part stands for the whole."""
+    def forward_buffer(self, name: str) -> str:
+        """Name the buffer that forward reads: the original channels' part stands for the whole weight."""
         return "original"
 
     def rebuild(self) -> None:
-        """Both parts from the integers, each in one pass."""
-        ints, scale, source = self.held("weight")
-        C, like = self.channels["weight"], self.original
-        cuts = self._static_cuts()
-        self._buffers.update(cut_source=cuts.source, cut_factor=cuts.factor, cut_shift=cuts.shift)
-        self._buffers.update(copied=None, copied_index=None, copied_at=None)
-        if not self.expand:
-            self.set_running("original", self.layout(self.folded("weight"), self.groups), like)
-            return
-        self.set_running("original", self.layout(torch.ops.ocs.dequantize(ints[:, :C], scale), self.groups), like)
-        if cuts.source is not None:
-            channels = copied_channels(source, cuts, self.groups, C)
-            self._buffers.update(copied_index=channels.index, copied_at=channels.at)
-            self.set_running("copied", self._copied_weight(channels), like)
+        """Make both parts of the weight from the integers again, each in one pass."""
+        parts = self._static_parts()
+        self._buffers.update(dict.fromkeys(self.derived_buffers))
+        self._buffers.update(cut_source=parts.source, cut_factor=parts.factor, cut_shift=parts.shift)
+        if self.expand:
+            self._rebuild_expanded(parts)
+        else:
+            self._set_part("original", self.folded("weight"))
+
+    def _rebuild_expanded(self, parts: InputParts) -> None:
+        ints, scale, source = self.weight_state("weight")
+        C = self.channels["weight"]
+        self._set_part("original", torch.ops.ocs.dequantize(ints[:, :C], scale))
+        if parts.source is not None:
+            copied = copied_channels(source, parts, self.groups, C)
+            self._buffers.update(copied_index=copied.channel, copied_at=copied.part)
+            self._set_part("copied", self._copied_weight(copied))
         elif ints.shape[1] > C:
             self._buffers["copied_index"] = self.copies()
-            self.set_running("copied", self.layout(torch.ops.ocs.dequantize(ints[:, C:], scale), self.groups), like)
+            self._set_part("copied", torch.ops.ocs.dequantize(ints[:, C:], scale))
+
+    def _set_part(self, buffer: str, weight: Tensor) -> None:
+        self.set_forward_buffer(buffer, self.in_float_layout(weight), like=self.original)
 
     def expanded_shape(self, name: str) -> tuple[int, ...]:
-        """C + the copies of weight and input together; of Oracle OCS the least, as batches may need some more."""
+        """Tell the shape with the copies of weight and input; Oracle OCS has the least, some batches need more."""
         if self.input_grid is None or not self.input_grid.splits:
             return super().expanded_shape(name)
-        shape, channels = list(self.held(name)[0].shape), self.channels[name]
-        of_input = self._buffers.get("input_source")
-        shape[1] = channels + copies_needed(self.source_of(name), of_input, self.groups, channels)
+        ints, _, source = self.weight_state(name)
+        shape, channels = list(ints.shape), self.channels[name]
+        shape[1] = channels + copies_needed(source, self._buffers.get("input_source"), self.groups, channels)
         if self.input_grid.oracle:
             shape[1] += self.input_grid.splits
-        return tuple(self.layout(torch.empty(shape, device="meta"), self.groups).shape)
+        return tuple(self.in_float_layout(torch.empty(shape, device="meta")).shape)
 
-    def _static_cuts(self) -> Cuts:
-        """Of the input, as long as they do not depend on the batch."""
+    def _static_parts(self) -> InputParts:
+        """Split the input as calibration said; there are no parts yet where each batch has its own (Oracle OCS)."""
         if self.input_grid is None or self.input_grid.oracle:
-            return Cuts(None)
-        return static_cuts(self.input_grid, self.input_scale, self._buffers.get("input_source"), self.groups)
+            return InputParts(None)
+        return static_parts(self.input_grid, self.input_scale, self._buffers.get("input_source"), self.groups)
 
-    def _copied_weight(self, channels: CopiedChannels) -> Tensor:
-        """The columns of the expanded weight that these channels need, in the float layer's layout."""
-        ints, scale, _ = self.held("weight")
+    def _copied_weight(self, copied: CopiedChannels) -> Tensor:
+        """Dequantize the columns of the expanded weight that these channels meet: float32 [O, m, ...]."""
+        ints, scale, _ = self.weight_state("weight")
         grouped = ints.unflatten(0, (self.groups, -1))
         shape = (self.groups, 1, -1, *[1] * (ints.dim() - 2))
-        columns = channels.column.view(shape).expand(-1, grouped.shape[1], -1, *ints.shape[2:])
-        chosen = (grouped.gather(2, columns) * channels.used.view(shape)).flatten(0, 1)
-        return self.layout(torch.ops.ocs.dequantize(chosen, scale), self.groups)
+        columns = copied.column.view(shape).expand(-1, grouped.shape[1], -1, *ints.shape[2:])
+        chosen = (grouped.gather(2, columns) * copied.used.view(shape)).flatten(0, 1)
+        return torch.ops.ocs.dequantize(chosen, scale)
 
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The input of the original channels and, where there are any, of the copies, with the copies' weight."""
-        grid, axis = self.input_grid, self.input_axis
-        if grid is None:
-            return x, None if self.copied is None else gather(x, self.copied_index, axis), self.copied
-        if grid.oracle:
-            cuts = oracle_cuts(grid, x, axis, self.groups)
+    # --- What forward multiplies
+
+    def operands(self, x: Tensor) -> Operands:
+        """Prepare an input: rounded if it is to be, with the copies that an expanded layer multiplies besides."""
+        if self.input_grid is None:
+            return self._float_operands(x)
+        if self.input_grid.oracle:
+            parts = oracle_parts(self.input_grid, x, self.input_axis, self.groups)
         else:
-            cuts = Cuts(self.input_scale, self.cut_source, self.cut_factor, self.cut_shift)
+            parts = InputParts(self.input_scale, self.cut_source, self.cut_factor, self.cut_shift)
         if not self.expand:
-            return folded(x, grid, cuts, axis), None, None
-        own, index, at, copied = rounded(x, grid, cuts, axis), self.copied_index, self.copied_at, self.copied
-        if grid.oracle and cuts.source is not None:
-            channels = copied_channels(self.source_of("weight"), cuts, self.groups, self.channels["weight"])
-            index, at, copied = channels.index, channels.at, self._copied_weight(channels).to(self.original.dtype)
-        return own, None if copied is None else rounded(x, grid, cuts, axis, index, at), copied
+            return Operands(round_folded(x, self.input_grid, parts, self.input_axis))
+        if self.input_grid.oracle and parts.source is not None:
+            return self._oracle_operands(x, parts)
+        return self._static_operands(x, parts)
+
+    def _float_operands(self, x: Tensor) -> Operands:
+        """Take the copies in the weight from a float input."""
+        if self.copied is None:
+            return Operands(x)
+        return Operands(x, take_channels(x, self.copied_index, self.input_axis), self.copied)
+
+    def _static_operands(self, x: Tensor, parts: InputParts) -> Operands:
+        """Round an input of which the same channels are split in every batch."""
+        rounded = round_parts(x, self.input_grid, parts, self.input_axis)
+        if self.copied is None:
+            return Operands(rounded)
+        copies = round_parts(x, self.input_grid, parts, self.input_axis, self.copied_index, self.copied_at)
+        return Operands(rounded, copies, self.copied)
+
+    def _oracle_operands(self, x: Tensor, parts: InputParts) -> Operands:
+        """Round an input of which this batch's own channels are split."""
+        rounded = round_parts(x, self.input_grid, parts, self.input_axis)
+        copied = copied_channels(self.source_of("weight"), parts, self.groups, self.channels["weight"])
+        copies = round_parts(x, self.input_grid, parts, self.input_axis, copied.channel, copied.part)
+        weight = self.in_float_layout(self._copied_weight(copied)).to(self.original.dtype)
+        return Operands(rounded, copies, weight)
 
 
 @register
@@ -119,11 +147,11 @@ class QuantLinear(QuantProduct):
     float_kind = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        """input W^T + bias."""
+        """Compute input W^T + bias."""
         if self.input_grid is not None:
-            own, more, copied = self.operands(input)
-            y = F.linear(own, self.original, self.bias)
-            return y if copied is None else y + F.linear(more, copied)
+            x, copied_input, copied = self.operands(input)
+            y = F.linear(x, self.original, self.bias)
+            return y if copied is None else y + F.linear(copied_input, copied)
         if self.copied is None:
             return F.linear(input, self.original, self.bias)
         return _expanded_linear(input, self.original, self.copied, self.copied_index, self.bias)
@@ -142,5 +170,5 @@ def _expanded_linear(input: Tensor, original: Tensor, copied: Tensor, copies: Te
 
 
 def _scattered(copied: Tensor, copies: Tensor, original: Tensor) -> Tensor:
-    """The copies' weights on their source channels [O, C]."""
+    """Add the weights of copies up on their source channels [O, C]."""
     return torch.zeros_like(original).index_add(1, copies, copied)

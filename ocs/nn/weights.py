@@ -8,18 +8,30 @@ from torch import Tensor, nn
 
 from ocs.nn.registry import replacement_of
 
+_NO_VALUES = "its weight holds no values yet: run a batch through lazy layers, fill meta tensors"
+
 
 class Weight(NamedTuple):
-    """A weight that is quantized, of a float layer."""
+    """A weight of a float layer, one that is quantized."""
 
     name: str  # in the layer: "weight", or "weight_hh_l0"
-    tensor: Tensor  # [O, C, ...], a detached view; C are the input channels of one group
+    tensor: Tensor  # [O, C, ...], detached
     groups: int
+
+    @property
+    def outputs(self) -> int:
+        """O, the output channels of all groups."""
+        return self.tensor.shape[0]
 
     @property
     def channels(self) -> int:
         """C, the input channels of one group."""
         return self.tensor.shape[1]
+
+    @property
+    def in_channels(self) -> int:
+        """The input channels of all groups."""
+        return self.groups * self.channels
 
 
 def weights_of(module: nn.Module) -> list[Weight]:
@@ -42,18 +54,17 @@ def weight_of(module: nn.Module, name: str) -> Weight:
 
 
 def input_weight(module: nn.Module) -> Weight:
-    """Find the weight that a layer's input meets: the first one."""
+    """Find the first weight of a float layer, which its input meets."""
     return weights_of(module)[0]
 
 
 def check_shape(weight: Tensor) -> None:
     """Refuse a lazy weight, which has no shape."""
     if nn.parameter.is_lazy(weight):
-        raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
+        raise ValueError(_NO_VALUES)
 
 
 def check_values(weight: Tensor) -> None:
     """Refuse a weight that has no values: a lazy one, or one on the meta device."""
-    check_shape(weight)
-    if weight.is_meta:
-        raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
+    if nn.parameter.is_lazy(weight) or weight.is_meta:
+        raise ValueError(_NO_VALUES)

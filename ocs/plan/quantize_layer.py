@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
-from ocs.nn.base import QuantizedLayer, with_originals
+from ocs.nn.base import QuantizedLayer
 from ocs.nn.input import InputGrid, QuantizedInput
+from ocs.nn.state import with_originals
 from ocs.nn.weights import check_values, input_weight, weights_of
 from ocs.plan.bias_correction import restore_mean
 from ocs.plan.explain import explained_steps

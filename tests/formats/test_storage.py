@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import ocs
 from ocs import _C
-from ocs.formats import storage
+from ocs.formats import restore
+from ocs.formats.contents import crc32
 from ocs.nn.base import QuantizedLayer
 
 
@@ -325,7 +326,7 @@ def forge(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], obje
     tensors = safetensors.torch.load_file(path)
     change(header, tensors)
     if isinstance(header.get("tensors"), dict):
-        header["tensors"] = {name: storage._crc32(tensor) for name, tensor in tensors.items()}
+        header["tensors"] = {name: crc32(tensor) for name, tensor in tensors.items()}
     text = json.dumps(header)
     metadata = {"ocs": text, "crc32": str(zlib.crc32(text.encode()))}
     safetensors.torch.save_file(tensors, path, metadata=metadata)
@@ -455,7 +456,7 @@ def test_a_failure_while_the_model_is_changed_is_undone(
 def test_a_failure_in_the_last_step_is_undone(saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh()
     before = state(model)
-    monkeypatch.setattr(storage, "exchange", lambda slots: 1 / 0)
+    monkeypatch.setattr(restore, "exchange", lambda slots: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ocs.load(saved[1], model)
     assert_unchanged(model, before)

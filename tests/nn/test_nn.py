@@ -15,6 +15,7 @@ from ocs.functional import QuantizedWeight, quantize_weight
 from ocs.kernels import reference
 from ocs.nn import QuantizedLayer
 from ocs.nn.registry import REPLACEMENTS
+from ocs.nn.weights import input_weight
 
 # layer, input shape
 LAYERS = {
@@ -52,8 +53,7 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def quantized(layer: nn.Module, *, expand: bool, bits: int = 5, r: float = 0.2, granularity: str = "tensor"):
-    groups = getattr(layer, "groups", 1)
-    w = REPLACEMENTS[type(layer)].layout(layer.weight, groups)
+    _, w, groups = input_weight(layer)
     weight = quantize_weight(w, bits, r, granularity=granularity, groups=groups)
     return REPLACEMENTS[type(layer)](layer, {"weight": weight}, bits, expand)
 
@@ -65,8 +65,8 @@ def test_expanded_and_folded_agree(name: str, granularity: str) -> None:
     layer, x = make(name)
     expanded, folded = (quantized(layer, expand=e, granularity=granularity) for e in (True, False))
     assert folded.weight.shape == layer.weight.shape
-    ints, scale, source = expanded.held("weight")
-    groups, C = getattr(layer, "groups", 1), expanded.channels["weight"]
+    ints, scale, source = expanded.weight_state("weight")
+    groups, C = expanded.groups, expanded.channels["weight"]
     assert ints.shape[1] == C + expanded.splits // groups == source.numel() // groups
     whole = torch.ops.ocs.dequantize(ints, scale)
     assert torch.equal(expanded.original, expanded.layout(whole[:, :C], groups))
@@ -94,9 +94,8 @@ def test_folded_runs_the_dequantized_weight(name: str) -> None:
 def test_splitting_alone_changes_nothing(name: str, naive: bool) -> None:
     """Functional equivalence before rounding (eq. 5 and 6): split the float weight, gather the input, same output."""
     layer, x = make(name)
-    groups = getattr(layer, "groups", 1)
     expanded = quantized(layer, expand=True, r=0.5)
-    weight = expanded.layout(layer.weight.detach(), groups)
+    _, weight, groups = input_weight(layer)
     unit, C = 0.1, weight.shape[1]
     parts = []
     for w in (weight.numpy() / unit).reshape(groups, -1, *weight.shape[1:]).astype("f8"):
@@ -291,13 +290,13 @@ def test_integers_scale_and_source_are_loaded_together(case: str, strict: bool) 
     changes, message = PARTIAL[case]
     layer, x = make("linear")
     model = nn.Sequential(quantized(layer, expand=True))
-    before, held = model(x), [tensor.clone() for tensor in model[0].held("weight")]
+    before, held = model(x), [tensor.clone() for tensor in model[0].weight_state("weight")]
     state = {**nn.Sequential(quantized(nn.Linear(30, 7), expand=True)).state_dict(), **changes}
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state, strict=strict)
     assert torch.equal(model(x), before)
-    assert all(torch.equal(a, b) for a, b in zip(model[0].held("weight"), held, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model[0].weight_state("weight"), held, strict=True))
 
 
 def test_a_state_without_the_layer_leaves_it_alone() -> None:

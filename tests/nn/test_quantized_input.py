@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import ocs
 from ocs import functional
 from ocs.kernels import reference
-from ocs.nn import input as activation
-from ocs.nn.input import Cuts, InputGrid
+from ocs.nn.copied_channels import copied_channels, copies_needed
+from ocs.nn.input import InputGrid
+from ocs.nn.input_parts import InputParts, oracle_parts, round_folded, static_parts
 
 STATIC = {"act_r": 0.2}
 ORACLE = {"act_r": 0.2, "act_split": "oracle"}
@@ -73,7 +74,7 @@ def test_static_splits_are_the_papers(split: str, signed: bool) -> None:
     grid = InputGrid(bits=4, signed=signed, splits=3, split=split)
     source = torch.tensor([*range(10), 7, 2, 4])
     scale = torch.tensor(0.1)
-    ours = activation.folded(torch.from_numpy(x), grid, activation.static_cuts(grid, scale, source, 1), -2)
+    ours = round_folded(torch.from_numpy(x), grid, static_parts(grid, scale, source, 1), -2)
     np.testing.assert_allclose(ours, literal_input(x, float(scale), [7, 2, 4], grid), atol=1e-6)
 
 
@@ -87,10 +88,10 @@ def test_oracle_splits_are_the_papers(split: str) -> None:
     picks = reference.pick_channels(x, 6)
     assert len(set(picks)) < 6  # a copy is split again
     largest = np.abs(reference.split_channels(x, picks, False)[0]).max()
-    cuts = activation.oracle_cuts(grid, torch.from_numpy(x), -2, 1)
-    assert float(cuts.scale) == np.float32(largest) / np.float32(15)
-    ours = activation.folded(torch.from_numpy(x), grid, cuts, -2)
-    np.testing.assert_allclose(ours, literal_input(x, float(cuts.scale), picks, grid), atol=1e-5)
+    parts = oracle_parts(grid, torch.from_numpy(x), -2, 1)
+    assert float(parts.scale) == np.float32(largest) / np.float32(15)
+    ours = round_folded(torch.from_numpy(x), grid, parts, -2)
+    np.testing.assert_allclose(ours, literal_input(x, float(parts.scale), picks, grid), atol=1e-5)
 
 
 @pytest.mark.parametrize("clip", [0.6, "mse", "percentile"])
@@ -100,14 +101,14 @@ def test_oracle_clips_the_split_values(clip: str | float) -> None:
     grid = InputGrid(bits=4, splits=3, act_split="oracle", clip=clip)
     split = reference.split_channels(x.numpy(), reference.pick_channels(x.numpy(), 3), False)[0]
     expected = functional.clip_threshold(split, 4, clip)
-    assert float(activation.oracle_cuts(grid, x, -2, 1).scale) == pytest.approx(expected / 7, rel=1e-6)
+    assert float(oracle_parts(grid, x, -2, 1).scale) == pytest.approx(expected / 7, rel=1e-6)
 
 
 def test_quantization_aware_splits_round_as_if_nothing_were_split() -> None:
     """Hermite's identity off ties, with twice the range: what no other channel can hold, a split one can."""
     u = torch.linspace(-14.03, 14.03, 4001)[:, None].expand(-1, 2)
     grid, source = InputGrid(bits=4, splits=1), torch.tensor([0, 1, 1])
-    ours = activation.folded(u, grid, activation.static_cuts(grid, torch.tensor(1.0), source, 1), -1)
+    ours = round_folded(u, grid, static_parts(grid, torch.tensor(1.0), source, 1), -1)
     assert torch.equal(ours[:, 1], torch.round(u[:, 1]))
     assert torch.equal(ours[:, 0], torch.round(u[:, 0]).clamp(-7, 7))
 
@@ -173,7 +174,7 @@ def test_what_is_multiplied_fits_the_bits(name: str, options: dict) -> None:
     layer, x = make(name)
     ours = quantized(layer, outlying(x), abits=4, wbits=5, r=0.3, **options)
     grid = ours.input_grid
-    scale = activation.oracle_cuts(grid, outlying(x), ours.input_axis, ours.groups).scale if grid.oracle else None
+    scale = oracle_parts(grid, outlying(x), ours.input_axis, ours.groups).scale if grid.oracle else None
     own, more, copied = ours.operands(outlying(x))
     for part, step, most in (
         (own, ours.input_scale if scale is None else scale, 7),
@@ -188,14 +189,14 @@ def test_what_is_multiplied_fits_the_bits(name: str, options: dict) -> None:
     assert more.shape[ours.input_axis] >= copies
 
 
-def test_groups_have_cuts_of_their_own() -> None:
+def test_groups_have_parts_of_their_own() -> None:
     """Oracle OCS halves one channel of the second group again and again, and those of the others once or not at all."""
     torch.manual_seed(0)
     layer, x = nn.Conv2d(12, 6, 3, groups=3), torch.randn(2, 12, 9, 9)
     x[:, 5] *= 50
     x[:, 9] *= 5
     a, b = (quantized(layer, x, abits=6, r=0.5, act_r=1.0, act_split="oracle", expand=e) for e in (True, False))
-    depths = activation.oracle_cuts(a.input_grid, x, -3, 3).factor
+    depths = oracle_parts(a.input_grid, x, -3, 3).factor
     assert len(depths.unique()) > 2
     torch.testing.assert_close(a(x), b(x), rtol=0, atol=1e-5 * float(b(x).detach().abs().max()))
 
@@ -232,9 +233,9 @@ def test_the_report_counts_the_channels_of_both(net: SmallNet) -> None:
 def test_a_wide_layer_takes_no_square_of_its_width() -> None:
     source = torch.cat([torch.arange(30_000), torch.arange(300)])
     splits = torch.cat([torch.arange(30_000), torch.arange(100, 400)])
-    cuts = activation.static_cuts(InputGrid(bits=4, splits=300), torch.tensor(1.0), splits, 1)
-    channels = activation.copied_channels(source, cuts, 1, 30_000)
-    assert channels.column.shape[1] == activation.copies_needed(source, splits, 1, 30_000) == 300 + 300 + 200
+    parts = static_parts(InputGrid(bits=4, splits=300), torch.tensor(1.0), splits, 1)
+    channels = copied_channels(source, parts, 1, 30_000)
+    assert channels.column.shape[1] == copies_needed(source, splits, 1, 30_000) == 300 + 300 + 200
 
 
 def test_oracle_depends_on_the_batch_and_static_does_not() -> None:
@@ -469,8 +470,8 @@ def test_all_or_nothing(net: SmallNet, reason: str) -> None:
     assert [module.training for module in net.modules()] == flags
 
 
-def test_cuts_of_nothing() -> None:
+def test_parts_of_nothing() -> None:
     x = torch.randn(0, 5)
     grid = InputGrid(bits=4)
-    assert activation.folded(x, grid, Cuts(torch.tensor(1.0)), -1).shape == (0, 5)
-    assert activation.oracle_cuts(grid, torch.zeros(2, 5), -1, 1).scale == 1
+    assert round_folded(x, grid, InputParts(torch.tensor(1.0)), -1).shape == (0, 5)
+    assert oracle_parts(grid, torch.zeros(2, 5), -1, 1).scale == 1

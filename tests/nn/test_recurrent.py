@@ -157,7 +157,7 @@ def test_cells(name: str) -> None:
 def test_each_weight_has_its_own_plan_and_scale() -> None:
     ours = quantized(make("lstm", "both directions"), expand=True)
     assert len(ours.channels) == 8
-    assert len({float(ours.held(name)[1]) for name in ours.channels}) == 8
+    assert len({float(ours.weight_state(name)[1]) for name in ours.channels}) == 8
     assert ours.weight_hh_l0_int.shape == (4 * HIDDEN, HIDDEN + 4)
     assert ours.scale_hh_l1_reverse.shape == ()
     assert ours.source_ih_l1.shape == (2 * HIDDEN + 8,)
@@ -167,7 +167,7 @@ def test_a_split_unit_is_a_second_unit_with_the_same_gates() -> None:
     ours = quantized(make("lstm", "two layers"), expand=True)
     copies = ours.copies("weight_hh_l0")
     for name in ("weight_ih_l0", "weight_hh_l0"):
-        gates = getattr(ours, ours.running(name)).unflatten(0, (4, -1))
+        gates = getattr(ours, ours.forward_buffer(name)).unflatten(0, (4, -1))
         assert torch.equal(gates[:, HIDDEN:], gates[:, copies])
     assert ours.running_hh_l0.shape == (4 * (HIDDEN + 4), HIDDEN + 4) == ours.expanded_shape("weight_hh_l0")
 

@@ -35,7 +35,7 @@ def total_error(model: nn.Module, ours: nn.Module, rounding: str = "nearest") ->
         if isinstance(layer, QuantizedLayer):
             for weight in layer.channels:
                 w = layer.layout(model.get_submodule(name)._parameters[weight].detach(), layer.groups).contiguous()
-                quantized = functional.QuantizedWeight(*layer.held(weight), None)
+                quantized = functional.QuantizedWeight(*layer.weight_state(weight), None)
                 step = Quantization(quantized, "none", functional.weight_error(w, quantized, layer.groups))
                 how = functional.Scheme(layer.bits, rounding=rounding, groups=layer.groups)
                 total += remaining_error(w, step, how)

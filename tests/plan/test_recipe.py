@@ -155,7 +155,7 @@ def test_steps_are_what_each_option_alone_does() -> None:
     assert [what for what, _ in line.steps] == ["nearest", "OCS", "channel", "squant", "clip auto"]
     for (_, db), q in zip(line.steps, expected, strict=False):
         assert db == pytest.approx(decibels(w, q, gain=1))
-    held = functional.QuantizedWeight(*model.after_relu.held("weight"), None)
+    held = functional.QuantizedWeight(*model.after_relu.weight_state("weight"), None)
     assert line.steps[-1][1] == pytest.approx(decibels(w, held, gain=1))
     assert sum(line.gains.values()) == pytest.approx(line.steps[-1][1])
 
@@ -166,7 +166,7 @@ def test_errors_of_gain_count_up_to_the_next_norm_of_single_inputs(norm: nn.Modu
     model = nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     w = model[3].weight.detach()
     report = ocs.quantize(model, wbits=3, clip=0.6, explain=True, skip=None)
-    held = functional.QuantizedWeight(*model[3].held("weight"), None)
+    held = functional.QuantizedWeight(*model[3].weight_state("weight"), None)
     assert report.quantized[2].steps[-1][1] == pytest.approx(decibels(w, held, gain=gain))
 
 

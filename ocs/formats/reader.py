@@ -1,0 +1,100 @@
+"""Read a file that ocs.save wrote, or that claims so: nothing in it is trusted."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ocs.formats.contents import crc32
+from ocs.nn.input import InputGrid, check_grid
+
+FORMAT = 2  # 1 had neither quantized inputs nor folded batch norms
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """What a file's header says of a quantized layer."""
+
+    kind: str
+    bits: int
+    expand: bool
+    settings: dict[str, Any]
+    weights: dict[str, list[int]]  # the shapes of the integers
+    input: dict[str, Any] | None = None  # of an InputGrid
+
+    def __post_init__(self) -> None:
+        found = [type(each) for each in (self.kind, self.bits, self.expand, self.settings, self.weights)]
+        if found != [str, int, bool, dict, dict] or not 2 <= self.bits <= 8:
+            raise TypeError
+
+    def grid(self) -> InputGrid | None:
+        """Give the grid of the input, None where that is not quantized; a ValueError where it cannot be so."""
+        if self.input is None:
+            return None
+        try:
+            grid = InputGrid(**self.input)
+            check_grid(grid)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"its input is described wrongly ({str(error)[:200]})") from error
+        return grid
+
+
+class Reader:
+    """An open file, every part of which is checked before it is used."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        metadata = file.metadata() or {}
+        if "ocs" not in metadata:
+            raise ValueError("it was not written by ocs.save")
+        try:
+            header = _checked_header(metadata)
+            self.layers = {name: SavedLayer(**saved) for name, saved in header["layers"].items()}
+            self.batch_norms = header.get("batch_norms", [])
+            self.sums = header["tensors"]
+            if not _is_list_of_names(self.batch_norms) or any(type(each) is not int for each in self.sums.values()):
+                raise TypeError
+        except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError("its header is damaged") from error
+        if set(self.sums) != set(file.keys()):
+            raise ValueError("its header is damaged")
+
+    def shape(self, name: str) -> list[int]:
+        """Tell the shape of a tensor without reading it."""
+        if name not in self.sums:
+            raise ValueError(f"it has no {name}")
+        return self.file.get_slice(name).get_shape()
+
+    def read(self, name: str, shape: list[int], dtype: str | None = None) -> Tensor:
+        """Read a tensor, which must have just this shape (and safetensors dtype)."""
+        found = self.shape(name)
+        if found != shape:
+            raise ValueError(f"{name} is {found}, the model needs {shape}")
+        if dtype not in (None, self.file.get_slice(name).get_dtype()):
+            raise ValueError(f"{name} is not {dtype}")
+        tensor = self.file.get_tensor(name).clone()  # not a window on a file that may change
+        if crc32(tensor) != self.sums[name]:
+            raise ValueError(f"{name} is damaged")
+        return tensor
+
+
+def _checked_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Parse the header; a KeyError where format or sum are wrong, a ValueError where a newer version wrote it."""
+    header = json.loads(metadata["ocs"])
+    if type(header["format"]) is not int or header["format"] < 1:
+        raise KeyError("format")
+    if header["format"] > FORMAT:
+        version, number = str(header["ocs"])[:20], str(header["format"])[:20]
+        raise ValueError(f"ocs {version} wrote it in format {number}, newer than {FORMAT}: upgrade torch-ocs")
+    if metadata["crc32"] != str(zlib.crc32(metadata["ocs"].encode())):
+        raise KeyError("crc32")
+    return header
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return type(value) is list and all(type(each) is str for each in value)

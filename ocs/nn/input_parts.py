@@ -1,0 +1,124 @@
+"""Round inputs of layers, and split their outlier channels (sections 3.4 and 5.3 of the paper).
+
+An input x is rounded to k bits with one scale d, round_half_even(x / d). Where a channel is split, its values are cut
+in two, (x - d/2) / 2 and (x + d/2) / 2 where quantization-aware, x / 2 both where naive, and its weights are there
+twice. With u = x / d, round((u - 1/2) / 2) + round((u + 1/2) / 2) = round(u) but for ties (Hermite): the grid then
+holds values twice as large, or is twice as fine. The channels are chosen once, from calibration, or (Oracle OCS) for
+each batch from its own values, where a channel may be split repeatedly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from ocs.kernels.ops import fake_quantize
+from ocs.nn.input import InputGrid
+from ocs.weight.threshold import scale_for, split_thresholds
+from ocs.weight.types import Split, SplitPlan
+
+
+class InputParts(NamedTuple):
+    """The parts that an input's channels are split into, each of which is rounded: x * factor + shift * scale.
+
+    All but the scale are None where no channel is split.
+    """
+
+    scale: Tensor | None
+    source: Tensor | None = None  # int64 [copies]: the original channel, over all groups
+    factor: Tensor | None = None  # float32 [channels + copies], the original channels first
+    shift: Tensor | None = None
+
+
+def _parts_of_plan(
+    scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, channels: int, split: Split
+) -> InputParts:
+    """Make each channel of a plan part `offset` of 2^depth equal ones; the plan has all original channels first."""
+    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    shift = (offset + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
+    return InputParts(scale, source[channels:], factor, shift)
+
+
+def static_parts(grid: InputGrid, scale: Tensor, source: Tensor, groups: int) -> InputParts:
+    """Split channels that calibration chose, each of them once. source [C + n] is laid out group by group."""
+    if not grid.splits:
+        return InputParts(scale)
+    source = _originals_first(source, groups, grid.splits)
+    channels = source.numel() - groups * grid.splits
+    further = torch.arange(source.numel(), device=source.device) >= channels
+    depth = further.int().index_fill(0, source[channels:], 1)
+    return _parts_of_plan(scale, source, depth, further.int(), channels, grid.split)
+
+
+def oracle_parts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> InputParts:
+    """Split the channels with the largest |x| in this batch, one at a time; the scale comes from the split values."""
+    values = as_nck(x.detach(), axis)
+    channel_max = torch.ops.ocs.channel_max(values, 1)
+    plan = torch.ops.ocs.split_plan(channel_max, groups, grid.splits)
+    plan = SplitPlan(*(_originals_first(array, groups, grid.splits) for array in plan), channel_max)
+    (threshold,) = split_thresholds(values, plan, grid.bits, (grid.clip,), "tensor", signed=grid.signed)
+    scale = scale_for(threshold, grid.qmax)
+    if not grid.splits:
+        return InputParts(scale)
+    return _parts_of_plan(scale, plan.source, plan.depth, plan.offset, x.shape[axis], grid.split)
+
+
+def as_nck(x: Tensor, axis: int) -> Tensor:
+    """Reshape x to [N, C, K], without a copy where its memory is in that order, or has the channels last."""
+    last = x.movedim(axis, -1)
+    if last.is_contiguous():
+        return last.reshape(-1, last.shape[-1], 1)
+    x = x.contiguous()
+    return x.view(math.prod(x.shape[: x.dim() + axis]), x.shape[axis], -1)
+
+
+def _originals_first(array: Tensor, groups: int, splits: int) -> Tensor:
+    """Put all original channels of a plan's array, laid out group by group, before all copies."""
+    if not splits:
+        return array
+    own, copies = array.view(groups, -1).tensor_split([-splits], 1)
+    return torch.cat([own.flatten(), copies.flatten()])
+
+
+def take_channels(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Take channels of x: by indexing, as index_select is slow on channels-last inputs."""
+    return x[(..., index, *[slice(None)] * (-axis - 1))]
+
+
+def round_parts(
+    x: Tensor, grid: InputGrid, parts: InputParts, axis: int, channel: Tensor | None = None, part: Tensor | None = None
+) -> Tensor:
+    """Round parts of x to the grid, in the dtype of x.
+
+    channel: of x, for each part; None for all. part: which ones of `parts`; None for the first part of each channel.
+    """
+    return _round_parts(x, grid, parts, axis, channel, part)  # torch.fx looks wrapped functions up in this module
+
+
+@torch.fx.wrap  # as a whole: tracing knows neither shapes nor gradients
+def _round_parts(
+    x: Tensor, grid: InputGrid, parts: InputParts, axis: int, channel: Tensor | None, part: Tensor | None
+) -> Tensor:
+    dtype = x.dtype
+    if x.is_nested:
+        raise RuntimeError("a quantized layer input cannot be a nested tensor: pad it, torch.nested.to_padded_tensor")
+    if channel is not None:
+        x = take_channels(x, channel, axis)
+    if parts.factor is not None:
+        part = slice(x.shape[axis]) if part is None else part
+        per_channel = (-1, *[1] * (-axis - 1))
+        x = x * parts.factor[part].view(per_channel) + (parts.shift[part] * parts.scale).view(per_channel)
+    return fake_quantize(x, parts.scale, grid.bits, grid.signed).to(dtype)
+
+
+def round_folded(x: Tensor, grid: InputGrid, parts: InputParts, axis: int) -> Tensor:
+    """Round all parts of x and add up those of each channel: what an expanded layer computes with, shaped as x."""
+    first = round_parts(x, grid, parts, axis)
+    if parts.source is None:
+        return first
+    copies = torch.arange(x.shape[axis], parts.factor.numel(), device=x.device)
+    return first.index_add(axis, parts.source, round_parts(x, grid, parts, axis, parts.source, copies))

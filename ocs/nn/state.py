@@ -1,0 +1,87 @@
+"""The buffers of a quantized layer: their names, and what may stand in them, as a state may come from a stranger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ocs.kernels.composite import source_valid
+from ocs.kernels.constants import qmax
+from ocs.nn.input import InputGrid
+
+INPUT_BUFFERS = ("input_form", "input_scale", "input_source")
+
+
+def weight_buffers(weight: str) -> tuple[str, str, str]:
+    """Name the buffers that hold a weight: its integers, scale and source."""
+    return f"{weight}_int", weight.replace("weight", "scale"), weight.replace("weight", "source")
+
+
+def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
+    """Name the buffers that hold what calibration gave for an input with this grid."""
+    if grid is None or grid.oracle:
+        return ()
+    return ("input_scale", "input_source") if grid.splits else ("input_scale",)
+
+
+def encode_grid(grid: InputGrid) -> Tensor:
+    """Encode a grid for a state_dict, uint8 [4]: bits, whether signed, quantization-aware, Oracle OCS."""
+    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8)
+
+
+def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:
+    """Put each group's original channels before its copies: a source [groups (C + n)] from that of the copies alone."""
+    own = torch.arange(groups * channels, device=copies.device).view(groups, channels)
+    return torch.cat([own, copies.view(groups, -1)], 1).flatten()
+
+
+def weight_problem(
+    names: Sequence[str], ints: Tensor, scale: Tensor, source: Tensor, bits: int, groups: int, channels: int
+) -> str:
+    """Say why these values are no quantized weight, or ""."""
+    most = qmax(bits)
+    if ints.dtype != torch.int8 or bool((ints.short().abs() > most).any()):
+        return f"{names[0]} is not of {bits}-bit integers (int8 in [-{most}, {most}])"
+    scale = scale.float()
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        return f"{names[1]} is not positive and finite (in float32)"
+    if not _is_source(source, groups, channels):
+        return f"{names[2]} is no split plan of this layer"
+    return ""
+
+
+def input_problem(scale: Tensor, source: Tensor | None, groups: int, channels: int) -> str:
+    """Say why these values cannot be what calibration gave for a layer's input, or ""."""
+    if not bool(scale.isfinite() & (scale > 0)):
+        return "input_scale is not positive and finite (in float32)"
+    if source is None:
+        return ""
+    if not _is_source(source, groups, channels):
+        return "input_source is no split plan of this layer"
+    copies = source.view(groups, -1)[:, channels:].flatten()
+    return "" if copies.unique().numel() == copies.numel() else "input_source splits a channel twice"
+
+
+def _is_source(source: Tensor, groups: int, channels: int) -> bool:
+    return not source.is_floating_point() and source_valid(source.long(), groups, channels)
+
+
+def tensors_of(
+    state: Mapping[str, Tensor], prefix: str, buffers: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], str]:
+    """Pick the tensors of a state that replace these buffers, which belong together, and say what is wrong with them.
+
+    There are none where the state has none of them, or where one has no values (on the meta device).
+    """
+    given = {name: state.get(prefix + name) for name in buffers}
+    if all(tensor is None for tensor in given.values()):
+        return {}, ""
+    for name, tensor in given.items():
+        if tensor is None:
+            return {}, f"{name} is missing, without which {', '.join(set(given) - {name})} means nothing"
+        found, needed = list(tensor.shape), list(buffers[name].shape)
+        if found != needed:
+            return {}, f"{name} has a size mismatch: {found}, this layer needs {needed}"
+    return ({} if any(tensor.is_meta for tensor in given.values()) else given), ""
