@@ -15,7 +15,7 @@ from ocs.model.targets import Layer, Options
 from ocs.nn.product import QuantProduct
 from ocs.nn.registry import replacement_of
 from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
-from ocs.weight.gptq import Hessian
+from ocs.weight.hessian import Hessian
 from ocs.weight.types import GAIN
 
 _TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of classes, torch's and others'

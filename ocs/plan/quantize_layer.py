@@ -22,10 +22,11 @@ from ocs.plan.bias_correction import restore_mean
 from ocs.plan.explain import steps_of
 from ocs.plan.input_facts import Known, corrects, wants_input
 from ocs.report.data import LayerReport
+from ocs.weight.apply_plan import quantize_plan
 from ocs.weight.error import remaining_error, sqnr_db
-from ocs.weight.gptq import Hessian
-from ocs.weight.plan import choose_splits, splits_for
-from ocs.weight.quantize_plan import quantize_plan
+from ocs.weight.hessian import Hessian
+from ocs.weight.plan import splits_for
+from ocs.weight.selection import choose_splits
 from ocs.weight.threshold import scale_for
 from ocs.weight.types import Quantization, Scheme, SplitPlan
 

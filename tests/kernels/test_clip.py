@@ -15,7 +15,7 @@ from test_kernels import assert_same, both
 
 from ocs import _C, functional
 from ocs.kernels import composite, reference
-from ocs.weight.quantize_plan import AUTO
+from ocs.weight.apply_plan import AUTO
 from ocs.weight.threshold import CHANNEL_BINS
 
 METHODS = functional.CLIP_METHODS
