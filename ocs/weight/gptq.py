@@ -106,7 +106,7 @@ class _Parts(NamedTuple):
 
     def of(self, whole: Tensor) -> Tensor:
         """Compute the parts of whole numbers, which broadcast with them."""
-        return ((whole + self.offset) * self.shrink).floor_().minimum(self.limit).maximum(-self.limit)
+        return (whole + self.offset).mul_(self.shrink).floor_().clamp_(-self.limit, self.limit)
 
     def by_channel(self, channel: Tensor, channels: int) -> _Parts:
         """Collect parts [G, C + n] of these channels as [G, C, P], P the most parts that a channel has."""
