@@ -31,7 +31,7 @@ class Clip(NamedTuple):
 
     @property
     def searches(self) -> bool:
-        """Whether the threshold is searched in a histogram."""
+        """Tell whether the threshold is searched in a histogram."""
         return self.method in CLIP_METHODS
 
     def threshold(self, largest: Array | float, counts: Array | None = None) -> Array | float:
