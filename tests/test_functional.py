@@ -253,3 +253,26 @@ BAD_WEIGHTS = [
 def test_bad_input_is_one_clear_error(call, error: type[Exception], message: str) -> None:
     with np.errstate(over="ignore"), pytest.raises(error, match=message):
         call()
+
+
+ONCE_HERE = """
+AUTO CHANNEL_BINS CLIP_METHODS GAIN METHODS SMALLEST TINY Array Granularity How Quantization QuantizedWeight
+Rounding Select Split SplitPlan check_array check_bits check_choice check_clip check_groups check_moments
+check_ratio check_rounding check_select check_values choose_splits clip_threshold dequantize fake_quantize
+fold histogram output_error output_power plan_channels plan_splits qmax quantize quantize_plan quantize_split
+quantize_weight remaining_error scale_for search_threshold signal_and_noise split_thresholds splits_for
+sqnr_db weight_error zeros
+"""
+
+
+@pytest.mark.parametrize("name", [*ONCE_HERE.split(), *F.__all__])
+def test_names_that_were_here_once_still_are(name: str) -> None:
+    assert getattr(F, name) is not None
+
+
+def test_a_name_that_never_was_here() -> None:
+    with pytest.raises(AttributeError, match=r"module 'ocs\.functional' has no attribute 'quantise'"):
+        F.quantise  # noqa: B018
+    assert F.How is F.Scheme
+    assert F.zeros(np.float32([0, 1, 0])) == 2
+    assert F.search_threshold(np.array([0, 0, 5]), np.array(3, np.float32), 4, "percentile", True) <= 3

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ocs.kernels import constants
-from ocs.kernels.constants import MAX_BINS, MAX_DEPTH, OCTAVE_BINS
+from ocs.kernels.constants import MAX_BINS, MAX_DEPTH, OCTAVE_BINS, SQUANT_LIMIT, SQUANT_STEP
 
 KERNELS = (
     "abs_max",
@@ -34,18 +34,17 @@ KERNELS = (
     "pack",
     "unpack",
 )
-GRID_LIMIT = 2.0**30
-STEP = 2**24  # an error of one grid step, in squant_weight
+GRID_LIMIT = 2.0**30  # as in csrc: grid units are computed with up to here
 
 
 def _require(valid: bool, op: str, what: str) -> None:
-    """What the C kernels refuse is a RuntimeError here too; values on a device are read where a layer is planned."""
+    """Raise the RuntimeError of the C kernels for what is not valid; values are read where a layer is planned."""
     if not valid:
         raise RuntimeError(f"ocs::{op}: {what}")
 
 
 def source_valid(source: Tensor, groups: int, channels: int) -> bool:
-    """Whether a split plan can have it: int64, each group's own channels first, then copies of these and no others."""
+    """Tell whether source can be a split plan's: int64, each group's own channels first, then copies of these alone."""
     if source.dtype != torch.int64 or groups < 1 or source.numel() % groups or source.numel() < groups * channels:
         return False
     within = _within_group(source, groups, channels).cpu()
@@ -56,7 +55,7 @@ def source_valid(source: Tensor, groups: int, channels: int) -> bool:
 def _check_plan(
     op: str, groups: int, channels: int, source: Tensor, depth: Tensor | None = None, offset: Tensor | None = None
 ) -> None:
-    """All fit one another and the shape: an index out of range would end a CUDA process."""
+    """Check that all fit one another and the shape: an index out of range would end a CUDA process."""
     valid = source_valid(source, groups, channels)
     if valid and depth is not None:
         valid = depth.numel() == source.numel() and _all((depth >= 0) & (depth <= MAX_DEPTH))
@@ -66,10 +65,12 @@ def _check_plan(
 
 
 def _all(conditions: Tensor) -> bool:
+    """Tell whether all hold, which waits for the device."""
     return bool(conditions.all())
 
 
 def _check_scales(op: str, scale: Tensor, rows: int) -> None:
+    """Check one scale, or one for each of so many rows."""
     _require(
         scale.dim() == 0 or (scale.dim() == 1 and scale.numel() == rows), op, "scale must have no dimension, or one"
     )
@@ -77,18 +78,19 @@ def _check_scales(op: str, scale: Tensor, rows: int) -> None:
 
 
 def _floats(op: str, x: Tensor) -> Tensor:
+    """Convert a float tensor to float32."""
     _require(x.is_floating_point(), op, "a float tensor is needed")
     return x.float()
 
 
 def abs_max(x: Tensor) -> Tensor:
-    """max|x| as float32 [], 0 for an empty tensor."""
+    """Find max|x|, float32 []; 0 for an empty tensor."""
     x = _floats("abs_max", x)
     return x.abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
 def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
-    """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
+    """Count |x| over [0, limit] in bins, int64 [bins], what lies beyond in the last one."""
     x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
     valid = 1 <= bins <= MAX_BINS and 0 <= width < math.inf
     _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
@@ -99,7 +101,7 @@ def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
 
 
 def octave_histogram(x: Tensor, limit: float) -> Tensor:
-    """Counts int64 [C, 128] of x [N, C, ...]: |x| below limit, a power of two, in eight bins to the octave."""
+    """Count |x| of x [N, C, ...] below limit, a power of two, in eight bins to the octave: int64 [C, 128]."""
     _require(x.dim() >= 2, "octave_histogram", "x must have at least 2 dimensions")
     valid = 2.0**-110 <= limit < 2.0**128 and math.frexp(limit)[0] == 0.5
     _require(valid, "octave_histogram", "the limit must be a power of two, 2^-110 or more")
@@ -111,7 +113,7 @@ def octave_histogram(x: Tensor, limit: float) -> Tensor:
 
 
 def channel_max(w: Tensor, groups: int) -> Tensor:
-    """max|w| of each input channel [groups C]."""
+    """Find max|w| of each input channel [groups C]."""
     grouped = _grouped(_floats("channel_max", w).abs(), groups)
     if 0 in grouped.shape:
         return w.new_zeros(groups * w.shape[1], dtype=torch.float32)
@@ -119,13 +121,13 @@ def channel_max(w: Tensor, groups: int) -> Tensor:
 
 
 def split_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The C kernel on a CPU copy: a few numbers, and a heap is nothing for a GPU."""
+    """Plan on the CPU by the C kernel: it is a few numbers, and a heap is nothing for a GPU."""
     plan = torch.ops.ocs.split_plan(channel_max.cpu(), groups, splits)
     return tuple(part.to(channel_max.device, copy=True) for part in plan)
 
 
 def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
-    """max|w| of each output channel after splitting [O]."""
+    """Find max|w| of each output channel after splitting [O]."""
     _check_plan("output_max", groups, w.shape[1], source, depth)
     expanded = _halved(_floats("output_max", w), source, depth, groups)
     if 0 in expanded.shape:
@@ -134,7 +136,7 @@ def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
 
 
 def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
-    """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
+    """Count the |w| after splitting that are not zero: int64 [bins], or [O, bins] where limit is [O]."""
     _check_plan("split_histogram", groups, w.shape[1], source, depth)
     limit = _floats("split_histogram", limit)
     valid = 1 <= bins <= MAX_BINS and _all((limit >= 0) & limit.isfinite()) and limit.shape in ((), w.shape[:1])
@@ -151,7 +153,7 @@ def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins:
 
 
 def clip_threshold(counts: Tensor, limit: Tensor, bits: int, signed: bool, method: int) -> Tensor:
-    """The C kernel on a CPU copy of the histogram."""
+    """Search on the CPU by the C kernel, in a copy of the histogram."""
     return torch.ops.ocs.clip_threshold(counts.cpu(), limit.cpu(), bits, signed, method).to(limit.device, copy=True)
 
 
@@ -165,7 +167,7 @@ def quantize_weight(
     bits: int,
     quantization_aware: bool,
 ) -> Tensor:
-    """Integers int8 [O, C + n, ...] of the split weight, by one addition and one shift each (csrc/kernels.h)."""
+    """Quantize the split weight to int8 [O, C + n, ...], by one addition and one shift each (csrc/kernels.h)."""
     qmax = grid(bits, True)[1]
     _check_plan("quantize_weight", groups, w.shape[1], source, depth, offset)
     _check_scales("quantize_weight", scale, w.shape[0])
@@ -180,7 +182,7 @@ def quantize_weight(
 def squant_weight(
     w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, bits: int
 ) -> Tensor:
-    """Integers int8 [O, C + n, ...], quantization-aware, moved so that rounding errors cancel (csrc/ocs.h)."""
+    """Quantize to int8 [O, C + n, ...] and move integers so that rounding errors cancel (csrc/ocs.h)."""
     nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
     if not nearest.numel():
         return nearest
@@ -200,11 +202,13 @@ def squant_weight(
 
 
 def _moves(total: Tensor, u: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """What to subtract, -1, 0 or 1, from each sum [..., C, K] of a channel's integers."""
-    error = torch.nan_to_num((total.float() - u) * STEP, nan=2.0**30).clamp(-(2.0**30), 2.0**30).long()
+    """Choose what to subtract, -1, 0 or 1, from each sum [..., C, K] of a channel's integers."""
+    error = (
+        torch.nan_to_num((total.float() - u) * SQUANT_STEP, nan=SQUANT_LIMIT).clamp(-SQUANT_LIMIT, SQUANT_LIMIT).long()
+    )
 
     def candidates(moves: Tensor, sign: Tensor) -> Tensor:
-        """The size of each element's error where it may move, else 0."""
+        """Compute the size of each element's error where it may move, else 0."""
         after = total - moves - sign
         return torch.where((error * sign > 0) & (after >= low) & (after <= high), error.abs(), 0)
 
@@ -213,7 +217,7 @@ def _moves(total: Tensor, u: Tensor, low: Tensor, high: Tensor) -> Tensor:
         of_filter = error.sum(-1)
         sign = of_filter.sign()[..., None]
         moves = (sign * _largest(candidates(moves, sign), of_filter)).to(total.dtype)
-        error -= STEP * moves
+        error -= SQUANT_STEP * moves
     of_filter = error.sum(-1)
     of_row = of_filter.sum(-1)
     sign = of_row.sign()[..., None]
@@ -224,16 +228,16 @@ def _moves(total: Tensor, u: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _largest(sizes: Tensor, error: Tensor) -> Tensor:
-    """Whether each of sizes [..., n] is among the floor(|error| + 1/2) largest, the first on ties, and not 0."""
+    """Tell which of sizes [..., n] are among the floor(|error| + 1/2) largest, the first on ties, and not 0."""
     order = sizes.sort(descending=True, stable=True)[1]
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(sizes.shape[-1], device=order.device).expand_as(order)
     )
-    return (rank < ((error.abs() + STEP // 2) // STEP)[..., None]) & (sizes > 0)
+    return (rank < ((error.abs() + SQUANT_STEP // 2) // SQUANT_STEP)[..., None]) & (sizes > 0)
 
 
 def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:
-    """float32 [O, channels, ...]: scale times the sum of each channel's integers and its copies'."""
+    """Sum each channel's integers and its copies', times scale: float32 [O, channels, ...]."""
     _require(ints.dtype == torch.int8, "fold", "ints has the wrong dtype")
     _check_plan("fold", groups, channels, source)
     _check_scales("fold", scale, ints.shape[0])
@@ -245,13 +249,13 @@ def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int
 
 
 def weight_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int) -> Tensor:
-    """Sums float64 [2] of w^2 and of (w - w_hat)^2; the order of summation is the device's."""
+    """Sum w^2 and (w - w_hat)^2, float64 [2]; the order of summation is the device's."""
     difference = _floats("weight_error", w) - fold(ints, scale, source, groups, w.shape[1])
     return torch.stack([w.double().square().sum(), difference.double().square().sum()])
 
 
 def output_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int, gain: float) -> Tensor:
-    """float64 [O]: how far each output is off (csrc/ocs.h); the order of summation is the device's."""
+    """Estimate how far each output is off, float64 [O] (csrc/ocs.h); the order of summation is the device's."""
     v = _floats("output_error", w).double().reshape(*w.shape[:2], math.prod(w.shape[2:]))
     d = fold(ints, scale, source, groups, w.shape[1]).double().reshape(v.shape) - v
     power = v.square().sum((1, 2))
@@ -260,29 +264,30 @@ def output_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups:
 
 
 def _output_power(v: Tensor) -> Tensor:
+    """Compute v H v^T for rows v [..., C, K], H the quadratic form of output_error."""
     of_filter = v.sum(2)
     return (v.square().sum((1, 2)) + of_filter.square().sum(1) + of_filter.sum(1).square()) / 3
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
-    """clamp(round_half_even(x / scale)) as int8 or uint8; NaN gives 0."""
+    """Compute clamp(round_half_even(x / scale)) as int8 or uint8; NaN gives 0."""
     return torch.nan_to_num(_to_grid(x, scale, bits, signed), nan=0.0).to(torch.int8 if signed else torch.uint8)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """Q * scale, with one scale or one per entry of the first axis."""
+    """Compute q * scale, with one scale or one per entry of the first axis."""
     _require(q.dtype in (torch.int8, torch.uint8), "dequantize", "q has the wrong dtype")
     _require(scale.dim() == 0 or scale.shape == q.shape[:1], "dequantize", "scale must have no dimension, or one")
     return q.float() * _per_row(scale, q)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
-    """Scale * clamp(round_half_even(x / scale)) in the dtype of x; NaN stays, zero comes out as +0."""
+    """Compute scale * clamp(round_half_even(x / scale)) in the dtype of x; NaN stays, zero comes out as +0."""
     return ((_to_grid(x, scale, bits, signed) + 0.0) * scale.to(x.device, torch.float32).reshape(())).to(x.dtype)
 
 
 def pack(ints: Tensor, bits: int) -> Tensor:
-    """The codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
+    """Write the codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
     qmax = grid(bits, True)[1]
     codes = ints.flatten().int() + qmax
     _require(ints.dtype == torch.int8 and _all((codes >= 0) & (codes <= 2 * qmax)), "pack", "an integer is outside")
@@ -292,7 +297,7 @@ def pack(ints: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, numel: int, bits: int) -> Tensor:
-    """And back: int8 [numel]."""
+    """Read the integers int8 [numel] that pack wrote."""
     qmax = grid(bits, True)[1]
     fits = packed.dtype == torch.uint8 and numel >= 0 and packed.dim() and (numel * bits + 7) // 8 == packed.numel()
     _require(bool(fits), "unpack", "packed has another size or dtype")
@@ -303,25 +308,26 @@ def unpack(packed: Tensor, numel: int, bits: int) -> Tensor:
 
 
 def grid(bits: int, signed: bool) -> tuple[int, int]:
-    """The smallest and largest integer of k bits: -qmax .. qmax, or 0 .. 2^k - 1."""
-    _require(2 <= bits <= 8, "grid", f"bits={bits}: bits must be 2 to 8")
+    """Compute the smallest and largest integer of k bits, 2 to 8: -qmax .. qmax, or 0 .. 2^k - 1."""
+    _require(constants.MIN_BITS <= bits <= constants.MAX_BITS, "grid", f"bits={bits}: bits must be 2 to 8")
     return constants.grid(bits, signed)
 
 
 def _to_grid(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """Compute clamp(round_half_even(x / scale)), float32."""
     _require(scale.numel() == 1, "quantize", "scale must be one number")
     on_device = scale.to(x.device, torch.float32).reshape(())
     return torch.round(_floats("quantize", x) / on_device).clamp(*grid(bits, signed))
 
 
 def _per_row(scale: Tensor, w: Tensor) -> Tensor:
-    """Scale [] or [O] so that it broadcasts over w [O, ...]."""
+    """Shape scale [] or [O] so that it broadcasts over w [O, ...]."""
     scale = scale.to(w.device, torch.float32)
     return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
 
 
 def _grouped(w: Tensor, groups: int) -> Tensor:
-    """View of w as [groups, O / groups, C, K]."""
+    """View w as [groups, O / groups, C, K]."""
     _require(w.dim() >= 2, "weight", "at least 2 dimensions are needed")
     divides = groups == 1 or (1 < groups <= w.shape[0] and w.shape[0] % groups == 0)
     _require(divides, "weight", "groups must divide the output channels")
@@ -329,17 +335,18 @@ def _grouped(w: Tensor, groups: int) -> Tensor:
 
 
 def _within_group(source: Tensor, groups: int, channels: int) -> Tensor:
+    """Number source [groups, C + n] within each group."""
     return source.reshape(groups, -1) - torch.arange(groups, device=source.device)[:, None] * channels
 
 
 def _halved(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
-    """The split weight [groups, O / groups, C + n, K]."""
+    """Split the weight by halving: [groups, O / groups, C + n, K]."""
     factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
     return _gather(w, source, groups) * factor.reshape(groups, 1, -1, 1)
 
 
 def _gather(w: Tensor, source: Tensor, groups: int) -> Tensor:
-    """[groups, O / groups, C + n, K]: each expanded channel's original weights."""
+    """Gather each expanded channel's original weights: [groups, O / groups, C + n, K]."""
     grouped = _grouped(w, groups)
     index = _within_group(source, groups, w.shape[1]).reshape(groups, 1, -1, 1)
     return grouped.gather(2, index.expand(*grouped.shape[:2], -1, grouped.shape[3]))

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, grid
+from ocs.kernels.constants import CLIP_METHODS, OCTAVE_BINS, OCTAVES, SQUANT_LIMIT, SQUANT_STEP, grid
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int8]
@@ -21,12 +21,12 @@ Plan = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], Floats]
 
 
 def abs_max(x: Floats) -> Floats:
-    """max|x| as float32 [], 0 for an empty array."""
+    """Find max|x|, float32 []; 0 for an empty array."""
     return np.abs(x).max(initial=np.float32(0))
 
 
 def histogram(x: Floats, bins: int, limit: float) -> NDArray[np.int64]:
-    """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
+    """Count |x| over [0, limit] in bins, int64 [bins], what lies beyond in the last one."""
     width = np.float32(limit)
     if width == 0:
         return np.bincount([0] * x.size, minlength=bins)
@@ -35,7 +35,7 @@ def histogram(x: Floats, bins: int, limit: float) -> NDArray[np.int64]:
 
 
 def octave_histogram(x: Floats, limit: float) -> NDArray[np.int64]:
-    """Counts int64 [C, 128] of x [N, C, ...]: |x| below limit, a power of two, in eight bins to the octave."""
+    """Count |x| of x [N, C, ...] below limit, a power of two, in eight bins to the octave: int64 [C, 128]."""
     fraction, exponent = np.frexp(np.abs(x))  # |x| = fraction * 2^exponent, fraction in [1/2, 1)
     octaves = np.where(np.isfinite(x), exponent + 1 - np.frexp(np.float32(limit))[1], 9)  # 0: the highest
     within = np.floor(np.nan_to_num(fraction, posinf=0.0) * 16) - 8
@@ -48,12 +48,12 @@ def octave_histogram(x: Floats, limit: float) -> NDArray[np.int64]:
 
 
 def channel_max(w: Floats, groups: int) -> Floats:
-    """max|w| of each input channel [groups C]."""
+    """Find max|w| of each input channel [groups C]."""
     return np.abs(_grouped(w, groups)).max(axis=(1, 3), initial=np.float32(0)).ravel()
 
 
 def _grouped(w: NDArray, groups: int) -> NDArray:
-    """View of w as [groups, O / groups, C, K]."""
+    """View w as [groups, O / groups, C, K]."""
     return w.reshape(groups, w.shape[0] // groups, w.shape[1], math.prod(w.shape[2:]))
 
 
@@ -61,7 +61,7 @@ def _grouped(w: NDArray, groups: int) -> NDArray:
 
 
 def split_plan(channel_max: Floats, groups: int, splits: int) -> Plan:
-    """(source, depth, offset, split_max), each [groups (C + splits)]: halve the largest channel, `splits` times."""
+    """Halve the largest channel, `splits` times: (source, depth, offset, split_max), each [groups (C + splits)]."""
     parts = []
     for g, largest in enumerate(channel_max.reshape(groups, -1)):
         source = list(range(g * largest.size, (g + 1) * largest.size))
@@ -81,7 +81,7 @@ def split_plan(channel_max: Floats, groups: int, splits: int) -> Plan:
 
 
 def pick_channels(w: NDArray, splits: int) -> list[int]:
-    """The paper's procedure as written, on one group: look at the whole tensor for its largest |w|, halve, repeat.
+    """Pick channels of one group as the paper writes: look at the whole tensor for its largest |w|, halve, repeat.
 
     Returns the expanded channels that were split, in order; split_channels(w, picks, False) is the split weight.
     """
@@ -94,7 +94,7 @@ def pick_channels(w: NDArray, splits: int) -> list[int]:
 
 
 def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tuple[NDArray, NDArray[np.int64]]:
-    """The weight [O, C + n, ...], each picked channel halved into itself and a copy at the end, and the source [C + n].
+    """Halve each picked channel into itself and a copy at the end: the weight [O, C + n, ...] and the source [C + n].
 
     (w - 1/2) / 2 and (w + 1/2) / 2 where quantization_aware (w in grid units), w / 2 both where not.
     """
@@ -108,18 +108,18 @@ def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tu
 
 
 def output_max(w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int) -> Floats:
-    """max|w| of each output channel after splitting [O]."""
+    """Find max|w| of each output channel after splitting [O]."""
     return np.abs(halved(w, source, depth, groups)).max(axis=(2, 3), initial=np.float32(0)).ravel()
 
 
 def halved(w: NDArray, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int) -> NDArray:
-    """The split weight [groups, O / groups, C + n, K]."""
+    """Split the weight by halving: [groups, O / groups, C + n, K]."""
     factor = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
     return gather(w, source, groups) * factor
 
 
 def gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
-    """[groups, O / groups, C + n, K]: each expanded channel's original weights."""
+    """Gather each expanded channel's original weights: [groups, O / groups, C + n, K]."""
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * w.shape[1]
     return np.stack([part[:, columns] for part, columns in zip(_grouped(w, groups), within, strict=True)])
 
@@ -130,7 +130,7 @@ def gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
 def split_histogram(
     w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int, bins: int, limit: Floats
 ) -> NDArray[np.int64]:
-    """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
+    """Count the |w| after splitting that are not zero: int64 [bins], or [O, bins] where limit is [O]."""
     rows = halved(w, source, depth, groups).reshape(w.shape[0], math.prod(w.shape[2:]) * (source.size // groups))
     if limit.ndim == 0:
         return histogram(rows[rows != 0], bins, limit)
@@ -138,19 +138,16 @@ def split_histogram(
     return np.array(counts, np.int64).reshape(w.shape[0], bins)
 
 
-METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # a method's number is its place
-
-
 def clip_threshold(counts: NDArray[np.int64], limit: Floats, bits: int, signed: bool, method: int) -> Floats:
-    """The threshold float32 in (0, limit] of each histogram [..., bins] of |x| over [0, limit]."""
+    """Find the threshold, float32 in (0, limit], in each histogram [..., bins] of |x| over [0, limit]."""
     rows = zip(counts.reshape(limit.size, -1), limit.ravel(), strict=True)
-    found = [min(_clip_position(row, bits, signed, METHODS[method]) * float(of_row) / row.size, float(of_row))
+    found = [min(_clip_position(row, bits, signed, CLIP_METHODS[method]) * float(of_row) / row.size, float(of_row))
              if row.any() and of_row else of_row for row, of_row in rows]  # fmt: skip
     return np.array(found, np.float32).reshape(limit.shape)
 
 
 def _clip_position(counts: NDArray[np.int64], bits: int, signed: bool, method: str) -> float:  # noqa: PLR0911
-    """In bins. The values are taken to be spread evenly within each bin."""
+    """Find the threshold in bins. Values are taken to be spread evenly within each bin."""
     k = bits if signed else bits + 1  # an unsigned grid is the positive half of one with a bit more
     qmax, centers, total = grid(k, True)[1], np.arange(counts.size) + 0.5, counts.sum()
     mean, rms = counts @ centers / total, math.sqrt(counts @ (centers**2 + 1 / 12) / total)
@@ -188,7 +185,7 @@ SAWB_MEAN = (2.064, 6.304, 11.859, 17.811, 24.003, 30.378, 36.879, 43.490)
 
 
 def clip_error(counts: NDArray[np.int64], t: float, qmax: int) -> float:
-    """Equation 9: the sum of (x - Q(x))^2, x in bins, where the grid of qmax steps ends at t.
+    """Sum (x - Q(x))^2, x in bins, where the grid of qmax steps ends at t: equation 9.
 
     Bin edges and rounding boundaries cut the axis into pieces, in each of which density and Q(x) are constant.
     """
@@ -202,7 +199,7 @@ def clip_error(counts: NDArray[np.int64], t: float, qmax: int) -> float:
 
 
 def _clip_mse(counts: NDArray[np.int64], qmax: int) -> float:
-    """The best bin edge, then finer and finer steps around it."""
+    """Find the best bin edge, then take finer and finer steps around it."""
     best = min(range(counts.size, 0, -1), key=lambda t: clip_error(counts, t, qmax))
     for step in 0.5 ** np.arange(1, 7):
         near = [t for t in (best, best - step, best + step) if 0 < t <= counts.size]
@@ -211,12 +208,12 @@ def _clip_mse(counts: NDArray[np.int64], qmax: int) -> float:
 
 
 def _clip_kl(counts: NDArray[np.int64], qmax: int) -> float:
-    """The edge, beyond qmax bins, where the rounded distribution diverges least from the clipped one."""
+    """Find the edge, beyond qmax bins, where the rounded distribution diverges least from the clipped one."""
     return float(min(range(counts.size, qmax, -1), key=lambda t: divergence(counts, t, qmax), default=counts.size))
 
 
 def divergence(counts: NDArray[np.int64], t: int, qmax: int) -> float:
-    """Kullback-Leibler divergence, not normalized, of the histogram rounded to a grid that ends at edge t."""
+    """Compute the Kullback-Leibler divergence, not normalized, after rounding to a grid that ends at edge t."""
     inside = counts[:t].astype(np.float64)
     if not inside.any():
         return math.inf
@@ -236,12 +233,12 @@ def divergence(counts: NDArray[np.int64], t: int, qmax: int) -> float:
 
 
 def round_half_up(x: NDArray) -> NDArray:
-    """The paper's Q(x) = floor(x + 1/2)."""
+    """Round ties up: the paper's Q(x) = floor(x + 1/2)."""
     return np.floor(x + 0.5)
 
 
 def _grid_units(w: Floats, scale: Floats) -> Floats:
-    """Float32 w / scale, one scale or one for each output channel."""
+    """Compute w / scale in float32, one scale or one for each output channel."""
     return (w / np.broadcast_to(scale, w.shape[:1]).reshape(-1, *[1] * (w.ndim - 1))).astype(np.float32)
 
 
@@ -255,8 +252,8 @@ def quantize_weight(
     bits: int,
     quantization_aware: bool,
 ) -> Ints:
-    """Integers int8 [O, C + n, ...] of the split weight: the halvings in grid units one by one, in double."""
-    qmax = 2 ** (bits - 1) - 1
+    """Quantize the split weight to int8 [O, C + n, ...]: the halvings in grid units one by one, in double."""
+    qmax = grid(bits, True)[1]
     u = gather(_grid_units(w, scale), source, groups).astype(np.float64)
     depth, offset = (part.reshape(groups, 1, -1, 1) for part in (depth, offset))
     for level in range(int(depth.max(initial=0))):
@@ -264,9 +261,6 @@ def quantize_weight(
         u = np.where(level < depth, (u + half) / 2, u)
     ints = np.clip(round_half_up(u), -qmax, qmax).astype(np.int8)
     return ints.reshape(w.shape[0], source.size // groups, *w.shape[2:])
-
-
-STEP = 2**24  # an error of one grid step, in squant_weight
 
 
 def squant_weight(
@@ -278,11 +272,11 @@ def squant_weight(
     groups: int,
     bits: int,
 ) -> Ints:
-    """Integers int8 [O, C + n, ...], quantization-aware, moved so that rounding errors cancel (csrc/ocs.h).
+    """Quantize to int8 [O, C + n, ...] and move integers so that rounding errors cancel (csrc/ocs.h).
 
     What moves is T, the sum of a channel's integers and its copies'; part i of 2^m of it is floor((T + i) / 2^m).
     """
-    qmax = 2 ** (bits - 1) - 1
+    qmax = grid(bits, True)[1]
     nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
     ints = _grouped(nearest, groups).astype(np.int64)
     u = _grouped(_grid_units(w, scale), groups)
@@ -301,17 +295,20 @@ def squant_weight(
 
 
 def _squant_row(total: NDArray[np.int64], u: Floats, low: list[int], high: list[int]) -> NDArray[np.int64]:
-    """The sums [C, K] of one output channel, moved; low and high: the range of each channel's sum."""
-    error = np.clip((total.astype(np.float32) - u) * np.float32(STEP), -64 * STEP, 64 * STEP).astype(np.int64)
+    """Move the sums [C, K] of one output channel; low and high: the range of each channel's sum."""
+    error = np.clip((total.astype(np.float32) - u) * np.float32(SQUANT_STEP), -SQUANT_LIMIT, SQUANT_LIMIT).astype(
+        np.int64
+    )
 
     def candidates(c: int, sign: int) -> list[int]:
-        """Those of filter c that may move a step against this sign, the largest error first, then the lowest index."""
+        """List what in filter c may move a step against this sign, the largest error first, then the lowest index."""
         own = [k for k in range(u.shape[1]) if error[c, k] * sign > 0 and low[c] <= total[c, k] - sign <= high[c]]
         return sorted(own, key=lambda k: -abs(error[c, k]))
 
     def move(c: int, k: int, sign: int) -> None:
+        """Move one sum a step against this sign."""
         total[c, k] -= sign
-        error[c, k] -= sign * STEP
+        error[c, k] -= sign * SQUANT_STEP
 
     for c in range(u.shape[0] if u.shape[1] > 1 else 0):
         e = error[c].sum()
@@ -326,8 +323,8 @@ def _squant_row(total: NDArray[np.int64], u: Floats, low: list[int], high: list[
 
 
 def _steps(error: np.int64) -> int:
-    """floor(|error| + 1/2) in grid steps."""
-    return int(abs(error) + STEP // 2) // STEP
+    """Compute floor(|error| + 1/2) in grid steps."""
+    return int(abs(error) + SQUANT_STEP // 2) // SQUANT_STEP
 
 
 def gptq_weight(
@@ -340,13 +337,13 @@ def gptq_weight(
     bits: int,
     second: NDArray[np.float64],
 ) -> Ints:
-    """Integers int8 [O, C + n, ...] by Frantar et al.'s equations 2 and 3, second [groups, C K, C K].
+    """Quantize to int8 [O, C + n, ...] by Frantar et al.'s equations 2 and 3, second [groups, C K, C K].
 
     H's diagonal is damped by 0.03 of its mean. The column with the largest diagonal comes first; each one's error is
     compensated by the inverse of H in those that are left, and then goes out of the inverse. What is rounded is M; part
     i of 2^m of it is floor((M + i) / 2^m).
     """
-    qmax, C, K = 2 ** (bits - 1) - 1, w.shape[1], math.prod(w.shape[2:])
+    qmax, C, K = grid(bits, True)[1], w.shape[1], math.prod(w.shape[2:])
     u = _grouped(_grid_units(w, scale), groups).astype(np.float64)
     ints = np.zeros((groups, u.shape[1], source.size // groups, K), np.int8)
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * C
@@ -369,7 +366,7 @@ def gptq_weight(
 
 
 def fold(ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, channels: int) -> Floats:
-    """float32 [O, channels, ...]: scale times the sum of each channel's integers and its copies'."""
+    """Sum each channel's integers and its copies', times scale: float32 [O, channels, ...]."""
     flat = ints.reshape(*ints.shape[:2], math.prod(ints.shape[2:])).astype(np.int64)
     total = np.zeros((ints.shape[0], channels, flat.shape[2]), np.int64)
     rows = np.arange(ints.shape[0]).reshape(groups, -1)
@@ -381,7 +378,7 @@ def fold(ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, chan
 
 
 def weight_error(w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int) -> NDArray[np.float64]:
-    """Sums float64 [2] of w^2 and of (w - w_hat)^2: per row in eight interleaved partial sums, all in order."""
+    """Sum w^2 and (w - w_hat)^2, float64 [2]: per row in eight interleaved partial sums, all in order."""
     difference = w - fold(ints, scale, source, groups, w.shape[1])
     return np.array([_sum_of_squares(w), _sum_of_squares(difference)])
 
@@ -389,7 +386,7 @@ def weight_error(w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64]
 def output_error(
     w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, gain: float
 ) -> NDArray[np.float64]:
-    """Float64 [O]: rows d = w_hat - w in the quadratic form H, and gain times what their gain errors are in it.
+    """Sum rows d = w_hat - w in the quadratic form H, and gain times what their gain errors are in it: float64 [O].
 
     H = (I + 1 1^T of each filter + 1 1^T) / 3; see functional.output_error.
     """
@@ -406,6 +403,7 @@ def output_error(
 
 
 def _sum_of_squares(x: Floats) -> np.float64:
+    """Sum x^2 in the order of the kernels."""
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(np.float64)
     padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
     total = np.float64(0)
@@ -423,19 +421,19 @@ def _sum_of_squares(x: Floats) -> np.float64:
 
 
 def quantize(x: Floats, scale: float, bits: int, signed: bool) -> NDArray[np.int8] | NDArray[np.uint8]:
-    """clamp(round_half_even(x / scale)) as int8 or uint8; NaN gives 0."""
+    """Compute clamp(round_half_even(x / scale)) as int8 or uint8; NaN gives 0."""
     on_grid = np.clip(np.rint(x / np.float32(scale)), *grid(bits, signed))
     return np.nan_to_num(on_grid, nan=0.0).astype(np.int8 if signed else np.uint8)
 
 
 def dequantize(q: NDArray, scale: Floats) -> Floats:
-    """Q * scale, with one scale or one per entry of the first axis."""
+    """Compute q * scale, with one scale or one per entry of the first axis."""
     scale = np.asarray(scale, np.float32)
     return q.astype(np.float32) * scale.reshape(scale.shape + (1,) * (q.ndim - scale.ndim))
 
 
 def fake_quantize(x: Floats, scale: float, bits: int, signed: bool) -> Floats:
-    """Scale * clamp(round_half_even(x / scale)); NaN stays, zero comes out as +0."""
+    """Compute scale * clamp(round_half_even(x / scale)); NaN stays, zero comes out as +0."""
     return (np.clip(np.rint(x / np.float32(scale)), *grid(bits, signed)) + np.float32(0)) * np.float32(scale)
 
 
@@ -443,14 +441,14 @@ def fake_quantize(x: Floats, scale: float, bits: int, signed: bool) -> Floats:
 
 
 def pack(ints: Ints, bits: int) -> NDArray[np.uint8]:
-    """The codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
+    """Write the codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
     codes = (ints.ravel().astype(np.int64) + grid(bits, True)[1]).astype(np.uint8)
     stream = np.unpackbits(codes[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(stream, bitorder="little")
 
 
 def unpack(packed: NDArray[np.uint8], numel: int, bits: int) -> Ints:
-    """And back: int8 [numel]."""
+    """Read the integers int8 [numel] that pack wrote."""
     stream = np.unpackbits(packed, count=numel * bits, bitorder="little").reshape(numel, bits)
     codes = np.packbits(stream, axis=1, bitorder="little").ravel()
     return (codes.astype(np.int64) - grid(bits, True)[1]).astype(np.int8)

@@ -23,10 +23,11 @@ from ocs.plan.input_facts import InputFacts
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
+from ocs.weight.apply_plan import quantize_plan
 from ocs.weight.error import remaining_error
-from ocs.weight.gptq import Hessian
-from ocs.weight.plan import choose_splits, splits_for
-from ocs.weight.quantize_plan import quantize_plan
+from ocs.weight.hessian import Hessian
+from ocs.weight.plan import splits_for
+from ocs.weight.selection import choose_splits
 from ocs.weight.threshold import scale_for
 from ocs.weight.types import Quantization, Scheme, SplitPlan
 

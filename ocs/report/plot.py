@@ -14,9 +14,10 @@ from ocs.kernels import reference
 from ocs.kernels.constants import SMALLEST, qmax
 from ocs.report.text import plural
 from ocs.weight.arguments import check_array, check_bits, check_clip, check_groups, check_ratio
+from ocs.weight.entry import plan_splits, quantize_weight
 from ocs.weight.error import sqnr_db, weight_error
 from ocs.weight.grid import fake_quantize
-from ocs.weight.plan import plan_splits, quantize_weight, splits_for
+from ocs.weight.plan import splits_for
 from ocs.weight.threshold import METHODS, clip_threshold
 from ocs.weight.types import Array, QuantizedWeight, SplitPlan
 

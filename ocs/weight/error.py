@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from ocs.kernels.ops import kernels
 from ocs.weight.arguments import check_array, check_groups
-from ocs.weight.gptq import OutputErrors
+from ocs.weight.arrays import array_like, as_tensor
+from ocs.weight.hessian import Hessian
 from ocs.weight.integers import fold
 from ocs.weight.types import GAIN, Array, Quantization, QuantizedWeight, Scheme
 
 
 def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1) -> tuple[float, float]:
-    """Signal and noise of a quantized weight: the sums of w^2 and of (w - w_hat)^2."""
+    """Measure signal and noise of a quantized weight: the sums of w^2 and of (w - w_hat)^2."""
     w = check_array("w", w, min_rank=2)
     check_groups(groups, w.shape[0])
     signal, noise = kernels(w).weight_error(w, quantized.ints, quantized.scale, quantized.source, groups).tolist()
@@ -24,7 +26,7 @@ def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1) -> tuple
 
 
 def output_error(w: Array, quantized: QuantizedWeight, groups: int = 1, gain: float = GAIN) -> Array:
-    """How far each output of a layer is off with the quantized weight: float64 [O], an estimate without inputs.
+    """Estimate how far each output of a layer is off with the quantized weight: float64 [O], without inputs.
 
     For rows d = w_hat - w and w of [C, K] it is q(d) + gain q(w) (sum d w / sum w^2)^2, where
 
@@ -42,40 +44,73 @@ def output_error(w: Array, quantized: QuantizedWeight, groups: int = 1, gain: fl
 
 
 def output_power(w: Array) -> Array:
-    """q(w) of output_error, float64 [O]: what the outputs are off where every integer is 0."""
+    """Compute q(w) of output_error, float64 [O]: what the outputs are off where every integer is 0."""
     w = check_array("w", w, min_rank=2)
-    if isinstance(w, Tensor):
-        zeros, one = w.new_zeros(w.shape, dtype=torch.int8), w.new_ones((), dtype=torch.float32)
-        return kernels(w).output_error(w, zeros, one, torch.arange(w.shape[1], device=w.device), 1, 0.0)
-    return kernels(w).output_error(
-        w, np.zeros(w.shape, np.int8), np.ones((), np.float32), np.arange(w.shape[1]), 1, 0.0
-    )
+    zeros = w.new_zeros(w.shape, dtype=torch.int8) if isinstance(w, Tensor) else np.zeros(w.shape, np.int8)
+    one, source = (array_like(values, w) for values in (np.ones((), np.float32), np.arange(w.shape[1])))
+    return kernels(w).output_error(w, zeros, one, source, 1, 0.0)
 
 
-def signal_and_noise(w: Array, quantized: QuantizedWeight, how: Scheme) -> tuple[float, float]:
-    """Of a layer's outputs: their power and what they are off by; by the inputs' second moments where how has them."""
-    if how.hessian is None:
-        power, error = output_power(w), output_error(w, quantized, how.groups, how.gain)
+class MeasuredOutputs:
+    """Measures what the outputs of one weight are off by, on the inputs whose second moments are known.
+
+    Args:
+        w: float32 [O, C, ...].
+        hessian: of what it meets.
+    """
+
+    def __init__(self, w: Array, hessian: Hessian) -> None:
+        w = as_tensor(w).float()
+        self.second = hessian.second.to(w.device, torch.float32)
+        G, N = self.second.shape[:2]
+        self.rows = w.reshape(G, len(w) // G, N)
+        self.product = self.rows @ self.second  # w H
+        self.power = (self.product * self.rows).sum(-1, dtype=torch.float64)  # w H w^T, float64 [G, O / G]
+
+    def error(self, w_hat: Array, gain: float) -> Array:
+        """Measure how far outputs are off with w_hat instead of w, float64 [O]: d H d^T + gain (d H w^T)^2 / w H w^T.
+
+        For rows d = w_hat - w and w. The second part is the change of the outputs' gain, see functional.output_error.
+        """
+        d = as_tensor(w_hat).reshape(self.rows.shape) - self.rows
+        of_outputs = ((d @ self.second) * d).sum(-1, dtype=torch.float64)
+        of_gain = (self.product * d).sum(-1, dtype=torch.float64) ** 2 / (self.power + (self.power == 0))
+        error = (of_outputs + gain * of_gain).flatten()
+        return error if isinstance(w_hat, Tensor) else error.numpy()
+
+
+def signal_and_noise(w: Array, quantized: QuantizedWeight, scheme: Scheme) -> tuple[float, float]:
+    """Measure the power of a layer's outputs and what they are off by; estimate both where scheme has no Hessian."""
+    if scheme.hessian is None:
+        power, error = output_power(w), output_error(w, quantized, scheme.groups, scheme.gain)
     else:
-        measured = OutputErrors(w, how.hessian)
-        power, error = measured.power, measured.error(fold(quantized, w.shape[1], how.groups), how.gain)
+        measured = MeasuredOutputs(w, scheme.hessian)
+        power, error = measured.power, measured.error(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
     return float(power.sum()), float(error.sum())
 
 
-def remaining_error(w: Array, step: Quantization, how: Scheme) -> float:
-    """Noise to signal of a quantized weight: e / (1 - e), where the share e of its power is error.
+def errors_of_outputs(w: Array, scheme: Scheme) -> Callable[[QuantizedWeight], Array]:
+    """Return what measures (or without GPTQ estimates) how far outputs of quantized weights are off: float64 [O]."""
+    if scheme.rounding != "gptq":
+        return lambda quantized: output_error(w, quantized, scheme.groups, scheme.gain)
+    measured = MeasuredOutputs(w, scheme.hessian)
+    return lambda quantized: measured.error(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
+
+
+def remaining_error(w: Array, step: Quantization, scheme: Scheme) -> float:
+    """Compute noise to signal of a quantized weight: e / (1 - e), where the share e of its power is error.
 
     The error is that of the weight, sum (w - w_hat)^2 / sum w^2; where clip="auto" or rounding is not to nearest, that
     of the layer's outputs over what they would be off without the layer. 1 - e is what w_hat still has of the signal:
     nothing as e nears 1, which no other layer makes up for. At most some 1000.
     """
-    of_weight = how.rounding == "nearest" and how.clip != "auto"
-    signal, noise = step.error if of_weight else signal_and_noise(w, step.quantized, how)
+    of_weight = scheme.rounding == "nearest" and scheme.clip != "auto"
+    signal, noise = step.error if of_weight else signal_and_noise(w, step.quantized, scheme)
     return noise / max(signal - noise, 1e-3 * signal) if signal else 0.0
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Signal-to-quantization-noise ratio in dB; inf where there is no noise."""
+    """Compute the signal-to-quantization-noise ratio in dB; inf where there is no noise."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

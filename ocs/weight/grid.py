@@ -12,12 +12,13 @@ from torch import Tensor
 from ocs.kernels import ops
 from ocs.kernels.constants import SMALLEST
 from ocs.kernels.ops import kernels
-from ocs.weight.arguments import check_array, check_bits, check_values, dtype_name, kind_of
+from ocs.weight.arguments import check_array, check_bits, check_values
+from ocs.weight.arrays import array_like, dtype_name, kind_of
 from ocs.weight.types import Array
 
 
 def fake_quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:
-    """scale * clamp(round_half_even(x / scale)), shaped like x and of its dtype.
+    """Compute scale * clamp(round_half_even(x / scale)), shaped like x and of its dtype.
 
     scale: one positive finite number (a float or a 0-d float32 array). signed: integers -qmax .. qmax, else
     0 .. 2^k - 1. Inf saturates, NaN stays NaN. The gradient is 1 where x rounds to the grid, 0 where it is clipped.
@@ -29,7 +30,7 @@ def fake_quantize(x: Array, scale: float | Array, bits: int, signed: bool = True
 
 
 def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:
-    """clamp(round_half_even(x / scale)) as int8, or uint8 where not signed; see fake_quantize. NaN is refused."""
+    """Compute clamp(round_half_even(x / scale)) as int8, or uint8 where not signed, see fake_quantize; refuse NaN."""
     x = check_values("x", check_array("x", x))
     if math.isnan(kernels(x).abs_max(x)):
         raise ValueError("x holds NaN, which no integer stands for")
@@ -37,7 +38,7 @@ def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> 
 
 
 def dequantize(q: Array, scale: float | Array) -> Array:
-    """Float32 q * scale, shaped like q (int8 or uint8); one scale, or one per entry of the first axis."""
+    """Compute q * scale, float32 shaped like q (int8 or uint8); one scale, or one per entry of the first axis."""
     if not isinstance(q, Array) or dtype_name(q) not in ("int8", "uint8"):
         raise TypeError(f"q must be an int8 or uint8 array or tensor, not {kind_of(q)}")
     scale = _as_scale(q, scale)
@@ -47,6 +48,7 @@ def dequantize(q: Array, scale: float | Array) -> Array:
 
 
 def _grid(x: Array, scale: float | Array, bits: int) -> tuple[Array, int]:
+    """Check the one scale and the bits of a grid for x."""
     scale = _as_scale(x, scale)
     if math.prod(scale.shape) != 1:
         raise ValueError(f"scale has shape {tuple(scale.shape)}: use one number")
@@ -54,7 +56,7 @@ def _grid(x: Array, scale: float | Array, bits: int) -> tuple[Array, int]:
 
 
 def _as_scale(x: Array, scale: float | Array) -> Array:
-    """Scale as the kind of array that x is, checked where its values can be read without waiting for a device."""
+    """Convert scale to the kind of array that x is, checked where it can be read without waiting for a device."""
     if isinstance(x, Tensor) and isinstance(scale, Real):
         _check_positive(math.isfinite(scale) and scale >= SMALLEST, scale)
         return torch.tensor(scale, dtype=torch.float32, device=x.device)
@@ -68,9 +70,10 @@ def _as_scale(x: Array, scale: float | Array) -> Array:
     with np.errstate(over="ignore", under="ignore"):
         value = value.astype(np.float32)
     _check_positive(bool((np.isfinite(value) & (value > 0)).all()), scale)
-    return torch.from_numpy(value).to(x.device) if isinstance(x, Tensor) else value
+    return array_like(value, x)
 
 
 def _check_positive(valid: bool, scale: float | Array) -> None:
+    """Raise the error of a scale that is not valid."""
     if not valid:
         raise ValueError(f"scale={scale!r}: use a positive finite number (in float32)")

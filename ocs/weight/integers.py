@@ -18,7 +18,7 @@ def quantize_split(
     rounding: Rounding = "nearest",
     groups: int = 1,
 ) -> QuantizedWeight:
-    """Step 3: the integers of the split weight, scale = threshold / qmax (1 where the threshold is 0)."""
+    """Compute the integers of the split weight, step 3: scale = threshold / qmax (1 where the threshold is 0)."""
     scale = scale_for(threshold, qmax(bits))
     args = (w, scale, plan.source, plan.depth, plan.offset, groups, bits)
     squant = rounding == "squant"
@@ -27,7 +27,7 @@ def quantize_split(
 
 
 def fold(quantized: QuantizedWeight, channels: int, groups: int = 1) -> Array:
-    """float32 [O, C, ...]: the copies' dequantized weights added back onto their source channel.
+    """Add the copies' dequantized weights back onto their source channel: float32 [O, C, ...].
 
     channels: C, the original input channels (of one group). The folded weight computes what the expanded one does.
     """

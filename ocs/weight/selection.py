@@ -1,69 +1,82 @@
-"""Which channels to split: beyond the paper's largest value, those whose splits lower the remaining error most.
-
-Whatever chooses, a plan is only how often each channel is split: always the largest of its copies, the lowest where
-they tie, is halved. So the copies of a channel split k times, numbered as they came, are known: copy j halves copy
-j - 2^m, m = floor(log2 j), and is part j of the channel. 2^M <= k + 1 < 2^(M + 1): copies have depth M or M + 1.
-
-Everything here is numpy on the CPU, in double: no choice depends on the device that a weight is on.
-"""
+"""Which channels to split: the paper's largest value, a user's rule, or what lowers the remaining error most."""
 
 from __future__ import annotations
 
 import heapq
+import math
+import operator
+import reprlib
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ocs.kernels.constants import MAX_DEPTH
+from ocs.weight.apply_plan import quantize_plan
+from ocs.weight.arguments import check_select
+from ocs.weight.arrays import as_numpy
+from ocs.weight.error import remaining_error
+from ocs.weight.plan import floor_log2, largest_first, plan_channels
+from ocs.weight.types import Array, Choice, Scheme, Select, SplitPlan
 
 Floats = NDArray[np.float64]
 
 
-def plan_of(
-    channel_max: NDArray[np.float32], channels: NDArray[np.int64], groups: int
-) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """(source, depth, offset, split_max), each [groups (C + n)]: the plan that splits these channels in this order.
-
-    channel_max: [groups C]; channels: [groups, n], numbered 0 .. groups C - 1. It is what ocs_split_plan makes of its
-    own choices, zeros (which are copied without being halved) included.
-    """
-    own = np.arange(channel_max.size).reshape(groups, -1)
-    source = np.concatenate([own, channels.reshape(groups, -1)], 1).ravel()
-    copy, last = _occurrences(source), np.bincount(source, minlength=channel_max.size) - 1
-    maxima = [channel_max]
-    while len(maxima) <= MAX_DEPTH + 1 and 2 ** (len(maxima) - 1) <= last.max(initial=0):
-        maxima.append(maxima[-1] * np.float32(0.5))
-    halvings = sum((each > 0 for each in maxima), np.zeros(channel_max.size, np.int64))[source]  # until it is 0
-    last = np.minimum(last[source], 2**halvings - 1)  # copies that come later are of zeros
-    level = _log2(last + 1)
-    split = (copy % 2**level) + 2**level <= last
-    halved = copy <= last
-    depth = np.where(halved, level + split, halvings).astype(np.int32)
-    if depth.max(initial=0) > MAX_DEPTH:
-        raise ValueError(f"a channel is split more than {MAX_DEPTH} deep: choose it less often")
-    return source, depth, np.where(halved, copy, 0).astype(np.int32), np.stack(maxima)[depth, source]
+def choose_splits(w: Array, splits: int, select: Select, scheme: Scheme) -> SplitPlan:
+    """Plan so many splits, 0 .. C, in each group of w [O, C, ...]; see functional.plan_splits for `select`."""
+    check_select(select)
+    groups = scheme.groups
+    plan = largest_first(w, splits, groups)
+    exact = scheme.clip == "none" and scheme.granularity == "tensor"  # the largest value is all that counts
+    if select == "max" or not splits or (select == "error" and exact):
+        return plan
+    if callable(select):
+        rows, C = w.shape[0] // groups, w.shape[1]
+        chosen = (_chosen(select, w[g * rows : (g + 1) * rows], C, splits) for g in range(groups))
+        return plan_channels(w, [g * C + c for g, of_group in enumerate(chosen) for c in of_group], groups)
+    return _better_plan(w, plan, splits, scheme)
 
 
-def _occurrences(x: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each value came before."""
-    order = x.argsort(kind="stable")
-    ordered = x[order]
-    first = np.searchsorted(ordered, ordered)
-    count = np.empty_like(x)
-    count[order] = np.arange(x.size) - first
-    return count
+def _better_plan(w: Array, plan: SplitPlan, splits: int, scheme: Scheme) -> SplitPlan:
+    """Plan the splits that lower the remaining error, or keep the paper's plan where that leaves less."""
+    theirs, C, groups = quantize_plan(w, plan, scheme), w.shape[1], scheme.groups
+    magnitudes = np.abs(as_numpy(w.float() if isinstance(w, Tensor) else w).astype(np.float64))
+    magnitudes = magnitudes.reshape(groups, w.shape[0] // groups, C, math.prod(w.shape[2:]))
+    thresholds = np.broadcast_to(as_numpy(theirs.quantized.threshold).astype(np.float64), w.shape[:1])
+    channels = []
+    for g, (of_group, t) in enumerate(zip(magnitudes, thresholds.reshape(groups, -1), strict=True)):
+        if scheme.clip == "none":
+            chosen = lowering_thresholds(of_group.max(2, initial=0.0), splits)
+        else:
+            chosen = lowering_saturation(of_group, t, splits)
+        channels += [g * C + c for c in chosen]
+    other = plan_channels(w, channels, groups)
+    ours = quantize_plan(w, other, scheme)
+    return other if remaining_error(w, ours, scheme) < remaining_error(w, theirs, scheme) else plan
 
 
-def _log2(x: NDArray[np.int64]) -> NDArray[np.int64]:
-    """floor(log2 x) of positive integers below 2^53."""
-    return np.frexp(x.astype(np.float64))[1].astype(np.int64) - 1
+def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:
+    """Ask a user's rule for the channels of one group, and check what it returned."""
+    w = w.float().clone() if isinstance(w, Tensor) else w.astype(np.float32)
+    name, chosen = getattr(select, "__name__", repr(select)), select(w, splits)
+    try:
+        chosen = [operator.index(c) for c in chosen]
+    except TypeError:
+        raise TypeError(
+            f"select={name} returned {reprlib.repr(chosen)}: return {splits} channels as integers"
+        ) from None
+    if len(chosen) != splits or not all(0 <= c < channels for c in chosen):
+        raise ValueError(
+            f"select={name} returned {reprlib.repr(chosen)}: return {splits} channels from 0 to {channels - 1}"
+        )
+    return chosen
 
 
 # --- By the error that is left: sum over output channels of what rounding and saturation leave ------------------------
+# In numpy on the CPU, in double: no choice depends on the device that a weight is on.
 
 
 def lowering_thresholds(largest: Floats, splits: int) -> list[int]:
-    """Channels whose splits lower sum_o t_o^2 most, t_o = max_c |w_oc| after splitting: rounding's error is like t_o^2.
+    """Choose channels whose splits lower sum_o t_o^2 most, t_o = max_c |w_oc| after splitting, as rounding's error is.
 
     largest: [O, C], max|w| of each filter. To halve a channel's largest value takes one split, then two, four ...: the
     channel is taken whose next halving lowers the sum most per split; where none does, that with the largest |w|.
@@ -91,7 +104,7 @@ def lowering_thresholds(largest: Floats, splits: int) -> list[int]:
 
 
 def _two_largest(x: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Of each row: where the largest value is, that value, and the next one."""
+    """Find where the largest value of each row is, that value, and the next one."""
     first, row = x.argmax(1), np.arange(len(x))
     top = x[row, first]
     rest = x.copy()
@@ -100,7 +113,7 @@ def _two_largest(x: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
 
 
 def lowering_saturation(magnitudes: Floats, thresholds: Floats, splits: int) -> list[int]:
-    """Channels whose splits lower the squared error of saturation most, at fixed thresholds.
+    """Choose channels whose splits lower the squared error of saturation most, at fixed thresholds.
 
     magnitudes: |w| [O, C, K]; thresholds: [] or [O]. Copies of depth m saturate by |w| 2^-m - t_o each; what they lose
     together is squared. Where no value saturates any more, the largest |w| is split.
@@ -121,7 +134,7 @@ def lowering_saturation(magnitudes: Floats, thresholds: Floats, splits: int) -> 
 
 
 def _saturation(w: Floats, t: Floats, splits: int) -> Floats:
-    """[C]: the squared error of channels [C, O, K] split so often."""
+    """Sum the squared error [C] of channels [C, O, K] that are split so often."""
     level = (splits + 1).bit_length() - 1
     deeper = 2 * (splits + 1 - 2**level)  # copies at depth level + 1, the others at depth level
     lost = (splits + 1 - deeper) * np.maximum(w / 2**level - t, 0)
@@ -131,13 +144,15 @@ def _saturation(w: Floats, t: Floats, splits: int) -> Floats:
 
 
 def _largest(channel_max: Floats, counts: NDArray[np.int64], splits: int) -> list[int]:
-    """The paper's rule, from channels that were split so often: the channel with the largest |w|."""
-    heap = [(-largest / 2 ** _log2(k + 1), c) for c, (largest, k) in enumerate(zip(channel_max, counts, strict=True))]
+    """Choose by the paper's rule, the channel with the largest |w|, from channels that were split so often before."""
+    heap = [
+        (-largest / 2 ** floor_log2(k + 1), c) for c, (largest, k) in enumerate(zip(channel_max, counts, strict=True))
+    ]
     heapq.heapify(heap)
     counts, picks = counts.copy(), []
     for _ in range(splits):
         c = heap[0][1]
         picks.append(c)
         counts[c] += 1
-        heapq.heapreplace(heap, (-channel_max[c] / 2 ** _log2(counts[c] + 1), c))
+        heapq.heapreplace(heap, (-channel_max[c] / 2 ** floor_log2(counts[c] + 1), c))
     return picks

@@ -8,17 +8,18 @@ from typing import NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
-from ocs.kernels.constants import MAX_BINS, SMALLEST, TINY
+from ocs.kernels.constants import CLIP_METHODS, MAX_BINS, SMALLEST, TINY
 from ocs.kernels.ops import kernels
-from ocs.weight.arguments import check_array, check_bits, check_choice, check_clip, check_values, filled_like
-from ocs.weight.types import CLIP_METHODS, Array, Granularity, SplitPlan
+from ocs.weight.arguments import check_array, check_bits, check_choice, check_clip, check_values
+from ocs.weight.arrays import filled_like
+from ocs.weight.types import Array, Granularity, SplitPlan
 
 METHODS = ("none", *(method for method in CLIP_METHODS if method != "aciq-release"))  # what people compare
 BINS, CHANNEL_BINS = 2048, 512  # of the histogram that a threshold is searched in: of a tensor, of an output channel
 
 
 class Clip(NamedTuple):
-    """How a clip threshold is found: a method, and the grid to come.
+    """A way to find clip thresholds: a method, and the grid to come.
 
     method: one of CLIP_METHODS, which search in a histogram; "none"; or a fraction of the largest magnitude.
     bits: 2 to 8. signed: the grid is -qmax .. qmax, else 0 .. 2^bits - 1.
@@ -30,21 +31,17 @@ class Clip(NamedTuple):
 
     @property
     def searches(self) -> bool:
-        """Whether the threshold is searched in a histogram."""
+        """Tell whether the threshold is searched in a histogram."""
         return self.method in CLIP_METHODS
 
-    def threshold(
-        self, largest: Array | float, counts: Array | None = None, limit: Array | None = None
-    ) -> Array | float:
+    def threshold(self, largest: Array | float, counts: Array | None = None) -> Array | float:
         """Find the threshold of values whose largest magnitude is `largest`, shaped like it.
 
-        counts: int64 [..., bins], the histogram of |x| over [0, limit] without zeros, where the method searches;
-        limit: float32 [...], `largest` unless given.
+        counts: int64 [..., bins], the histogram of |x| over [0, largest] without zeros, where the method searches.
         """
         if self.searches:
-            limit = largest if limit is None else limit
             method = CLIP_METHODS.index(self.method)
-            return kernels(counts).clip_threshold(counts, limit, self.bits, self.signed, method)
+            return kernels(counts).clip_threshold(counts, largest, self.bits, self.signed, method)
         if self.method == "none":
             return largest
         if isinstance(largest, float):
@@ -62,7 +59,7 @@ def split_thresholds(
     groups: int = 1,
     signed: bool = True,
 ) -> list[Array]:
-    """Step 2: the clip threshold float32 [] or [O] of the split w by each method ("OCS + clip" in the paper).
+    """Find the clip threshold float32 [] or [O] of the split w by each method: step 2, "OCS + clip" in the paper.
 
     w: a weight [O, C, ...], or a batch of activations [N, C, ...]. One histogram serves all methods.
     """
@@ -80,7 +77,7 @@ def split_thresholds(
 
 
 def scale_for(threshold: Array, largest_integer: int) -> Array:
-    """threshold / largest_integer, float32 and positive; 1 where the threshold is 0."""
+    """Compute threshold / largest_integer, float32 and positive; 1 where the threshold is 0."""
     scale = threshold / filled_like(threshold, largest_integer)
     if isinstance(scale, Tensor):
         return scale.clamp(min=SMALLEST).masked_fill(threshold == 0, 1.0)
@@ -88,7 +85,7 @@ def scale_for(threshold: Array, largest_integer: int) -> Array:
 
 
 def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True) -> float:
-    """The clip threshold t of x: values beyond +-t saturate (sections 2.1 and 4 of the paper). At most max|x|.
+    """Find the clip threshold t of x: values beyond +-t saturate (sections 2.1 and 4 of the paper). At most max|x|.
 
     It is searched in a histogram of |x| without the zeros, which are on every grid.
 
@@ -121,12 +118,12 @@ def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True
 
 
 def count_zeros(x: Array) -> int:
-    """How many values are zero, or too small for a normal float32. Some times faster than count_nonzero."""
+    """Count the values that are zero, or too small for a normal float32. Some times faster than count_nonzero."""
     return int(kernels(x).histogram(x, 2, 2 * float(np.finfo(np.float32).tiny))[0])
 
 
 def histogram(x: Array, bins: int) -> tuple[Array, float]:
-    """Counts int64 [bins] of |x| over [0, limit], and limit = max|x|.
+    """Count |x| over [0, limit] in bins, int64 [bins], and return limit = max|x| too.
 
     Bin i counts floor(|x| / limit * bins) = i in float32; max|x| itself is in the last bin. bins: 1 to 2^24.
     """
@@ -138,6 +135,7 @@ def histogram(x: Array, bins: int) -> tuple[Array, float]:
 
 
 def _finite_max(x: Array) -> Array:
+    """Find max|x|, float32 []; a ValueError where it is not finite."""
     largest = kernels(x).abs_max(x)
     if not math.isfinite(largest):
         raise ValueError("x holds NaN or Inf as float32")

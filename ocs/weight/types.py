@@ -1,19 +1,15 @@
-"""What the steps of quantizing a weight hand on: choices, split plans, quantized weights."""
+"""Values that the steps of quantizing a weight hand on: choices, split plans, quantized weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ocs.kernels.constants import CLIP_METHODS
+from ocs.weight.hessian import Hessian
 
-if TYPE_CHECKING:
-    from ocs.weight.gptq import Hessian
-
-__all__ = ["CLIP_METHODS"]
 Array = np.ndarray | Tensor
 Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
@@ -24,7 +20,7 @@ GAIN = 10.0  # what changes of gain weigh in output_error where the model is not
 
 
 class SplitPlan(NamedTuple):
-    """Which channels to split (section 3 of the paper), over C + n expanded channels, group by group."""
+    """Splits of a weight's channels (section 3 of the paper), over C + n expanded channels, group by group."""
 
     source: Array  # int64: the original channel
     depth: Array  # int32: how often this copy was halved
@@ -43,7 +39,7 @@ class QuantizedWeight(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """How a weight is quantized once its splits are chosen; see functional.quantize_weight."""
+    """The choices by which a weight is quantized, see functional.quantize_weight; but for its splits."""
 
     bits: int
     clip: str | float = "none"

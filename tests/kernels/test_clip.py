@@ -15,7 +15,7 @@ from test_kernels import assert_same, both
 
 from ocs import _C, functional
 from ocs.kernels import composite, reference
-from ocs.weight.quantize_plan import AUTO
+from ocs.weight.apply_plan import AUTO
 from ocs.weight.threshold import CHANNEL_BINS
 
 METHODS = functional.CLIP_METHODS
@@ -54,7 +54,7 @@ def least_error(x: np.ndarray, qmax: int) -> float:
 def test_thresholds_equal_their_twin(kind: str, method: str) -> None:
     """To float32 rounding: sums are taken in another order."""
     number = METHODS.index(method)
-    assert reference.METHODS == METHODS
+    assert reference.CLIP_METHODS == METHODS
     for size, bins in ((1, 7), (3, 300), (2000, 1), (2000, 300)):
         x = samples(kind, size)
         limit = np.asarray(np.abs(x).max())

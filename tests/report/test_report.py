@@ -15,7 +15,7 @@ from conftest import SmallNet
 import ocs
 from ocs import functional
 from ocs.report.text import HEADER
-from ocs.weight.quantize_plan import AUTO
+from ocs.weight.apply_plan import AUTO
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import ocs
 from ocs import functional
 from ocs.kernels import reference
 from ocs.nn.registry import replacement_of
-from ocs.weight import gptq
-from ocs.weight.error import remaining_error
-from ocs.weight.gptq import Compensation, Hessian
-from ocs.weight.quantize_plan import AUTO
+from ocs.weight import hessian as hessians
+from ocs.weight.apply_plan import AUTO
+from ocs.weight.error import MeasuredOutputs, remaining_error
+from ocs.weight.gptq import Compensation
+from ocs.weight.hessian import Hessian
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,14 +119,13 @@ def test_what_does_not_go_together_is_rounded_to_nearest(r: float, clip: str | f
 def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
     """Of all that could be chosen, after rounding; of each output channel by itself, where each has a scale."""
     w, H = outlier_weight((6, 12, 2)), correlated(2, 24)
-    plan = functional.plan_splits(w, 0.2, 2)
-    compensation = Compensation(w, *plan[:3], 3, Hessian(torch.from_numpy(H)))
+    measured = MeasuredOutputs(w, Hessian(torch.from_numpy(H)))
     errors = []
     for clip in AUTO:
         q = quantized(w, 3, 0.2, clip=clip, granularity=granularity, groups=2, moments=H)
-        errors.append(compensation.error(functional.fold(q, 12, 2), 10))
+        errors.append(measured.error(functional.fold(q, 12, 2), 10))
     ours = quantized(kind(w), 3, 0.2, clip="auto", granularity=granularity, groups=2, moments=kind(H))
-    found = np.asarray(compensation.error(np.asarray(functional.fold(ours, 12, 2)), 10))
+    found = np.asarray(measured.error(np.asarray(functional.fold(ours, 12, 2)), 10))
     if granularity == "channel":
         np.testing.assert_array_equal(found, np.min(errors, 0))
     else:
@@ -134,9 +134,7 @@ def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
 
 def test_error_by_hand() -> None:
     w, H = np.float32([[2, 0], [0, 1]]), torch.tensor([[[1.0, 0.5], [0.5, 2.0]]])
-    error = Compensation(w, *functional.plan_splits(w, 0)[:3], 4, Hessian(H)).error(
-        w + np.float32([[1, 0], [1, -1]]), 10
-    )
+    error = MeasuredOutputs(w, Hessian(H)).error(w + np.float32([[1, 0], [1, -1]]), 10)
     assert error.tolist() == pytest.approx([1 + 10 * 2**2 / 4, (1 + 2 - 1) + 10 * (0.5 - 2) ** 2 / 2])
 
 
@@ -298,8 +296,10 @@ def test_what_is_left_is_the_outputs_error() -> None:
 
 def test_every_layer_is_factorized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many ways to quantize it are tried."""
-    sizes, factor = [], gptq._factor
-    monkeypatch.setattr(gptq, "_factor", lambda second, *args: sizes.append(second.shape[1]) or factor(second, *args))
+    sizes, factor = [], hessians._factor
+    monkeypatch.setattr(
+        hessians, "_factor", lambda second, *args: sizes.append(second.shape[1]) or factor(second, *args)
+    )
     model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8))
     given = {"rounding": "gptq", "calibration": [torch.randn(40, 12)], "r": 0.1}
     ocs.quantize(model, wbits="auto", budget=160, clip="auto", explain=True, **given)

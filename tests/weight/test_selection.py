@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import ocs
 from ocs import functional
 from ocs.kernels import reference
+from ocs.weight import plan as plans
 from ocs.weight import selection as select
 from ocs.weight.types import Array
 
@@ -69,7 +70,7 @@ def test_impossible_picks(channels: list[int]) -> None:
 
 def test_a_channel_cannot_be_split_forever() -> None:
     with pytest.raises(ValueError, match="more than 22 deep"):
-        select.plan_of(np.ones(1, np.float32), np.zeros(2**22, np.int64), 1)
+        plans.plan_of(np.ones(1, np.float32), np.zeros(2**22, np.int64), 1)
 
 
 # --- select="error" ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""Facts that Python and C both state: constants.py equals what the extension says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ocs import _C
+from ocs.kernels import constants
+
+
+@pytest.mark.parametrize("name", ["CLIP_METHODS", "MAX_BINS", "MAX_DEPTH", "OCTAVES", "OCTAVE_BINS"])
+def test_constants_are_those_of_c(name: str) -> None:
+    if not hasattr(_C, name):
+        pytest.skip(f"the extension does not tell {name}")
+    assert getattr(_C, name) == getattr(constants, name)
+
+
+def test_limits_are_those_of_the_kernels() -> None:
+    """Whatever the extension tells: it takes the largest number, and refuses the next one."""
+    x = np.zeros((2, 3), np.float32)
+    assert _C.octave_histogram(x, 1.0).shape == (3, constants.OCTAVE_BINS)
+    assert _C.histogram(x, constants.MAX_BINS, 1.0).shape == (constants.MAX_BINS,)
+    with pytest.raises(ValueError, match="bins"):
+        _C.histogram(x, constants.MAX_BINS + 1, 1.0)
+    plan = _C.split_plan(np.ones(1, np.float32), 1, 0)
+    for bits in range(constants.MIN_BITS - 1, constants.MAX_BITS + 2):
+        args = (x[:, :1], np.ones((), np.float32), *plan[:3], 1, bits, True)
+        if constants.MIN_BITS <= bits <= constants.MAX_BITS:
+            assert _C.quantize_weight(*args).shape == (2, 1)
+        else:
+            with pytest.raises(ValueError, match="bits"):
+                _C.quantize_weight(*args)
+    for number in range(len(constants.CLIP_METHODS)):
+        assert _C.clip_threshold(np.array([0, 1]), np.ones((), np.float32), 4, True, number) > 0
+    with pytest.raises(ValueError, match="method"):
+        _C.clip_threshold(np.array([0, 1]), np.ones((), np.float32), 4, True, len(constants.CLIP_METHODS))
