@@ -36,8 +36,9 @@ class BuildExt(build_ext):
 
 extension = Extension(
     "ocs._C",
-    sources=sorted(str(path) for path in Path("csrc").glob("*.c*")),
-    depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+    sources=sorted(str(path) for ending in ("c", "cpp") for path in Path("csrc").rglob(f"*.{ending}")),
+    depends=sorted(str(path) for ending in ("h", "def") for path in Path("csrc").rglob(f"*.{ending}")),
+    include_dirs=["csrc"],
     extra_compile_args=[f"-isystem{path}" for path in SYSTEM_INCLUDES],
     define_macros=[("Py_LIMITED_API", "0x030b0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
     library_dirs=[str(TORCH / "lib")],
