@@ -1,155 +1,146 @@
 /* ocs._C: the kernels on numpy arrays, through CPython's limited API and numpy's C API.
 
-   Every function checks its arguments, allocates the result and calls one entry of ocs.h with the GIL released.
-   Argument order and names are those of torch.ops.ocs (torch_shim.cpp). Here is what works on any array, and the module
-   itself; module_plan.c and module_weight.c have the rest. */
-#define OCS_IMPORTS_NUMPY
-#include "module.h"
+   Every function converts its arguments as operators.def says and runs the operator with the GIL released. Argument
+   order and names are those of torch.ops.ocs (torch_shim.cpp). */
+#include "arrays.h"
 
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
-/* --- Any array to the grid and back ----------------------------------------------------------- */
+/* --- One call --------------------------------------------------------------------------------- */
 
-/* (x, scale, bits, signed) */
-static bool read_grid_call(const char *function, const char *format, PyObject *args, PyObject **x, float *scale,
-                           int *bits, int *is_signed) {
-    PyObject *scale_object;
-    return PyArg_ParseTuple(args, format, x, &scale_object, bits, is_signed) &&
-           read_number(function, "scale", scale_object, scale);
+typedef struct {
+    ocs_call call;
+    PyArrayObject *taken[OCS_MOST_ARGUMENTS];
+    int64_t sizes[OCS_MOST_ARGUMENTS][MOST_DIMENSIONS];
+    PyArrayObject *results[OCS_MOST_RESULTS];
+    PyThreadState *released; /* while another thread may run Python */
+} numpy_call;
+
+static bool allocate(ocs_call *call) {
+    numpy_call *own = (numpy_call *)call;
+    for (int i = 0; i < call->result_count; ++i) {
+        int64_t sizes[MOST_DIMENSIONS];
+        npy_intp dims[MOST_DIMENSIONS];
+        ocs_result_sizes(sizes, call, &call->results[i]);
+        for (int64_t axis = 0; axis < call->results[i].rank; ++axis) {
+            dims[axis] = (npy_intp)sizes[axis];
+        }
+        const int type = numpy_type(call->results[i].dtype);
+        own->results[i] = (PyArrayObject *)PyArray_SimpleNew((int)call->results[i].rank, dims, type);
+        if (own->results[i] == NULL) {
+            return false;
+        }
+        call->results[i].data = PyArray_DATA(own->results[i]);
+    }
+    own->released = PyEval_SaveThread();
+    return true;
 }
 
-static PyObject *py_quantize(PyObject *self, PyObject *args) {
-    (void)self;
-    PyObject *x_object;
-    int bits, is_signed;
-    float scale;
-    if (!read_grid_call("quantize", "OOip:quantize", args, &x_object, &scale, &bits, &is_signed)) {
-        return NULL;
+static bool read_arguments(numpy_call *own, const ocs_operator *op, PyObject *const *args, Py_ssize_t count) {
+    if (count != op->arguments) {
+        PyErr_Format(PyExc_TypeError, "%s: takes %d arguments, not %zd", op->name, op->arguments, count);
+        return false;
     }
-    ocs_status status = OCS_OK;
-    PyArrayObject *q = NULL, *x = input("quantize", "x", x_object, NPY_FLOAT32, 0);
-    if (x != NULL) {
-        q = output(PyArray_NDIM(x), PyArray_DIMS(x), is_signed ? NPY_INT8 : NPY_UINT8);
+    for (int i = 0; i < op->arguments; ++i) {
+        const ocs_argument *argument = &op->argument[i];
+        ocs_value *value = &own->call.arguments[i];
+        if (ocs_is_array(argument->kind)) {
+            own->taken[i] = read_array(op->name, argument, args[i], &value->array, own->sizes[i]);
+        } else {
+            read_number(op->name, argument, args[i], value);
+        }
+        if (PyErr_Occurred()) {
+            return false;
+        }
     }
-    if (q != NULL) {
-        Py_BEGIN_ALLOW_THREADS;
-        status = ocs_quantize_f32(PyArray_DATA(q), PyArray_DATA(x), PyArray_SIZE(x), scale, bits, is_signed);
-        Py_END_ALLOW_THREADS;
-    }
-    return finish("quantize", status, q, &x, 1);
+    return true;
 }
 
-static PyObject *py_dequantize(PyObject *self, PyObject *args) {
-    (void)self;
-    PyObject *q_object, *scale_object;
-    if (!PyArg_ParseTuple(args, "OO:dequantize", &q_object, &scale_object)) {
-        return NULL;
+/* The result, or a tuple of all. */
+static PyObject *take_results(numpy_call *own) {
+    if (own->call.result_count == 1) {
+        return Py_NewRef((PyObject *)own->results[0]);
     }
-    bool is_signed = !(PyArray_Check(q_object) && PyArray_TYPE((PyArrayObject *)q_object) == NPY_UINT8);
-    PyArrayObject *x = NULL;
-    PyArrayObject *taken[2] = {
-        input("dequantize", "q", q_object, is_signed ? NPY_INT8 : NPY_UINT8, 0),
-        input("dequantize", "scale", scale_object, NPY_FLOAT32, 0),
-    };
-    PyArrayObject *q = taken[0], *scale = taken[1];
-    ocs_status status = OCS_OK;
-    bool fits = false;
-    int stride = 0;
-    int64_t rows = 1;
-    if (!PyErr_Occurred()) {
-        rows = PyArray_NDIM(q) > 0 ? PyArray_DIM(q, 0) : 1;
-        fits = read_stride("dequantize", "scale", scale, rows, &stride);
+    PyObject *results = PyTuple_New(own->call.result_count);
+    for (int i = 0; results != NULL && i < own->call.result_count; ++i) {
+        PyTuple_SetItem(results, i, Py_NewRef((PyObject *)own->results[i]));
     }
-    if (fits) {
-        x = output(PyArray_NDIM(q), PyArray_DIMS(q), NPY_FLOAT32);
-    }
-    if (x != NULL) {
-        int64_t size = PyArray_SIZE(q), row = rows > 0 ? size / rows : 0;
-        Py_BEGIN_ALLOW_THREADS;
-        status = ocs_dequantize_f32(PyArray_DATA(x), PyArray_DATA(q), PyArray_DATA(scale), stride, rows, row, row,
-                                    is_signed);
-        Py_END_ALLOW_THREADS;
-    }
-    return finish("dequantize", status, x, taken, COUNT(taken));
+    return results;
 }
 
-static PyObject *py_fake_quantize(PyObject *self, PyObject *args) {
-    (void)self;
-    PyObject *x_object;
-    int bits, is_signed;
-    float scale;
-    if (!read_grid_call("fake_quantize", "OOip:fake_quantize", args, &x_object, &scale, &bits, &is_signed)) {
-        return NULL;
+static PyObject *call_operator(const ocs_operator *op, PyObject *const *args, Py_ssize_t count) {
+    numpy_call own;
+    own.call.allocate = allocate;
+    own.released = NULL;
+    memset(own.taken, 0, sizeof own.taken);
+    memset(own.results, 0, sizeof own.results);
+    PyObject *result = NULL;
+    if (read_arguments(&own, op, args, count)) {
+        const char *wrong = ocs_run(op, &own.call);
+        if (own.released != NULL) {
+            PyEval_RestoreThread(own.released);
+        }
+        if (wrong == NULL) {
+            result = take_results(&own);
+        } else if (!PyErr_Occurred()) {
+            PyObject *type = own.call.status == OCS_NO_MEMORY ? PyExc_MemoryError : PyExc_ValueError;
+            PyErr_Format(type, "%s: %s", op->name, wrong);
+        }
     }
-    ocs_status status = OCS_OK;
-    PyArrayObject *x_hat = NULL, *x = input("fake_quantize", "x", x_object, NPY_FLOAT32, 0);
-    if (x != NULL) {
-        x_hat = output(PyArray_NDIM(x), PyArray_DIMS(x), NPY_FLOAT32);
+    for (int i = 0; i < OCS_MOST_ARGUMENTS; ++i) {
+        Py_XDECREF((PyObject *)own.taken[i]);
     }
-    if (x_hat != NULL) {
-        Py_BEGIN_ALLOW_THREADS;
-        status = ocs_fake_quantize_f32(PyArray_DATA(x_hat), PyArray_DATA(x), PyArray_SIZE(x), scale, bits, is_signed);
-        Py_END_ALLOW_THREADS;
+    for (int i = 0; i < OCS_MOST_RESULTS; ++i) {
+        Py_XDECREF((PyObject *)own.results[i]);
     }
-    return finish("fake_quantize", status, x_hat, &x, 1);
+    return result;
 }
 
-/* --- k bits ----------------------------------------------------------------------------------- */
+#define OCS_OPERATOR(name, ...)                                                                                        \
+    static PyObject *py_##name(PyObject *self, PyObject *const *args, Py_ssize_t count) {                              \
+        (void)self;                                                                                                    \
+        return call_operator(&ocs_operators[OCS_OPERATOR_##name], args, count);                                        \
+    }
+#include "operators.def"
+#undef OCS_OPERATOR
 
-static PyObject *py_pack(PyObject *self, PyObject *args) {
-    (void)self;
-    PyObject *q_object;
-    int bits;
-    if (!PyArg_ParseTuple(args, "Oi:pack", &q_object, &bits)) {
-        return NULL;
-    }
-    if (bits < 2 || bits > 8) {
-        return fail("pack", OCS_BAD_BITS);
-    }
-    ocs_status status = OCS_OK;
-    PyArrayObject *packed = NULL, *q = input("pack", "ints", q_object, NPY_INT8, 0);
-    if (q != NULL) {
-        packed = output(1, (npy_intp[]){(npy_intp)ocs_packed_bytes(PyArray_SIZE(q), bits)}, NPY_UINT8);
-    }
-    if (packed != NULL) {
-        Py_BEGIN_ALLOW_THREADS;
-        status = ocs_pack_i8(PyArray_DATA(packed), PyArray_DATA(q), PyArray_SIZE(q), bits);
-        Py_END_ALLOW_THREADS;
-    }
-    return finish("pack", status, packed, &q, 1);
-}
-
-static PyObject *py_unpack(PyObject *self, PyObject *args) {
-    (void)self;
-    PyObject *packed_object;
-    long long numel;
-    int bits;
-    if (!PyArg_ParseTuple(args, "OLi:unpack", &packed_object, &numel, &bits)) {
-        return NULL;
-    }
-    if (bits < 2 || bits > 8) {
-        return fail("unpack", OCS_BAD_BITS);
-    }
-    ocs_status status = OCS_OK;
-    PyArrayObject *q = NULL, *packed = input("unpack", "packed", packed_object, NPY_UINT8, 1);
-    if (packed != NULL) {
-        const bool fits = numel >= 0 && ocs_packed_bytes(numel, bits) == PyArray_SIZE(packed);
-        status = fits ? OCS_OK : OCS_BAD_SHAPE;
-        q = fits ? output(1, (npy_intp[]){(npy_intp)numel}, NPY_INT8) : NULL;
-    }
-    if (q != NULL) {
-        Py_BEGIN_ALLOW_THREADS;
-        status = ocs_unpack_i8(PyArray_DATA(q), PyArray_DATA(packed), numel, bits);
-        Py_END_ALLOW_THREADS;
-    }
-    return finish("unpack", status, q, &packed, 1);
-}
-
-/* --- The module ------------------------------------------------------------------------------- */
+/* --- Instruction sets ------------------------------------------------------------------------- */
 
 static PyObject *py_isa(PyObject *self, PyObject *args) {
     (void)self, (void)args;
     return PyUnicode_FromString(ocs_isa());
+}
+
+/* A tuple of name(0), name(1) ... up to the first NULL. */
+static PyObject *tuple_of(const char *(*name)(int i)) {
+    int count = 0;
+    while (name(count) != NULL) {
+        ++count;
+    }
+    PyObject *names = PyTuple_New(count);
+    for (int i = 0; names != NULL && i < count; ++i) {
+        PyTuple_SetItem(names, i, PyUnicode_FromString(name(i)));
+    }
+    return names;
+}
+
+static PyObject *py_isas(PyObject *self, PyObject *args) {
+    (void)self, (void)args;
+    return tuple_of(ocs_isa_name);
+}
+
+/* "'auto', 'avx2' or 'ref'", the best first. */
+static void write_choices(char *text, size_t size) {
+    int count = 0;
+    while (ocs_isa_name(count) != NULL) {
+        ++count;
+    }
+    int length = snprintf(text, size, "'auto'");
+    for (int i = count - 1; i >= 0; --i) {
+        length += snprintf(text + length, size - (size_t)length, "%s'%s'", i > 0 ? ", " : " or ", ocs_isa_name(i));
+    }
 }
 
 static PyObject *py_set_isa(PyObject *self, PyObject *args) {
@@ -159,53 +150,91 @@ static PyObject *py_set_isa(PyObject *self, PyObject *args) {
         return NULL;
     }
     if (ocs_set_isa(name) != OCS_OK) {
-        return PyErr_Format(PyExc_ValueError, "set_isa: %s: '%s'; use 'auto', 'avx2' or 'ref'",
-                            ocs_status_text(OCS_BAD_ISA), name);
+        char choices[200];
+        write_choices(choices, sizeof choices);
+        return PyErr_Format(PyExc_ValueError, "set_isa: %s: '%s'; use %s", ocs_status_text(OCS_BAD_ISA), name, choices);
     }
     return Py_NewRef(Py_None);
 }
 
+/* The environment's choice. */
+static bool set_isa_at_import(void) {
+    const char *isa = getenv("OCS_ISA");
+    if (isa == NULL || *isa == '\0' || ocs_set_isa(isa) == OCS_OK) {
+        return true;
+    }
+    char choices[200];
+    write_choices(choices, sizeof choices);
+    PyErr_Format(PyExc_ImportError, "OCS_ISA=%s: %s; use %s, or unset it", isa, ocs_status_text(OCS_BAD_ISA), choices);
+    return false;
+}
+
+/* --- The module ------------------------------------------------------------------------------- */
+
+static char help[OCS_OPERATORS][160];
+
 static PyMethodDef methods[] = {
-    {"abs_max", py_abs_max, METH_VARARGS, "abs_max(x) -> float32 []"},
-    {"histogram", py_histogram, METH_VARARGS, "histogram(x, bins, limit) -> int64 [bins]"},
-    {"octave_histogram", py_octave_histogram, METH_VARARGS, "octave_histogram(x, limit) -> int64 [C, 128]"},
-    {"channel_max", py_channel_max, METH_VARARGS, "channel_max(w, groups) -> float32 [C]"},
-    {"split_plan", py_split_plan, METH_VARARGS,
-     "split_plan(channel_max, groups, splits) -> (source, depth, offset, split_max)"},
-    {"output_max", py_output_max, METH_VARARGS, "output_max(w, source, depth, groups) -> float32 [O]"},
-    {"split_histogram", py_split_histogram, METH_VARARGS,
-     "split_histogram(w, source, depth, groups, bins, limit) -> int64 [bins] or [O, bins]"},
-    {"clip_threshold", py_clip_threshold, METH_VARARGS,
-     "clip_threshold(counts, limit, bits, signed, method) -> float32, shaped like limit"},
-    {"quantize_weight", py_quantize_weight, METH_VARARGS,
-     "quantize_weight(w, scale, source, depth, offset, groups, bits, quantization_aware) -> int8 [O, C + n, ...]"},
-    {"squant_weight", py_squant_weight, METH_VARARGS,
-     "squant_weight(w, scale, source, depth, offset, groups, bits) -> int8 [O, C + n, ...]"},
-    {"fold", py_fold, METH_VARARGS, "fold(ints, scale, source, groups, channels) -> float32 [O, C, ...]"},
-    {"weight_error", py_weight_error, METH_VARARGS,
-     "weight_error(w, ints, scale, source, groups) -> float64 [2]: sums of w^2 and of (w - w_hat)^2"},
-    {"output_error", py_output_error, METH_VARARGS,
-     "output_error(w, ints, scale, source, groups, gain) -> float64 [O]"},
-    {"quantize", py_quantize, METH_VARARGS, "quantize(x, scale, bits, signed) -> int8 or uint8"},
-    {"dequantize", py_dequantize, METH_VARARGS, "dequantize(q, scale) -> float32"},
-    {"fake_quantize", py_fake_quantize, METH_VARARGS, "fake_quantize(x, scale, bits, signed) -> float32"},
-    {"pack", py_pack, METH_VARARGS, "pack(ints, bits) -> uint8 [ceil(N bits / 8)]"},
-    {"unpack", py_unpack, METH_VARARGS, "unpack(packed, numel, bits) -> int8 [numel]"},
+#define OCS_OPERATOR(name, ...)                                                                                        \
+    {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, help[OCS_OPERATOR_##name]},
+#include "operators.def"
+#undef OCS_OPERATOR
     {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set in use"},
-    {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): 'auto', 'avx2' or 'ref'"},
+    {"isas", py_isas, METH_NOARGS, "isas() -> tuple: those of this build and CPU, the plain one first, the best last"},
+    {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): one of isas(), or 'auto' for the best"},
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {
+static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_C", "The kernels of ocs on numpy arrays.", -1, methods, NULL, NULL, NULL, NULL};
+
+static const char *operator_name(int i) {
+    return i < OCS_OPERATORS ? ocs_operators[i].name : NULL;
+}
+
+static const char *clip_name(int i) {
+    return ocs_clip_name(i);
+}
+
+static bool add_names(PyObject *module, const char *attribute, const char *(*name)(int i)) {
+    PyObject *names = tuple_of(name);
+    const bool added = names != NULL && PyModule_AddObjectRef(module, attribute, names) == 0;
+    Py_XDECREF(names);
+    return added;
+}
+
+/* The limits and names of ocs.h. */
+static bool add_constants(PyObject *module) {
+    const struct {
+        const char *name;
+        long value;
+    } limits[] = {
+        {"MIN_BITS", OCS_MIN_BITS},
+        {"MAX_BITS", OCS_MAX_BITS},
+        {"MAX_DEPTH", OCS_MAX_DEPTH},
+        {"MAX_BINS", OCS_MAX_BINS},
+        {"OCTAVES", OCS_OCTAVES},
+        {"OCTAVE_BINS", OCS_OCTAVE_BINS},
+        {"MAX_SEARCH_BINS", OCS_MAX_SEARCH_BINS},
+    };
+    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; ++i) {
+        if (PyModule_AddIntConstant(module, limits[i].name, limits[i].value) != 0) {
+            return false;
+        }
+    }
+    return add_names(module, "CLIP_METHODS", clip_name) && add_names(module, "OPERATORS", operator_name);
+}
 
 PyMODINIT_FUNC PyInit__C(void) {
     import_array();
-    const char *isa = getenv("OCS_ISA");
-    if (ocs_set_isa(isa == NULL || *isa == '\0' ? "auto" : isa) != OCS_OK) {
-        PyErr_Format(PyExc_ImportError, "OCS_ISA=%s: %s; use 'auto', 'avx2' or 'ref', or unset it", isa,
-                     ocs_status_text(OCS_BAD_ISA));
+    if (!set_isa_at_import()) {
         return NULL;
     }
-    return PyModule_Create(&module);
+    for (int i = 0; i < OCS_OPERATORS; ++i) {
+        ocs_write_help(help[i], sizeof help[i], &ocs_operators[i]);
+    }
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && !add_constants(module)) {
+        Py_CLEAR(module);
+    }
+    return module;
 }
