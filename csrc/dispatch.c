@@ -1,8 +1,10 @@
 /* Which variant of each kernel runs: the best that the CPU at hand has, or that of the instruction set asked for. */
 #include "kernels.h"
 
-/* Every instruction set that this build has, the worst first; arch/<name>.c defines ocs_isa_<name>. */
-#if defined(__x86_64__)
+/* Every instruction set that this build has, the worst first; arch/<name>.c defines ocs_isa_<name>. A test has its own
+   list. */
+#if defined(OCS_INSTRUCTION_SETS)
+#elif defined(__x86_64__)
 #define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(avx2)
 #else
 #define OCS_INSTRUCTION_SETS(SET) SET(ref)
@@ -19,13 +21,13 @@ static bool always(void) {
     return true;
 }
 
-#define OCS_KERNEL(type, name, parameters) .name = ocs_##name##_ref,
-const ocs_instruction_set ocs_isa_ref = {"ref",
-                                         always,
-                                         {
+const ocs_instruction_set ocs_isa_ref = {
+    .name = "ref",
+    .supported = always,
+#define OCS_KERNEL(type, name, parameters) .kernels.name = ocs_##name##_ref,
 #include "kernels.def"
-                                         }};
 #undef OCS_KERNEL
+};
 
 /* Those that this CPU has, each with every kernel. */
 static ocs_instruction_set available[BUILT];

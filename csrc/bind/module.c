@@ -1,6 +1,6 @@
 /* ocs._C: the kernels on numpy arrays, through CPython's limited API and numpy's C API.
 
-   Every function converts its arguments as operators.def says and runs the operator with the GIL released. Argument
+   Every function converts its arguments as operators.c says and runs the operator with the GIL released. Argument
    order and names are those of torch.ops.ocs (torch_shim.cpp). */
 #include "arrays.h"
 
@@ -39,11 +39,15 @@ static bool allocate(ocs_call *call) {
 }
 
 static bool read_arguments(numpy_call *own, const ocs_operator *op, PyObject *const *args, Py_ssize_t count) {
-    if (count != op->arguments) {
-        PyErr_Format(PyExc_TypeError, "%s: takes %d arguments, not %zd", op->name, op->arguments, count);
+    Py_ssize_t wanted = 0;
+    while (op->argument[wanted].name != NULL) {
+        ++wanted;
+    }
+    if (count != wanted) {
+        PyErr_Format(PyExc_TypeError, "%s: takes %zd arguments, not %zd", op->name, wanted, count);
         return false;
     }
-    for (int i = 0; i < op->arguments; ++i) {
+    for (Py_ssize_t i = 0; i < count; ++i) {
         const ocs_argument *argument = &op->argument[i];
         ocs_value *value = &own->call.arguments[i];
         if (ocs_is_array(argument->kind)) {
@@ -98,13 +102,10 @@ static PyObject *call_operator(const ocs_operator *op, PyObject *const *args, Py
     return result;
 }
 
-#define OCS_OPERATOR(name, ...)                                                                                        \
-    static PyObject *py_##name(PyObject *self, PyObject *const *args, Py_ssize_t count) {                              \
-        (void)self;                                                                                                    \
-        return call_operator(&ocs_operators[OCS_OPERATOR_##name], args, count);                                        \
-    }
-#include "operators.def"
-#undef OCS_OPERATOR
+/* Every operator's function; `self` is a capsule that holds which one it is. */
+static PyObject *py_operator(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    return call_operator(PyCapsule_GetPointer(self, NULL), args, count);
+}
 
 /* --- Instruction sets ------------------------------------------------------------------------- */
 
@@ -171,13 +172,7 @@ static bool set_isa_at_import(void) {
 
 /* --- The module ------------------------------------------------------------------------------- */
 
-static char help[OCS_OPERATORS][160];
-
 static PyMethodDef methods[] = {
-#define OCS_OPERATOR(name, ...)                                                                                        \
-    {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, help[OCS_OPERATOR_##name]},
-#include "operators.def"
-#undef OCS_OPERATOR
     {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set in use"},
     {"isas", py_isas, METH_NOARGS, "isas() -> tuple: those of this build and CPU, the plain one first, the best last"},
     {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): one of isas(), or 'auto' for the best"},
@@ -188,7 +183,27 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_C", "The kernels of ocs on numpy arrays.", -1, methods, NULL, NULL, NULL, NULL};
 
 static const char *operator_name(int i) {
-    return i < OCS_OPERATORS ? ocs_operators[i].name : NULL;
+    return ocs_operators[i].name;
+}
+
+/* A function for each operator. */
+static bool add_operators(PyObject *module) {
+    static PyMethodDef functions[OCS_MOST_OPERATORS];
+    static char help[OCS_MOST_OPERATORS][160];
+    PyObject *in_module = PyModule_GetNameObject(module);
+    bool added = in_module != NULL;
+    for (int i = 0; operator_name(i) != NULL && added; ++i) {
+        ocs_write_help(help[i], sizeof help[i], &ocs_operators[i]);
+        functions[i] =
+            (PyMethodDef){operator_name(i), (PyCFunction)(void (*)(void))py_operator, METH_FASTCALL, help[i]};
+        PyObject *capsule = PyCapsule_New((void *)&ocs_operators[i], NULL, NULL);
+        PyObject *function = capsule != NULL ? PyCFunction_NewEx(&functions[i], capsule, in_module) : NULL;
+        added = function != NULL && PyModule_AddObjectRef(module, operator_name(i), function) == 0;
+        Py_XDECREF(function);
+        Py_XDECREF(capsule);
+    }
+    Py_XDECREF(in_module);
+    return added;
 }
 
 static const char *clip_name(int i) {
@@ -229,11 +244,8 @@ PyMODINIT_FUNC PyInit__C(void) {
     if (!set_isa_at_import()) {
         return NULL;
     }
-    for (int i = 0; i < OCS_OPERATORS; ++i) {
-        ocs_write_help(help[i], sizeof help[i], &ocs_operators[i]);
-    }
     PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && !add_constants(module)) {
+    if (module != NULL && !(add_operators(module) && add_constants(module))) {
         Py_CLEAR(module);
     }
     return module;

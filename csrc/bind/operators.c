@@ -1,4 +1,4 @@
-/* One function for each operator of operators.def: shapes are checked, results described, an entry of ocs.h called.
+/* A function for each operator, which checks shapes, describes results and calls an entry of ocs.h; and their list.
 
    Whatever the arguments are, the entry must not read or write out of bounds. The first thing that is wrong is kept in
    the call, so that a function can go on as if nothing were until it begins. */
@@ -363,11 +363,45 @@ static ocs_status unpack(ocs_call *call) {
 #define INT(name) {#name, OCS_INT, 0}
 #define BOOL(name) {#name, OCS_BOOL, 0}
 
-const ocs_operator ocs_operators[OCS_OPERATORS] = {
-#define OCS_OPERATOR(name, results, result, ...)                                                                       \
-    {#name, name, results, result, sizeof((ocs_argument[]){__VA_ARGS__}) / sizeof(ocs_argument), {__VA_ARGS__}},
-#include "operators.def"
-#undef OCS_OPERATOR
+#define OPERATOR(name, results, result, ...)                                                                           \
+    {                                                                                                                  \
+        #name, name, results, result, {                                                                                \
+            __VA_ARGS__                                                                                                \
+        }                                                                                                              \
+    }
+
+/* Name, number of results, what they are, arguments; of an array, how many dimensions it has at least. */
+const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
+    OPERATOR(abs_max, 1, "float32 []", FLOATS(x, 0)),
+    OPERATOR(histogram, 1, "int64 [bins]", FLOATS(x, 0), INT(bins), FLOAT(limit)),
+    OPERATOR(octave_histogram, 1, "int64 [C, 128]", FLOATS(x, 2), FLOAT(limit)),
+    OPERATOR(channel_max, 1, "float32 [C]", FLOATS(w, 2), INT(groups)),
+
+    OPERATOR(split_plan, 4, "(source, depth, offset, split_max)", FLOATS(channel_max, 1), INT(groups), INT(splits)),
+    OPERATOR(output_max, 1, "float32 [O]", FLOATS(w, 2), INT64S(source, 1), INT32S(depth, 1), INT(groups)),
+
+    OPERATOR(split_histogram, 1, "int64 [bins] or [O, bins]", FLOATS(w, 2), INT64S(source, 1), INT32S(depth, 1),
+             INT(groups), INT(bins), FLOATS(limit, 0)),
+    OPERATOR(clip_threshold, 1, "float32, shaped like limit", INT64S(counts, 1), FLOATS(limit, 0), INT(bits),
+             BOOL(signed), INT(method)),
+
+    OPERATOR(quantize_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
+             INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits), BOOL(quantization_aware)),
+    OPERATOR(squant_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
+             INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits)),
+    OPERATOR(fold, 1, "float32 [O, C, ...]", INT8S(ints, 2), FLOATS(scale, 0), INT64S(source, 1), INT(groups),
+             INT(channels)),
+    OPERATOR(weight_error, 1, "float64 [2]: sums of w^2 and of (w - w_hat)^2", FLOATS(w, 2), INT8S(ints, 2),
+             FLOATS(scale, 0), INT64S(source, 1), INT(groups)),
+    OPERATOR(output_error, 1, "float64 [O]", FLOATS(w, 2), INT8S(ints, 2), FLOATS(scale, 0), INT64S(source, 1),
+             INT(groups), FLOAT(gain)),
+
+    OPERATOR(quantize, 1, "int8 or uint8", FLOATS(x, 0), ONE_FLOAT(scale), INT(bits), BOOL(signed)),
+    OPERATOR(dequantize, 1, "float32", BYTE_ROWS(q, 0), FLOATS(scale, 0)),
+    OPERATOR(fake_quantize, 1, "float32", DENSE_FLOATS(x, 0), ONE_FLOAT(scale), INT(bits), BOOL(signed)),
+
+    OPERATOR(pack, 1, "uint8 [ceil(N bits / 8)]", INT8S(ints, 0), INT(bits)),
+    OPERATOR(unpack, 1, "int8 [numel]", BYTES(packed, 1), INT(numel), INT(bits)),
 };
 
 static const char *torch_type(ocs_kind kind) {
@@ -387,7 +421,7 @@ static void append(char *text, size_t size, const char *more) {
 
 static void write_arguments(char *text, size_t size, const ocs_operator *op, bool typed) {
     snprintf(text, size, "%s(", op->name);
-    for (int i = 0; i < op->arguments; ++i) {
+    for (int i = 0; op->argument[i].name != NULL; ++i) {
         append(text, size, i > 0 ? ", " : "");
         append(text, size, typed ? torch_type(op->argument[i].kind) : "");
         append(text, size, op->argument[i].name);

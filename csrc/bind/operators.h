@@ -1,8 +1,8 @@
 /* What both doors, numpy's (module.c) and torch's (torch_shim.cpp), need of an operator.
  *
- * operators.def lists the operators; operators.c has a function for each, which checks the shapes, says those of the
- * results and calls an entry of ocs.h. It knows neither Python nor torch: a door converts the arguments as their kinds
- * say, calls the function, allocates the results when that asks for them, and turns a bad status into an exception.
+ * operators.c lists the operators and has a function for each, which checks the shapes, says those of the results and
+ * calls an entry of ocs.h. It knows neither Python nor torch: a door converts the arguments as their kinds say, calls
+ * the function, allocates the results when that asks for them, and turns a bad status into an exception.
  */
 #ifndef OCS_OPERATORS_H
 #define OCS_OPERATORS_H
@@ -31,7 +31,7 @@ typedef enum {
     OCS_BOOL,
 } ocs_kind;
 
-enum { OCS_MOST_ARGUMENTS = 8, OCS_MOST_RESULTS = 4 };
+enum { OCS_MOST_OPERATORS = 64, OCS_MOST_ARGUMENTS = 8, OCS_MOST_RESULTS = 4 };
 
 typedef struct {
     const char *name;
@@ -78,20 +78,13 @@ typedef struct ocs_call {
 typedef struct {
     const char *name;
     ocs_status (*run)(ocs_call *call);
-    int results;
+    int results; /* how many */
     const char *result;
-    int arguments;
-    ocs_argument argument[OCS_MOST_ARGUMENTS];
+    ocs_argument argument[OCS_MOST_ARGUMENTS + 1]; /* the one after the last has no name */
 } ocs_operator;
 
-/* The number of each operator, and how many there are. */
-enum {
-#define OCS_OPERATOR(name, ...) OCS_OPERATOR_##name,
-#include "operators.def"
-#undef OCS_OPERATOR
-    OCS_OPERATORS
-};
-extern const ocs_operator ocs_operators[OCS_OPERATORS];
+/* All of them, ocs._C.<name> and torch.ops.ocs.<name>; the one after the last has no name. */
+extern const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1];
 
 static inline bool ocs_is_array(ocs_kind kind) {
     return kind < OCS_ONE_FLOAT;

@@ -46,7 +46,7 @@ bool allocate(ocs_call *call) noexcept {
 
 // Takes every input from the stack before any is looked at, so that all are freed whatever is thrown.
 void take_inputs(TorchCall &own, const ocs_operator &op, const StableIValue *stack) {
-    for (int i = 0; i < op.arguments; ++i) {
+    for (int i = 0; op.argument[i].name != nullptr; ++i) {
         switch (op.argument[i].kind) {
         case OCS_FLOAT: own.arguments[i].number = to<double>(stack[i]); break;
         case OCS_INT: own.arguments[i].integer = to<int64_t>(stack[i]); break;
@@ -57,7 +57,7 @@ void take_inputs(TorchCall &own, const ocs_operator &op, const StableIValue *sta
 }
 
 void read_tensors(TorchCall &own, const ocs_operator &op) {
-    for (int i = 0; i < op.arguments; ++i) {
+    for (int i = 0; op.argument[i].name != nullptr; ++i) {
         const ocs_argument &argument = op.argument[i];
         if (!own.given[i]) {
             continue;
@@ -97,14 +97,17 @@ void call_operator(const ocs_operator &op, StableIValue *stack) {
     }
 }
 
+// --- Registration --------------------------------------------------------------------------------
+
+// A boxed kernel is a function without a context, so there is one for each operator.
 template <size_t I> void boxed(StableIValue *stack, uint64_t, uint64_t) {
     call_operator(ocs_operators[I], stack);
 }
 
-// --- Registration --------------------------------------------------------------------------------
+using Boxed = void (*)(StableIValue *, uint64_t, uint64_t);
 
-template <size_t... I> void implement(torch::stable::detail::StableLibrary &library, std::index_sequence<I...>) {
-    (library.impl(ocs_operators[I].name, boxed<I>), ...);
+template <size_t... I> std::array<Boxed, sizeof...(I)> all_boxed(std::index_sequence<I...>) {
+    return {boxed<I>...};
 }
 
 void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
@@ -115,13 +118,16 @@ void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) 
 
 STABLE_TORCH_LIBRARY(ocs, m) {
     ocs_set_parallel_for(run_in_torch_threads);
-    for (const ocs_operator &op : ocs_operators) {
+    for (const ocs_operator *op = ocs_operators; op->name != nullptr; ++op) {
         char schema[200];
-        ocs_write_schema(schema, sizeof schema, &op);
+        ocs_write_schema(schema, sizeof schema, op);
         m.def(schema);
     }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ocs, CPU, m) {
-    implement(m, std::make_index_sequence<OCS_OPERATORS>());
+    const auto kernels = all_boxed(std::make_index_sequence<OCS_MOST_OPERATORS>());
+    for (size_t i = 0; ocs_operators[i].name != nullptr; ++i) {
+        m.impl(ocs_operators[i].name, kernels[i]);
+    }
 }
