@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 TORCH = Path(torch.__file__).parent
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("OCS_WERROR") else [])]
 COMMON = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *WARNINGS]
-C_FLAGS = [*COMMON, "-std=c11"]
+C_FLAGS = [*COMMON, "-std=c11", "-falign-loops=32"]  # else what stands before a loop decides up to 30 % of its time
 CXX_FLAGS = [*COMMON, "-std=c++20", "-fvisibility-inlines-hidden"]
 SYSTEM_INCLUDES = [numpy.get_include(), str(TORCH / "include")]
 

@@ -157,6 +157,15 @@ static double log_of(const ocs_sums *sums, double n) {
     return n < LOGARITHMS ? sums->logarithms[(int)n] : log(n);
 }
 
+/* The arrays in memory [3 edges + LOGARITHMS], and the logarithms that serve every histogram. */
+static ocs_sums sums_in(double *memory, int64_t edges) {
+    ocs_sums sums = {memory, memory + edges, memory + 2 * edges, memory + 3 * edges};
+    for (int n = 0; n < LOGARITHMS; ++n) {
+        sums.logarithms[n] = log(n);
+    }
+    return sums;
+}
+
 static double n_log_n(double n) {
     return n > 0.0 ? n * log(n) : 0.0;
 }
@@ -237,7 +246,7 @@ typedef struct {
     ocs_clip method;
 } clip_job;
 
-/* In bins. An unsigned grid has the positive half of one with a bit more. */
+/* The threshold in bins. An unsigned grid has the positive half of one with a bit more. */
 static double clip_position(const clip_job *job, const ocs_tails *tails, ocs_sums *sums) {
     const int k = job->is_signed ? job->bits : job->bits + 1, Q = ocs_qmax(k);
     switch (job->method) {
@@ -252,24 +261,15 @@ static double clip_position(const clip_job *job, const ocs_tails *tails, ocs_sum
     return (double)job->bins;
 }
 
-/* The doubles of scratch memory: tails, and the sums of the one method that needs them. */
-static size_t scratch_length(const clip_job *job) {
-    const size_t edges = (size_t)job->bins + 1;
-    return job->method == OCS_CLIP_KL ? 6 * edges + LOGARITHMS : 3 * edges;
-}
-
-static ocs_status clip_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    const clip_job *job = ctx;
+static void clip_range(ocs_range *range) {
+    const clip_job *job = range->ctx;
     const int64_t edges = job->bins + 1;
-    double *memory = scratch;
+    double *memory = range->scratch;
     ocs_sums sums = {NULL, NULL, NULL, NULL};
     if (job->method == OCS_CLIP_KL) {
-        sums = (ocs_sums){memory + 3 * edges, memory + 4 * edges, memory + 5 * edges, memory + 6 * edges};
-        for (int n = 0; n < LOGARITHMS; ++n) {
-            sums.logarithms[n] = log(n);
-        }
+        sums = sums_in(memory + 3 * edges, edges);
     }
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = range->begin; row < range->end; ++row) {
         ocs_tails tails = {job->counts + row * job->bins, job->bins, memory, memory + edges, memory + 2 * edges};
         fill_tails(&tails);
         const float limit = job->limit[row];
@@ -277,24 +277,17 @@ static ocs_status clip_range(int64_t begin, int64_t end, void *ctx, void *scratc
         double threshold = empty ? limit : clip_position(job, &tails, &sums) * limit / (double)job->bins;
         job->threshold[row] = threshold < limit ? fmaxf((float)threshold, FLT_TRUE_MIN) : limit;
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const float *limit, int64_t R, int64_t bins,
                                   int bits, bool is_signed, ocs_clip method) {
-    ocs_status status = ocs_check_bits(bits);
-    if (status == OCS_OK && ocs_clip_name(method) == NULL) {
-        status = OCS_BAD_METHOD;
-    }
-    if (status == OCS_OK) {
-        status = ocs_check_histogram(bins, OCS_MAX_SEARCH_BINS, limit, R);
-    }
-    for (int64_t i = 0; i < R * bins && status == OCS_OK; ++i) {
-        status = counts[i] < 0 ? OCS_BAD_BINS : OCS_OK;
-    }
-    if (status != OCS_OK) {
-        return status;
+    OCS_TRY(ocs_check_bits(bits));
+    OCS_TRY(ocs_clip_name(method) != NULL ? OCS_OK : OCS_BAD_METHOD);
+    OCS_TRY(ocs_check_histogram(bins, OCS_MAX_SEARCH_BINS, limit, R));
+    for (int64_t i = 0; i < R * bins; ++i) {
+        OCS_TRY(counts[i] >= 0 ? OCS_OK : OCS_BAD_BINS);
     }
     clip_job job = {threshold, counts, limit, bins, bits, is_signed, method};
-    return ocs_parallel_for(R, 1, scratch_length(&job) * sizeof(double), clip_range, &job);
+    const size_t tails = 3 * ((size_t)bins + 1), sums = method == OCS_CLIP_KL ? tails + LOGARITHMS : 0;
+    return ocs_parallel_for(R, 1, (tails + sums) * sizeof(double), clip_range, &job);
 }

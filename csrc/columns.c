@@ -63,10 +63,7 @@ static ocs_status fill_columns(const ocs_rows *rows, const ocs_plan *plan, int64
 
 ocs_status ocs_rows_begin(ocs_rows *rows, const ocs_plan *plan, const ocs_shape *shape) {
     const int64_t E = shape->C + shape->S;
-    ocs_status status = ocs_check_shape(shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_shape(shape));
     if (shape->K > 0 && E > INT32_MAX / shape->K) {
         return OCS_TOO_LARGE;
     }
@@ -81,6 +78,7 @@ ocs_status ocs_rows_begin(ocs_rows *rows, const ocs_plan *plan, const ocs_shape 
         rows->columns.addend = memory + copies;
         rows->columns.shift = rows->columns.addend + all;
     }
+    ocs_status status = OCS_OK;
     for (int64_t g = 0; g < shape->G && status == OCS_OK; ++g) {
         status = fill_columns(rows, plan, g);
     }

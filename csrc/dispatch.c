@@ -29,19 +29,19 @@ const ocs_instruction_set ocs_isa_ref = {
 #undef OCS_KERNEL
 };
 
-/* Those that this CPU has, each with every kernel. */
+/* The instruction sets that this CPU has, each with every kernel. */
 static ocs_instruction_set available[BUILT];
 static int available_count;
 static const ocs_instruction_set *chosen;
 
-/* Takes what `better` has. */
+/* Takes over each kernel that `better` has. */
 static void improve(ocs_kernels *kernels, const ocs_kernels *better) {
 #define OCS_KERNEL(type, name, parameters) kernels->name = better->name != NULL ? better->name : kernels->name;
 #include "kernels.def"
 #undef OCS_KERNEL
 }
 
-/* When the library is loaded, before any thread can ask. */
+/* Runs when the library is loaded, before any thread can ask. */
 __attribute__((constructor)) static void fill_table(void) {
     ocs_kernels kernels = ocs_isa_ref.kernels;
     for (int i = 0; i < BUILT; ++i) {

@@ -52,15 +52,13 @@ typedef struct {
     uint32_t max_bits;
 } abs_max_job;
 
-static ocs_status abs_max_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    abs_max_job *job = ctx;
-    uint32_t bits = ocs_abs_bits(job->kernels->abs_max(job->x + begin, end - begin));
+static void abs_max_range(ocs_range *range) {
+    abs_max_job *job = range->ctx;
+    uint32_t bits = ocs_abs_bits(job->kernels->abs_max(job->x + range->begin, range->end - range->begin));
     uint32_t seen = __atomic_load_n(&job->max_bits, __ATOMIC_RELAXED);
     while (seen < bits &&
            !__atomic_compare_exchange_n(&job->max_bits, &seen, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
-    return OCS_OK;
 }
 
 float ocs_abs_max_f32(const float *x, int64_t N) {
@@ -79,25 +77,19 @@ typedef struct {
 } channel_max_job;
 
 /* Items are input channels over all groups. */
-static ocs_status channel_max_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    const channel_max_job *job = ctx;
+static void channel_max_range(ocs_range *range) {
+    const channel_max_job *job = range->ctx;
     const int64_t C = job->shape->C, K = job->shape->K, rows = job->shape->O / job->shape->G;
-    while (begin < end) {
+    for (int64_t count, begin = range->begin; begin < range->end; begin += count) {
         const int64_t g = begin / C, c = begin % C;
-        const int64_t count = end - begin < C - c ? end - begin : C - c;
         const float *w = job->w + g * rows * C * K + c * K;
+        count = range->end - begin < C - c ? range->end - begin : C - c;
         job->kernels->channel_max(job->channel_max + begin, w, rows, count, K, C * K);
-        begin += count;
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape) {
-    ocs_status status = ocs_check_shape(shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_shape(shape));
     if (shape->O == 0 || shape->K == 0) {
         memset(channel_max, 0, (size_t)(shape->G * shape->C) * sizeof *channel_max);
         return OCS_OK;
@@ -138,22 +130,18 @@ typedef struct {
 } histogram_job;
 
 /* Counts a range into scratch [4][bins]. */
-static ocs_status histogram_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    const histogram_job *job = ctx;
-    for (; begin < end; begin += OCS_MOST_COUNTED) {
-        const int64_t N = end - begin < OCS_MOST_COUNTED ? end - begin : OCS_MOST_COUNTED;
-        memset(scratch, 0, (size_t)job->bins * 4 * sizeof(uint32_t));
-        job->kernels->histogram(scratch, job->x + begin, N, job->bins, job->limit);
-        ocs_add_counts(job->counts, scratch, job->bins, 4);
+static void histogram_range(ocs_range *range) {
+    const histogram_job *job = range->ctx;
+    for (int64_t begin = range->begin; begin < range->end; begin += OCS_MOST_COUNTED) {
+        const int64_t N = range->end - begin < OCS_MOST_COUNTED ? range->end - begin : OCS_MOST_COUNTED;
+        memset(range->scratch, 0, (size_t)job->bins * 4 * sizeof(uint32_t));
+        job->kernels->histogram(range->scratch, job->x + begin, N, job->bins, job->limit);
+        ocs_add_counts(job->counts, range->scratch, job->bins, 4);
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
-    ocs_status status = ocs_check_histogram(bins, OCS_MAX_BINS, &limit, 1);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_histogram(bins, OCS_MAX_BINS, &limit, 1));
     memset(counts, 0, (size_t)bins * sizeof *counts);
     if (limit == 0.0f) {
         counts[0] = N;
@@ -175,19 +163,18 @@ typedef struct {
 } octave_job;
 
 /* Counts rows into scratch [C][OCS_OCTAVE_BINS]. */
-static ocs_status octave_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    const octave_job *job = ctx;
+static void octave_range(ocs_range *range) {
+    const octave_job *job = range->ctx;
     const int64_t size = job->C * OCS_OCTAVE_BINS, rows = 1 + OCS_MOST_COUNTED / job->length;
-    while (begin < end) {
-        const int64_t last = end - begin < rows ? end : begin + rows;
-        memset(scratch, 0, (size_t)size * sizeof(uint32_t));
+    for (int64_t begin = range->begin; begin < range->end;) {
+        const int64_t last = range->end - begin < rows ? range->end : begin + rows;
+        memset(range->scratch, 0, (size_t)size * sizeof(uint32_t));
         for (; begin < last; ++begin) {
-            uint32_t *counts = (uint32_t *)scratch + (job->step == 0 ? begin % job->C * OCS_OCTAVE_BINS : 0);
+            uint32_t *counts = (uint32_t *)range->scratch + (job->step == 0 ? begin % job->C * OCS_OCTAVE_BINS : 0);
             job->kernels->octave_histogram(counts, job->x + begin * job->length, job->length, job->step, job->base);
         }
-        ocs_add_counts(job->counts, scratch, size, 1);
+        ocs_add_counts(job->counts, range->scratch, size, 1);
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t C, int64_t K, float limit) {

@@ -1,4 +1,4 @@
-/* What the entries need of the host: its threads. And what a status means to a reader. */
+/* The host's threads, and what a status means to a reader. */
 #include "kernels.h"
 
 #include <stdlib.h>
@@ -18,14 +18,15 @@ typedef struct {
 
 static void run_range(int64_t begin, int64_t end, void *ctx) {
     parallel_job *job = ctx;
-    ocs_status status = OCS_NO_MEMORY;
-    void *scratch = job->scratch > 0 ? malloc(job->scratch) : NULL;
-    if (scratch != NULL || job->scratch == 0) {
-        status = job->work(begin, end, job->ctx, scratch);
+    ocs_range range = {begin, end, job->ctx, NULL, OCS_NO_MEMORY};
+    range.scratch = job->scratch > 0 ? malloc(job->scratch) : NULL;
+    if (range.scratch != NULL || job->scratch == 0) {
+        range.status = OCS_OK;
+        job->work(&range);
     }
-    free(scratch);
-    if (status != OCS_OK) {
-        __atomic_store_n(&job->status, (int)status, __ATOMIC_RELAXED);
+    free(range.scratch);
+    if (range.status != OCS_OK) {
+        __atomic_store_n(&job->status, (int)range.status, __ATOMIC_RELAXED);
     }
 }
 

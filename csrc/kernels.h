@@ -87,10 +87,28 @@ static inline int8_t ocs_split_column(int32_t half_steps, int32_t addend, int32_
     return (int8_t)(q < -qmax ? -qmax : q);
 }
 
+/* --- Status ----------------------------------------------------------------------------------- */
+
+/* Returns from the function if the status that an expression has is a bad one. */
+#define OCS_TRY(expression)                                                                                            \
+    do {                                                                                                               \
+        const ocs_status status_of_expression = (expression);                                                          \
+        if (status_of_expression != OCS_OK) {                                                                          \
+            return status_of_expression;                                                                               \
+        }                                                                                                              \
+    } while (0)
+
 /* --- Threads (host.c) ------------------------------------------------------------------------- */
 
-/* A thread's work: items begin .. end - 1 of what ctx describes, with scratch memory of its own. */
-typedef ocs_status (*ocs_work_fn)(int64_t begin, int64_t end, void *ctx, void *scratch);
+/* A thread's part of the work: items begin .. end - 1 of what ctx describes. */
+typedef struct {
+    int64_t begin, end;
+    void *ctx;
+    void *scratch;     /* memory of its own */
+    ocs_status status; /* OCS_OK, which the work may change */
+} ocs_range;
+
+typedef void (*ocs_work_fn)(ocs_range *range);
 
 /* Runs `work` over 0 .. n - 1 as the host does, each range with `scratch` bytes (NULL for 0). Returns a status that is
    not OCS_OK where a range had one, OCS_NO_MEMORY where it got no scratch memory. */
@@ -123,7 +141,7 @@ ocs_status ocs_check_scale(ocs_scale scale, int64_t O);
 
 ocs_status ocs_check_shape(const ocs_shape *shape);
 
-/* That of output channel o. */
+/* The scale of output channel o. */
 static inline float ocs_scale_of(ocs_scale scale, int64_t o) {
     return scale.value[o * scale.stride];
 }

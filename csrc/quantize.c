@@ -96,12 +96,9 @@ typedef struct {
 /* Checks plan, shape and scale, then works row by row, where `folded` with room for a row's folded integers [N]. */
 static ocs_status for_rows(weight_job *job, const ocs_plan *plan, const ocs_shape *shape, bool folded,
                            ocs_work_fn work) {
-    ocs_status status = ocs_rows_begin(&job->rows, plan, shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_rows_begin(&job->rows, plan, shape));
     const int64_t N = job->rows.columns.N, M = job->rows.columns.M;
-    status = ocs_check_scale(job->scale, shape->O);
+    ocs_status status = ocs_check_scale(job->scale, shape->O);
     if (status == OCS_OK && M > 0) {
         status = ocs_parallel_for(shape->O, ocs_grain(M), folded ? (size_t)N * sizeof(float) : 0, work, job);
     }
@@ -109,23 +106,18 @@ static ocs_status for_rows(weight_job *job, const ocs_plan *plan, const ocs_shap
     return status;
 }
 
-static ocs_status quantize_rows(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    const weight_job *job = ctx;
-    for (int64_t o = begin; o < end; ++o) {
+static void quantize_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
         const ocs_columns columns = ocs_columns_of_row(&job->rows, o);
         job->rows.kernels->quantize_row(job->ints_out + o * columns.M, job->w + o * columns.N, &columns,
                                         ocs_scale_of(job->scale, o), job->qmax);
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
                                    const ocs_shape *shape, int bits, bool quantization_aware) {
-    ocs_status status = ocs_check_bits(bits);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_bits(bits));
     weight_job job = {.scale = scale, .w = w, .ints_out = ints, .qmax = ocs_qmax(bits)};
     const ocs_plan used = {plan->source, plan->depth, quantization_aware ? plan->offset : NULL};
     return for_rows(&job, &used, shape, false, quantize_rows);
@@ -137,13 +129,11 @@ static void fold_one(float *w_hat, const weight_job *job, int64_t o, float scale
     job->rows.kernels->fold_row(w_hat, job->ints_in + o * columns.M, columns.index, columns.N, columns.M, scale);
 }
 
-static ocs_status fold_rows(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    const weight_job *job = ctx;
-    for (int64_t o = begin; o < end; ++o) {
+static void fold_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
         fold_one(job->w_hat + o * job->rows.columns.N, job, o, ocs_scale_of(job->scale, o));
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, ocs_scale scale,
@@ -154,30 +144,27 @@ ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source,
 
 /* --- Errors of weights ------------------------------------------------------------------------ */
 
-static ocs_status squared_error_rows(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    const weight_job *job = ctx;
+static void squared_error_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
     const int64_t N = job->rows.columns.N;
-    for (int64_t o = begin; o < end; ++o) {
-        fold_one(scratch, job, o, 1.0f);
-        job->rows.kernels->squared_error(job->error + 2 * o, job->w + o * N, scratch, N, ocs_scale_of(job->scale, o));
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        fold_one(range->scratch, job, o, 1.0f);
+        job->rows.kernels->squared_error(job->error + 2 * o, job->w + o * N, range->scratch, N,
+                                         ocs_scale_of(job->scale, o));
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,
                                 ocs_scale scale, const ocs_shape *shape) {
     error[0] = error[1] = 0.0;
-    ocs_status status = ocs_check_shape(shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_shape(shape));
     const int64_t rows = shape->C > 0 && shape->K > 0 ? shape->O : 0; /* any number of empty ones costs nothing */
     weight_job job = {.scale = scale, .w = w, .ints_in = ints};
     job.error = calloc((size_t)rows * 2 + 1, sizeof *job.error);
     if (job.error == NULL) {
         return OCS_NO_MEMORY;
     }
-    status = for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, squared_error_rows);
+    ocs_status status = for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, squared_error_rows);
     for (int64_t o = 0; o < rows; ++o) {
         error[0] += job.error[2 * o];
         error[1] += job.error[2 * o + 1];
@@ -225,22 +212,18 @@ static double output_error_of(const float *w, const float *q, float scale, const
     return output_power_of(&of_d) + of_gain * output_power_of(&of_w) * gain * gain;
 }
 
-static ocs_status output_error_rows(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    const weight_job *job = ctx;
-    for (int64_t o = begin; o < end; ++o) {
+static void output_error_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
         const float *w = job->w + o * job->rows.columns.N;
-        fold_one(scratch, job, o, 1.0f);
-        job->error[o] = output_error_of(w, scratch, ocs_scale_of(job->scale, o), job->rows.shape, job->gain);
+        fold_one(range->scratch, job, o, 1.0f);
+        job->error[o] = output_error_of(w, range->scratch, ocs_scale_of(job->scale, o), job->rows.shape, job->gain);
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_output_error_f32(double *error, const float *w, const int8_t *ints, const int64_t *source,
                                 ocs_scale scale, const ocs_shape *shape, double gain) {
-    ocs_status status = ocs_check_shape(shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_shape(shape));
     weight_job job = {.scale = scale, .w = w, .ints_in = ints, .error = error, .gain = gain};
     memset(error, 0, (size_t)shape->O * sizeof *error);
     return for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, output_error_rows);
@@ -261,24 +244,18 @@ typedef struct {
 } array_job;
 
 static ocs_status for_elements(array_job *job, int bits, ocs_work_fn work) {
-    ocs_status status = ocs_check_bits(bits);
-    if (status == OCS_OK) {
-        status = ocs_check_scale(job->scale, 1);
-    }
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_bits(bits));
+    OCS_TRY(ocs_check_scale(job->scale, 1));
     job->kernels = ocs_kernel_table();
     job->qmax = (float)(job->is_signed ? ocs_qmax(bits) : (INT32_C(1) << bits) - 1);
     job->qmin = job->is_signed ? -job->qmax : 0.0f;
     return ocs_parallel_for(job->N, OCS_GRAIN, 0, work, job);
 }
 
-static ocs_status quantize_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    const array_job *job = ctx;
-    job->kernels->quantize(job->q_out + begin, job->x_in + begin, end - begin, *job->scale.value, job->qmin, job->qmax);
-    return OCS_OK;
+static void quantize_range(ocs_range *range) {
+    const array_job *job = range->ctx;
+    const int64_t begin = range->begin, N = range->end - begin;
+    job->kernels->quantize(job->q_out + begin, job->x_in + begin, N, *job->scale.value, job->qmin, job->qmax);
 }
 
 ocs_status ocs_quantize_f32(void *q, const float *x, int64_t N, float scale, int bits, bool is_signed) {
@@ -286,12 +263,10 @@ ocs_status ocs_quantize_f32(void *q, const float *x, int64_t N, float scale, int
     return for_elements(&job, bits, quantize_range);
 }
 
-static ocs_status fake_quantize_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    const array_job *job = ctx;
-    job->kernels->fake_quantize(job->x_out + begin, job->x_in + begin, end - begin, *job->scale.value, job->qmin,
-                                job->qmax);
-    return OCS_OK;
+static void fake_quantize_range(ocs_range *range) {
+    const array_job *job = range->ctx;
+    const int64_t begin = range->begin, N = range->end - begin;
+    job->kernels->fake_quantize(job->x_out + begin, job->x_in + begin, N, *job->scale.value, job->qmin, job->qmax);
 }
 
 ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float scale, int bits, bool is_signed) {
@@ -299,23 +274,18 @@ ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float 
     return for_elements(&job, bits, fake_quantize_range);
 }
 
-static ocs_status dequantize_rows(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    const array_job *job = ctx;
-    for (int64_t o = begin; o < end; ++o) {
+static void dequantize_rows(ocs_range *range) {
+    const array_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
         job->kernels->dequantize(job->x_out + o * job->N, job->q_in + o * job->q_stride, job->N,
                                  ocs_scale_of(job->scale, o), job->is_signed);
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_dequantize_f32(float *x, const void *q, ocs_scale scale, int64_t O, int64_t N, int64_t q_stride,
                               bool is_signed) {
     array_job job = {.x_out = x, .q_in = q, .N = N, .q_stride = q_stride, .scale = scale, .is_signed = is_signed};
     job.kernels = ocs_kernel_table();
-    ocs_status status = ocs_check_scale(scale, O);
-    if (status == OCS_OK && N > 0) {
-        status = ocs_parallel_for(O, ocs_grain(N), 0, dequantize_rows, &job);
-    }
-    return status;
+    OCS_TRY(ocs_check_scale(scale, O));
+    return ocs_parallel_for(N > 0 ? O : 0, ocs_grain(N), 0, dequantize_rows, &job);
 }

@@ -120,10 +120,7 @@ typedef struct {
 /* Checks the plan. What is read of it was copied before: another thread could change it. */
 static ocs_status split_rows_begin(split_rows *split, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
     *split = (split_rows){.w = w};
-    ocs_status status = ocs_rows_begin(&split->rows, plan, shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_rows_begin(&split->rows, plan, shape));
     const ocs_columns *columns = &split->rows.columns;
     split->factor = malloc((size_t)(shape->G * columns->M + 1) * sizeof *split->factor);
     if (split->factor == NULL) {
@@ -164,26 +161,21 @@ typedef struct {
     float *output_max;
 } output_max_job;
 
-static ocs_status output_max_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    (void)scratch;
-    const output_max_job *job = ctx;
+static void output_max_range(ocs_range *range) {
+    const output_max_job *job = range->ctx;
     const ocs_rows *rows = &job->split.rows;
     const int64_t N = rows->columns.N;
-    for (int64_t o = begin; o < end; ++o) {
+    for (int64_t o = range->begin; o < range->end; ++o) {
         const float *w = job->split.w + o * N;
         job->output_max[o] = rows->kernels->scaled_max(w, factor_of_row(&job->split, o), N);
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
     output_max_job job = {.output_max = output_max};
-    ocs_status status = split_rows_begin(&job.split, w, plan, shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(split_rows_begin(&job.split, w, plan, shape));
     keep_largest_factors(&job.split);
-    status = ocs_parallel_for(shape->O, ocs_grain(job.split.rows.columns.N), 0, output_max_range, &job);
+    ocs_status status = ocs_parallel_for(shape->O, ocs_grain(job.split.rows.columns.N), 0, output_max_range, &job);
     split_rows_end(&job.split);
     return status;
 }
@@ -212,14 +204,14 @@ static int64_t split_row(float *restrict values, const split_rows *split, int64_
 }
 
 /* Counts rows into scratch: own [4][bins], and the values of one row [M + 1]. */
-static ocs_status split_histogram_range(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    const split_histogram_job *job = ctx;
+static void split_histogram_range(ocs_range *range) {
+    const split_histogram_job *job = range->ctx;
     const int64_t bins = job->bins;
-    uint32_t *own = scratch;
+    uint32_t *own = range->scratch;
     float *values = (float *)(own + bins * 4);
     memset(own, 0, (size_t)bins * 4 * sizeof *own);
     int64_t counted = 0;
-    for (int64_t o = begin; o < end; ++o) {
+    for (int64_t o = range->begin; o < range->end; ++o) {
         const int64_t row = job->R == 1 ? 0 : o, count = split_row(values, &job->split, o);
         if (job->limit[row] > 0.0f) {
             job->split.rows.kernels->histogram(own, values, count, bins, job->limit[row]);
@@ -227,13 +219,12 @@ static ocs_status split_histogram_range(int64_t begin, int64_t end, void *ctx, v
             own[0] += (uint32_t)count;
         }
         counted += count;
-        if (job->R > 1 || o + 1 == end || counted >= OCS_MOST_COUNTED) {
+        if (job->R > 1 || o + 1 == range->end || counted >= OCS_MOST_COUNTED) {
             ocs_add_counts(job->counts + row * bins, own, bins, 4);
             memset(own, 0, (size_t)bins * 4 * sizeof *own);
             counted = 0;
         }
     }
-    return OCS_OK;
 }
 
 ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_plan *plan, const ocs_shape *shape,
@@ -242,13 +233,9 @@ ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_pl
         return OCS_BAD_SHAPE;
     }
     split_histogram_job job = {.counts = counts, .limit = limit, .R = R, .bins = bins};
-    ocs_status status = ocs_check_histogram(bins, OCS_MAX_BINS, limit, R);
-    if (status == OCS_OK) {
-        status = split_rows_begin(&job.split, w, plan, shape);
-    }
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_histogram(bins, OCS_MAX_BINS, limit, R));
+    OCS_TRY(split_rows_begin(&job.split, w, plan, shape));
+    ocs_status status = OCS_OK;
     memset(counts, 0, (size_t)(R * bins) * sizeof *counts);
     const int64_t M = job.split.rows.columns.M;
     if (M > 0) {

@@ -226,13 +226,13 @@ static row row_in(void *scratch, const squant_job *job) {
     return r;
 }
 
-static ocs_status squant_rows(int64_t begin, int64_t end, void *ctx, void *scratch) {
-    const squant_job *job = ctx;
+static void squant_rows(ocs_range *range) {
+    const squant_job *job = range->ctx;
     const ocs_kernels *kernels = job->rows.kernels;
     const ocs_shape *shape = job->rows.shape;
     const int64_t C = shape->C, N = job->rows.columns.N, M = job->rows.columns.M;
-    row r = row_in(scratch, job);
-    for (int64_t o = begin; o < end; ++o) {
+    row r = row_in(range->scratch, job);
+    for (int64_t o = range->begin; o < range->end; ++o) {
         const int64_t g = o / (shape->O / shape->G);
         const float *w = job->w + o * N, scale = ocs_scale_of(job->scale, o);
         r.columns = ocs_columns_of_group(&job->rows, g);
@@ -245,7 +245,6 @@ static ocs_status squant_rows(int64_t begin, int64_t end, void *ctx, void *scrat
         find_errors(r.error, w, r.sum, N, scale);
         compensate(&r);
     }
-    return OCS_OK;
 }
 
 static ocs_status squant_all(squant_job *job) {
@@ -268,16 +267,10 @@ static ocs_status squant_all(squant_job *job) {
 
 ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
                                  const ocs_shape *shape, int bits) {
-    ocs_status status = ocs_check_bits(bits);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_bits(bits));
     squant_job job = {.w = w, .scale = scale, .ints = ints, .qmax = ocs_qmax(bits)};
-    status = ocs_rows_begin(&job.rows, plan, shape);
-    if (status != OCS_OK) {
-        return status;
-    }
-    status = ocs_check_scale(scale, shape->O);
+    OCS_TRY(ocs_rows_begin(&job.rows, plan, shape));
+    ocs_status status = ocs_check_scale(scale, shape->O);
     if (status == OCS_OK && job.rows.columns.N > 0) {
         status = squant_all(&job);
     }

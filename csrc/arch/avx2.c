@@ -100,7 +100,7 @@ AVX2 static inline void store_octaves(uint32_t bin[8], const float *x, int32_t b
     _mm256_storeu_si256((__m256i *)bin, _mm256_min_epi32(_mm256_max_epi32(above, _mm256_setzero_si256()), last));
 }
 
-/* Eight bins at once; of one channel, where there are many, neighbours again in different histograms. */
+/* Eight bins at once. Where one channel has many elements, neighbours are counted in different histograms. */
 AVX2 static void octave_histogram_avx2(uint32_t *restrict counts, const float *x, int64_t N, int64_t step,
                                        int32_t base) {
     uint32_t bin[8], own[4][OCS_OCTAVE_BINS];
@@ -150,34 +150,35 @@ AVX2 static inline void store_clamped(int8_t *q, __m256i bytes, int32_t qmax) {
     _mm256_storeu_si256((__m256i *)q, _mm256_max_epi8(_mm256_min_epi8(bytes, most), least));
 }
 
-AVX2 static void quantize_row_avx2(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale,
-                                   int32_t qmax) {
-    const int64_t N = columns->N, M = columns->M;
-    const int32_t *addend = columns->addend, *shift = columns->shift, *index = columns->index;
+/* q [N] of columns, each of w where it is, or of w[index] where an index is given. */
+AVX2 static inline void quantize_columns(int8_t *restrict q, const float *w, const int32_t *index,
+                                         const int32_t *addend, const int32_t *shift, int64_t N, float scale,
+                                         int32_t qmax) {
     const __m256 scales = _mm256_set1_ps(scale);
     __m256i four[4];
     int64_t m = 0;
     for (; m + 32 <= N; m += 32) {
         for (int j = 0; j < 4; ++j) {
             const int64_t at = m + 8 * j;
-            four[j] = split_columns(_mm256_loadu_ps(w + at), scales, addend + at, shift + at);
+            const __m256 eight = index == NULL
+                                     ? _mm256_loadu_ps(w + at)
+                                     : _mm256_i32gather_ps(w, _mm256_loadu_si256((const __m256i *)(index + at)), 4);
+            four[j] = split_columns(eight, scales, addend + at, shift + at);
         }
         store_clamped(q + m, pack_bytes(four[0], four[1], four[2], four[3]), qmax);
     }
     for (; m < N; ++m) {
-        q[m] = ocs_split_column(ocs_half_steps(w[m], scale), addend[m], shift[m], qmax);
+        const float one = index == NULL ? w[m] : w[index[m]];
+        q[m] = ocs_split_column(ocs_half_steps(one, scale), addend[m], shift[m], qmax);
     }
-    for (; m + 32 <= M; m += 32) {
-        for (int j = 0; j < 4; ++j) {
-            const int64_t at = m + 8 * j;
-            const __m256i from = _mm256_loadu_si256((const __m256i *)(index + at - N));
-            four[j] = split_columns(_mm256_i32gather_ps(w, from, 4), scales, addend + at, shift + at);
-        }
-        store_clamped(q + m, pack_bytes(four[0], four[1], four[2], four[3]), qmax);
-    }
-    for (; m < M; ++m) {
-        q[m] = ocs_split_column(ocs_half_steps(w[index[m - N]], scale), addend[m], shift[m], qmax);
-    }
+}
+
+AVX2 static void quantize_row_avx2(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale,
+                                   int32_t qmax) {
+    const int64_t N = columns->N, copies = columns->M - N;
+    const int32_t *addend = columns->addend, *shift = columns->shift;
+    quantize_columns(q, w, NULL, addend, shift, N, scale, qmax);
+    quantize_columns(q + N, w, columns->index, addend + N, shift + N, copies, scale, qmax);
 }
 
 AVX2 static inline __m256 load_bytes(const void *q, bool is_signed) {
@@ -340,7 +341,7 @@ AVX2 static uint8_t pack_avx2(uint8_t *restrict packed, const int8_t *q, int64_t
     return larger_byte(largest_byte(largest), ocs_pack_ref(packed + at, q + i, N - i, bits));
 }
 
-/* The reverse: the upper of two fields of `bits` moves up to where it begins once unpacked. */
+/* Fields are parted in pairs: the upper of two fields of `bits` moves up to where it begins once unpacked. */
 AVX2 static inline __m256i part_fields(__m256i x, __m256i mask, int field, int bits) {
     const __m128i distance = _mm_cvtsi32_si128(field - bits);
     const __m256i lower = _mm256_and_si256(mask, _mm256_srl_epi64(mask, distance));

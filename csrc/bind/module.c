@@ -21,18 +21,16 @@ typedef struct {
 static bool allocate(ocs_call *call) {
     numpy_call *own = (numpy_call *)call;
     for (int i = 0; i < call->result_count; ++i) {
-        int64_t sizes[MOST_DIMENSIONS];
+        ocs_result *result = &call->results[i];
         npy_intp dims[MOST_DIMENSIONS];
-        ocs_result_sizes(sizes, call, &call->results[i]);
-        for (int64_t axis = 0; axis < call->results[i].rank; ++axis) {
-            dims[axis] = (npy_intp)sizes[axis];
+        for (int64_t axis = 0; axis < result->rank; ++axis) {
+            dims[axis] = (npy_intp)ocs_result_size(call, result, axis);
         }
-        const int type = numpy_type(call->results[i].dtype);
-        own->results[i] = (PyArrayObject *)PyArray_SimpleNew((int)call->results[i].rank, dims, type);
+        own->results[i] = (PyArrayObject *)PyArray_SimpleNew((int)result->rank, dims, numpy_type(result->dtype));
         if (own->results[i] == NULL) {
             return false;
         }
-        call->results[i].data = PyArray_DATA(own->results[i]);
+        result->data = PyArray_DATA(own->results[i]);
     }
     own->released = PyEval_SaveThread();
     return true;
@@ -132,15 +130,17 @@ static PyObject *py_isas(PyObject *self, PyObject *args) {
     return tuple_of(ocs_isa_name);
 }
 
-/* "'auto', 'avx2' or 'ref'", the best first. */
-static void write_choices(char *text, size_t size) {
+static char choices[200]; /* "'auto', 'avx2' or 'ref'", the best first */
+
+static void write_choices(void) {
     int count = 0;
     while (ocs_isa_name(count) != NULL) {
         ++count;
     }
-    int length = snprintf(text, size, "'auto'");
+    int length = snprintf(choices, sizeof choices, "'auto'");
     for (int i = count - 1; i >= 0; --i) {
-        length += snprintf(text + length, size - (size_t)length, "%s'%s'", i > 0 ? ", " : " or ", ocs_isa_name(i));
+        const char *separator = i > 0 ? ", " : " or ";
+        length += snprintf(choices + length, sizeof choices - (size_t)length, "%s'%s'", separator, ocs_isa_name(i));
     }
 }
 
@@ -151,23 +151,9 @@ static PyObject *py_set_isa(PyObject *self, PyObject *args) {
         return NULL;
     }
     if (ocs_set_isa(name) != OCS_OK) {
-        char choices[200];
-        write_choices(choices, sizeof choices);
         return PyErr_Format(PyExc_ValueError, "set_isa: %s: '%s'; use %s", ocs_status_text(OCS_BAD_ISA), name, choices);
     }
     return Py_NewRef(Py_None);
-}
-
-/* The environment's choice. */
-static bool set_isa_at_import(void) {
-    const char *isa = getenv("OCS_ISA");
-    if (isa == NULL || *isa == '\0' || ocs_set_isa(isa) == OCS_OK) {
-        return true;
-    }
-    char choices[200];
-    write_choices(choices, sizeof choices);
-    PyErr_Format(PyExc_ImportError, "OCS_ISA=%s: %s; use %s, or unset it", isa, ocs_status_text(OCS_BAD_ISA), choices);
-    return false;
 }
 
 /* --- The module ------------------------------------------------------------------------------- */
@@ -193,7 +179,7 @@ static bool add_operators(PyObject *module) {
     PyObject *in_module = PyModule_GetNameObject(module);
     bool added = in_module != NULL;
     for (int i = 0; operator_name(i) != NULL && added; ++i) {
-        ocs_write_help(help[i], sizeof help[i], &ocs_operators[i]);
+        ocs_write_signature(help[i], sizeof help[i], &ocs_operators[i], false);
         functions[i] =
             (PyMethodDef){operator_name(i), (PyCFunction)(void (*)(void))py_operator, METH_FASTCALL, help[i]};
         PyObject *capsule = PyCapsule_New((void *)&ocs_operators[i], NULL, NULL);
@@ -219,29 +205,23 @@ static bool add_names(PyObject *module, const char *attribute, const char *(*nam
 
 /* The limits and names of ocs.h. */
 static bool add_constants(PyObject *module) {
-    const struct {
-        const char *name;
-        long value;
-    } limits[] = {
-        {"MIN_BITS", OCS_MIN_BITS},
-        {"MAX_BITS", OCS_MAX_BITS},
-        {"MAX_DEPTH", OCS_MAX_DEPTH},
-        {"MAX_BINS", OCS_MAX_BINS},
-        {"OCTAVES", OCS_OCTAVES},
-        {"OCTAVE_BINS", OCS_OCTAVE_BINS},
-        {"MAX_SEARCH_BINS", OCS_MAX_SEARCH_BINS},
-    };
-    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; ++i) {
-        if (PyModule_AddIntConstant(module, limits[i].name, limits[i].value) != 0) {
-            return false;
-        }
-    }
-    return add_names(module, "CLIP_METHODS", clip_name) && add_names(module, "OPERATORS", operator_name);
+    return PyModule_AddIntConstant(module, "MIN_BITS", OCS_MIN_BITS) == 0 &&
+           PyModule_AddIntConstant(module, "MAX_BITS", OCS_MAX_BITS) == 0 &&
+           PyModule_AddIntConstant(module, "MAX_DEPTH", OCS_MAX_DEPTH) == 0 &&
+           PyModule_AddIntConstant(module, "MAX_BINS", OCS_MAX_BINS) == 0 &&
+           PyModule_AddIntConstant(module, "MAX_SEARCH_BINS", OCS_MAX_SEARCH_BINS) == 0 &&
+           PyModule_AddIntConstant(module, "OCTAVES", OCS_OCTAVES) == 0 &&
+           PyModule_AddIntConstant(module, "OCTAVE_BINS", OCS_OCTAVE_BINS) == 0 &&
+           add_names(module, "CLIP_METHODS", clip_name) && add_names(module, "OPERATORS", operator_name);
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
     import_array();
-    if (!set_isa_at_import()) {
+    write_choices();
+    const char *isa = getenv("OCS_ISA");
+    if (isa != NULL && *isa != '\0' && ocs_set_isa(isa) != OCS_OK) {
+        PyErr_Format(PyExc_ImportError, "OCS_ISA=%s: %s; use %s, or unset it", isa, ocs_status_text(OCS_BAD_ISA),
+                     choices);
         return NULL;
     }
     PyObject *module = PyModule_Create(&definition);

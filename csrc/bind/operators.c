@@ -16,11 +16,16 @@ static const ocs_array *array(const ocs_call *call, int i) {
     return &call->arguments[i].array;
 }
 
+/* The elements of argument i. */
+static const void *data(const ocs_call *call, int i) {
+    return array(call, i)->data;
+}
+
 static int64_t integer(const ocs_call *call, int i) {
     return call->arguments[i].integer;
 }
 
-/* As float32; beyond its range it becomes Inf, which the entries refuse. */
+/* A number as float32; beyond its range it becomes Inf, which the entries refuse. */
 static float number(const ocs_call *call, int i) {
     const double value = call->arguments[i].number;
     return fabs(value) > FLT_MAX ? (float)copysign(INFINITY, value) : (float)value;
@@ -45,7 +50,7 @@ __attribute__((format(printf, 3, 4))) static void require_shape(ocs_call *call, 
     }
 }
 
-/* As an int; one that no grid has is refused, and is 8 from then on. */
+/* Bits as an int; what no grid has is refused, and is 8 from then on. */
 static int read_bits(ocs_call *call, int i) {
     const ocs_status status = ocs_check_bits(integer(call, i));
     require(call, status == OCS_OK, status);
@@ -112,9 +117,7 @@ static void result_1d(ocs_call *call, ocs_dtype dtype, int64_t size) {
 }
 
 static void result_2d(ocs_call *call, ocs_dtype dtype, int64_t rows, int64_t columns) {
-    ocs_result *result = add_result(call, dtype, 2);
-    result->sizes[0] = rows;
-    result->sizes[1] = columns;
+    memcpy(add_result(call, dtype, 2)->sizes, (int64_t[]){rows, columns}, 2 * sizeof(int64_t));
 }
 
 /* A result shaped like argument i. */
@@ -124,7 +127,7 @@ static ocs_result *result_like(ocs_call *call, ocs_dtype dtype, int i) {
     return result;
 }
 
-/* Whether all is right and the results are there. */
+/* Has the results allocated if nothing is wrong; says whether they are there. */
 static bool begin(ocs_call *call) {
     if (call->status == OCS_OK && !call->allocate(call)) {
         call->status = OCS_NO_MEMORY;
@@ -132,7 +135,7 @@ static bool begin(ocs_call *call) {
     return call->status == OCS_OK;
 }
 
-static void *data(const ocs_call *call) {
+static void *result(const ocs_call *call) {
     return call->results[0].data;
 }
 
@@ -142,7 +145,7 @@ static ocs_status abs_max(ocs_call *call) {
     const ocs_array *x = array(call, 0);
     add_result(call, OCS_FLOAT32, 0);
     if (begin(call)) {
-        *(float *)data(call) = ocs_abs_max_f32(x->data, x->numel);
+        *(float *)result(call) = ocs_abs_max_f32(x->data, x->numel);
     }
     return call->status;
 }
@@ -151,21 +154,21 @@ static ocs_status histogram(ocs_call *call) {
     const ocs_array *x = array(call, 0);
     const int64_t bins = read_bins(call, 1);
     result_1d(call, OCS_INT64, bins);
-    return begin(call) ? ocs_histogram_f32(data(call), x->data, x->numel, bins, number(call, 2)) : call->status;
+    return begin(call) ? ocs_histogram_f32(result(call), x->data, x->numel, bins, number(call, 2)) : call->status;
 }
 
 static ocs_status octave_histogram(ocs_call *call) {
     const ocs_array *x = array(call, 0);
     const ocs_shape s = read_shape(call, x, 1);
     result_2d(call, OCS_INT64, s.C, OCS_OCTAVE_BINS);
-    return begin(call) ? ocs_octave_histogram_f32(data(call), x->data, s.O, s.C, s.K, number(call, 1)) : call->status;
+    return begin(call) ? ocs_octave_histogram_f32(result(call), x->data, s.O, s.C, s.K, number(call, 1)) : call->status;
 }
 
 static ocs_status channel_max(ocs_call *call) {
     const ocs_array *w = array(call, 0);
     const ocs_shape shape = read_shape(call, w, integer(call, 1));
     result_1d(call, OCS_FLOAT32, shape.G * shape.C);
-    return begin(call) ? ocs_channel_max_f32(data(call), w->data, &shape) : call->status;
+    return begin(call) ? ocs_channel_max_f32(result(call), w->data, &shape) : call->status;
 }
 
 /* --- Which channels to split ------------------------------------------------------------------ */
@@ -195,7 +198,7 @@ static ocs_status output_max(ocs_call *call) {
     const ocs_shape shape = read_split_shape(call, w, integer(call, 3), source);
     const ocs_plan plan = read_plan(call, source, array(call, 2), NULL);
     result_1d(call, OCS_FLOAT32, shape.O);
-    return begin(call) ? ocs_output_max_f32(data(call), w->data, &plan, &shape) : call->status;
+    return begin(call) ? ocs_output_max_f32(result(call), w->data, &plan, &shape) : call->status;
 }
 
 /* --- Where to clip ---------------------------------------------------------------------------- */
@@ -211,7 +214,7 @@ static ocs_status split_histogram(ocs_call *call) {
     } else {
         result_2d(call, OCS_INT64, shape.O, bins);
     }
-    return begin(call) ? ocs_split_histogram_f32(data(call), w->data, &plan, &shape, limit->numel, bins, limit->data)
+    return begin(call) ? ocs_split_histogram_f32(result(call), w->data, &plan, &shape, limit->numel, bins, limit->data)
                        : call->status;
 }
 
@@ -223,7 +226,7 @@ static ocs_status clip_threshold(ocs_call *call) {
     require_shape(call, counts->numel == limit->numel * bins,
                   "counts must be [..., bins], and limit hold one number for each histogram");
     result_like(call, OCS_FLOAT32, 1);
-    return begin(call) ? ocs_clip_threshold_f32(data(call), counts->data, limit->data, limit->numel, bins, bits,
+    return begin(call) ? ocs_clip_threshold_f32(result(call), counts->data, limit->data, limit->numel, bins, bits,
                                                 integer(call, 3), (ocs_clip)method)
                        : call->status;
 }
@@ -249,14 +252,14 @@ static weight_arguments read_weight_arguments(ocs_call *call) {
 
 static ocs_status quantize_weight(ocs_call *call) {
     const weight_arguments a = read_weight_arguments(call);
-    return begin(call) ? ocs_quantize_weight_f32(data(call), array(call, 0)->data, &a.plan, a.scale, &a.shape, a.bits,
-                                                 integer(call, 7))
+    const bool aware = integer(call, 7);
+    return begin(call) ? ocs_quantize_weight_f32(result(call), data(call, 0), &a.plan, a.scale, &a.shape, a.bits, aware)
                        : call->status;
 }
 
 static ocs_status squant_weight(ocs_call *call) {
     const weight_arguments a = read_weight_arguments(call);
-    return begin(call) ? ocs_squant_weight_f32(data(call), array(call, 0)->data, &a.plan, a.scale, &a.shape, a.bits)
+    return begin(call) ? ocs_squant_weight_f32(result(call), data(call, 0), &a.plan, a.scale, &a.shape, a.bits)
                        : call->status;
 }
 
@@ -271,7 +274,7 @@ static ocs_status fold(ocs_call *call) {
     shape.C = channels;
     shape.S = expanded - channels;
     result_like(call, OCS_FLOAT32, 0)->channels = channels;
-    return begin(call) ? ocs_fold_f32(data(call), ints->data, source->data, scale, &shape) : call->status;
+    return begin(call) ? ocs_fold_f32(result(call), ints->data, source->data, scale, &shape) : call->status;
 }
 
 /* What weight_error and output_error share: w, ints, scale, source, groups. */
@@ -288,8 +291,7 @@ static ocs_status weight_error(ocs_call *call) {
     const ocs_shape shape = read_error_shape(call);
     const ocs_scale scale = read_scale(call, 2, shape.O);
     result_1d(call, OCS_FLOAT64, 2);
-    return begin(call) ? ocs_weight_error_f32(data(call), array(call, 0)->data, array(call, 1)->data,
-                                              array(call, 3)->data, scale, &shape)
+    return begin(call) ? ocs_weight_error_f32(result(call), data(call, 0), data(call, 1), data(call, 3), scale, &shape)
                        : call->status;
 }
 
@@ -297,9 +299,10 @@ static ocs_status output_error(ocs_call *call) {
     const ocs_shape shape = read_error_shape(call);
     const ocs_scale scale = read_scale(call, 2, shape.O);
     result_1d(call, OCS_FLOAT64, shape.O);
-    return begin(call) ? ocs_output_error_f32(data(call), array(call, 0)->data, array(call, 1)->data,
-                                              array(call, 3)->data, scale, &shape, call->arguments[5].number)
-                       : call->status;
+    const double gain = call->arguments[5].number;
+    return begin(call)
+               ? ocs_output_error_f32(result(call), data(call, 0), data(call, 1), data(call, 3), scale, &shape, gain)
+               : call->status;
 }
 
 /* --- Any array to the grid and back ----------------------------------------------------------- */
@@ -309,7 +312,7 @@ static ocs_status quantize(ocs_call *call) {
     const int bits = read_bits(call, 2);
     const bool is_signed = integer(call, 3);
     result_like(call, is_signed ? OCS_INT8 : OCS_UINT8, 0);
-    return begin(call) ? ocs_quantize_f32(data(call), x->data, x->numel, number(call, 1), bits, is_signed)
+    return begin(call) ? ocs_quantize_f32(result(call), x->data, x->numel, number(call, 1), bits, is_signed)
                        : call->status;
 }
 
@@ -318,7 +321,7 @@ static ocs_status dequantize(ocs_call *call) {
     const int64_t O = q->rank > 0 ? q->sizes[0] : 1, N = O > 0 ? q->numel / O : 0;
     const ocs_scale scale = read_scale(call, 1, O);
     result_like(call, OCS_FLOAT32, 0);
-    return begin(call) ? ocs_dequantize_f32(data(call), q->data, scale, O, N, q->row_stride, q->dtype == OCS_INT8)
+    return begin(call) ? ocs_dequantize_f32(result(call), q->data, scale, O, N, q->row_stride, q->dtype == OCS_INT8)
                        : call->status;
 }
 
@@ -326,7 +329,7 @@ static ocs_status fake_quantize(ocs_call *call) {
     const ocs_array *x = array(call, 0);
     const int bits = read_bits(call, 2);
     result_like(call, OCS_FLOAT32, 0)->same = true;
-    return begin(call) ? ocs_fake_quantize_f32(data(call), x->data, x->numel, number(call, 1), bits, integer(call, 3))
+    return begin(call) ? ocs_fake_quantize_f32(result(call), x->data, x->numel, number(call, 1), bits, integer(call, 3))
                        : call->status;
 }
 
@@ -336,7 +339,7 @@ static ocs_status pack(ocs_call *call) {
     const ocs_array *q = array(call, 0);
     const int bits = read_bits(call, 1);
     result_1d(call, OCS_UINT8, ocs_packed_bytes(q->numel, bits));
-    return begin(call) ? ocs_pack_i8(data(call), q->data, q->numel, bits) : call->status;
+    return begin(call) ? ocs_pack_i8(result(call), q->data, q->numel, bits) : call->status;
 }
 
 static ocs_status unpack(ocs_call *call) {
@@ -346,7 +349,7 @@ static ocs_status unpack(ocs_call *call) {
     require_shape(call, numel >= 0 && ocs_packed_bytes(numel, bits) == packed->numel,
                   "packed has another size than that many integers");
     result_1d(call, OCS_INT8, numel);
-    return begin(call) ? ocs_unpack_i8(data(call), packed->data, numel, bits) : call->status;
+    return begin(call) ? ocs_unpack_i8(result(call), packed->data, numel, bits) : call->status;
 }
 
 /* --- The list --------------------------------------------------------------------------------- */
@@ -419,28 +422,18 @@ static void append(char *text, size_t size, const char *more) {
     snprintf(text + length, size - length, "%s", more);
 }
 
-static void write_arguments(char *text, size_t size, const ocs_operator *op, bool typed) {
+void ocs_write_signature(char *text, size_t size, const ocs_operator *op, bool as_schema) {
     snprintf(text, size, "%s(", op->name);
-    for (int i = 0; op->argument[i].name != NULL; ++i) {
-        append(text, size, i > 0 ? ", " : "");
-        append(text, size, typed ? torch_type(op->argument[i].kind) : "");
-        append(text, size, op->argument[i].name);
+    for (const ocs_argument *argument = op->argument; argument->name != NULL; ++argument) {
+        append(text, size, argument > op->argument ? ", " : "");
+        append(text, size, as_schema ? torch_type(argument->kind) : "");
+        append(text, size, argument->name);
     }
-    append(text, size, ") -> ");
-}
-
-void ocs_write_help(char *text, size_t size, const ocs_operator *op) {
-    write_arguments(text, size, op, false);
-    append(text, size, op->result);
-}
-
-void ocs_write_schema(char *text, size_t size, const ocs_operator *op) {
-    write_arguments(text, size, op, true);
-    append(text, size, op->results > 1 ? "(Tensor" : "Tensor");
-    for (int i = 1; i < op->results; ++i) {
-        append(text, size, ", Tensor");
+    append(text, size, op->results > 1 && as_schema ? ") -> (" : ") -> ");
+    append(text, size, as_schema ? "Tensor" : op->result);
+    for (int i = 1; as_schema && i < op->results; ++i) {
+        append(text, size, i + 1 < op->results ? ", Tensor" : ", Tensor)");
     }
-    append(text, size, op->results > 1 ? ")" : "");
 }
 
 const char *ocs_run(const ocs_operator *op, ocs_call *call) {

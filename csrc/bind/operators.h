@@ -102,22 +102,16 @@ static inline ocs_dtype ocs_dtype_of(ocs_kind kind) {
     }
 }
 
-/* Sizes [rank] of a result. */
-static inline void ocs_result_sizes(int64_t *sizes, const ocs_call *call, const ocs_result *result) {
-    const int64_t *from = result->like >= 0 ? call->arguments[result->like].array.sizes : result->sizes;
-    for (int64_t i = 0; i < result->rank; ++i) {
-        sizes[i] = from[i];
+/* The size of a result on one axis. */
+static inline int64_t ocs_result_size(const ocs_call *call, const ocs_result *result, int64_t axis) {
+    if (axis == 1 && result->channels >= 0) {
+        return result->channels;
     }
-    if (result->channels >= 0) {
-        sizes[1] = result->channels;
-    }
+    return result->like >= 0 ? call->arguments[result->like].array.sizes[axis] : result->sizes[axis];
 }
 
-/* "name(x, bins) -> int64 [bins]", for help() */
-void ocs_write_help(char *text, size_t size, const ocs_operator *op);
-
-/* "name(Tensor x, int bins) -> Tensor", torch's schema. */
-void ocs_write_schema(char *text, size_t size, const ocs_operator *op);
+/* "name(x, bins) -> int64 [bins]", for help(), or torch's schema "name(Tensor x, int bins) -> Tensor". */
+void ocs_write_signature(char *text, size_t size, const ocs_operator *op, bool as_schema);
 
 /* Runs an operator on converted arguments. Returns NULL, or what is wrong: a sentence for call->status. */
 const char *ocs_run(const ocs_operator *op, ocs_call *call);

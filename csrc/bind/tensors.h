@@ -176,14 +176,6 @@ Owned empty(ocs_dtype dtype, int64_t rank, const int64_t *sizes, const int64_t *
     return Owned(t);
 }
 
-// The strides of a C-contiguous tensor.
-void contiguous_strides(int64_t *strides, int64_t rank, const int64_t *sizes) {
-    int64_t stride = 1;
-    for (int64_t i = rank; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
-        strides[i] = stride;
-    }
-}
-
 } // namespace
 
 #endif

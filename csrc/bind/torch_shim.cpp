@@ -27,13 +27,10 @@ bool allocate(ocs_call *call) noexcept {
     for (int i = 0; i < own.result_count; ++i) {
         ocs_result &result = own.results[i];
         std::vector<int64_t> sizes(2 * result.rank);
-        int64_t *strides = sizes.data() + result.rank;
-        ocs_result_sizes(sizes.data(), call, &result);
-        if (result.same) {
-            const auto order = own.read[result.like]->strides();
-            std::copy(order.begin(), order.end(), strides);
-        } else {
-            contiguous_strides(strides, result.rank, sizes.data());
+        int64_t *strides = sizes.data() + result.rank, stride = 1;
+        for (int64_t axis = result.rank; axis-- > 0; stride *= std::max<int64_t>(sizes[axis], 1)) {
+            sizes[axis] = ocs_result_size(call, &result, axis);
+            strides[axis] = result.same ? own.read[result.like]->stride(axis) : stride;
         }
         own.made[i] = empty(result.dtype, result.rank, sizes.data(), strides);
         if (!own.made[i] || torch_get_mutable_data_ptr(own.made[i].get(), &result.data) != 0) {
@@ -120,7 +117,7 @@ STABLE_TORCH_LIBRARY(ocs, m) {
     ocs_set_parallel_for(run_in_torch_threads);
     for (const ocs_operator *op = ocs_operators; op->name != nullptr; ++op) {
         char schema[200];
-        ocs_write_schema(schema, sizeof schema, op);
+        ocs_write_signature(schema, sizeof schema, op, true);
         m.def(schema);
     }
 }
