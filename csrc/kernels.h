@@ -127,8 +127,7 @@ static inline int64_t ocs_grain(int64_t size) {
 /* What a thread may count in 32 bits before it adds to the 64-bit counts. */
 #define OCS_MOST_COUNTED (INT64_C(1) << 30)
 
-/* Adds a thread's parts [parts][size] to the counts [size] that all share: sums of integers are the same in any order.
- */
+/* Adds a thread's counts in parts [parts][size] to those [size] that all share; no order changes a sum of integers. */
 void ocs_add_counts(int64_t *counts, const uint32_t *parts_of_counts, int64_t size, int parts);
 
 /* OCS_BAD_BINS unless there are 1 .. most bins, and every limit [R] is finite and not negative. */
@@ -139,6 +138,7 @@ ocs_status ocs_check_histogram(int64_t bins, int64_t most, const float *limit, i
 /* OCS_BAD_SCALE unless every scale, one or O, is positive and finite. */
 ocs_status ocs_check_scale(ocs_scale scale, int64_t O);
 
+/* OCS_BAD_SHAPE unless sizes and groups are those of a weight. */
 ocs_status ocs_check_shape(const ocs_shape *shape);
 
 /* The scale of output channel o. */

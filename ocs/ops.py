@@ -16,6 +16,7 @@ from torch import Tensor
 from ocs import _C, composite
 
 isa = _C.isa
+isas = _C.isas
 set_isa = _C.set_isa
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ocs import _C, ops
+from ocs import ops
 from ocs.layer import QuantizedLayer
 
 
 def available_isas() -> list[str]:
     """List the instruction sets of this build and CPU, plain first."""
-    return list(_C.isas())
+    return list(ops.isas())
 
 
 @pytest.fixture(params=available_isas())

@@ -25,7 +25,7 @@ typedef enum {
     OCS_INT8S,        /* contiguous int8 */
     OCS_BYTES,        /* contiguous uint8 */
     OCS_BYTE_ROWS,    /* int8 or uint8 whose rows are contiguous, but may lie apart */
-    OCS_ONE_FLOAT,    /* a number; a tensor of one element for torch. From here on no arrays */
+    OCS_ONE_FLOAT,    /* a number; for torch a tensor of one element. This kind and those below are no arrays */
     OCS_FLOAT,        /* a number */
     OCS_INT,
     OCS_BOOL,
