@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import ocs
+from ocs.kernels import ops
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
 
@@ -78,7 +78,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu.group(1) if cpu else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": ocs.ops.isa(),
+        "isa": ops.isa(),
         "compiler": compiler.splitlines()[0] if compiler else "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -22,8 +22,9 @@ from torch.ao.quantization.observer import HistogramObserver
 from zoo import torchvision_models
 
 from ocs import functional
-from ocs.calibrate import observe, statistics_for
-from ocs.find import FIRST_LAYER, apply_skip, find_layers
+from ocs.calibration.run import observe, statistics_for
+from ocs.model.targets import find_targets
+from ocs.nn.convolution import CONVOLUTIONS
 
 BINS = 2048
 LIMITS_MS = {"kl": 10.0}  # milliseconds; of the others 2
@@ -48,12 +49,12 @@ def searches(rounds: int) -> list[Row]:
 
 def watching(model: nn.Module, x: Tensor, *, channels: bool) -> None:
     """One batch through the model with our statistics on the inputs of the layers that quantize() takes."""
-    layers = find_layers(model)
-    apply_skip(layers, FIRST_LAYER)
+    targets = [target for target in find_targets(model) if not target.reason_float]
+    first = next(target for target in targets if isinstance(target.module, CONVOLUTIONS))
     watched = {
-        layer.name: (layer.module, statistics_for(layer, channels=channels))
-        for layer in layers
-        if layer.status == "quantized"
+        target.name: (target.module, statistics_for(target, channels=channels))
+        for target in targets
+        if target is not first
     }
     observe(model, [x], watched, progress=False)
 

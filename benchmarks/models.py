@@ -26,8 +26,8 @@ from tqdm import tqdm
 from zoo import torchvision_models
 
 import ocs
-from ocs import reference
 from ocs.functional import splits_for
+from ocs.kernels import reference
 
 BITS, QMAX = 5, 15
 FEW = 3  # splits timed of a large layer

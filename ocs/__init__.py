@@ -1,11 +1,12 @@
 """Post-training quantization of PyTorch models by outlier channel splitting (Zhao et al., ICML 2019)."""
 
 from ocs import functional, nn
-from ocs.calibrate import Calibration, calibrate
-from ocs.quantize import FIRST_LAYER, quantize
-from ocs.reestimate import reestimate_batchnorm, synthesize
-from ocs.report import LayerReport, Report
-from ocs.storage import load, save
+from ocs.calibration.run import Calibration, calibrate
+from ocs.formats.storage import load, save
+from ocs.plan.selectors import FIRST_LAYER
+from ocs.quantization import quantize
+from ocs.report.data import LayerReport, Report
+from ocs.tune.reestimate import reestimate_batchnorm, synthesize
 
 __version__ = "0.1.0"
 __all__ = [

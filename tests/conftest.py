@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ocs import ops
-from ocs.layer import QuantizedLayer
+from ocs.kernels import ops
+from ocs.nn.base import QuantizedLayer
 
 
 def available_isas() -> list[str]:

@@ -113,7 +113,7 @@ def test_wheel_serves_every_python(wheel: Path) -> None:
     assert tags[:2] == ["cp311", "abi3"]
     files = [name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("torch_ocs-")]
     assert sorted(files) == sorted(
-        f"ocs/{path.name}" for path in (ROOT / "ocs").iterdir() if path.suffix in (".py", ".so", ".typed")
+        str(path.relative_to(ROOT)) for path in (ROOT / "ocs").rglob("*.*") if path.suffix in (".py", ".so", ".typed")
     )
 
 

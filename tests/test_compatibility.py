@@ -15,7 +15,7 @@ from conftest import Everything, SmallNet
 from torch import Tensor, nn
 
 import ocs
-from ocs.layer import QuantizedLayer
+from ocs.nn.base import QuantizedLayer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,7 +11,7 @@ import torch
 from conftest import outlier_weight
 
 from ocs import functional as F
-from ocs import reference
+from ocs.kernels import reference
 
 W = outlier_weight((12, 30, 3, 3))
 

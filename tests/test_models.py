@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import torchvision_models
 
 import ocs
-from ocs.nn import REPLACEMENTS
+from ocs.nn.registry import REPLACEMENTS
 
 models = torchvision_models()
 

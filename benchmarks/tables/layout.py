@@ -194,7 +194,7 @@ def picture(block: Block, title: str) -> Figure | None:
 
 def _draw_panel(panel: Axes, block: Block, cells: list[Cell], axis: str) -> None:
     """A line for each curve and each value of the other axes: these have colours, curves have dashes."""
-    from ocs.plot import GREY, LINES, MARKS
+    from ocs.report.plot import GREY, LINES, MARKS
 
     lines: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:

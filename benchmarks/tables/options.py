@@ -17,7 +17,7 @@ from paths import OUT, shown
 from ranks import Ranks
 from tasks import Task
 
-from ocs import functional
+from ocs.weight.arguments import check_bits, check_clip, check_ratio
 
 TEXTS = {"wikitext-2": "WikiText-2", "bible": "the King James Bible"}
 NETWORKS = {"cifar10": RESNET20, "fashion-mnist": RESNET20, "wikitext-2": "LSTM", "bible": "LSTM"}  # where there is one
@@ -139,9 +139,9 @@ def number(method: str) -> str | float:
 
 
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "bits": functional.check_bits,
-    "wbits": functional.check_bits,
-    "abits": functional.check_bits,
-    "r": functional.check_ratio,
-    "clip": functional.check_clip,
+    "bits": check_bits,
+    "wbits": check_bits,
+    "abits": check_bits,
+    "r": check_ratio,
+    "clip": check_clip,
 }

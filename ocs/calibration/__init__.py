@@ -1,0 +1,1 @@
+"""What data says of the inputs of each layer."""

@@ -1,0 +1,252 @@
+"""What the weights of a layer meet, as calibration sees it: the second moments of their inputs.
+
+A weight [O, C, *kernel] of G groups is a matrix [G, O / G, C K] that multiplies vectors x [G, C K]: a linear layer's
+inputs, a convolution's patches. Kept are the sum of x x^T, and how many there were: (C K)^2 float32 numbers
+for each group, however many batches there are, 85 MB where 512 channels meet a 3 x 3 kernel.
+
+Recurrent layers run once more, layer by layer, for the hidden states that the deeper weights meet; attention with an
+identity in place of its output projection, for what that meets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ocs.calibration.ranks import reduced
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.registry import replacement_of
+
+ELEMENTS = 2**24  # of patches that are made at once
+
+Rows = Iterator[tuple[str, Tensor]]  # a weight's name, and vectors [G, N, C K] that it meets
+
+
+class SecondMoments:
+    """Of the vectors x [G, C K] that one weight meets."""
+
+    def __init__(self, groups: int, columns: int) -> None:
+        self.count = 0
+        self.products = torch.zeros(groups, columns, columns)  # sum of x x^T
+
+    def update(self, rows: Tensor) -> None:
+        """Take in N more, [G, N, C K]. The sums are on their device from then on."""
+        rows = rows.detach().float()
+        if not bool(rows.sum(1).isfinite().all()):
+            raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
+        self.count += rows.shape[1]
+        self.products = torch.baddbmm(self.products.to(rows.device), rows.transpose(1, 2), rows)
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen."""
+        self.count = int(reduced(torch.tensor(self.count), dist.ReduceOp.SUM))
+        self.products = reduced(self.products, dist.ReduceOp.SUM)
+
+
+class LayerMoments(dict[str, SecondMoments]):
+    """Of each weight of a layer, by its name in the layer.
+
+    layer: the float layer. reader: the attention whose output projection it is, if so, which reads its weight itself.
+    """
+
+    def __init__(self, layer: nn.Module, reader: nn.MultiheadAttention | None = None) -> None:
+        super().__init__()
+        self.reader = reader is not None
+        for name, shape in _shapes(layer).items():
+            self[name] = SecondMoments(*shape)
+
+    @property
+    def inputs(self) -> int:
+        """How many vectors its weights have met; 0 where calibration never reached it."""
+        return max(moments.count for moments in self.values())
+
+    def observe(self, layer: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Take in one call, of the layer or of its reader, with these arguments by name."""
+        rows = _attended(layer, arguments) if self.reader else rows_of(layer, arguments)
+        for name, of_weight in rows:
+            if of_weight.shape[2] != (columns := self[name].products.shape[2]):
+                raise ValueError(f"its input has {of_weight.shape[2]} channels, {name} needs {columns}")
+            self[name].update(of_weight)
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen."""
+        for moments in self.values():
+            moments.reduce()
+
+    def check(self, layer: nn.Module) -> None:
+        """They are of what this layer's weights meet, or a ValueError."""
+        seen = {name: tuple(moments.products.shape[:2]) for name, moments in self.items()}
+        for name, needed in _shapes(layer).items():
+            if seen.get(name) != needed:
+                raise ValueError(
+                    f"calibration is of another layer: its second moments are of {seen.get(name, 'nothing')}"
+                    f" (groups, columns) for {name}, which meets {needed}"
+                )
+
+
+def _shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """G and C K of each weight, by its name."""
+    kind, groups = replacement_of(layer), getattr(layer, "groups", 1)
+    weights = {name: kind.layout(layer._parameters[name].detach(), groups) for name in kind.weight_names(layer)}
+    return {name: (groups, w[0].numel() if len(w) else 0) for name, w in weights.items()}
+
+
+# --- What the weights of each kind of layer meet ----------------------------------------------------------------------
+
+
+def rows_of(layer: nn.Module, arguments: Mapping[str, Any]) -> Rows:
+    """The vectors that the weights of a float layer meet in a call with these arguments."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return _projections(layer, arguments)
+    x = arguments["input"]
+    data = x.data if isinstance(x, PackedSequence) else x
+    if not isinstance(data, Tensor) or not data.is_floating_point() or data.is_nested or not data.numel():
+        return iter(())
+    if data.is_meta:
+        raise ValueError("its input holds no values: give a model on the meta device weights first")
+    if isinstance(layer, nn.RNNBase):
+        return _recurrent(layer, x, arguments.get("hx"))
+    if isinstance(layer, nn.RNNCellBase):
+        return _cell(layer, x, arguments.get("hx"))
+    if isinstance(layer, CONVOLUTIONS):
+        return _patches(layer, x)
+    return iter([("weight", _vectors(x))])
+
+
+def _vectors(x: Tensor) -> Tensor:
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _projections(layer: nn.MultiheadAttention, arguments: Mapping[str, Any]) -> Rows:
+    """One weight for query, key and value meets all three, or the one tensor that they are."""
+    inputs = [(name[0], x) for name, x in arguments.items() if name in ("query", "key", "value")]
+    if layer._qkv_same_embed_dim:
+        inputs = [("in", x) for x in {id(x): x for _, x in inputs}.values()]
+    for name, x in inputs:
+        if x.numel() and not x.is_nested:
+            yield f"{name}_proj_weight", _vectors(x)
+
+
+def _attended(layer: nn.MultiheadAttention, arguments: Mapping[str, Any]) -> Rows:
+    """What the output projection meets: the layer's output with an identity in its place."""
+    if any(x.is_nested or not x.numel() for name, x in arguments.items() if name in ("query", "key", "value")):
+        return
+    weight = layer.out_proj.weight
+    shape = (layer.embed_dim, layer.embed_dim)
+    identity = nn.utils.skip_init(
+        nn.Linear, *shape, bias=False, device=weight.device, dtype=weight.dtype
+    )  # not at random
+    nn.init.eye_(identity.weight)
+    probe = copy.copy(layer)
+    vars(probe)["_modules"] = {"out_proj": identity}
+    yield "weight", _vectors(probe.forward(**arguments)[0])
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Rows:
+    """Of a convolution; a transposed one is a convolution with the kernel reversed, after zeros between the values."""
+    spatial = len(layer.kernel_size)
+    x, stride = x if x.dim() == spatial + 2 else x[None], layer.stride
+    if layer.transposed:
+        x, stride = _spread(layer, x), (1,) * spatial
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    for axis, (size, step, dilation) in enumerate(zip(layer.kernel_size, stride, layer.dilation, strict=True), 2):
+        x = x.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
+    x = x.unflatten(1, (layer.groups, -1)).movedim(1, 0).movedim(2, -1 - spatial)  # [G, N, *out, C, *kernel]
+    for part in x.split(max(1, ELEMENTS * x.shape[1] // max(x.numel(), 1)), 1):
+        if layer.transposed:
+            part = part.flip([*range(-spatial, 0)])  # noqa: PLW2901
+        yield "weight", part.flatten(-1 - spatial).flatten(1, -2)
+
+
+def _spread(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input of the convolution that a transposed one is, of the layer's own output size."""
+    sizes = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    spread[(..., *(slice(None, None, step) for step in layer.stride))] = x
+    sides = zip(layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True)
+    pads = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, d, p, more in sides]
+    return F.pad(spread, [side for pair in reversed(pads) for side in pair])
+
+
+# --- Recurrent ones ---------------------------------------------------------------------------------------------------
+
+
+def _cell(layer: nn.RNNCellBase, x: Tensor, hx: Any) -> Rows:
+    yield "weight_ih", _vectors(x)
+    h = hx[0] if isinstance(hx, tuple | list) else hx
+    yield "weight_hh", _vectors(x.new_zeros(*x.shape[:-1], layer.hidden_size) if h is None else h)
+
+
+def _recurrent(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> Rows:
+    """Layer by layer, on packed data [steps N, C]."""
+    data, batch_sizes, states = _packed(layer, x, hx)
+    directions = 1 + layer.bidirectional
+    for i in range(layer.num_layers):
+        suffixes = [f"_l{i}", f"_l{i}_reverse"][:directions]
+        first = [state[i * directions : (i + 1) * directions] for state in states]
+        for suffix in suffixes:
+            yield f"weight_ih{suffix}", _vectors(data)
+        hidden = _run_layer(layer, suffixes, data, batch_sizes, first).chunk(directions, -1)
+        projected = layer.proj_size or layer.hidden_size
+        for d, (suffix, h) in enumerate(zip(suffixes, hidden, strict=True)):
+            before = _before(h[:, :projected], first[0][d], batch_sizes.tolist(), reverse=d == 1)
+            yield f"weight_hh{suffix}", _vectors(before)
+            if layer.proj_size:
+                yield f"weight_hr{suffix}", _vectors(h[:, projected:])
+        data = torch.cat([h[:, :projected] for h in hidden], -1)
+
+
+def _packed(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Data [steps N, C], the batch size of each step, and the initial states [layers, N, H], (h,) or (h, c)."""
+    if isinstance(x, PackedSequence):
+        data, batch_sizes, order, _ = x
+    else:
+        x = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if layer.batch_first else x
+        data, batch_sizes, order = x.reshape(-1, x.shape[-1]), torch.full(x.shape[:1], x.shape[1]), None
+    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 1 + (layer.mode == "LSTM")]
+    if hx is None:
+        shape = layer.num_layers * (1 + layer.bidirectional), int(batch_sizes[0])
+        return data, batch_sizes, [data.new_zeros(*shape, size) for size in sizes]
+    states = list(hx) if layer.mode == "LSTM" else [hx]
+    states = [state.unsqueeze(1) if state.dim() == 2 else state for state in states]
+    return data, batch_sizes, states if order is None else [state.index_select(1, order) for state in states]
+
+
+def _run_layer(
+    layer: nn.RNNBase, suffixes: list[str], data: Tensor, batch_sizes: Tensor, states: list[Tensor]
+) -> Tensor:
+    """The hidden states of one layer [steps N, directions H]; of a projected one, what they were before, after each."""
+    own = layer._parameters
+    weights = []
+    for suffix in suffixes:
+        hh, biases = own[f"weight_hh{suffix}"], [own[f"bias_{kind}{suffix}"] for kind in ("ih", "hh") if layer.bias]
+        if not layer.proj_size:
+            weights += [own[f"weight_ih{suffix}"], hh, *biases]
+            continue
+        hr = own[f"weight_hr{suffix}"]  # another projection, that keeps what it is given, beside its own
+        hr = torch.cat([hr, torch.eye(layer.hidden_size).to(hr)])
+        weights += [own[f"weight_ih{suffix}"], F.pad(hh, (0, layer.hidden_size)), *biases, hr]
+    if layer.proj_size:
+        states = [F.pad(states[0], (0, layer.hidden_size)), states[1]]
+    hx = tuple(state.contiguous() for state in states) if layer.mode == "LSTM" else states[0].contiguous()
+    with torch.backends.cudnn.flags(enabled=False):  # which wants all weights in one piece of memory
+        kernel = getattr(torch._VF, layer.mode.lower())
+        return kernel(data, batch_sizes, hx, weights, layer.bias, 1, 0.0, False, layer.bidirectional)[0]
+
+
+def _before(h: Tensor, first: Tensor, batch_sizes: list[int], *, reverse: bool) -> Tensor:
+    """The hidden states that each step starts from [steps N, H]: the initial ones, or those of the step before."""
+    steps = [first[:0], *h.split(batch_sizes)] if not reverse else [*h.split(batch_sizes), first[:0]]
+    earlier = steps[1:] if reverse else steps[:-1]
+    return torch.cat(
+        [torch.cat([of[:size], first[len(of) : size]]) for of, size in zip(earlier, batch_sizes, strict=True)]
+    )

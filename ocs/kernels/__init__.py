@@ -1,0 +1,1 @@
+"""The C kernels, their definition in numpy, and their version in torch operations."""

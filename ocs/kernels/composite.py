@@ -1,0 +1,385 @@
+"""The kernels in torch operations, for tensors on devices that have no C kernels: the same values, more passes.
+
+Two traps on GPUs: dividing by a Python number or by a CPU scalar multiplies by its reciprocal there, which can round
+another way, so every divisor below is a tensor on the device of the dividend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocs import _C
+from ocs.kernels import constants
+from ocs.kernels.constants import MAX_BINS, MAX_DEPTH, OCTAVE_BINS
+
+KERNELS = _C.OPERATORS  # each has a function of its name here
+GRID_LIMIT = 2.0**30
+STEP = 2**24  # an error of one grid step, in squant_weight
+
+
+_other_devices = torch.library.Library("ocs", "IMPL", "CompositeExplicitAutograd")
+
+
+def kernel(empty: Callable[..., Any]) -> Callable[[Callable], Callable]:
+    """Register a function as the operator of its name on other devices.
+
+    `empty` makes its result without values from the same arguments, for torch.compile, torch.export and meta tensors.
+    """
+
+    def register(function: Callable) -> Callable:
+        def fake(*args: Any) -> Any:
+            meta = {arg.is_meta for arg in args if isinstance(arg, Tensor)}
+            torch._check(len(meta) == 1, lambda: "ocs: meta tensors cannot be mixed with others")
+            return empty(*args)
+
+        _other_devices.impl(function.__name__, function)
+        torch.library.register_fake(f"ocs::{function.__name__}", fake)
+        return function
+
+    return register
+
+
+def _require(valid: bool, op: str, what: str) -> None:
+    """What the C kernels refuse is a RuntimeError here too; values on a device are read where a layer is planned."""
+    if not valid:
+        raise RuntimeError(f"ocs::{op}: {what}")
+
+
+def source_valid(source: Tensor, groups: int, channels: int) -> bool:
+    """Whether a split plan can have it: int64, each group's own channels first, then copies of these and no others."""
+    if source.dtype != torch.int64 or groups < 1 or source.numel() % groups or source.numel() < groups * channels:
+        return False
+    within = _within_group(source, groups, channels).cpu()
+    own = torch.arange(channels).expand(groups, channels)
+    return _all((within >= 0) & (within < max(channels, 1))) and torch.equal(within[:, :channels], own)
+
+
+def _check_plan(
+    op: str, groups: int, channels: int, source: Tensor, depth: Tensor | None = None, offset: Tensor | None = None
+) -> None:
+    """All fit one another and the shape: an index out of range would end a CUDA process."""
+    valid = source_valid(source, groups, channels)
+    if valid and depth is not None:
+        valid = depth.numel() == source.numel() and _all((depth >= 0) & (depth <= MAX_DEPTH))
+    if valid and offset is not None:
+        valid = offset.numel() == depth.numel() and _all((offset >= 0) & (offset < 1 << depth))
+    _require(valid, op, "source, depth and offset are no split plan of this shape")
+
+
+def _all(conditions: Tensor) -> bool:
+    return bool(conditions.all())
+
+
+def _check_scales(op: str, scale: Tensor, rows: int) -> None:
+    _require(
+        scale.dim() == 0 or (scale.dim() == 1 and scale.numel() == rows), op, "scale must have no dimension, or one"
+    )
+    _require(_all((scale > 0) & scale.isfinite()), op, "every scale must be a positive finite number")
+
+
+def _floats(op: str, x: Tensor) -> Tensor:
+    _require(x.is_floating_point(), op, "a float tensor is needed")
+    return x.float()
+
+
+@kernel(lambda x: x.new_empty((), dtype=torch.float32))
+def abs_max(x: Tensor) -> Tensor:
+    """max|x| as float32 [], 0 for an empty tensor."""
+    x = _floats("abs_max", x)
+    return x.abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
+
+
+@kernel(lambda x, bins, limit: x.new_empty(bins, dtype=torch.int64))
+def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
+    """Counts int64 [bins] of |x| over [0, limit], what lies beyond in the last bin."""
+    x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
+    valid = 1 <= bins <= MAX_BINS and 0 <= width < math.inf
+    _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
+    if width == 0:
+        return torch.cat([x.new_full((1,), x.numel(), dtype=torch.int64), x.new_zeros(bins - 1, dtype=torch.int64)])
+    position = x.abs().flatten() / width.to(x.device) * bins
+    return torch.bincount(torch.nan_to_num(position, nan=bins).clamp(max=bins - 1).long(), minlength=bins)
+
+
+@kernel(lambda x, limit: x.new_empty((x.shape[1], OCTAVE_BINS), dtype=torch.int64))
+def octave_histogram(x: Tensor, limit: float) -> Tensor:
+    """Counts int64 [C, 128] of x [N, C, ...]: |x| below limit, a power of two, in eight bins to the octave."""
+    _require(x.dim() >= 2, "octave_histogram", "x must have at least 2 dimensions")
+    valid = 2.0**-110 <= limit < 2.0**128 and math.frexp(limit)[0] == 0.5
+    _require(valid, "octave_histogram", "the limit must be a power of two, 2^-110 or more")
+    octave = (_floats("octave_histogram", x).abs().contiguous().view(torch.int32) >> 20).transpose(0, 1).flatten(1)
+    base = (int(torch.tensor(limit, dtype=torch.float32).view(torch.int32)) >> 20) - OCTAVE_BINS
+    bins = (octave - base).clamp(0, OCTAVE_BINS - 1)
+    bins += OCTAVE_BINS * torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[:, None]
+    return torch.bincount(bins.flatten(), minlength=OCTAVE_BINS * x.shape[1]).view(x.shape[1], OCTAVE_BINS)
+
+
+@kernel(lambda w, groups: w.new_empty(groups * w.shape[1], dtype=torch.float32))
+def channel_max(w: Tensor, groups: int) -> Tensor:
+    """max|w| of each input channel [groups C]."""
+    grouped = _grouped(_floats("channel_max", w).abs(), groups)
+    if 0 in grouped.shape:
+        return w.new_zeros(groups * w.shape[1], dtype=torch.float32)
+    return grouped.amax((1, 3)).flatten()
+
+
+def _empty_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, ...]:
+    size = channel_max.numel() + groups * splits
+    dtypes = (torch.int64, torch.int32, torch.int32, torch.float32)
+    return tuple(channel_max.new_empty(size, dtype=dtype) for dtype in dtypes)
+
+
+@kernel(_empty_plan)
+def split_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The C kernel on a CPU copy: a few numbers, and a heap is nothing for a GPU."""
+    plan = torch.ops.ocs.split_plan(channel_max.cpu(), groups, splits)
+    return tuple(part.to(channel_max.device, copy=True) for part in plan)
+
+
+@kernel(lambda w, *_: w.new_empty(w.shape[0], dtype=torch.float32))
+def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
+    """max|w| of each output channel after splitting [O]."""
+    _check_plan("output_max", groups, w.shape[1], source, depth)
+    expanded = _halved(_floats("output_max", w), source, depth, groups)
+    if 0 in expanded.shape:
+        return w.new_zeros(w.shape[0], dtype=torch.float32)
+    return expanded.abs().amax((2, 3)).flatten()
+
+
+@kernel(lambda w, source, depth, groups, bins, limit: limit.new_empty((*limit.shape, bins), dtype=torch.int64))
+def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
+    """Counts int64 [bins], or [O, bins] where limit is [O], of the |w| after splitting that are not zero."""
+    _check_plan("split_histogram", groups, w.shape[1], source, depth)
+    limit = _floats("split_histogram", limit)
+    valid = 1 <= bins <= MAX_BINS and _all((limit >= 0) & limit.isfinite()) and limit.shape in ((), w.shape[:1])
+    _require(valid, "split_histogram", "bins must be 1 to 2^24, and limit [] or [O], finite and not negative")
+    if not w.shape[0]:
+        return torch.zeros((*limit.shape, bins), dtype=torch.int64, device=w.device)
+    split = _halved(_floats("split_histogram", w), source, depth, groups)
+    rows = split.abs().reshape(limit.numel(), math.prod(split.shape) // limit.numel())
+    width = limit.to(w.device).reshape(-1, 1)
+    position = torch.where(width > 0, rows / width, 0.0) * bins
+    at = torch.nan_to_num(position, nan=bins, posinf=bins).clamp(max=bins - 1).long()
+    at += bins * torch.arange(rows.shape[0], device=w.device)[:, None]
+    return torch.bincount(at[rows != 0], minlength=bins * rows.shape[0]).view(*limit.shape, bins)
+
+
+@kernel(lambda counts, limit, *_: limit.new_empty(limit.shape, dtype=torch.float32))
+def clip_threshold(counts: Tensor, limit: Tensor, bits: int, signed: bool, method: int) -> Tensor:
+    """The C kernel on a CPU copy of the histogram."""
+    return torch.ops.ocs.clip_threshold(counts.cpu(), limit.cpu(), bits, signed, method).to(limit.device, copy=True)
+
+
+def _with_channels(w: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    return w.new_empty((w.shape[0], channels, *w.shape[2:]), dtype=dtype)
+
+
+def _empty_ints(
+    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, *_: int
+) -> Tensor:
+    return _with_channels(w, source.numel() // groups, torch.int8)
+
+
+@kernel(_empty_ints)
+def quantize_weight(
+    w: Tensor,
+    scale: Tensor,
+    source: Tensor,
+    depth: Tensor,
+    offset: Tensor,
+    groups: int,
+    bits: int,
+    quantization_aware: bool,
+) -> Tensor:
+    """Integers int8 [O, C + n, ...] of the split weight, by one addition and one shift each (csrc/kernels.h)."""
+    qmax = grid(bits, True)[1]
+    _check_plan("quantize_weight", groups, w.shape[1], source, depth, offset)
+    _check_scales("quantize_weight", scale, w.shape[0])
+    u = _floats("quantize_weight", w) / _per_row(scale, w)
+    u2 = torch.nan_to_num(torch.floor(2 * u), nan=GRID_LIMIT).clamp(-GRID_LIMIT, GRID_LIMIT).int()
+    addend = 2 * offset + 1 if quantization_aware else torch.ones_like(depth) << depth
+    split = (_gather(u2, source, groups) + addend.reshape(groups, 1, -1, 1)) >> (depth + 1).reshape(groups, 1, -1, 1)
+    ints = split.clamp(-qmax, qmax).to(torch.int8)
+    return ints.reshape(w.shape[0], source.numel() // groups, *w.shape[2:])
+
+
+@kernel(_empty_ints)
+def squant_weight(
+    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, bits: int
+) -> Tensor:
+    """Integers int8 [O, C + n, ...], quantization-aware, moved so that rounding errors cancel (csrc/ocs.h)."""
+    nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
+    if not nearest.numel():
+        return nearest
+    qmax, within = grid(bits, True)[1], _within_group(source, groups, w.shape[1])
+    u = _grouped(_floats("squant_weight", w) / _per_row(scale, w), groups)
+    parts = _grouped(nearest.int(), groups)
+    total = torch.zeros_like(u, dtype=torch.int32)
+    total.scatter_add_(2, within.reshape(groups, 1, -1, 1).expand(parts.shape), parts)
+    depth, offset = depth.reshape(groups, -1), offset.reshape(groups, -1)
+    low, high = -(qmax << depth) - offset, ((qmax + 1) << depth) - 1 - offset
+    low = low[:, : w.shape[1]].scatter_reduce(1, within, low, "amax")[:, None, :, None]
+    high = high[:, : w.shape[1]].scatter_reduce(1, within, high, "amin")[:, None, :, None]
+    moved = _gather((total - _moves(total, u, low, high)).reshape(w.shape), source, groups)
+    split = (moved + offset.reshape(groups, 1, -1, 1)) >> depth.reshape(groups, 1, -1, 1)
+    changed = moved != _gather(total.reshape(w.shape), source, groups)
+    return torch.where(changed, split, parts).to(torch.int8).reshape(nearest.shape)
+
+
+def _moves(total: Tensor, u: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What to subtract, -1, 0 or 1, from each sum [..., C, K] of a channel's integers."""
+    error = torch.nan_to_num((total.float() - u) * STEP, nan=2.0**30).clamp(-(2.0**30), 2.0**30).long()
+
+    def candidates(moves: Tensor, sign: Tensor) -> Tensor:
+        """The size of each element's error where it may move, else 0."""
+        after = total - moves - sign
+        return torch.where((error * sign > 0) & (after >= low) & (after <= high), error.abs(), 0)
+
+    moves = torch.zeros_like(total)
+    if total.shape[-1] > 1:
+        of_filter = error.sum(-1)
+        sign = of_filter.sign()[..., None]
+        moves = (sign * _largest(candidates(moves, sign), of_filter)).to(total.dtype)
+        error -= STEP * moves
+    of_filter = error.sum(-1)
+    of_row = of_filter.sum(-1)
+    sign = of_row.sign()[..., None]
+    size, first = (part[..., :1] for part in candidates(moves, sign[..., None]).sort(descending=True, stable=True))
+    movable = (of_filter * sign > 0) & (size[..., 0] > 0)
+    one_more = sign * _largest(torch.where(movable, of_filter.abs(), 0), of_row)
+    return moves.scatter_add(-1, first, one_more[..., None].to(total.dtype))
+
+
+def _largest(sizes: Tensor, error: Tensor) -> Tensor:
+    """Whether each of sizes [..., n] is among the floor(|error| + 1/2) largest, the first on ties, and not 0."""
+    order = sizes.sort(descending=True, stable=True)[1]
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(sizes.shape[-1], device=order.device).expand_as(order)
+    )
+    return (rank < ((error.abs() + STEP // 2) // STEP)[..., None]) & (sizes > 0)
+
+
+@kernel(lambda ints, scale, source, groups, channels: _with_channels(ints, channels, torch.float32))
+def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:
+    """float32 [O, channels, ...]: scale times the sum of each channel's integers and its copies'."""
+    _require(ints.dtype == torch.int8, "fold", "ints has the wrong dtype")
+    _check_plan("fold", groups, channels, source)
+    _check_scales("fold", scale, ints.shape[0])
+    grouped = _grouped(ints.float(), groups)
+    total = grouped.new_zeros((*grouped.shape[:2], channels, grouped.shape[3]))
+    index = _within_group(source, groups, channels).reshape(groups, 1, -1, 1).expand(grouped.shape)
+    folded = total.scatter_add(2, index, grouped).reshape(ints.shape[0], channels, *ints.shape[2:])
+    return folded * _per_row(scale, folded)
+
+
+@kernel(lambda w, *_: w.new_empty(2, dtype=torch.float64))
+def weight_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int) -> Tensor:
+    """Sums float64 [2] of w^2 and of (w - w_hat)^2; the order of summation is the device's."""
+    difference = _floats("weight_error", w) - fold(ints, scale, source, groups, w.shape[1])
+    return torch.stack([w.double().square().sum(), difference.double().square().sum()])
+
+
+@kernel(lambda w, *_: w.new_empty(w.shape[0], dtype=torch.float64))
+def output_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int, gain: float) -> Tensor:
+    """float64 [O]: how far each output is off (csrc/ocs.h); the order of summation is the device's."""
+    v = _floats("output_error", w).double().reshape(*w.shape[:2], math.prod(w.shape[2:]))
+    d = fold(ints, scale, source, groups, w.shape[1]).double().reshape(v.shape) - v
+    power = v.square().sum((1, 2))
+    of_gain = (d * v).sum((1, 2)) / (power + (power == 0))
+    return _output_power(d) + gain * _output_power(v) * of_gain.square()
+
+
+def _output_power(v: Tensor) -> Tensor:
+    of_filter = v.sum(2)
+    return (v.square().sum((1, 2)) + of_filter.square().sum(1) + of_filter.sum(1).square()) / 3
+
+
+@kernel(lambda x, scale, bits, signed: x.new_empty(x.shape, dtype=torch.int8 if signed else torch.uint8))
+def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """clamp(round_half_even(x / scale)) as int8 or uint8; NaN gives 0."""
+    return torch.nan_to_num(_to_grid(x, scale, bits, signed), nan=0.0).to(torch.int8 if signed else torch.uint8)
+
+
+@kernel(lambda q, scale: q.new_empty(q.shape, dtype=torch.float32))
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """Q * scale, with one scale or one per entry of the first axis."""
+    _require(q.dtype in (torch.int8, torch.uint8), "dequantize", "q has the wrong dtype")
+    _require(scale.dim() == 0 or scale.shape == q.shape[:1], "dequantize", "scale must have no dimension, or one")
+    return q.float() * _per_row(scale, q)
+
+
+@kernel(lambda x, *_: torch.empty_like(x))
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """Scale * clamp(round_half_even(x / scale)) in the dtype of x; NaN stays, zero comes out as +0."""
+    return ((_to_grid(x, scale, bits, signed) + 0.0) * scale.to(x.device, torch.float32).reshape(())).to(x.dtype)
+
+
+@kernel(lambda ints, bits: ints.new_empty((ints.numel() * bits + 7) // 8, dtype=torch.uint8))
+def pack(ints: Tensor, bits: int) -> Tensor:
+    """The codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
+    qmax = grid(bits, True)[1]
+    codes = ints.flatten().int() + qmax
+    _require(ints.dtype == torch.int8 and _all((codes >= 0) & (codes <= 2 * qmax)), "pack", "an integer is outside")
+    stream = (codes[:, None] >> torch.arange(bits, device=codes.device) & 1).flatten()
+    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8))
+    return (stream.reshape(-1, 8) << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+
+@kernel(lambda packed, numel, bits: packed.new_empty(numel, dtype=torch.int8))
+def unpack(packed: Tensor, numel: int, bits: int) -> Tensor:
+    """And back: int8 [numel]."""
+    qmax = grid(bits, True)[1]
+    fits = packed.dtype == torch.uint8 and numel >= 0 and packed.dim() and (numel * bits + 7) // 8 == packed.numel()
+    _require(bool(fits), "unpack", "packed has another size or dtype")
+    stream = (packed.flatten().int()[:, None] >> torch.arange(8, device=packed.device) & 1).flatten()
+    codes = (stream[: numel * bits].reshape(-1, bits) << torch.arange(bits, device=packed.device)).sum(1)
+    _require(_all(codes <= 2 * qmax) and _all(stream[numel * bits :] == 0), "unpack", "an integer is outside")
+    return (codes - qmax).to(torch.int8)
+
+
+def grid(bits: int, signed: bool) -> tuple[int, int]:
+    """The smallest and largest integer of k bits: -qmax .. qmax, or 0 .. 2^k - 1."""
+    _require(2 <= bits <= 8, "grid", f"bits={bits}: bits must be 2 to 8")
+    return constants.grid(bits, signed)
+
+
+def _to_grid(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    _require(scale.numel() == 1, "quantize", "scale must be one number")
+    on_device = scale.to(x.device, torch.float32).reshape(())
+    return torch.round(_floats("quantize", x) / on_device).clamp(*grid(bits, signed))
+
+
+def _per_row(scale: Tensor, w: Tensor) -> Tensor:
+    """Scale [] or [O] so that it broadcasts over w [O, ...]."""
+    scale = scale.to(w.device, torch.float32)
+    return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
+
+
+def _grouped(w: Tensor, groups: int) -> Tensor:
+    """View of w as [groups, O / groups, C, K]."""
+    _require(w.dim() >= 2, "weight", "at least 2 dimensions are needed")
+    divides = groups == 1 or (1 < groups <= w.shape[0] and w.shape[0] % groups == 0)
+    _require(divides, "weight", "groups must divide the output channels")
+    return w.reshape(groups, w.shape[0] // groups, w.shape[1], math.prod(w.shape[2:]))
+
+
+def _within_group(source: Tensor, groups: int, channels: int) -> Tensor:
+    return source.reshape(groups, -1) - torch.arange(groups, device=source.device)[:, None] * channels
+
+
+def _halved(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
+    """The split weight [groups, O / groups, C + n, K]."""
+    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    return _gather(w, source, groups) * factor.reshape(groups, 1, -1, 1)
+
+
+def _gather(w: Tensor, source: Tensor, groups: int) -> Tensor:
+    """[groups, O / groups, C + n, K]: each expanded channel's original weights."""
+    grouped = _grouped(w, groups)
+    index = _within_group(source, groups, w.shape[1]).reshape(groups, 1, -1, 1)
+    return grouped.gather(2, index.expand(*grouped.shape[:2], -1, grouped.shape[3]))

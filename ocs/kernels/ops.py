@@ -1,0 +1,64 @@
+"""The kernels, whatever the array: which implementation serves it, and the gradient.
+
+`ocs._C` (numpy arrays) and `torch.ops.ocs` (tensors) have the same functions with the same arguments; `kernels(x)`
+picks. CPU tensors run the C kernels, other devices `ocs.kernels.composite`, which says the shapes of results as well.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ocs import _C
+from ocs.kernels import composite
+
+isa = _C.isa
+isas = _C.isas
+set_isa = _C.set_isa
+
+
+def kernels(x: np.ndarray | Tensor) -> ModuleType | Any:
+    """The namespace of kernels for this kind of array."""
+    return torch.ops.ocs if isinstance(x, Tensor) else _C
+
+
+# --- Gradient ---------------------------------------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """fake_quantize whose gradient is 1 where x rounds to the grid and 0 where it is clipped.
+
+    A Function beside the operator, not registered on it: that would cost every call without a gradient 8 us.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+        """x_hat, in x's shape and dtype."""
+        return torch.ops.ocs.fake_quantize(x, scale, bits, signed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Remembers where nothing was clipped."""
+        x, scale, bits, signed = inputs
+        qmin, qmax = composite.grid(bits, signed)
+        q = torch.round(x.float() / scale)
+        ctx.save_for_backward((q >= qmin) & (q <= qmax))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient where nothing was clipped."""
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """The operator, with that gradient where one is asked for. Nothing is checked."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return StraightThrough.apply(x, scale, bits, signed)
+    return torch.ops.ocs.fake_quantize(x, scale, bits, signed)

@@ -1,0 +1,192 @@
+"""Which BatchNorms the convolution before them can take in, and the convolutions that have done so.
+
+In eval mode a BatchNorm is one scale and one shift per channel, s = gamma / sqrt(var + eps) and beta - mean s, and the
+convolution before it may as well apply them: weight' = weight s per output channel, bias' = (bias - mean) s + beta.
+A pair is folded only where a symbolic trace of the model shows that nothing else sees what lies between the two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ocs.model.graph import Trace, first_line, has_hooks, traces
+from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.registry import replacement_of
+
+_NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # spatial dimensions of the convolutions they fit
+_METHODS = ("forward", "_conv_forward", "_check_input_dim", "__call__")
+
+
+class FoldedBatchNorm(nn.Identity):
+    """Stands where a BatchNorm was whose scale and shift the layer before it now holds."""
+
+
+class Folding(NamedTuple):
+    """What to exchange in a model, all of it at once."""
+
+    layers: dict[int, nn.Module]  # by id of the old layer: a copy of it with the folded weight and bias
+    norms: dict[int, FoldedBatchNorm]  # by id of the old BatchNorm
+    left: dict[str, str]  # the first name of every BatchNorm that stays, and why
+
+    def by_name(self, model: nn.Module) -> dict[str, str]:
+        """Say of each BatchNorm of the model, by its first name, why it stays, or "" where it is folded."""
+        return {name: "" for name, module in model.named_modules() if id(module) in self.norms} | self.left
+
+
+def plan_folding(model: nn.Module) -> Folding:
+    """Fold every BatchNorm that can be into the convolution before it; the model itself is not changed.
+
+    It holds for the mode (train or eval) that the model and each of its parts are in, and for calls of the model itself
+    with any of its optional arguments. Inputs of a Conv1d are taken to be batched: without a batch dimension, a
+    BatchNorm1d would normalize another axis. Linear layers are left alone, as their rank is not known: for
+    [N, L, C] a BatchNorm1d normalizes L.
+    """
+    folding = Folding({}, {}, {})
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if not norms:
+        return folding
+    try:
+        found = traces(model)
+    except Exception as error:  # noqa: BLE001 - the model's own code runs here, on what are no tensors
+        folding.left.update(dict.fromkeys(norms, f"the model cannot be traced: {first_line(error)}"))
+        return folding
+    modules, shared = dict(model.named_modules()), _shared(model)
+    for name, norm in norms.items():
+        before, reason = _layer_before(name, modules, found, shared)
+        layer = None if reason else folded_layer(modules[before], norm)
+        if layer is None:
+            folding.left[name] = reason or "the folded weight or bias would not be finite"
+        else:
+            folding.layers[id(modules[before])], folding.norms[id(norm)] = layer, FoldedBatchNorm().eval()
+    return folding
+
+
+# --- The arithmetic ---------------------------------------------------------------------------------------------------
+
+
+def folded_layer(layer: nn.Module, norm: _BatchNorm) -> nn.Module | None:
+    """A copy of a convolution, weight and bias folded; None where one of these would not be finite.
+
+    It shares neither its parameters nor the tables of an nn.Module with the old one.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
+        weight, bias = _folded_parameters(layer, norm)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            return None
+        trained = layer.weight.requires_grad
+        return with_parameters(layer, weight=nn.Parameter(weight, trained), bias=nn.Parameter(bias, trained))
+
+
+def with_parameters(layer: nn.Module, **parameters: nn.Parameter) -> nn.Module:
+    """A copy with other parameters, that shares none of the tables of an nn.Module with the old one."""
+    copied = type(layer).__new__(type(layer))
+    vars(copied).update({k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in vars(layer).items()})
+    copied._parameters.update(parameters)
+    return copied
+
+
+def _folded_parameters(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias [O] in the layer's dtype, device and memory format; computed in float64, rounded once."""
+    layout = replacement_of(layer).layout
+    mean, variance = _float64(norm.running_mean), _float64(norm.running_var)
+    gamma = 1.0 if norm.weight is None else _float64(norm.weight)
+    beta = 0.0 if norm.bias is None else _float64(norm.bias)
+    bias = 0.0 if layer.bias is None else _float64(layer.bias)
+    scale = gamma / torch.sqrt(variance + norm.eps)
+    weight = layout(_float64(layer.weight), layer.groups)
+    weight = layout(weight * scale.view(-1, *[1] * (weight.dim() - 1)), layer.groups)
+    return torch.empty_like(layer.weight).copy_(weight), ((bias - mean) * scale + beta).to(layer.weight)
+
+
+def _float64(x: Tensor) -> Tensor:
+    """On the CPU: some devices have no float64."""
+    return x.detach().to("cpu", torch.float64)
+
+
+# --- The pairs --------------------------------------------------------------------------------------------------------
+
+
+def _layer_before(name: str, modules: dict[str, nn.Module], traces: list[Trace], shared: set[int]) -> tuple[str, str]:
+    """The name of the convolution that can take in this norm, and "", or why there is none."""
+    norm = modules[name]
+    kind = next((kind for kind in _NORMS if isinstance(norm, kind)), None)
+    reason = _problem(norm, kind, shared) if kind else f"is a {type(norm).__name__}"
+    if reason:
+        return "", f"it {reason}"
+    found = sorted({_traced_before(name, modules, trace) for trace in traces})
+    before, reason = next((each for each in found if each[1]), found[0])
+    if reason or len(found) > 1:
+        return "", reason or "what comes before it depends on the model's arguments"
+    layer = modules[before]
+    reason = _problem(layer, replacement_of(layer).float_kind, shared)
+    if not reason and (len(layer.kernel_size), layer.out_channels) != (_NORMS[kind], norm.num_features):
+        reason = f"does not fit a {type(norm).__name__} of {norm.num_features} channels"
+    return before, f"the {type(layer).__name__} before it {reason}" if reason else ""
+
+
+def _traced_before(name: str, modules: dict[str, nn.Module], trace: Trace) -> tuple[str, str]:
+    """The name of the convolution whose output goes into this norm and nowhere else, and "", or why there is none."""
+    call, reason = _only_call(name, trace)
+    if call is None:
+        return "", f"it {reason}"
+    node = next(iter(call.all_input_nodes), call)
+    layer = modules[node.target] if node.op == "call_module" else None
+    if isinstance(layer, nn.Linear):
+        return "", "it follows a Linear, which may put its channels on another axis than it"
+    if not isinstance(layer, CONVOLUTIONS):
+        what = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", node.target)
+        return "", f"it follows {what}, not a convolution"
+    _, reason = _only_call(node.target, trace)
+    if not reason and len(node.users) > 1:
+        reason = f"has an output that is used {len(node.users)} times"
+    return node.target, f"the {type(layer).__name__} before it {reason}" if reason else ""
+
+
+def _only_call(name: str, trace: Trace) -> tuple[fx.Node | None, str]:
+    """The node that calls a module and "", or what the model does instead with it, its parts or what it is part of."""
+    nodes = [node for node in trace.graph.nodes if node.op in ("call_module", "get_attr")]
+    uses = [node for node in nodes if f"{node.target}.".startswith(f"{name}.") or name.startswith(f"{node.target}.")]
+    if name in trace.read:
+        return None, "has tensors that the model reads itself"
+    if len(uses) == 1 and uses[0].op == "call_module" and uses[0].target == name:
+        return uses[0], ""
+    return None, f"is used {len(uses)} times" if len(uses) > 1 else "is not called where the trace sees it"
+
+
+def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
+    """Why a norm or layer cannot be folded, whatever the model does with it, or ""."""
+    parameters, buffers = module._parameters, module._buffers
+    tensors = [t for t in (*parameters.values(), *buffers.values()) if t is not None]
+    problems = {
+        f"has a forward of its own ({type(module).__name__})": any(
+            getattr(type(module), m, None) is not getattr(kind, m, None) or m in vars(module) for m in _METHODS
+        ),
+        "is re-parametrized (weight_norm, pruning or parametrize)": not {"weight", "bias"} <= parameters.keys(),
+        "holds no values yet": any(nn.parameter.is_lazy(t) or t.is_meta for t in tensors),
+        "has hooks": has_hooks(module),
+        "stands in several places": id(module) in shared,
+        "shares its parameters": any(id(t) in shared for t in tensors),
+    }
+    if kind in _NORMS:
+        statistics = (buffers.get("running_mean"), buffers.get("running_var"))
+        problems |= {
+            "is in training mode": module.training,
+            "has no running statistics": any(s is None for s in statistics),
+        }
+    else:
+        weight = parameters.get("weight")
+        problems |= {"has no weight of floats": weight is None or not weight.is_floating_point()}
+    return next((problem for problem, is_so in problems.items() if is_so), "")
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Ids of modules that stand in several places, and of parameters that several modules hold."""
+    modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {key for key, count in [*modules.items(), *held.items()] if count > 1}

@@ -1,0 +1,216 @@
+"""What a model does, as torch.fx sees it: one graph for each way to call it.
+
+Nothing here changes the model. Where a proof is needed (ocs.batchnorm), all of it must be traced; where an
+estimate will do (ocs.moments), the parts that can be, each by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import textwrap
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+
+from ocs.nn.base import QuantizedLayer
+from ocs.nn.registry import REPLACEMENTS
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_KINDS = (*REPLACEMENTS, QuantizedLayer, _BatchNorm)
+_MOST_OPTIONAL = 3  # arguments of a model's forward: each one doubles the number of traces
+
+
+class Trace(NamedTuple):
+    """What a model does in one call."""
+
+    graph: fx.Graph
+    read: set[str]  # names of the modules whose parameters or buffers are looked up from outside
+
+
+def traces(model: nn.Module) -> list[Trace]:
+    """One for each choice of optional arguments; whatever torch.fx or the model's own code raises where one fails."""
+    _check(model)
+    return [_trace(model, _Tracer(arguments)) for arguments in _choices(type(model).forward)]
+
+
+def traced_parts(model: nn.Module) -> list[tuple[str, list[Trace]]]:
+    """The traces of the model, or where it has none those of its parts, by name; never fails.
+
+    A part that cannot be traced stands as one node in what is around it. Optional arguments for which a trace fails are
+    left out.
+    """
+    with _readable_attention():
+        return _parts(model)[0]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return textwrap.shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 100, placeholder=" ...")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether more may run than the module's forward."""
+    return any(vars(module).get(hooks) for hooks in _HOOKS)
+
+
+# --- One trace --------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Records layers, norms and modules with hooks as one node each: hooks must not run on what are no tensors.
+
+    arguments: values for some of the arguments of the model's forward; the others are symbolic.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.read: set[int] = set()  # ids of tensors
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Subclasses too, which torch.fx would look into."""
+        return isinstance(m, _KINDS) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Remembers which tensors the model looks up: buffers leave no other mark."""
+        if isinstance(attr_val, Tensor):
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
+        """The arguments of the model's forward, the model first."""
+        names = inspect.unwrap(root_fn).__code__.co_varnames
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return fn, [self.arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
+
+
+class _OpenTracer(_Tracer):
+    """Looks into torch's own blocks of layers (transformers), too, and not into what is opaque.
+
+    A forward is called without more arguments than it names, and without its decorators.
+    """
+
+    def __init__(self, arguments: dict[str, Any], opaque: Collection[str]) -> None:
+        super().__init__(arguments)
+        self.opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Names, as the traced modules are copies."""
+        if module_qualified_name in self.opaque:
+            return True
+        block = not (isinstance(m, _KINDS) or has_hooks(m)) and any(isinstance(part, _KINDS) for part in m.modules())
+        return not block and super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
+        """The arguments of the model's forward, the model first."""
+        root_fn = inspect.unwrap(root_fn)
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        code, flags = root_fn.__code__, root_fn.__code__.co_flags
+        named = code.co_argcount + code.co_kwonlyargcount
+        more = [()] * bool(flags & inspect.CO_VARARGS) + [{}] * bool(flags & inspect.CO_VARKEYWORDS)
+        return fn, [*args[:named], *more]
+
+
+def _check(model: nn.Module) -> None:
+    """Nothing runs that a trace would not see."""
+    own_call = type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
+    if own_call or "forward" in vars(model):
+        raise ValueError("its forward is not all that runs")
+    if _has_any_global_hook():
+        raise ValueError("there are hooks on all modules")
+
+
+def _trace(model: nn.Module, tracer: _Tracer) -> Trace:
+    # A forward may keep what it computes, and torch.fx its constants: neither in the user's model.
+    copied = copy.deepcopy(model, _kept(model))
+    graph = tracer.trace(copied)
+    tensors = ((name, [*m._parameters.values(), *m._buffers.values()]) for name, m in copied.named_modules())
+    return Trace(graph, {name for name, own in tensors if any(id(t) in tracer.read for t in own)})
+
+
+def _kept(model: nn.Module) -> dict[int, Tensor]:
+    """What a copy to be traced shares with the model, by id: parameters, and what is computed of them (pruning)."""
+    held = (t for module in model.modules() for t in (*module._parameters.values(), *vars(module).values()))
+    return {id(t): t for t in held if isinstance(t, Tensor) and (isinstance(t, nn.Parameter) or not t.is_leaf)}
+
+
+def _choices(forward: Callable) -> list[dict[str, Any]]:
+    """Every way to call it as to its optional arguments: left out or given, True or False."""
+    optional = [p for p in inspect.signature(forward).parameters.values() if p.default is not p.empty]
+    if len(optional) > _MOST_OPTIONAL:
+        raise ValueError(f"its forward has {len(optional)} optional arguments")
+    values = [
+        [{p.name: True}, {p.name: False}] if isinstance(p.default, bool) else [{p.name: p.default}, {}]
+        for p in optional
+    ]
+    return [dict(ChainMap(*choice)) for choice in itertools.product(*values)]
+
+
+# --- Parts ------------------------------------------------------------------------------------------------------------
+
+
+Parts = list[tuple[str, list[Trace]]]
+
+
+def _parts(module: nn.Module) -> tuple[Parts, list[str]]:
+    """The traces of a module and of what is opaque in it, by name, and the names of what is opaque, "" for itself."""
+    found = _whole(module, ())
+    if found:
+        return [("", found)], []
+    parts, opaque = [], []
+    for name, child in module.named_children():
+        if isinstance(child, _KINDS) or not any(isinstance(part, _KINDS) for part in child.modules()):
+            continue
+        of_child, opaque_in_child = _parts(child)
+        parts += [(f"{name}.{part}".removesuffix("."), found) for part, found in of_child]
+        opaque += [f"{name}.{part}".removesuffix(".") for part in opaque_in_child]
+    found = _whole(module, opaque) if opaque else []
+    if not found:
+        return parts, ["", *opaque]
+    called = {str(node.target) for trace in found for node in trace.graph.nodes if node.op == "call_module"}
+    left = tuple(f"{name}." for name in opaque if name in called)
+    return [("", found), *(part for part in parts if f"{part[0]}.".startswith(left))], opaque
+
+
+def _whole(module: nn.Module, opaque: Collection[str]) -> list[Trace]:
+    """One for each choice of optional arguments for which there is one."""
+    found = []
+    try:
+        _check(module)
+        choices = _estimated_choices(type(module).forward)
+    except Exception:  # noqa: BLE001 - a forward without a signature, or none that runs
+        return found
+    for arguments in choices:
+        try:
+            found.append(_trace(module, _OpenTracer(arguments, opaque)))
+        except Exception:  # noqa: BLE001 - the module's own code runs here, on what are no tensors
+            continue
+    return found
+
+
+def _estimated_choices(forward: Callable) -> list[dict[str, Any]]:
+    """All of them, or that all optional arguments are left out where there are too many."""
+    try:
+        return _choices(forward)
+    except ValueError:
+        optional = [p for p in inspect.signature(forward).parameters.values() if p.default is not p.empty]
+        return [{p.name: p.default for p in optional}]
+
+
+@contextmanager
+def _readable_attention() -> Iterator[None]:
+    """torch's transformer layers ask their inputs whether a fused kernel would do, which have no answer."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

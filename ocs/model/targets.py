@@ -1,0 +1,167 @@
+"""Which modules of a model hold weights, and what stands in the way of quantizing each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ocs.errors import error_context
+from ocs.nn.base import QuantizedLayer
+from ocs.nn.registry import is_quantizable, replacement_of
+from ocs.nn.weights import check_values as check_weight_values
+
+# Modules whose forward reads their children's weights without calling them. They may: a quantized layer's `weight` has
+# the float layer's shape. But it would be folded anew at every call, so that these children run folded from the start;
+# and they would not see their input, so that it stays float.
+_READ_BY_PARENT = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": ("self_attn", "linear1", "linear2"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+}
+_METHODS = ("forward", "_conv_forward", "__call__")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that holds weights, as it was found in a model."""
+
+    module: nn.Module
+    aliases: tuple[str, ...]  # every name it has
+    reason_float: str = ""  # why it cannot be quantized, if so
+    reason_folded: str = ""  # why it cannot run expanded, if so
+    reason_float_input: str = ""  # why its input cannot be quantized, if so
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.aliases[0]
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module whose layers can be replaced, with a TypeError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, whose layers cannot be replaced: quantize the model it was made from")
+    if is_quantizable(model):
+        name = type(model).__name__
+        raise TypeError(f"model is a {name}, which cannot replace itself in place: wrap it, nn.Sequential({name}(...))")
+
+
+def check_values(target: Target) -> None:
+    """Refuse a target whose weights have no values yet, with a ValueError that names it."""
+    with error_context(target.name):
+        for name in replacement_of(target.module).weight_names(target.module):
+            check_weight_values(target.module._parameters[name])
+
+
+def find_targets(model: nn.Module) -> list[Target]:
+    """Find every module that owns a weight of two or more dimensions, in the order of named_modules().
+
+    Raises:
+        ValueError: one of them is quantized already.
+    """
+    aliases: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(module, []).append(name)
+    owners = _owners(aliases)
+    return [_target(model, module, names, owners) for module, names in aliases.items() if _is_target(module, names)]
+
+
+def _is_target(module: nn.Module, names: list[str]) -> bool:
+    if isinstance(module, QuantizedLayer):
+        raise ValueError(f"{names[0] or 'model'}: already quantized; use a fresh float model (copy.deepcopy keeps one)")
+    if isinstance(module, ParametrizationList):
+        return False  # its layer is listed, and left float
+    return any(_holds_weight(parameter) for parameter in module._parameters.values()) or is_quantizable(module)
+
+
+def _holds_weight(parameter: Tensor | None) -> bool:
+    return parameter is not None and (nn.parameter.is_lazy(parameter) or parameter.dim() >= 2)
+
+
+def _target(model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]]) -> Target:
+    reason = _reason_float(module, names[0], owners)
+    if reason:
+        return Target(module, tuple(names), reason_float=reason)
+    read = _reason_read_by_parent(model, names)
+    folded = replacement_of(module).only_folded or read
+    return Target(module, tuple(names), reason_folded=folded, reason_float_input=read)
+
+
+def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
+    """List the names of each parameter by its id; a module used twice has one name."""
+    owners: dict[int, list[str]] = {}
+    for module, names in aliases.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{names[0]}.{name}")
+    return owners
+
+
+# --- What stands in the way -------------------------------------------------------------------------------------------
+
+
+def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]]) -> str:
+    """Say why a module cannot be quantized, or ""."""
+    kind = type(module).__name__
+    if not is_quantizable(module):
+        own = ", ".join(name for name, parameter in module._parameters.items() if _holds_weight(parameter))
+        return f"{own} of {kind}, which is not among the layers that are quantized"
+    replacement = replacement_of(module)
+    if _overrides_forward(module, replacement.float_kind):
+        return f"{kind} has a forward of its own"
+    weights, others = replacement.weight_names(module), replacement.other_names(module)
+    for each in (*weights, *others):
+        if each not in module._parameters and getattr(module, each, None) is not None:
+            return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
+    own = {*module._parameters, *module._buffers, *module._modules} - {*weights, *others, *replacement.kept_children}
+    if not _is_lazy(module):
+        own |= _own_methods(type(module), replacement.float_kind)
+    if own:
+        return f"{kind} has {', '.join(sorted(own))} of its own besides what {replacement.float_kind.__name__} has"
+    reasons = (_reason_of_weight(module._parameters[each], f"{name}.{each}", owners) for each in weights)
+    return next(filter(None, reasons), "")
+
+
+def _reason_of_weight(weight: Tensor | None, full_name: str, owners: Mapping[int, list[str]]) -> str:
+    name = full_name.rpartition(".")[2]
+    if weight is None:
+        return f"it has no {name}"
+    tied = [owner for owner in owners[id(weight)] if owner != full_name]
+    if tied:
+        return f"its {name} is shared with {', '.join(tied)}"
+    return "" if weight.is_floating_point() else f"its {name} is {weight.dtype}"
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values())
+
+
+@lru_cache(maxsize=256)
+def _own_methods(kind: type[nn.Module], of: type[nn.Module]) -> frozenset[str]:
+    """Name what a subclass can do that its replacement could not."""
+    names = (name for name in set(dir(kind)) - set(dir(of)) if not name.startswith("_"))
+    return frozenset(n for n in names if isinstance(getattr(kind, n), property) or callable(getattr(kind, n)))
+
+
+def _overrides_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module's class overrides a forward method, or the instance does, as wrappers do."""
+    by_class = any(getattr(type(module), method, None) is not getattr(kind, method, None) for method in _METHODS)
+    return by_class or any(method in vars(module) for method in _METHODS)
+
+
+def _reason_read_by_parent(model: nn.Module, names: list[str]) -> str:
+    """Say who reads a module's weight instead of calling it, or ""."""
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
+        if any(child in _READ_BY_PARENT.get(kind, ()) for kind in kinds):
+            return f"{type(parent).__name__} reads its weight itself"
+    return ""

@@ -1,0 +1,149 @@
+"""Convolutions with quantized weights, transposed ones too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ocs.nn.product import QuantProduct
+from ocs.nn.registry import register
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+@torch.fx.wrap
+def _add_pointwise(y: Tensor, copied: Tensor, x: Tensor) -> Tensor:
+    """y [..., O, *spatial] + copied [O, n] x [..., n, *spatial], in one pass over y."""
+    rank = copied.dim() - 2
+    w, x = copied.flatten(1).to(y.dtype), x.flatten(-rank).to(y.dtype)
+    in_rows = y.view(*y.shape[:-rank], math.prod(y.shape[-rank:]))
+    if y.dim() == rank + 1:
+        in_rows.addmm_(w, x)
+    else:
+        in_rows.baddbmm_(w.expand(y.shape[0], -1, -1), x)
+    return y
+
+
+class _QuantConvolution(QuantProduct):
+    """What convolutions of either direction share."""
+
+    kept = ("_reversed_padding_repeated_twice",)
+
+    @property
+    def input_axis(self) -> int:
+        """Before the spatial ones."""
+        return -1 - len(self.kernel_size)
+
+    def sum_parts(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """product(x, weight, bias) over the original channels plus that over the copies."""
+        own, more, copied = self.operands(x)
+        y = product(own, self.original, self.bias)
+        return y if copied is None else y.add_(product(more, copied, None))
+
+
+class _QuantConv(_QuantConvolution):
+    """nn.Conv1d/2d/3d with a quantized weight, batched or not; every padding mode and groups."""
+
+    convolve: ClassVar[Callable[..., Tensor]]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...]."""
+        x, padding = input, self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        if self._is_pointwise():  # which is mostly memory
+            own, more, copied = self.operands(x)
+            y = self.convolve(own, self.original, self.bias)
+            return y if copied is None else _add_pointwise(y, copied, more)
+        return self.sum_parts(
+            x, lambda x, w, b: self.convolve(x, w, b, self.stride, padding, self.dilation, self.groups)
+        )
+
+    def _is_pointwise(self) -> bool:
+        plain = self.groups == 1 and (self.padding in ("valid", "same") or not any(self.padding))
+        return plain and set(self.kernel_size) == set(self.stride) == {1}
+
+
+@register
+class QuantConv1d(_QuantConv):
+    """nn.Conv1d with a quantized weight: x [N, C, L]."""
+
+    float_kind = nn.Conv1d
+    convolve = staticmethod(F.conv1d)
+
+
+@register
+class QuantConv2d(_QuantConv):
+    """nn.Conv2d with a quantized weight: x [N, C, H, W]."""
+
+    float_kind = nn.Conv2d
+    convolve = staticmethod(F.conv2d)
+
+
+@register
+class QuantConv3d(_QuantConv):
+    """nn.Conv3d with a quantized weight: x [N, C, D, H, W]."""
+
+    float_kind = nn.Conv3d
+    convolve = staticmethod(F.conv3d)
+
+
+class _QuantConvTranspose(_QuantConvolution):
+    """nn.ConvTranspose1d/2d/3d with a quantized weight; its integers are [O, C + n, ...] like those of any layer."""
+
+    convolve: ClassVar[Callable[..., Tensor]]
+
+    @staticmethod
+    def layout(weight: Tensor, groups: int) -> Tensor:
+        """[groups C, O / groups, ...] as [O, C, ...], and back."""
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """x [N, in_channels, ...] or [in_channels, ...] -> [..., out_channels, ...], of `output_size` where given."""
+        output_padding = self.float_kind._output_padding(
+            self, input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        return self.sum_parts(
+            input,
+            lambda x, w, b: self.convolve(
+                x, w, b, self.stride, self.padding, output_padding, self.groups, self.dilation
+            ),
+        )
+
+
+@register
+class QuantConvTranspose1d(_QuantConvTranspose):
+    """nn.ConvTranspose1d with a quantized weight: x [N, C, L]."""
+
+    float_kind = nn.ConvTranspose1d
+    convolve = staticmethod(F.conv_transpose1d)
+
+
+@register
+class QuantConvTranspose2d(_QuantConvTranspose):
+    """nn.ConvTranspose2d with a quantized weight: x [N, C, H, W]."""
+
+    float_kind = nn.ConvTranspose2d
+    convolve = staticmethod(F.conv_transpose2d)
+
+
+@register
+class QuantConvTranspose3d(_QuantConvTranspose):
+    """nn.ConvTranspose3d with a quantized weight: x [N, C, D, H, W]."""
+
+    float_kind = nn.ConvTranspose3d
+    convolve = staticmethod(F.conv_transpose3d)

@@ -1,0 +1,59 @@
+"""One view of a float layer's weights, whatever its kind: each as [O, C, ...] with its groups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ocs.nn.registry import replacement_of
+
+
+class Weight(NamedTuple):
+    """A weight that is quantized, of a float layer."""
+
+    name: str  # in the layer: "weight", or "weight_hh_l0"
+    tensor: Tensor  # [O, C, ...], a detached view; C are the input channels of one group
+    groups: int
+
+    @property
+    def channels(self) -> int:
+        """C, the input channels of one group."""
+        return self.tensor.shape[1]
+
+
+def weights_of(module: nn.Module) -> list[Weight]:
+    """List the weights of a float layer that are quantized, in the order in which its replacement has them.
+
+    Raises:
+        ValueError: a weight holds no values yet and so has no shape (lazy layers).
+    """
+    kind, groups = replacement_of(module), getattr(module, "groups", 1)
+    found = []
+    for name in kind.weight_names(module):
+        check_shape(module._parameters[name])
+        found.append(Weight(name, kind.layout(module._parameters[name].detach(), groups), groups))
+    return found
+
+
+def weight_of(module: nn.Module, name: str) -> Weight:
+    """Find one weight of a float layer by its name in the layer."""
+    return next(weight for weight in weights_of(module) if weight.name == name)
+
+
+def input_weight(module: nn.Module) -> Weight:
+    """Find the weight that a layer's input meets: the first one."""
+    return weights_of(module)[0]
+
+
+def check_shape(weight: Tensor) -> None:
+    """Refuse a lazy weight, which has no shape."""
+    if nn.parameter.is_lazy(weight):
+        raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")
+
+
+def check_values(weight: Tensor) -> None:
+    """Refuse a weight that has no values: a lazy one, or one on the meta device."""
+    check_shape(weight)
+    if weight.is_meta:
+        raise ValueError("its weight holds no values yet: run a batch through lazy layers, fill meta tensors")

@@ -1,0 +1,183 @@
+"""Second stage of quantize(): what is known of the inputs of layers, by calibration or from the graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from ocs.calibration.gram import LayerMoments
+from ocs.calibration.run import (
+    Calibration,
+    Data,
+    Statistics,
+    moments_for,
+    observe,
+    reached,
+    statistics_for,
+    with_sample,
+)
+from ocs.errors import error_context
+from ocs.model.input_statistics import input_moments
+from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
+from ocs.plan.layer_plan import LayerPlan
+from ocs.plan.options import ModelOptions
+from ocs.weight.types import GAIN
+
+_TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of classes, torch's and others'
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What is known of a layer besides its weights."""
+
+    statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
+    mean: InputMean | None = None  # of its input, where the bias is to be corrected
+    second_moments: LayerMoments | None = None  # of what each weight meets, where these are rounded by them
+    gain: float = GAIN  # see output_error
+
+
+class Learned(NamedTuple):
+    """What calibration and graph said."""
+
+    plans: list[LayerPlan]  # those whose input calibration never saw stay float
+    facts: dict[str, InputFacts]  # by the layer's name
+    sample: Data | None  # one batch, where errors of the model's outputs shall be measured
+
+
+def learn(model: nn.Module, plans: Sequence[LayerPlan], options: ModelOptions) -> Learned:
+    """Run calibration where it was given, and find out what the plans need to know of each layer's input.
+
+    Raises:
+        ValueError: calibration is missing, empty, of another model, or has no effect on these plans.
+    """
+    sample, calibration = _with_sample(options)
+    seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None)
+    plans = [_left_where_unreached(plan, seen) for plan in plans]
+    means = _means(model, plans, seen)
+    gain = _gain(model, plans)
+    facts = {
+        plan.name: InputFacts(seen.get(plan.name), means.get(plan.name), seen.moments.get(plan.name), gain)
+        for plan in plans
+    }
+    return Learned(plans, facts, sample)
+
+
+def _with_sample(options: ModelOptions) -> tuple[Data | None, Data | Calibration | None]:
+    """One batch, where the model's outputs are to be compared on it, and calibration that still has all batches."""
+    by_error = options.budget is not None or options.allocate == "error"
+    if by_error and options.calibration is not None and not isinstance(options.calibration, Calibration):
+        return with_sample(options.calibration)
+    return None, options.calibration
+
+
+def _left_where_unreached(plan: LayerPlan, seen: Calibration) -> LayerPlan:
+    if plan.needs_statistics and plan.name not in seen:
+        return plan.left("float", "calibration never reached it")
+    return plan
+
+
+def _means(model: nn.Module, plans: Sequence[LayerPlan], seen: Calibration) -> dict[str, InputMean]:
+    """The mean inputs of the layers whose bias is to be corrected: measured, else by the graph."""
+    wanted = {plan.name for plan in plans if plan.needs_mean}
+    means = measured_means(seen)
+    if wanted - means.keys():
+        means = means_of_graph(input_moments(model)) | means
+    return {name: mean for name, mean in means.items() if name in wanted}
+
+
+def _gain(model: nn.Module, plans: Sequence[LayerPlan]) -> float:
+    """Through how many layers an error of an output's gain passes on the mean, see output_error.
+
+    That is, until a norm takes it away; a BatchNorm, which divides by what it has seen in training, does not.
+    """
+    depth = sum(getattr(plan.module, "num_layers", 1) for plan in plans if plan.quantized)
+    leaves = (type(module).__name__ for module in model.modules() if not module._modules)
+    norms = sum(_TAKES_GAIN.search(name) is not None for name in leaves)
+    return max(depth / (norms + 1), 1.0)
+
+
+# --- Calibration ------------------------------------------------------------------------------------------------------
+
+
+def _calibrated(
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    calibration: Data | Calibration | None,
+    progress: bool | None,
+    *,
+    has_use: bool,
+) -> Calibration:
+    """What calibration says of the layers that need it; has_use: it is used for something else, too."""
+    _check_options_of_inputs(plans)
+    if calibration is None:
+        _check_needs_none(plans)
+        return Calibration()
+    if not has_use:
+        _check_has_effect(plans)
+    watched = [plan for plan in plans if plan.needs_statistics or plan.needs_mean]
+    compensated = [plan for plan in plans if plan.needs_second_moments]
+    if not watched and not compensated:
+        return Calibration()
+    if not isinstance(calibration, Calibration):
+        return _run(model, watched, compensated, calibration, progress)
+    _check_fits(calibration, watched, compensated)
+    return calibration
+
+
+def _run(
+    model: nn.Module,
+    watched: Sequence[LayerPlan],
+    compensated: Sequence[LayerPlan],
+    data: Data,
+    progress: bool | None,
+) -> Calibration:
+    """What these layers need and no more."""
+    statistics = {}
+    for plan in watched:
+        options = plan.options
+        split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
+        statistics[plan.name] = (plan.module, statistics_for(plan.target, channels=split))
+    moments = {plan.name: moments_for(model, plan.target) for plan in compensated}
+    observe(model, data, statistics, progress, moments)
+    return reached(statistics, moments)
+
+
+# --- What does not go together ----------------------------------------------------------------------------------------
+
+
+def _check_options_of_inputs(plans: Sequence[LayerPlan]) -> None:
+    for plan in plans:
+        if plan.options.abits is None and plan.options.of_input and not plan.overrides("abits"):
+            raise ValueError(f"{plan.name}: an act_ option without abits has no effect: set abits, too")
+
+
+def _check_needs_none(plans: Sequence[LayerPlan]) -> None:
+    needs = [(plan, f"abits={plan.options.abits}") for plan in plans if plan.needs_statistics]
+    needs += [(plan, "rounding='gptq'") for plan in plans if plan.needs_second_moments]
+    if needs:
+        plan, need = needs[0]
+        raise ValueError(f"{plan.name}: {need} needs calibration=: batches of inputs, say")
+
+
+def _check_has_effect(plans: Sequence[LayerPlan]) -> None:
+    options = (plan.options for plan in plans)
+    if not any(each.abits is not None or each.correct_bias or each.rounding == "gptq" for each in options):
+        raise ValueError(
+            "calibration= has no effect on these options: add rounding='gptq', correct_bias=True or abits= to use it;"
+            " batches (no ocs.Calibration) serve allocate='error' and wbits='auto', too"
+        )
+
+
+def _check_fits(calibration: Calibration, watched: Sequence[LayerPlan], compensated: Sequence[LayerPlan]) -> None:
+    if not any(plan.name in calibration for plan in [*watched, *compensated]):
+        raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
+    if compensated and not calibration.moments:
+        raise ValueError("rounding='gptq': calibration has no second moments; use ocs.calibrate(..., moments=True)")
+    for plan in compensated:
+        if plan.name in calibration.moments:
+            with error_context(plan.name):
+                calibration.moments[plan.name].check(plan.module)

@@ -1,0 +1,253 @@
+"""The options of quantize(), each defined once: its default, its check, and a line of help.
+
+LayerOptions are how one layer is quantized; overrides can change them layer by layer, and a recipe decides those that
+the caller leaves open. ModelOptions are of the model as a whole. The signature of quantize(), overrides, the report's
+settings and a file's header follow from the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+from ocs.nn.input import ActSplit
+from ocs.plan.selectors import FIRST_LAYER, Selector, selectors, shown_selector
+from ocs.weight.arguments import (
+    check_bits,
+    check_choice,
+    check_clip,
+    check_ratio,
+    check_rounding,
+    check_select,
+)
+from ocs.weight.types import Granularity, Rounding, Select, Split
+
+if TYPE_CHECKING:
+    from ocs.calibration.run import Calibration, Data
+
+Allocate = Literal["uniform", "knapsack", "error"]
+Recipe = Literal["paper", "best"]
+Check = Callable[[str, Any], Any]  # (name, value) -> the value as plain Python has it, or a ValueError
+
+
+class Definition(NamedTuple):
+    """What is said of an option once."""
+
+    check: Check
+    help: str  # one line, for command lines and tables
+    left_open: bool = False  # None leaves it to the recipe
+    of_input: bool = False  # it has no effect without abits
+
+
+def _option(default: Any, check: Check, text: str, *, left_open: bool = False, of_input: bool = False) -> Any:
+    return field(default=default, metadata={"definition": Definition(check, text, left_open, of_input)})
+
+
+def definitions(options: type) -> dict[str, Definition]:
+    """Map the names of LayerOptions or ModelOptions to their definitions, in order."""
+    return {each.name: each.metadata["definition"] for each in fields(options)}
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def _bits_or_auto(name: str, value: Any) -> int | str:
+    return value if isinstance(value, str) and value == "auto" else check_bits(name, value)
+
+
+def _bits_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else check_bits(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: use True or False")
+    return value
+
+
+def _flag_or_none(name: str, value: Any) -> bool | None:
+    return None if value is None else _flag(name, value)
+
+
+def _expand(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: use True (expanded) or False (folded)")
+    return value
+
+
+def _choice(literal: Any) -> Check:
+    def check(name: str, value: Any) -> str:
+        check_choice(name, value, get_args(literal))
+        return value
+
+    return check
+
+
+def _weight_clip(name: str, value: Any) -> str | float:
+    check_clip(name, value, auto=True)
+    return value if isinstance(value, str) else float(value)
+
+
+def _input_clip(name: str, value: Any) -> str | float:
+    check_clip(name, value)
+    return value if isinstance(value, str) else float(value)
+
+
+def _signed(name: str, value: Any) -> bool | str:
+    if value is not True and value != "auto":
+        raise ValueError(f'{name}={value!r}: use True, or "auto" (unsigned where nothing is negative)')
+    return value
+
+
+def _select(name: str, value: Any) -> Select:
+    check_select(value)
+    return value
+
+
+def _budget(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name}={value!r}: use a positive integer, bytes")
+    return int(value)
+
+
+def _overrides(name: str, value: Any) -> Mapping[str, Mapping[str, Any]]:
+    if not isinstance(value, Mapping | None):
+        raise TypeError(f"{name}={value!r}: use a dict from names or patterns to dicts of options")
+    known = definitions(LayerOptions)
+    for pattern, changes in (value or {}).items():
+        if not isinstance(pattern, str) or not isinstance(changes, Mapping):
+            raise TypeError(f"{name}={{{pattern!r}: {changes!r}}}: use a name or pattern, and a dict of options")
+        unknown = next((key for key in changes if key not in known), None)
+        if unknown is not None:
+            raise ValueError(f"{name}[{pattern!r}]: unknown option {unknown!r}; use {', '.join(known)}")
+    return dict(value or {})
+
+
+def _anything(name: str, value: Any) -> Any:
+    return value
+
+
+# --- The options ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """How one layer is quantized; see quantize()."""
+
+    wbits: int | Literal["auto"] = _option(8, _bits_or_auto, 'bits of the weights, 2 to 8, or "auto" with budget')
+    r: float = _option(0.0, check_ratio, "expand ratio, 0 to 1: ceil(r C) of C input channels are split")
+    clip: str | float = _option("none", _weight_clip, "clip method of the split weights, or a fraction", left_open=True)
+    granularity: Granularity = _option(
+        "tensor", _choice(Granularity), "one scale per tensor or per output channel", left_open=True
+    )
+    split: Split = _option("qa", _choice(Split), "how a channel is halved: quantization-aware or naive")
+    rounding: Rounding = _option("nearest", _choice(Rounding), "how weights are rounded", left_open=True)
+    abits: int | None = _option(None, _bits_or_none, "bits of layer inputs, 2 to 8; float without", left_open=True)
+    act_clip: str | float = _option(
+        "none", _input_clip, "clip method of layer inputs, or a fraction", left_open=True, of_input=True
+    )
+    act_r: float = _option(0.0, check_ratio, "expand ratio of layer inputs, 0 to 1", of_input=True)
+    act_split: ActSplit = _option(
+        "static", _choice(ActSplit), "split inputs by calibration, or anew for each batch", of_input=True
+    )
+    act_signed: bool | str = _option(
+        True, _signed, 'signed integers of inputs, or "auto": unsigned where nothing is negative', left_open=True,
+        of_input=True,
+    )  # fmt: skip
+    correct_bias: bool = _option(False, _flag, "give the outputs back the mean that quantization takes from them")
+    expand: bool = _option(True, _expand, "run with C + n channels, or with the copies folded back")
+    select: Select = _option("max", _select, "which channels are split")
+
+    def __post_init__(self) -> None:
+        for name, check in _LAYER_CHECKS:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        check_rounding(self.rounding, self.split)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether its bits are still to be chosen."""
+        return self.wbits == "auto"
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The options as reports and files have them, a callable by its name."""
+        return {name: shown_value(value) for name, value in vars(self).items()}
+
+    @property
+    def of_input(self) -> bool:
+        """Whether an option that has no effect without abits was changed."""
+        names = (name for name, definition in definitions(LayerOptions).items() if definition.of_input)
+        return any(getattr(self, name) != getattr(LayerOptions, name) for name in names)
+
+
+_LAYER_CHECKS = tuple((name, definition.check) for name, definition in definitions(LayerOptions).items())
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is asked for of a model as a whole; see quantize()."""
+
+    calibration: Data | Calibration | None = _option(None, _anything, "what shows the inputs: batches, say")
+    fold_bn: bool = _option(False, _flag, "fold each BatchNorm into the convolution before it")
+    skip: Selector | Collection[Selector] | None = _option(FIRST_LAYER, _anything, "what stays float")
+    overrides: Mapping[str, Mapping[str, Any]] | None = _option(
+        None, _overrides, "options by a layer's name or pattern"
+    )
+    allocate: Allocate = _option("uniform", _choice(Allocate), "which layers get the splits")
+    budget: int | None = _option(None, _budget, 'bytes of all packed weights, with wbits="auto"')
+    recipe: Recipe = _option("paper", _choice(Recipe), "what the options mean that are left open")
+    explain: bool | None = _option(None, _flag_or_none, "say what each option did for the error")
+    progress: bool | None = _option(None, _anything, "show a bar")
+
+    def __post_init__(self) -> None:
+        for name, definition in definitions(ModelOptions).items():
+            object.__setattr__(self, name, definition.check(name, getattr(self, name)))
+
+    @property
+    def explained(self) -> bool:
+        """Whether the report says what each option did: by default with another recipe than the paper's."""
+        return self.recipe != "paper" if self.explain is None else self.explain
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The options that a report has."""
+        overrides = {
+            pattern: {name: shown_value(value) for name, value in changes.items()}
+            for pattern, changes in self.overrides.items()
+        }
+        return {
+            "skip": [shown_selector(selector) for selector in selectors(self.skip)],
+            "overrides": overrides,
+            "fold_bn": self.fold_bn,
+            "allocate": self.allocate,
+            "budget": self.budget,
+            "recipe": self.recipe,
+        }
+
+
+def shown_value(value: Any) -> Any:
+    """Name a callable; leave all else as it is."""
+    return shown_selector(value) if callable(value) else value
+
+
+class Request(NamedTuple):
+    """What the caller of quantize() asked for, checked."""
+
+    common: LayerOptions  # of all layers, the paper's where the caller left them open
+    given: frozenset[str]  # the layer options that the caller chose
+    model: ModelOptions
+
+    @staticmethod
+    def of(arguments: Mapping[str, Any]) -> Request:
+        """Check the arguments of quantize(), by name; a ValueError or TypeError says which is out of range."""
+        whole = ModelOptions(**{name: arguments[name] for name in definitions(ModelOptions)})
+        given = {
+            name: arguments[name]
+            for name, definition in definitions(LayerOptions).items()
+            if not (definition.left_open and arguments[name] is None)
+        }
+        return Request(LayerOptions(**given), frozenset(given), whole)

@@ -1,0 +1,230 @@
+"""Fourth stage of quantize(): a layer's weights and its input quantized, and the module that replaces it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ocs.calibration.run import Statistics
+from ocs.errors import error_context
+from ocs.nn.base import QuantizedLayer, with_originals
+from ocs.nn.input import InputGrid, QuantizedInput
+from ocs.nn.weights import check_values, input_weight, weights_of
+from ocs.plan.bias_correction import restore_mean
+from ocs.plan.explain import explained_steps
+from ocs.plan.input_facts import InputFacts
+from ocs.plan.layer_plan import LayerPlan
+from ocs.plan.options import LayerOptions
+from ocs.progress import with_progress
+from ocs.weight.error import remaining_error
+from ocs.weight.gptq import Hessian
+from ocs.weight.plan import choose_splits, splits_for
+from ocs.weight.quantize_plan import quantize_plan
+from ocs.weight.threshold import scale_for
+from ocs.weight.types import Quantization, Scheme, SplitPlan
+
+
+class Measured(NamedTuple):
+    """A weight, quantized in some way."""
+
+    packed_bytes: int
+    error: float  # see remaining_error
+    range_ratio: float  # max|w| after splitting over that before
+
+
+class WeightResult(NamedTuple):
+    """A weight of a layer: its split plan, its integers, and what each option did for it where that was asked for."""
+
+    name: str
+    plan: SplitPlan
+    quantization: Quantization
+    steps: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A layer as it was planned, and where it is quantized what replaces it."""
+
+    plan: LayerPlan
+    options: LayerOptions  # the plan's, but for what was not possible
+    replacement: QuantizedLayer | None = None
+    weights: tuple[WeightResult, ...] = ()
+    rounding_note: str = ""  # what is not as it was asked for
+    bias_from: str = ""  # where the mean input came from that corrected its bias
+
+
+def quantize_layers(
+    plans: Sequence[LayerPlan], facts: Mapping[str, InputFacts], *, explain: bool, progress: bool | None
+) -> list[LayerResult]:
+    """Quantize every layer that the plans say."""
+    results = []
+    for plan in with_progress(plans, "quantize", progress):
+        if not plan.quantized:
+            results.append(LayerResult(plan, plan.options))
+            continue
+        with error_context(plan.name):
+            results.append(quantize_layer(plan, facts[plan.name], explain=explain))
+    return results
+
+
+def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False) -> LayerResult:
+    """Quantize one layer; explain: find out what each option did."""
+    quantizer = LayerQuantizer(plan, facts)
+    options = quantizer.possible(plan.options)
+    if plan.target.reason_folded:
+        options = replace(options, expand=False)
+    weights = []
+    for name in quantizer.weights:
+        context = () if name == "weight" else (name,)
+        with error_context(*context):
+            weights.append(quantizer.quantize_weight(name, options, plan.splits))
+    quantized = {each.name: each.quantization.quantized for each in weights}
+    grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
+    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
+    replacement.settings = options.shown
+    if facts.mean is not None:
+        restore_mean(replacement, plan.module.weight, facts.mean.mean)
+    if explain:
+        weights = [each._replace(steps=quantizer.steps(each, options, plan.splits)) for each in weights]
+    note = quantizer.rounding_note(plan.options)
+    bias_from = "" if facts.mean is None else facts.mean.source
+    return LayerResult(plan, options, replacement, tuple(weights), note, bias_from)
+
+
+class LayerQuantizer:
+    """Quantizes the weights of one layer, in one way after the other.
+
+    It owns what that takes: a large factorization of the second moments of each weight's inputs, where gptq needs it.
+    """
+
+    def __init__(self, plan: LayerPlan, facts: InputFacts) -> None:
+        self.plan, self.facts = plan, facts
+        self.weights = {weight.name: weight for weight in weights_of(plan.module)}
+
+    @cached_property
+    def hessians(self) -> dict[str, Hessian]:
+        """Of what each weight meets; empty where calibration never reached the layer."""
+        seen = self.facts.second_moments or {}
+        return {name: Hessian(moments.products, moments.count) for name, moments in seen.items()}
+
+    def possible(self, options: LayerOptions) -> LayerOptions:
+        """The options, with nearest rounding where nothing is known that gptq could round by."""
+        if options.rounding == "gptq" and not self.hessians:
+            return replace(options, rounding="nearest")
+        return options
+
+    def rounding_note(self, options: LayerOptions) -> str:
+        """Say where gptq knew nothing, or little: fewer vectors than they have numbers."""
+        if options.rounding != "gptq":
+            return ""
+        if not self.hessians:
+            return "rounded to nearest: calibration never reached it"
+        seen = ((each.count, each.second.shape[1]) for each in self.hessians.values())
+        count, columns = min(seen, key=lambda each: each[0] - each[1])
+        return f"rounded by {count} inputs of {columns} numbers: more would be better" if count < columns else ""
+
+    def weight(self, name: str) -> Tensor:
+        """A weight as float32 [O, C, ...]."""
+        check_values(self.plan.module._parameters[name])
+        return self.weights[name].tensor.float().contiguous()
+
+    def scheme(self, name: str, options: LayerOptions) -> Scheme:
+        """How a weight is quantized by these options."""
+        hessian = self.hessians[name] if options.rounding == "gptq" else None
+        given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
+        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain)
+
+    def quantize_weight(
+        self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None
+    ) -> WeightResult:
+        """Quantize a weight by these options; splits: of the layer's weights, in each group, where not r says it."""
+        w, scheme = self.weight(name), self.scheme(name, options)
+        by_ratio = splits is None or not options.r
+        n = splits_for(options.r, w.shape[1], scheme.groups) if by_ratio else splits[name]
+        plan = choose_splits(w, n, options.select, scheme)
+        return WeightResult(name, plan, quantize_plan(w, plan, scheme))
+
+    def measure(self, name: str, options: LayerOptions, splits: int | None = None) -> Measured:
+        """Measure what a weight takes and what error is left when it is quantized so."""
+        options = self.possible(options)
+        result = self.quantize_weight(name, options, None if splits is None else {name: splits})
+        plan, quantization = result.plan, result.quantization
+        before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))
+        copies = plan.source.numel() - plan.channel_max.numel()
+        return Measured(
+            packed_bytes(quantization, options.wbits, copies, self._numbers_of_input(options)),
+            remaining_error(self.weight(name), quantization, self.scheme(name, options)),
+            after / before if before else 0.0,
+        )
+
+    def steps(
+        self, result: WeightResult, options: LayerOptions, splits: Mapping[str, int] | None
+    ) -> tuple[tuple[str, float], ...]:
+        """Find out what each option did for a weight; see explained_steps."""
+
+        def quantize(other: LayerOptions) -> Quantization:
+            return self.quantize_weight(result.name, other, splits).quantization
+
+        scheme = self.scheme(result.name, options)
+        return explained_steps(self.weight(result.name), options, scheme, quantize, result.quantization)
+
+    def _numbers_of_input(self, options: LayerOptions) -> int:
+        """Count the numbers that a quantized input takes: its scale, and the sources of its copies."""
+        if not self.plan.quantizes_input or options.act_split == "oracle":
+            return 0
+        weight = input_weight(self.plan.module)
+        splits = splits_for(options.act_r, weight.channels, weight.groups) if self.plan.kind.splits_input else 0
+        return 1 + weight.groups * splits
+
+
+def packed_bytes(quantization: Quantization, bits: int, copies: int, others: int) -> int:
+    """Count the bytes of packed integers, scales, sources of copies, and other numbers of four bytes."""
+    quantized = quantization.quantized
+    return math.ceil(quantized.ints.numel() * bits / 8) + 4 * (quantized.scale.numel() + copies + others)
+
+
+def probe(plan: LayerPlan, bits: int, gain: float) -> tuple[nn.Module, float]:
+    """Quantize a layer's weights without splits, to so many bits where they are still to be chosen; and their error."""
+    options = replace(
+        plan.options,
+        wbits=bits if plan.options.automatic else plan.options.wbits,
+        r=0.0,
+        rounding="nearest" if plan.options.rounding == "gptq" else plan.options.rounding,
+        abits=None,
+        correct_bias=False,
+        expand=False,
+    )
+    plan, facts = replace(plan, options=options), InputFacts(gain=gain)
+    result, quantizer = quantize_layer(plan, facts), LayerQuantizer(plan, facts)
+    return result.replacement, sum(quantizer.measure(each.name, options).error for each in result.weights)
+
+
+def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedInput:
+    """Decide an input's grid, its scale, and which channels are split: those with most outliers."""
+    options, splits_input, weight = plan.options, plan.kind.splits_input, input_weight(plan.module)
+    groups, C, device = weight.groups, weight.channels, weight.tensor.device
+    grid = InputGrid(
+        bits=options.abits,
+        signed=options.act_signed is True or statistics.smallest < 0,
+        splits=splits_for(options.act_r, C, groups) if splits_input else 0,
+        split=options.split,
+        act_split=options.act_split,
+        clip=options.act_clip,
+    )
+    if grid.oracle:
+        return QuantizedInput(grid)
+    if splits_input and statistics.channels not in (None, groups * C):
+        raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")
+    source = split = None
+    if grid.splits:
+        split = statistics.most_outliers(grid.splits, groups).flatten()
+        source = with_originals(split, groups, C).to(device)
+    threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
+    scale = scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
+    return QuantizedInput(grid, scale.to(device), source)

@@ -1,0 +1,151 @@
+"""quantize(): plan every layer of a model, then rewrite it in place, all or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ocs.calibration.run import Calibration, Data
+from ocs.model.batchnorm_folding import Folding, plan_folding
+from ocs.model.rewrite import exchange, module_slots
+from ocs.nn.input import ActSplit
+from ocs.plan.allocate import allocate as allocate_sizes
+from ocs.plan.allocate import check_allocation
+from ocs.plan.choose import choose
+from ocs.plan.input_facts import learn
+from ocs.plan.options import Allocate, Recipe, Request
+from ocs.plan.quantize_layer import LayerResult, quantize_layers
+from ocs.plan.selectors import FIRST_LAYER, Selector
+from ocs.report.data import Report
+from ocs.report.lines import report_lines
+from ocs.weight.types import Granularity, Rounding, Select, Split
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    wbits: int | Literal["auto"] = 8,
+    r: float = 0.0,
+    clip: str | float | None = None,
+    granularity: Granularity | None = None,
+    split: Split = "qa",
+    rounding: Rounding | None = None,
+    abits: int | None = None,
+    act_clip: str | float | None = None,
+    act_r: float = 0.0,
+    act_split: ActSplit = "static",
+    act_signed: bool | Literal["auto"] | None = None,
+    correct_bias: bool = False,
+    calibration: Data | Calibration | None = None,
+    fold_bn: bool = False,
+    skip: Selector | Collection[Selector] | None = FIRST_LAYER,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    expand: bool = True,
+    select: Select = "max",
+    allocate: Allocate = "uniform",
+    budget: int | None = None,
+    recipe: Recipe = "paper",
+    explain: bool | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
+
+    Every convolution (transposed ones too), nn.Linear, nn.MultiheadAttention, and every LSTM, GRU and RNN, layer or
+    cell, becomes an ocs.nn layer; whatever fails, the model is as it was. Sections 3 and 5 of the paper.
+
+    Args:
+        model: a float model on any device, in train or eval mode.
+        wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1. Or "auto": each layer gets the bits, and splits
+            up to its r, that leave the least error within `budget`.
+        r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
+        clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
+            functional.clip_threshold; "auto" is for each layer, or output channel that has a scale, what leaves the
+            least functional.output_error, with rounding="gptq" by what calibration measured.
+        granularity: one scale per "tensor", or per output "channel".
+        split: "qa" (quantization-aware: exact) or "naive" (halves).
+        rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
+            rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
+            for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
+            moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a weight with C K
+            columns). Layers that calibration never reaches are rounded to nearest; the report says so.
+        abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
+            and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
+            paper, unless an override names their abits.
+        act_clip: where inputs saturate, a method or fraction as of `clip`, but for "auto".
+        act_r: expand ratio of the inputs: ceil(act_r C) channels of a convolution or linear layer are split, in each
+            group, those with most values beyond the layer's 99th percentile (`split` says how).
+        act_split: "static" (from calibration), or "oracle": scale and splits for each batch from its own values, the
+            largest |x| halved again and again. It bounds what splitting inputs can give, is slow, needs no calibration,
+            and can be neither compiled whole nor exported.
+        act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
+            nothing negative.
+        correct_bias: add to the bias of each convolution and linear layer what its errors take from the mean of its
+            outputs, (w - w_hat) E[x] (Nagel et al. 2019); a layer without a bias gets one. E[x] is the mean of the
+            float inputs: measured where there is calibration, else from the BatchNorms before the layer, where these
+            tell it surely (not through a LayerNorm, GroupNorm or max pooling), else unknown, and the layer's bias as it
+            was: the report says so. Recurrent and attention layers keep theirs.
+        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
+            model, or what ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode
+            and without gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
+            own and sees those of all.
+        fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
+            sees; the report says of the others why not.
+        skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates
+            (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.
+        overrides: options for the layers that fit a name or pattern: {"layer4.*": dict(wbits=8)}.
+        expand: True for layers that really have C + n channels, False to fold the copies back (same values). Attention,
+            whose forward in torch reads its weights itself, always runs folded; the report says so.
+        select: which channels are split: "max", those with the largest |w| (the paper's rule); "error", those whose
+            splits lower the remaining error most, which with one scale per tensor and no clipping are the same; or a
+            callable (w, n), see functional.plan_splits.
+        allocate: which layers get the splits: "uniform", ceil(r C) each. Or, in no more bytes than that takes, each
+            weight as many as lower most per byte: with "knapsack" its largest |w|, relative to that before splitting
+            (section 3.4 of the paper); with "error" that of the model, the sum over weights of
+            functional.remaining_error. The first of calibration's batches (a callable whole) then says how much each
+            layer counts: by how far the model's outputs move when it alone is quantized.
+        budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
+            an override names keep theirs. The error is that of allocate="error", calibration included.
+        recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
+            rounding="nearest", act_clip="none", act_signed=True.
+            "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
+            clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
+            power (after ReLU, say), and in convolutions of which nothing is known, else "nearest", as
+            for split="naive"; with abits act_clip="mse" and, but for act_split="oracle", act_signed="auto".
+        explain: say in the report what each option did for the error of each layer's outputs; by default with another
+            recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate
+            without data, functional.output_error, or with rounding="gptq" what calibration measured.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
+
+    Returns:
+        A Report with a line for every weight, and one for every layer that was left as it is.
+
+    Raises:
+        ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
+            nothing yet, calibration is missing or empty, an option has no effect (select or allocate without r, act_
+            options without abits, calibration that nothing uses), the model is quantized already or has no layer to
+            quantize.
+        TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
+    """
+    begin, request = time.perf_counter(), Request.of(locals())
+    plans, settings = choose(model, request)
+    check_allocation(plans, request.model)
+    plans, facts, sample = learn(model, plans, request.model)
+    with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
+        folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
+        plans = [replace(plan, norm_folded=folding.layers.get(id(plan.target.module))) for plan in plans]
+        plans = allocate_sizes(model, plans, facts, sample, request.model)
+        results = quantize_layers(plans, facts, explain=request.model.explained, progress=progress)
+    lines, batch_norms = report_lines(results), folding.by_name(model)
+    exchange(list(module_slots(model, _replacements(folding, results))))
+    return Report(tuple(lines), settings, time.perf_counter() - begin, batch_norms)
+
+
+def _replacements(folding: Folding, results: Iterable[LayerResult]) -> dict[int, nn.Module]:
+    """What stands in the model afterwards, by id of what stands there now."""
+    layers = {id(result.plan.target.module): result.replacement for result in results if result.replacement is not None}
+    return {**folding.layers, **folding.norms, **layers}

@@ -1,0 +1,112 @@
+"""The lines of a report, from what became of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ocs.nn.base import QuantizedLayer
+from ocs.plan.layer_plan import LayerPlan
+from ocs.plan.quantize_layer import LayerResult, WeightResult, packed_bytes
+from ocs.report.data import LayerReport
+from ocs.weight.error import sqnr_db
+
+
+def report_lines(results: Iterable[LayerResult]) -> list[LayerReport]:
+    """Make a line for each weight that was quantized, and one for each layer that was left as it is."""
+    lines = []
+    for result in results:
+        if result.replacement is None:
+            lines.append(LayerReport(**_float_layer(result.plan), reason=result.plan.reason))
+        else:
+            lines += [_quantized_weight(result, weight) for weight in result.weights]
+    return lines
+
+
+def _float_layer(plan: LayerPlan, name: str | None = None) -> dict[str, Any]:
+    """What does not depend on quantization: of one weight, or of all that the layer holds."""
+    parameters = plan.module._parameters if name is None else {name: plan.module._parameters[name]}
+    weights = {k: p for k, p in parameters.items() if p is not None and not nn.parameter.is_lazy(p) and p.dim() >= 2}
+    only = next(iter(weights)) if len(weights) == 1 else ""
+    return {
+        "name": plan.name,
+        "kind": type(plan.module).__name__,
+        "weight": only,
+        "shape": tuple(weights[only].shape) if only else (),
+        "status": plan.status,
+        "float_bytes": sum(p.numel() * p.element_size() for p in weights.values()),
+    }
+
+
+def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
+    plan, options, replacement = result.plan, result.options, result.replacement
+    quantization, quantized = weight.quantization, weight.quantization.quantized
+    sources, of_input = replacement.copies(weight.name).tolist(), _quantized_input(replacement)
+    numbers_of_input = len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
+    return LayerReport(
+        **_float_layer(plan, weight.name),
+        bits=options.wbits,
+        granularity=options.granularity,
+        rounding=options.rounding,
+        input_mean="" if plan.input_mean is None else plan.input_mean.reason,
+        clip=quantization.clip,
+        channels=replacement.groups * replacement.channels[weight.name],
+        splits=len(sources),
+        sources=tuple(sources),
+        threshold=_numbers(quantized.threshold),
+        scale=_numbers(quantized.scale),
+        max_before=max(weight.plan.channel_max.tolist(), default=0.0),
+        max_after=max(weight.plan.split_max.tolist(), default=0.0),
+        sqnr_db=sqnr_db(*quantization.error),
+        steps=weight.steps,
+        packed_bytes=packed_bytes(quantization, options.wbits, len(sources), numbers_of_input),
+        expanded_shape=replacement.expanded_shape(weight.name),
+        **of_input,
+        reason=_notes(result, replacement.channels[weight.name]),
+        bias_from=result.bias_from,
+    )
+
+
+def _quantized_input(replacement: QuantizedLayer) -> dict[str, Any]:
+    """What is said of a layer's input, where it is quantized."""
+    grid = replacement.input_grid
+    if grid is None:
+        return {}
+    found = {
+        "act_bits": grid.bits,
+        "act_signed": grid.signed,
+        "act_clip": grid.clip,
+        "act_split": grid.act_split,
+        "act_splits": grid.splits * replacement.groups,
+        "act_sources": tuple(replacement.input_copies().tolist()),
+    }
+    scale = replacement._buffers.get("input_scale")
+    if scale is not None:
+        found |= {"act_scale": float(scale), "act_threshold": float(scale) * grid.qmax}
+    return found
+
+
+def _notes(result: LayerResult, channels: int) -> str:
+    """Say what is not as it was asked for."""
+    plan, options = result.plan, result.options
+    notes = [result.rounding_note] if result.rounding_note else []
+    if (options.r or options.act_r) and result.replacement.groups > 1 and channels == 1:
+        notes.append("depthwise: not split")
+    if plan.target.reason_folded:
+        notes.append(f"runs folded: {plan.target.reason_folded}")
+    if options.abits is not None and not plan.quantizes_input:
+        notes.append("input stays float: name it in overrides" if plan.kind.input_if_asked else "input stays float")
+    elif options.abits is not None and options.act_r and not plan.kind.splits_input:
+        notes.append("input not split")
+    if options.correct_bias and not plan.can_correct_bias:
+        notes.append(f"bias not corrected: not for {type(plan.module).__name__}")
+    elif options.correct_bias and not result.bias_from:
+        notes.append("bias not corrected: the mean of its input is not known, or only guessed")
+    return "; ".join(notes)
+
+
+def _numbers(x: Tensor) -> float | tuple[float, ...]:
+    values = x.tolist()
+    return values if isinstance(values, float) else tuple(values)

@@ -1,0 +1,286 @@
+"""Pictures of what splitting and clipping do; needs matplotlib (the extra `plot`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ocs.calibration.run import Statistics
+from ocs.kernels import reference
+from ocs.kernels.constants import SMALLEST, qmax
+from ocs.weight.arguments import check_array, check_bits, check_clip, check_groups, check_ratio
+from ocs.weight.error import sqnr_db, weight_error
+from ocs.weight.grid import fake_quantize
+from ocs.weight.plan import plan_splits, quantize_weight, splits_for
+from ocs.weight.threshold import METHODS, clip_threshold
+from ocs.weight.types import Array, QuantizedWeight, SplitPlan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import StepPatch
+
+BINS = 201
+GREY, BLUE, RED = "#9aa0a6", "#1f6fb4", "#c0392b"
+PALE, DARK = "#d5d8dc", "#85898e"  # bars behind coloured lines
+LINES = ("#000000", "#e69f00", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe and Ito's but yellow
+MARKS = "os^DvPX<>ph"
+
+Methods = Sequence[str | float]
+
+
+# --- What splitting does to a weight ----------------------------------------------------------------------------------
+
+
+def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: int = 1, title: str = "") -> Figure:
+    """The paper's Figure 1: a weight under linear quantization, under clipping, and after outlier channel splitting.
+
+    Each panel shows the histogram of the weights that are rounded, the k-bit grid, and the signal-to-noise ratio of the
+    result. Clipping uses the threshold that splitting reaches, so that both have the same grid: clipping saturates the
+    outliers, splitting keeps them.
+
+    Args:
+        w: float weight [O, C, ...].
+        bits: 2 to 8.
+        r: expand ratio in [0, 1].
+        groups: of a grouped convolution.
+        title: above the panels.
+    """
+    w = _as_floats(w)
+    plan = plan_splits(w, r, groups)
+    narrowed = float(plan.split_max.max() / plan.channel_max.max()) if plan.channel_max.max() else 1.0
+    split, halved = _halves(w, plan, groups)
+    linear = quantize_weight(w, bits, groups=groups)
+    clipped = quantize_weight(w, bits, clip=narrowed, groups=groups)
+    saturated = np.abs(w) > clipped.threshold * (1 + 1e-6)
+    copies = plan.source.size - groups * w.shape[1]
+    ours = f"OCS, r = {r:g}, {copies} split{'s' * (copies != 1)}: outliers halved, the grid narrows as much"
+    kept = quantize_weight(w, bits, r, groups=groups)
+    panels = (
+        ("linear: the grid reaches the largest weight", {"weights": w}, linear),
+        ("clipped: outliers saturate", {"weights": w[~saturated], "saturated": w[saturated]}, clipped),
+        (ours, {"weights": split[~halved], "of split channels": split[halved]}, kept),
+    )
+    limit = 1.05 * float(np.abs(w).max(initial=1e-12))
+    figure, rows = _new_figure(3, 7, "weight", title)
+    for axes, (name, parts, quantized) in zip(rows, panels, strict=True):
+        sqnr = sqnr_db(*weight_error(w, quantized, groups))
+        _draw_bars(axes, parts, np.linspace(-limit, limit, BINS + 1), (GREY, RED))
+        _draw_grid(axes, quantized, bits)
+        axes.set_title(f"{name}; SQNR {sqnr:.1f} dB", loc="left", fontsize=10)
+    return figure
+
+
+def _draw_grid(axes: Axes, quantized: QuantizedWeight, bits: int) -> None:
+    most = qmax(bits)
+    grid = np.arange(-most, most + 1) * float(quantized.scale)
+    axes.vlines(grid, 0, 1, transform=axes.get_xaxis_transform(), color=BLUE, linewidth=0.6, label=f"{bits}-bit grid")
+    axes.legend(loc="upper left", fontsize=8)
+
+
+# --- Where clipping would cut -----------------------------------------------------------------------------------------
+
+
+class _Panel(NamedTuple):
+    title: str
+    parts: Mapping[str, np.ndarray]  # magnitudes by what they are, without zeros
+    thresholds: Mapping[str | float, float]  # by method
+    sqnr: Mapping[str | float, float]  # dB by method, where it is known
+    counts: np.ndarray | None = None  # how often each magnitude of a single part is there; None: once
+
+
+def clip_thresholds(
+    x: Array, bits: int, r: float = 0.0, *, methods: Methods | None = None, groups: int = 1, signed: bool = True,
+    title: str = ""
+) -> Figure:  # fmt: skip
+    """Histograms of |x| with the threshold of each clip method, before and after outlier channel splitting.
+
+    The second panel, there unless r is 0, has plain halves (split="naive") of the channels with the largest |x|, halved
+    again and again: of a weight what quantize_weight clips, of activations what Oracle OCS makes of a batch. Zeros are
+    counted in the titles, not drawn. The legend gives each threshold, and the signal-to-noise ratio of x once rounded
+    to the k-bit grid that ends there; halves are rounded one by one, added up, and compared with x.
+
+    Args:
+        x: a float weight [O, C, ...], or a batch of activations [N, C, ...].
+        bits: 2 to 8.
+        r: expand ratio in [0, 1].
+        methods: names and fractions as functional.clip_threshold takes them; by default functional.METHODS.
+        groups: of a grouped convolution's weight; 1 for activations.
+        signed: the grid is -qmax .. qmax, else 0 .. 2^k - 1.
+        title: above the panels.
+
+    Raises:
+        TypeError: x is no float array or tensor.
+        ValueError: x has fewer than two dimensions or holds NaN or Inf, or an option is out of range.
+    """
+    x = check_array("x", x, min_rank=2)
+    methods, r = _check_methods(methods), check_ratio("r", r)
+    largest = clip_threshold(x, bits, "none", signed)
+    check_groups(groups, x.shape[0])
+    x = _as_floats(x)
+    panels = [_split_panel(x, bits, ratio, methods, groups, signed) for ratio in ((0.0, r) if r else (0.0,))]
+    return _clip_figure(panels, np.linspace(0, 1.05 * largest or 1.0, BINS + 1), title)
+
+
+def _split_panel(x: np.ndarray, bits: int, r: float, methods: Methods, groups: int, signed: bool) -> _Panel:
+    plan = plan_splits(x, r, groups)
+    values, halved = _halves(x, plan, groups)
+    parts = {"": values[~halved], "of split channels": values[halved]} if r else {"": values}
+    thresholds = {method: clip_threshold(values, bits, method, signed) for method in methods}
+    sqnr = {method: _sqnr_db(x, values, plan.source, t, bits, signed) for method, t in thresholds.items()}
+    zeros = values.size - int(np.count_nonzero(values))
+    title = _panel_title(bits, signed, r, plan.source.size - groups * x.shape[1], zeros)
+    return _Panel(title, {name: np.abs(part[part != 0]) for name, part in parts.items()}, thresholds, sqnr)
+
+
+def input_histograms(
+    statistics: Statistics, bits: int, r: float = 0.0, *, methods: Methods | None = None, signed: bool = True,
+    groups: int = 1, title: str = ""
+) -> Figure:  # fmt: skip
+    """Histograms of what calibration has seen of a layer's inputs, with the threshold of each clip method.
+
+    The second panel, there unless r is 0, is after halving the channels that quantize(act_r=r) splits: those with most
+    values beyond the layer's 99th percentile. Zeros are counted in the first title, not drawn.
+
+    Args:
+        statistics: of one layer, ocs.calibrate(model, data)["its name"].
+        bits: 2 to 8.
+        r: expand ratio in [0, 1].
+        methods: see clip_thresholds.
+        signed: the grid is -qmax .. qmax, else 0 .. 2^k - 1.
+        groups: of a grouped convolution.
+        title: above the panels.
+
+    Raises:
+        TypeError: these are no statistics.
+        ValueError: an option is out of range, or r is not 0 and channels were not counted one by one.
+    """
+    if not isinstance(statistics, Statistics):
+        kind = type(statistics).__name__
+        raise TypeError(f'statistics must be those of one layer, ocs.calibrate(model, data)["its name"], not {kind}')
+    bits, methods, r = check_bits("bits", bits), _check_methods(methods), check_ratio("r", r)
+    edges = np.linspace(0, statistics.limit or 1.0, statistics.counts.numel() + 1)
+    panels = []
+    for split in (None, _most_outliers(statistics, r, groups)) if r else (None,):
+        whole = split is None or not split.numel()
+        counts = statistics.counts if whole else statistics.split_counts(split)
+        thresholds = {method: statistics.threshold(bits, method, signed, split) for method in methods}
+        of_title = (0.0, 0, statistics.zeros) if split is None else (r, split.numel())
+        magnitudes = {"": (edges[:-1] + edges[1:]) / 2}
+        panels.append(_Panel(_panel_title(bits, signed, *of_title), magnitudes, thresholds, {}, counts.numpy()))
+    bars = edges[:: edges.size // 256]
+    return _clip_figure(panels, bars[: int(np.searchsorted(bars, 1.05 * (statistics.largest or 1.0))) + 1], title)
+
+
+def _most_outliers(statistics: Statistics, r: float, groups: int) -> Tensor:
+    """The channels that quantize() splits."""
+    if not statistics.channels:
+        raise ValueError(f"r={r}: these statistics do not count single channels, which are to be split: use r=0")
+    check_groups(groups, statistics.channels)
+    splits = splits_for(r, statistics.channels // groups, groups)
+    return statistics.most_outliers(splits, groups).flatten()
+
+
+def _check_methods(methods: Methods | None) -> list[str | float]:
+    chosen = METHODS if methods is None else methods
+    for method in chosen:
+        check_clip("method", method)
+    return list(dict.fromkeys(method if isinstance(method, str) else float(method) for method in chosen))
+
+
+def _sqnr_db(x: np.ndarray, values: np.ndarray, source: np.ndarray, t: float, bits: int, signed: bool) -> float:
+    """Of x [O, C, ...], the split values [groups, O / groups, C + n, K] once they are rounded and added up."""
+    C, groups = x.shape[1], values.shape[0]
+    scale = max(t / qmax(bits + (not signed)), SMALLEST)
+    error = fake_quantize(values, scale, bits, signed).astype(np.float64) - values
+    for group, channels in enumerate(source.reshape(groups, -1) - C * np.arange(groups)[:, None]):
+        for copy in range(C, channels.size):
+            error[group, :, channels[copy]] += error[group, :, copy]
+    return sqnr_db(float(np.square(x, dtype=np.float64).sum()), float(np.square(error[:, :, :C]).sum()))
+
+
+def _panel_title(bits: int, signed: bool, r: float, splits: int, zeros: int = 0) -> str:
+    split = f"OCS, r = {r:g}, {splits} split{'s' * (splits != 1)}" if r else "no splits"
+    left_out = f"; {zeros:,} zero{'s' * (zeros != 1)} not drawn" if zeros else ""
+    return f"{bits} bits{'' if signed else ' unsigned'}, {split}{left_out}"
+
+
+def _clip_figure(panels: Sequence[_Panel], edges: np.ndarray, title: str) -> Figure:
+    legend_height = 0.9 + 0.2 * (len(panels[0].thresholds) + 1)  # inches
+    figure, rows = _new_figure(len(panels), len(panels) * max(3.0, legend_height), "|x|", title)
+    legend = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03), "frameon": False, "alignment": "left"}
+    for axes, panel in zip(rows, panels, strict=True):
+        bars = _draw_bars(axes, panel.parts, edges, (PALE, DARK), panel.counts)
+        lines = _draw_thresholds(axes, panel)
+        heading = "method, threshold" + ", SQNR" * bool(panel.sqnr)
+        font = {"prop": {"family": "monospace", "size": 8.5}, "title_fontsize": 8.5}
+        axes.legend(handles=[*lines, *bars], title=heading, **legend, **font)
+        axes.set_xlim(0, edges[-1])
+        axes.set_title(panel.title, loc="left", fontsize=10)
+    return figure
+
+
+def _draw_thresholds(axes: Axes, panel: _Panel) -> list[Line2D]:
+    """A line for each method, in ascending order; its mark is as far down as its line in the legend."""
+    names = [method if isinstance(method, str) else f"{method:g} of max" for method in panel.thresholds]
+    numbers = [f"{t:#.3g}".rstrip(".") for t in panel.thresholds.values()]
+    widths = [max(map(len, column), default=0) for column in (names, numbers)]
+    looks = {"markevery": [1], "markeredgecolor": "white", "markersize": 8, "linewidth": 1.3, "clip_on": False}
+    lines = []
+    for i, (method, t) in sorted(enumerate(panel.thresholds.items()), key=lambda item: item[1][1]):
+        at = [0, 0.94 - 0.8 * len(lines) / max(len(names), 8), 1]
+        label = f"{names[i]:<{widths[0]}} {numbers[i]:>{widths[1]}}"
+        if method in panel.sqnr:
+            label += f" {panel.sqnr[method]:5.1f} dB" if math.isfinite(panel.sqnr[method]) else "    exact"
+        looks |= {"color": LINES[i % len(LINES)], "marker": MARKS[i % len(MARKS)], "label": label}
+        lines += axes.plot([t] * 3, at, transform=axes.get_xaxis_transform(), zorder=3, **looks)
+        looks["label"] = "_mark"  # once more, above every line
+        axes.plot([t] * 3, at, transform=axes.get_xaxis_transform(), zorder=4, **looks, linestyle="none")
+    return lines
+
+
+# --- What both need ---------------------------------------------------------------------------------------------------
+
+
+def _as_floats(x: Array) -> np.ndarray:
+    return np.asarray(x.detach().cpu().float() if isinstance(x, Tensor) else x, np.float32)
+
+
+def _halves(w: np.ndarray, plan: SplitPlan, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """The split weight [groups, O / groups, C + n, K] before it is rounded, and which of it was halved."""
+    halvings = plan.depth.reshape(groups, 1, -1, 1)
+    split = reference.halved(w, plan.source, plan.depth, groups)
+    return split, np.broadcast_to(halvings > 0, split.shape)
+
+
+def _new_figure(rows: int, height: float, xlabel: str, title: str) -> tuple[Figure, np.ndarray]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("ocs.plot needs matplotlib: pip install torch-ocs[plot]") from None
+    figure = Figure(figsize=(8, height), layout="constrained")
+    panels = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    panels[-1].set_xlabel(xlabel)
+    if title:
+        figure.suptitle(title)
+    return figure, panels
+
+
+def _draw_bars(
+    axes: Axes, parts: Mapping[str, np.ndarray], edges: np.ndarray, colors: tuple[str, str], counts: Any = None
+) -> list[StepPatch]:
+    """Stacked histograms of values by what they are, and a legend's handles for those that have a name."""
+    below, bars = np.zeros(edges.size - 1), []
+    for (name, values), color in zip(parts.items(), colors, strict=False):
+        above = below + np.histogram(values, edges, weights=counts)[0]
+        bars.append(axes.stairs(above, edges, baseline=below, fill=True, color=color, label=name))
+        below = above
+    axes.set_ylim(0.5, max(axes.get_ylim()[1], 1.5 * below.max(), 2.0))  # before: a log axis warns of no counts at all
+    axes.set_yscale("log")
+    axes.set_ylabel("count")
+    return [bar for bar in bars if bar.get_label()]

@@ -1,0 +1,1 @@
+"""What data, real or synthesized, can mend in a model."""

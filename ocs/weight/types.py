@@ -1,0 +1,63 @@
+"""What the steps of quantizing a weight hand on: choices, split plans, quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ocs.kernels.constants import CLIP_METHODS
+
+if TYPE_CHECKING:
+    from ocs.weight.gptq import Hessian
+
+__all__ = ["CLIP_METHODS"]
+Array = np.ndarray | Tensor
+Granularity = Literal["tensor", "channel"]
+Split = Literal["qa", "naive"]
+Rounding = Literal["nearest", "squant", "gptq"]
+Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one group, n -> n of its input channels
+Select = Literal["max", "error"] | Choice
+GAIN = 10.0  # what changes of gain weigh in output_error where the model is not known
+
+
+class SplitPlan(NamedTuple):
+    """Which channels to split (section 3 of the paper), over C + n expanded channels, group by group."""
+
+    source: Array  # int64: the original channel
+    depth: Array  # int32: how often this copy was halved
+    offset: Array  # int32: which of the 2^depth parts it is in quantization-aware splitting
+    split_max: Array  # float32: max|w| after splitting
+    channel_max: Array  # float32 [C]: max|w| of the original channels
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight as k-bit integers: w is about scale * ints, a channel's integers and its copies' added up."""
+
+    ints: Array  # int8 [O, C + n, ...]
+    scale: Array  # float32 [], or [O] per output channel; always positive
+    source: Array  # int64 [C + n]: the original channel of each expanded one, 0 .. C - 1 first (per group)
+    threshold: Array  # float32, shaped like scale: the largest magnitude on the grid
+
+
+class Scheme(NamedTuple):
+    """How a weight is quantized once its splits are chosen; see functional.quantize_weight."""
+
+    bits: int
+    clip: str | float = "none"
+    granularity: Granularity = "tensor"
+    split: Split = "qa"
+    rounding: Rounding = "nearest"
+    groups: int = 1
+    hessian: Hessian | None = None  # of what it meets, for rounding="gptq"
+    gain: float = GAIN  # see output_error
+
+
+class Quantization(NamedTuple):
+    """A quantized weight, the clip method that gave its threshold, and the sums of w^2 and of (w - w_hat)^2."""
+
+    quantized: QuantizedWeight
+    clip: str | float
+    error: tuple[float, float]

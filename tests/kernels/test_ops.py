@@ -1,0 +1,349 @@
+"""torch.ops.ocs: what torch must know of each operator, other devices, and direct calls with anything at all."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import outlier_weight
+
+from ocs import _C, functional
+from ocs.functional import fake_quantize
+from ocs.kernels import composite, ops
+
+W = torch.from_numpy(outlier_weight((12, 10, 3, 3)))
+PLAN = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(W, 3), 3, 4)
+SCALE = torch.tensor(0.1)
+SCALES = torch.linspace(0.05, 0.2, 12)
+INTS = torch.ops.ocs.quantize_weight(W, SCALE, *PLAN[:3], 3, 5, True)
+COUNTS = torch.stack([torch.ops.ocs.histogram(W, 64, 1.0), torch.ops.ocs.histogram(W, 64, 2.0)])
+PACKED = torch.ops.ocs.pack(INTS, 5)
+
+CALLS = {
+    "abs_max": [(W,), (W.half(),)],
+    "histogram": [(W, 32, 3.0)],
+    "octave_histogram": [(W, 4.0), (W.half().flatten(1), 4.0)],
+    "channel_max": [(W, 3), (W.double().transpose(0, 1), 1)],
+    "split_plan": [(torch.rand(30), 3, 4), (torch.rand(5), 1, 0)],
+    "output_max": [(W, PLAN[0], PLAN[1], 3)],
+    "split_histogram": [(W, *PLAN[:2], 3, 32, limit) for limit in (PLAN[3].max(), W.abs().amax((1, 2, 3)))],
+    "clip_threshold": [(COUNTS, torch.tensor([1.0, 2.0]), 4, True, method) for method in range(7)],
+    "quantize_weight": [(W, s, *PLAN[:3], 3, 5, qa) for s in (SCALE, SCALES) for qa in (True, False)],
+    "squant_weight": [(w, s, *PLAN[:3], 3, 4) for w in (W, W.flatten(2)[..., 0]) for s in (SCALE, SCALES)],
+    "fold": [(INTS, s, PLAN[0], 3, 10) for s in (SCALE, SCALES)],
+    "weight_error": [(W, INTS, SCALE, PLAN[0], 3)],
+    "output_error": [(W, INTS, s, PLAN[0], 3, 10.0) for s in (SCALE, SCALES)],
+    "quantize": [(W, SCALE, 8, signed) for signed in (True, False)],
+    "dequantize": [(INTS, SCALE), (INTS.to(torch.uint8), SCALES)],
+    "fake_quantize": [(W, SCALE, 4, True), (W.bfloat16(), SCALE, 4, False), (W[::2, ::3], SCALE, 4, True),
+                      (W.to(memory_format=torch.channels_last), SCALE, 8, True)],
+    "pack": [(INTS, 5), (INTS[:, ::2], 8)],
+    "unpack": [(PACKED, INTS.numel(), 5)],
+}  # fmt: skip
+EACH = [(name, args) for name, calls in CALLS.items() for args in calls]
+
+
+def test_every_operator_is_listed() -> None:
+    registered = {
+        name.removeprefix("ocs::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("ocs::")
+    }
+    assert registered == set(CALLS) == set(composite.KERNELS) == set(_C.OPERATORS)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_both_doors_take_the_same_arguments(name: str) -> None:
+    schema = getattr(torch.ops.ocs, name).default._schema
+    names = ", ".join(argument.name for argument in schema.arguments)
+    assert getattr(_C, name).__doc__.startswith(f"{name}({names}) -> ")
+    assert list(inspect.signature(getattr(composite, name)).parameters) == [a.name for a in schema.arguments]
+    with pytest.raises(TypeError, match=f"{name}: takes {len(schema.arguments)} arguments, not 9"):
+        getattr(_C, name)(*range(9))
+
+
+def test_constants_are_those_of_the_header() -> None:
+    header = (Path(__file__).resolve().parents[2] / "csrc" / "ocs.h").read_text()
+    methods = re.findall(r"^    OCS_CLIP_(\w+),", header, re.MULTILINE)
+    assert tuple(name.lower().replace("_", "-") for name in methods) == _C.CLIP_METHODS == functional.CLIP_METHODS
+    assert (_C.MIN_BITS, _C.MAX_BITS, _C.MAX_DEPTH) == (2, 8, composite.MAX_DEPTH)
+    assert (_C.MAX_BINS, _C.MAX_SEARCH_BINS) == (2**24, 2**16)
+    assert (_C.OCTAVES, _C.OCTAVE_BINS) == (16, 128)
+
+
+@pytest.mark.parametrize(("name", "args"), EACH)
+def test_opcheck(name: str, args: tuple) -> None:
+    """Schema, fake kernel, autograd registration and tracing with dynamic shapes, as torch itself checks them."""
+    torch.library.opcheck(getattr(torch.ops.ocs, name).default, args)
+
+
+@pytest.mark.parametrize(("name", "args"), EACH)
+def test_composite_equals_the_kernel(name: str, args: tuple) -> None:
+    """What other devices run gives the same values; only errors may be summed in another order."""
+    ours, kernel = getattr(composite, name)(*args), getattr(torch.ops.ocs, name)(*args)
+    tolerance = 1e-12 if name in ("weight_error", "output_error") else 0
+    torch.testing.assert_close(ours, kernel, rtol=tolerance, atol=0)
+
+
+def test_composite_handles_nothing_and_nan() -> None:
+    assert composite.abs_max(torch.zeros(0)) == 0
+    assert composite.channel_max(torch.zeros(0, 4), 1).tolist() == [0] * 4
+    x = torch.tensor([0.1, 5, float("nan"), 0])
+    assert composite.histogram(x, 4, 1.0).tolist() == torch.ops.ocs.histogram(x, 4, 1.0).tolist() == [2, 0, 0, 2]
+    assert composite.histogram(x, 2, 0.0).tolist() == [4, 0]
+    assert composite.quantize(x, SCALE, 4, True).tolist() == torch.ops.ocs.quantize(x, SCALE, 4, True).tolist()
+
+
+def test_composite_squant_of_what_is_not_finite() -> None:
+    w = W.clone()
+    w[0, 1, 2], w[3, 5, 0, 0], w[7, 9] = float("nan"), float("inf"), -float("inf")
+    args = (w, SCALE, *PLAN[:3], 3, 4)
+    assert torch.equal(composite.squant_weight(*args), torch.ops.ocs.squant_weight(*args))
+
+
+def test_other_devices_are_registered() -> None:
+    for name in CALLS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ocs::{name}", "CompositeExplicitAutograd")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ocs::{name}", "CPU")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("name", "args"), EACH)
+def test_cuda_equals_cpu(name: str, args: tuple) -> None:
+    moved = [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    ours, kernel = getattr(torch.ops.ocs, name)(*moved), getattr(torch.ops.ocs, name)(*args)
+    tolerance = 1e-12 if name in ("weight_error", "output_error") else 0
+    torch.testing.assert_close(ours, kernel, rtol=tolerance, atol=0, check_device=False)
+
+
+def test_meta_tensors_have_shapes_only() -> None:
+    q = torch.ops.ocs.quantize_weight(*(t.to("meta") for t in (W, SCALE, *PLAN[:3])), 3, 5, True)
+    assert (q.shape, q.dtype, q.device.type) == (INTS.shape, torch.int8, "meta")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracer
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compile_and_gradient(requires_grad: bool) -> None:
+    def loss(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (fake_quantize(x, scale, 4) * x).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    x, twin = (torch.linspace(-3, 3, 101).requires_grad_(requires_grad) for _ in range(2))
+    ours, plain = compiled(x, SCALE), loss(twin, SCALE)
+    torch.testing.assert_close(ours, plain)
+    if requires_grad:
+        ours.backward()
+        plain.backward()
+        torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_compile_with_a_number_as_scale() -> None:
+    x = torch.randn(5)
+    compiled = torch.compile(lambda x: fake_quantize(x, 0.1, 4), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), fake_quantize(x, 0.1, 4))
+
+
+def test_a_direct_call_has_no_wrong_gradient() -> None:
+    """Of a view with gaps, which the kernel first copies: the copy must not stand for the result."""
+    x = torch.full((4, 2), 100.0, requires_grad=True)
+    result = torch.ops.ocs.fake_quantize(x[:, ::2], SCALE, 3, True)
+    assert "Copy" not in type(result.grad_fn).__name__
+    fake_quantize(x[:, ::2], SCALE, 3).sum().backward()
+    assert x.grad.abs().sum() == 0
+
+
+def test_meta_tensors_are_not_mixed_with_others() -> None:
+    with pytest.raises(RuntimeError, match="meta tensors cannot be mixed"):
+        torch.ops.ocs.fake_quantize(torch.randn(3), torch.ones((), device="meta"), 8, True)
+
+
+def test_export() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return fake_quantize(x, 0.25, 4)
+
+    program = torch.export.export(Module(), (torch.randn(3, 4),))
+    x = torch.randn(3, 4)
+    assert torch.equal(program.module()(x), fake_quantize(x, 0.25, 4))
+
+
+def long(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BEYOND, BELOW = (torch.cat([PLAN[0][:-1], long(source)]) for source in (30, 19))  # of the last group's 20 .. 29
+
+HOSTILE = [
+    ("fold", (INTS, SCALE, BEYOND, 3, 10), "no split plan"),
+    ("fold", (INTS, SCALE, BELOW, 3, 10), "no split plan"),
+    ("output_max", (W, BEYOND, PLAN[1], 3), "no split plan"),
+    ("quantize_weight", (W, SCALE, BELOW, *PLAN[1:3], 3, 5, True), "no split plan"),
+    ("channel_max", (torch.ones(3), 1), "at least 2 dimensions"),
+    ("channel_max", (torch.ones(3, 3), 2), "groups must divide"),
+    ("channel_max", (torch.ones(3, 3), -1), "groups must divide"),
+    ("channel_max", (torch.zeros(0, 4), 2**62 + 2), "groups must divide"),
+    ("fold", (torch.zeros(0, 8, dtype=torch.int8), SCALE, torch.arange(8), 2**61 + 1, 4), "groups must divide"),
+    ("output_max", (torch.zeros(0, 0), long(), int32(), 2**62), "groups must divide"),
+    ("quantize_weight", (torch.zeros(0, 0), SCALE, long(), int32(), int32(), 2**62, 8, True), "groups must divide"),
+    ("output_max", (W, PLAN[0] - 2**63, PLAN[1], 3), "no split plan"),
+    ("histogram", (W, 4, 1e300), "bins must be"),
+    ("channel_max", (torch.ones(3, 3, dtype=torch.int32), 1), "float tensor"),
+    ("split_plan", (torch.ones(4), 1, 5), "splits be at most"),
+    ("split_plan", (torch.ones(4), 1, 2**62), "splits be at most"),
+    ("split_plan", (torch.ones(4), 0, 1), "groups must divide"),
+    ("split_plan", (torch.tensor([1, torch.nan]), 1, 1), "NaN or Inf"),
+    ("output_max", (W, PLAN[0] + 100, PLAN[1], 3), "no split plan"),
+    ("output_max", (W, PLAN[0], PLAN[1][:-1], 3), "no split plan"),
+    ("quantize_weight", (W, SCALE, PLAN[0] - 1, *PLAN[1:3], 3, 5, True), "no split plan"),
+    ("quantize_weight", (W, SCALE, PLAN[0], PLAN[1] + 99, PLAN[2], 3, 5, True), "no split plan"),
+    ("quantize_weight", (W, SCALE, PLAN[0], PLAN[1] - 1, PLAN[2], 3, 5, True), "no split plan"),
+    ("quantize_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2] - 1, 3, 5, True), "no split plan"),
+    ("quantize_weight", (W, SCALE, PLAN[0][:-1], *PLAN[1:3], 3, 5, True), "does not fit"),
+    ("quantize_weight", (W, SCALE, *PLAN[:3], 3, 9, True), "bits must be 2 to 8"),
+    ("quantize_weight", (W, SCALE, *PLAN[:3], 3, 2**40, True), "bits must be 2 to 8"),
+    ("quantize_weight", (W, -SCALE, *PLAN[:3], 3, 5, True), "positive finite"),
+    ("quantize_weight", (W, SCALES[:5], *PLAN[:3], 3, 5, True), "scale must have"),
+    ("quantize_weight", (W, SCALE, PLAN[0].int(), *PLAN[1:3], 3, 5, True), "wrong dtype"),
+    ("squant_weight", (W, SCALE, BELOW, *PLAN[1:3], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, BEYOND, *PLAN[1:3], 3, 5), "no split plan"),
+    ("squant_weight", (torch.zeros(0, 0), SCALE, long(), int32(), int32(), 2**62, 8), "groups must divide"),
+    ("squant_weight", (W, SCALE, PLAN[0] - 2**63, *PLAN[1:3], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1] + 99, PLAN[2], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2] - 1, 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2][:-1], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0][:-1], *PLAN[1:3], 3, 5), "does not fit"),
+    ("squant_weight", (W, SCALE, *PLAN[:3], 3, 1), "bits must be 2 to 8"),
+    ("squant_weight", (W, SCALE * 0, *PLAN[:3], 3, 5), "positive finite"),
+    ("squant_weight", (W, SCALES[:5], *PLAN[:3], 3, 5), "scale must have"),
+    ("squant_weight", (W, SCALE, PLAN[0].int(), *PLAN[1:3], 3, 5), "wrong dtype"),
+    ("fold", (INTS, SCALE, PLAN[0] + 1, 3, 10), "no split plan"),
+    ("fold", (INTS, SCALE, PLAN[0], 3, 2**62), "channels must be"),
+    ("fold", (INTS, SCALE, PLAN[0], 3, -1), "channels must be"),
+    ("fold", (INTS.float(), SCALE, PLAN[0], 3, 10), "wrong dtype"),
+    ("weight_error", (torch.ones(2, 3), INTS.new_ones(3, 2), SCALE, torch.arange(3), 1), "no split plan"),
+    ("weight_error", (W, INTS[:-1], SCALE, PLAN[0], 3), "no split plan"),
+    ("output_error", (W, INTS[:-1], SCALE, PLAN[0], 3, 1.0), "no split plan"),
+    ("histogram", (W, 0, 1.0), "bins must be"),
+    ("histogram", (W, 2**62, 1.0), "bins must be"),
+    ("histogram", (W, 4, -1.0), "bins must be"),
+    ("histogram", (W, 4, float("nan")), "bins must be"),
+    ("quantize", (W, torch.tensor(0.0), 4, True), "positive finite"),
+    ("quantize", (W, torch.ones(0), 4, True), "one number"),
+    ("pack", (INTS, 4), "an integer is outside"),
+    ("pack", (INTS, 9), "bits must be 2 to 8"),
+    ("pack", (INTS, -(2**40)), "bits must be 2 to 8"),
+    ("pack", (INTS.float(), 5), "wrong dtype"),
+    ("unpack", (PACKED, INTS.numel() + 8, 5), "another size"),
+    ("unpack", (PACKED, 2**63 - 1, 5), "another size"),
+    ("unpack", (PACKED, -1, 5), "another size"),
+    ("unpack", (PACKED, INTS.numel(), 1), "bits must be 2 to 8"),
+    ("unpack", (PACKED | 255, INTS.numel(), 5), "an integer is outside"),
+    ("unpack", (PACKED.int(), INTS.numel(), 5), "wrong dtype"),
+    ("dequantize", (INTS, torch.ones(5)), "scale must have"),
+    ("dequantize", (INTS.int(), SCALE), "wrong dtype"),
+    ("fake_quantize", (W, torch.tensor(float("nan")), 4, True), "positive finite"),
+    ("fake_quantize", (W.long(), SCALE, 4, True), "float tensor"),
+    ("fake_quantize", (W, SCALE, -3, True), "bits must be 2 to 8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "args", "message"), HOSTILE)
+def test_direct_calls_never_crash(name: str, args: tuple, message: str) -> None:
+    """A RuntimeError from torch.ops, a ValueError or TypeError from the numpy module."""
+    with pytest.raises(RuntimeError, match=f"ocs::{name}: .*{message}"):
+        getattr(torch.ops.ocs, name)(*args)
+    arrays = [arg.numpy() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        getattr(_C, name)(*arrays)
+
+
+ONLY_THE_KERNEL_LOOKS = {"quantize", "fake_quantize"}  # at the value of a scale: on a device that means waiting for it
+
+
+@pytest.mark.parametrize(("name", "args", "message"), HOSTILE)
+def test_other_devices_refuse_the_same(name: str, args: tuple, message: str) -> None:
+    if name in ONLY_THE_KERNEL_LOOKS and message == "positive finite":
+        return
+    with pytest.raises(RuntimeError):
+        getattr(composite, name)(*args)
+
+
+def test_an_empty_plan_of_any_number_of_groups_ends() -> None:
+    assert [part.numel() for part in torch.ops.ocs.split_plan(torch.zeros(0), 2**62, 0)] == [0] * 4
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_wrong_arguments_of_the_numpy_module(name: str) -> None:
+    for args in [(), ("x",) * 8, (None,), tuple([None] * len(CALLS[name][0]))]:
+        with pytest.raises(TypeError):
+            getattr(_C, name)(*args)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_gil_is_released(library: str, isa: str) -> None:
+    """Another thread runs Python in the middle of one long kernel call."""
+    x = np.zeros(1 << 24, np.float32)
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(1e-4)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.perf_counter()
+    for _ in range(3):  # as one piece of work: the GIL changes hands between calls at most
+        _C.histogram(x, 2048, 1.0) if library == "numpy" else torch.ops.ocs.histogram(torch.from_numpy(x), 2048, 1.0)
+    end = time.perf_counter()
+    done.set()
+    thread.join()
+    torch.set_num_threads(before)
+    inside = [t for t in ticks if begin < t < end]
+    assert len(inside) > 10  # three calls leave room for three or four ticks where each holds the GIL
+
+
+@pytest.mark.parametrize(("value", "expected"), [("ref", "ref"), ("auto", ops.isa())])
+def test_isa_from_the_environment(value: str, expected: str) -> None:
+    code = "import torch, ocs.kernels.ops; print(ocs.kernels.ops.isa())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"OCS_ISA": value}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_instruction_sets_are_chosen_by_name() -> None:
+    before = _C.isa()
+    assert _C.isas()[0] == "ref"
+    for name in _C.isas():
+        _C.set_isa(name)
+        assert _C.isa() == name
+    _C.set_isa("auto")
+    assert _C.isa() == _C.isas()[-1]
+    _C.set_isa(before)
+
+
+def test_unknown_isa() -> None:
+    *others, last = ["'auto'", *(f"'{name}'" for name in reversed(_C.isas()))]
+    with pytest.raises(ValueError, match=f"'sse9'; use {', '.join(others)} or {last}"):
+        ops.set_isa("sse9")
+    command = [sys.executable, "-c", "import ocs"]
+    done = subprocess.run(command, env={"OCS_ISA": "sse9"}, capture_output=True, text=True, check=False)
+    assert "ImportError: OCS_ISA=sse9" in done.stderr
+
+
+def test_quantize_weight_ignores_the_graph() -> None:
+    w = torch.nn.Parameter(W.clone())
+    assert not functional.quantize_weight(w, 4, 0.1).scale.requires_grad

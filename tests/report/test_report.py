@@ -1,0 +1,143 @@
+"""The report: every number in it, and its four forms."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SmallNet
+
+import ocs
+from ocs import functional
+from ocs.report.data import HEADER
+from ocs.weight.quantize_plan import AUTO
+
+
+@pytest.fixture
+def report(net: SmallNet) -> ocs.Report:
+    return ocs.quantize(net, wbits=5, r=0.1, overrides={"head": {"granularity": "channel"}})
+
+
+def test_numbers_of_a_layer(net: SmallNet, report: ocs.Report) -> None:
+    torch.manual_seed(0)
+    weight = SmallNet().body[3].weight.detach()
+    layer = next(layer for layer in report.layers if layer.name == "body.3")
+    q = functional.quantize_weight(weight, 5, 0.1, groups=4)
+    assert (layer.kind, layer.shape, layer.bits, layer.granularity) == ("Conv2d", (16, 4, 3, 3), 5, "tensor")
+    assert (layer.channels, layer.splits) == (16, 4)
+    assert layer.sources == tuple(q.source.reshape(4, 5)[:, 4:].flatten().tolist())
+    assert layer.threshold == float(q.threshold)
+    assert layer.scale == float(q.scale)
+    assert layer.max_before == float(weight.abs().max())
+    assert layer.max_after == layer.threshold < layer.max_before
+    assert layer.sqnr_db == functional.sqnr_db(*functional.weight_error(weight, q, 4))
+    assert layer.float_bytes == 16 * 4 * 9 * 4
+    assert layer.packed_bytes == 16 * 5 * 9 * 5 // 8 + 4 + 4 * 4
+    assert (layer.weights, layer.expanded_weights) == (576, 720)
+
+
+def test_per_channel_numbers(report: ocs.Report) -> None:
+    head = report.layers[-1]
+    assert len(head.threshold) == len(head.scale) == 5
+    assert head.max_after == max(head.threshold)
+
+
+def test_totals(report: ocs.Report) -> None:
+    quantized = report.quantized
+    assert len(quantized) == 4
+    assert report.relative_size == sum(x.expanded_weights for x in quantized) / sum(x.weights for x in quantized)
+    assert report.float_bytes == sum(x.float_bytes for x in quantized)
+    assert report.mean_sqnr_db == pytest.approx(sum(x.sqnr_db for x in quantized) / 4)
+
+
+def test_text(report: ocs.Report) -> None:
+    text = str(report)
+    lines = text.splitlines()
+    assert len(lines) == len(report.layers) + 2
+    assert lines[0].split() == [
+        word for title in HEADER if title not in ("input", "outputs dB") for word in title.split()
+    ]
+    assert "skipped: first convolution" in lines[1]
+    assert "depthwise: not split" in text
+    assert lines[-1].startswith("4 layers quantized, 1 left float")
+
+
+def test_inputs_have_a_column(net: SmallNet) -> None:
+    report = ocs.quantize(
+        net, abits=4, act_r=0.2, act_clip="mse", act_signed="auto", calibration=torch.randn(8, 3, 8, 8),
+        overrides={"head": {"act_split": "oracle", "act_clip": 0.5}, "body.3": {"abits": None}},
+    )  # fmt: skip
+    assert "input" in str(report).splitlines()[0]
+    assert "<th>input</th>" in report.to_html()
+    for name, shown in (("body.0", r"4 bits \+2, 0 \.\. [\d.]+ mse"), ("head", r"4 bits \+4 oracle")):
+        line = next(line for line in str(report).splitlines() if line.startswith(name))
+        assert re.search(shown, line)
+    plain = report.to_dict()["layers"][1]
+    assert (plain["act_bits"], plain["act_signed"], plain["act_clip"], plain["act_splits"]) == (4, False, "mse", 2)
+    assert len(plain["act_sources"]) == 2
+    assert plain["act_scale"] * 15 == pytest.approx(plain["act_threshold"])
+
+
+def test_the_clip_method_is_shown(net: SmallNet) -> None:
+    report = ocs.quantize(net, wbits=3, clip="auto", overrides={"head": {"clip": 0.5}})
+    for line in report.quantized:
+        shown = next(text for text in str(report).splitlines() if text.startswith(line.label))
+        assert line.clip == 0.5 if line.label == "head" else line.clip in AUTO
+        text = line.clip if isinstance(line.clip, str) else f"x{line.clip:g}"
+        assert line.clip == "none" or f" {text}" in shown
+    assert json.loads(report.to_json())["layers"][1]["clip"] in AUTO
+
+
+def test_html_is_well_formed(report: ocs.Report) -> None:
+    class Balance(HTMLParser):
+        open: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag != "meta":
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    parser = Balance()
+    parser.feed(report.to_html())
+    assert parser.open == []
+    assert report._repr_html_().count("<tr") == len(report.layers) + 1
+
+
+def test_html_escapes_names() -> None:
+    model = torch.nn.ModuleDict({"<b>&": torch.nn.Linear(2, 2)})
+    assert "&lt;b&gt;&amp;" in ocs.quantize(model)._repr_html_()
+
+
+def test_dict_and_json(report: ocs.Report, tmp_path: Path) -> None:
+    content = report.to_dict()
+    assert content["settings"]["wbits"] == 5
+    assert content["settings"]["skip"] == ["ocs.FIRST_LAYER"]
+    assert content["settings"]["overrides"] == {"head": {"granularity": "channel"}}
+    assert [layer["name"] for layer in content["layers"]] == ["stem", "body.0", "body.3", "body.5", "head"]
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == content
+    report.save(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == report.to_html()
+    with pytest.raises(ValueError, match=r"end it in .json or .html"):
+        report.save(tmp_path / "report.txt")
+
+
+def test_exact_layers_are_valid_json() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    model[0].weight.data = torch.tensor([[7.0, 0], [-7, 1]])
+    report = ocs.quantize(model, wbits=4)
+    assert report.layers[0].sqnr_db == report.mean_sqnr_db == math.inf
+    assert json.loads(report.to_json())["layers"][0]["sqnr_db"] is None
+
+
+def test_everything_skipped(net: SmallNet) -> None:
+    report = ocs.quantize(net, skip="*")
+    assert (report.quantized, report.relative_size, report.packed_bytes) == ((), 1.0, 0)
+    assert str(report).endswith("s")
