@@ -14,8 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export OCS_WERROR ?= $(CI)
 
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
-C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/*.cpp)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+C_FILES := $(wildcard $(foreach ending,c h def cpp,csrc/*.$(ending) csrc/*/*.$(ending)))
 
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist

@@ -6,7 +6,6 @@
 #include "kernels.h"
 
 #include <float.h>
-#include <stdlib.h>
 
 /* What lies beyond each bin edge; every array but the histogram itself is [bins + 1]. */
 typedef struct {
@@ -46,7 +45,7 @@ static double rounding_error(const ocs_tails *tails, double t, int Q) {
     return tails->squares[0] - 2.0 * d * products + d * d * squares;
 }
 
-/* The part of it that comes from clipping at edge t alone. */
+/* The part of the rounding error that comes from clipping at edge t alone. */
 static double clipping_error(const ocs_tails *tails, int64_t t) {
     double edge = (double)t;
     return tails->squares[t] - 2.0 * edge * tails->sum[t] + edge * edge * tails->beyond[t];
@@ -84,12 +83,12 @@ static double clip_mse(const ocs_tails *tails, int Q) {
 static const double gauss_optimum[] = {1.2240, 1.9523, 2.4739, 2.8987, 3.2699, 3.6075, 3.9205, 4.2146};
 static const double laplace_optimum[] = {2.0000, 3.4864, 4.8199, 6.0984, 7.3582, 8.6184, 9.8824, 11.1554};
 
-/* Those in the paper's release, k = 2 .. 8: about the optima for one bit less. */
+/* The thresholds in the paper's release, k = 2 .. 8: about the optima for one bit less. */
 static const double gauss_release[] = {1.4782, 1.8049, 2.1923, 2.5773, 2.9445, 3.2908, 3.6169};
 static const double laplace_release[] = {2.3315, 3.0453, 4.0038, 5.0825, 6.2321, 7.4270, 8.6527};
 
-/* SAWB's t = c1 rms - c2 mean|x|: as published for 2 bits, then fitted likewise on 2^k - 1 points to the optima of
-   Gaussian, Laplace, uniform, logistic, triangular and von Mises densities. tests/test_clip.py derives those. From 6
+/* SAWB's t = c1 rms - c2 mean|x|: as published for 2 bits, then fitted in the same way on 2^k - 1 points to the optima
+   of Gaussian, Laplace, uniform, logistic, triangular and von Mises densities. tests/test_clip.py derives those. From 6
    bits on no line fits all six: a uniform density is clipped far too low. */
 static const double sawb_rms[] = {3.12, 6.942, 11.823, 16.928, 22.181, 27.557, 33.022, 38.568};
 static const double sawb_mean[] = {2.064, 6.304, 11.859, 17.811, 24.003, 30.378, 36.879, 43.490};
@@ -109,8 +108,8 @@ static double clip_aciq(const ocs_tails *tails, int k) {
     return laplace ? laplace_optimum[k - 2] * b : gauss_optimum[k - 2] * s;
 }
 
-/* As ACIQ's authors do, the release takes the standard deviation of a Gaussian that would reach as far among so many
-   values, and of both optima the one that leaves the smaller error. */
+/* The paper's release, like ACIQ's authors, takes the standard deviation of a Gaussian that would reach as far among so
+   many values, and of both optima the one that leaves the smaller error. */
 static double clip_aciq_release(const ocs_tails *tails, int k, int Q) {
     const double pi = 3.14159265358979312;
     int64_t reached = tails->bins;
@@ -143,11 +142,10 @@ static double clip_percentile(const ocs_tails *tails, int k) {
 
 /* --- Least Kullback-Leibler divergence -------------------------------------------------------- */
 
-/* Sums over the bins before each edge; every array is [bins + 1]. And logarithms: of the counts of an output channel,
-   most are of small numbers. */
-enum { LOGARITHMS = 4096 };
+enum { LOGARITHMS = 4096 };                 /* kept: most counts of an output channel are small */
 static const double NEXT_TO_NOTHING = 1e-4; /* as in MXNet's smoothing */
 
+/* Sums over the bins before each edge, every array [bins + 1], and logarithms of whole numbers. */
 typedef struct {
     double *values;
     double *occupied;   /* bins that are not empty */
@@ -157,6 +155,15 @@ typedef struct {
 
 static double log_of(const ocs_sums *sums, double n) {
     return n < LOGARITHMS ? sums->logarithms[(int)n] : log(n);
+}
+
+/* The arrays in memory [3 edges + LOGARITHMS], and the logarithms that serve every histogram. */
+static ocs_sums sums_in(double *memory, int64_t edges) {
+    ocs_sums sums = {memory, memory + edges, memory + 2 * edges, memory + 3 * edges};
+    for (int n = 0; n < LOGARITHMS; ++n) {
+        sums.logarithms[n] = log(n);
+    }
+    return sums;
 }
 
 static double n_log_n(double n) {
@@ -215,6 +222,20 @@ static double clip_kl(const ocs_tails *tails, const ocs_sums *sums, int Q) {
 
 /* --- The entry -------------------------------------------------------------------------------- */
 
+static const char *const names[] = {
+    [OCS_CLIP_MSE] = "mse",
+    [OCS_CLIP_ACIQ] = "aciq",
+    [OCS_CLIP_ACIQ_RELEASE] = "aciq-release",
+    [OCS_CLIP_KL] = "kl",
+    [OCS_CLIP_PERCENTILE] = "percentile",
+    [OCS_CLIP_STD] = "std",
+    [OCS_CLIP_SAWB] = "sawb",
+};
+
+const char *ocs_clip_name(int64_t method) {
+    return method >= 0 && method < (int64_t)(sizeof names / sizeof names[0]) ? names[method] : NULL;
+}
+
 typedef struct {
     float *threshold;
     const int64_t *counts;
@@ -223,10 +244,9 @@ typedef struct {
     int bits;
     bool is_signed;
     ocs_clip method;
-    ocs_status status;
 } clip_job;
 
-/* In bins. An unsigned grid has the positive half of one with a bit more. */
+/* The threshold in bins. An unsigned grid has the positive half of one with a bit more. */
 static double clip_position(const clip_job *job, const ocs_tails *tails, ocs_sums *sums) {
     const int k = job->is_signed ? job->bits : job->bits + 1, Q = ocs_qmax(k);
     switch (job->method) {
@@ -241,53 +261,33 @@ static double clip_position(const clip_job *job, const ocs_tails *tails, ocs_sum
     return (double)job->bins;
 }
 
-static void clip_range(int64_t begin, int64_t end, void *ctx) {
-    clip_job *job = ctx;
+static void clip_range(ocs_range *range) {
+    const clip_job *job = range->ctx;
     const int64_t edges = job->bins + 1;
-    const bool kl = job->method == OCS_CLIP_KL;
-    double *scratch = malloc((size_t)(kl ? 6 * edges + LOGARITHMS : 3 * edges) * sizeof *scratch);
-    if (scratch == NULL) {
-        __atomic_store_n(&job->status, OCS_NO_MEMORY, __ATOMIC_RELAXED);
-        return;
-    }
+    double *memory = range->scratch;
     ocs_sums sums = {NULL, NULL, NULL, NULL};
-    if (kl) {
-        sums = (ocs_sums){scratch + 3 * edges, scratch + 4 * edges, scratch + 5 * edges, scratch + 6 * edges};
-        for (int n = 0; n < LOGARITHMS; ++n) {
-            sums.logarithms[n] = log(n);
-        }
+    if (job->method == OCS_CLIP_KL) {
+        sums = sums_in(memory + 3 * edges, edges);
     }
-    for (int64_t row = begin; row < end; ++row) {
-        ocs_tails tails = {job->counts + row * job->bins, job->bins, scratch, scratch + edges, scratch + 2 * edges};
+    for (int64_t row = range->begin; row < range->end; ++row) {
+        ocs_tails tails = {job->counts + row * job->bins, job->bins, memory, memory + edges, memory + 2 * edges};
         fill_tails(&tails);
         const float limit = job->limit[row];
         const bool empty = tails.beyond[0] == 0.0 || limit == 0.0f;
         double threshold = empty ? limit : clip_position(job, &tails, &sums) * limit / (double)job->bins;
         job->threshold[row] = threshold < limit ? fmaxf((float)threshold, FLT_TRUE_MIN) : limit;
     }
-    free(scratch);
 }
 
 ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const float *limit, int64_t R, int64_t bins,
                                   int bits, bool is_signed, ocs_clip method) {
-    if (bits < 2 || bits > 8) {
-        return OCS_BAD_BITS;
-    }
-    if (bins < 1 || bins > INT64_C(1) << 16) { /* beyond, sums of squared positions cancel too much */
-        return OCS_BAD_BINS;
-    }
-    if (method < OCS_CLIP_MSE || method > OCS_CLIP_SAWB) {
-        return OCS_BAD_METHOD;
-    }
-    if (!ocs_limits_valid(limit, R)) {
-        return OCS_BAD_BINS;
-    }
+    OCS_TRY(ocs_check_bits(bits));
+    OCS_TRY(ocs_clip_name(method) != NULL ? OCS_OK : OCS_BAD_METHOD);
+    OCS_TRY(ocs_check_histogram(bins, OCS_MAX_SEARCH_BINS, limit, R));
     for (int64_t i = 0; i < R * bins; ++i) {
-        if (counts[i] < 0) {
-            return OCS_BAD_BINS;
-        }
+        OCS_TRY(counts[i] >= 0 ? OCS_OK : OCS_BAD_BINS);
     }
-    clip_job job = {threshold, counts, limit, bins, bits, is_signed, method, OCS_OK};
-    ocs_parallel_for(R, 1, clip_range, &job);
-    return job.status;
+    clip_job job = {threshold, counts, limit, bins, bits, is_signed, method};
+    const size_t tails = 3 * ((size_t)bins + 1), sums = method == OCS_CLIP_KL ? tails + LOGARITHMS : 0;
+    return ocs_parallel_for(R, 1, (tails + sums) * sizeof(double), clip_range, &job);
 }

@@ -1,14 +1,12 @@
-/* Where the outliers are: maxima and the histogram of absolute values. Shapes as in ocs.h. */
+/* Where the outliers are: maxima and histograms of absolute values. Shapes as in ocs.h. */
 #include "kernels.h"
-
-#include <stdlib.h>
 
 /* --- Plain kernels ---------------------------------------------------------------------------- */
 
 float ocs_abs_max_ref(const float *x, int64_t N) {
     float max = 0.0f;
     for (int64_t i = 0; i < N; ++i) {
-        max = ocs_larger(max, x[i]);
+        max = ocs_larger_abs(max, x[i]);
     }
     return max;
 }
@@ -16,7 +14,7 @@ float ocs_abs_max_ref(const float *x, int64_t N) {
 float ocs_scaled_max_ref(const float *x, const float *factor, int64_t N) {
     float max = 0.0f;
     for (int64_t i = 0; i < N; ++i) {
-        max = ocs_larger(max, x[i] * factor[i]);
+        max = ocs_larger_abs(max, x[i] * factor[i]);
     }
     return max;
 }
@@ -25,7 +23,7 @@ void ocs_channel_max_ref(float *restrict channel_max, const float *w, int64_t O,
     for (int64_t c = 0; c < C; ++c) {
         channel_max[c] = 0.0f;
         for (int64_t o = 0; o < O; ++o) {
-            channel_max[c] = ocs_larger(channel_max[c], ocs_abs_max_ref(w + o * stride + c * K, K));
+            channel_max[c] = ocs_larger_abs(channel_max[c], ocs_abs_max_ref(w + o * stride + c * K, K));
         }
     }
 }
@@ -40,13 +38,13 @@ void ocs_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int
 
 void ocs_octave_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t step, int32_t base) {
     for (int64_t i = 0; i < N; ++i) {
-        int32_t bin = ocs_octave(x[i]) - base;
+        int32_t bin = ocs_octave_bin(x[i]) - base;
         bin = bin < 0 ? 0 : bin;
         counts[i * step + (bin < OCS_OCTAVE_BINS ? bin : OCS_OCTAVE_BINS - 1)] += 1;
     }
 }
 
-/* --- Entries ---------------------------------------------------------------------------------- */
+/* --- Maxima ----------------------------------------------------------------------------------- */
 
 typedef struct {
     const ocs_kernels *kernels;
@@ -54,9 +52,9 @@ typedef struct {
     uint32_t max_bits;
 } abs_max_job;
 
-static void abs_max_range(int64_t begin, int64_t end, void *ctx) {
-    abs_max_job *job = ctx;
-    uint32_t bits = ocs_abs_bits(job->kernels->abs_max(job->x + begin, end - begin));
+static void abs_max_range(ocs_range *range) {
+    abs_max_job *job = range->ctx;
+    uint32_t bits = ocs_abs_bits(job->kernels->abs_max(job->x + range->begin, range->end - range->begin));
     uint32_t seen = __atomic_load_n(&job->max_bits, __ATOMIC_RELAXED);
     while (seen < bits &&
            !__atomic_compare_exchange_n(&job->max_bits, &seen, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -65,7 +63,7 @@ static void abs_max_range(int64_t begin, int64_t end, void *ctx) {
 
 float ocs_abs_max_f32(const float *x, int64_t N) {
     abs_max_job job = {ocs_kernel_table(), x, 0};
-    ocs_parallel_for(N, OCS_GRAIN, abs_max_range, &job);
+    ocs_parallel_for(N, OCS_GRAIN, 0, abs_max_range, &job);
     float max;
     memcpy(&max, &job.max_bits, sizeof max);
     return max;
@@ -79,30 +77,48 @@ typedef struct {
 } channel_max_job;
 
 /* Items are input channels over all groups. */
-static void channel_max_range(int64_t begin, int64_t end, void *ctx) {
-    const channel_max_job *job = ctx;
+static void channel_max_range(ocs_range *range) {
+    const channel_max_job *job = range->ctx;
     const int64_t C = job->shape->C, K = job->shape->K, rows = job->shape->O / job->shape->G;
-    while (begin < end) {
-        int64_t g = begin / C, c = begin % C;
-        int64_t count = end - begin < C - c ? end - begin : C - c;
+    for (int64_t count, begin = range->begin; begin < range->end; begin += count) {
+        const int64_t g = begin / C, c = begin % C;
         const float *w = job->w + g * rows * C * K + c * K;
+        count = range->end - begin < C - c ? range->end - begin : C - c;
         job->kernels->channel_max(job->channel_max + begin, w, rows, count, K, C * K);
-        begin += count;
     }
 }
 
 ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape) {
-    ocs_status status = ocs_check_shape(shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    OCS_TRY(ocs_check_shape(shape));
     if (shape->O == 0 || shape->K == 0) {
         memset(channel_max, 0, (size_t)(shape->G * shape->C) * sizeof *channel_max);
         return OCS_OK;
     }
     channel_max_job job = {ocs_kernel_table(), channel_max, w, shape};
-    ocs_parallel_for(shape->G * shape->C, ocs_grain(shape->O / shape->G * shape->K), channel_max_range, &job);
-    return OCS_OK;
+    const int64_t grain = ocs_grain(shape->O / shape->G * shape->K);
+    return ocs_parallel_for(shape->G * shape->C, grain, 0, channel_max_range, &job);
+}
+
+/* --- Histograms ------------------------------------------------------------------------------- */
+
+ocs_status ocs_check_histogram(int64_t bins, int64_t most, const float *limit, int64_t R) {
+    bool valid = bins >= 1 && bins <= most;
+    for (int64_t row = 0; row < R && valid; ++row) {
+        valid = isfinite(limit[row]) && limit[row] >= 0.0f;
+    }
+    return valid ? OCS_OK : OCS_BAD_BINS;
+}
+
+void ocs_add_counts(int64_t *counts, const uint32_t *parts_of_counts, int64_t size, int parts) {
+    for (int64_t i = 0; i < size; ++i) {
+        int64_t sum = 0;
+        for (int part = 0; part < parts; ++part) {
+            sum += parts_of_counts[part * size + i];
+        }
+        if (sum != 0) {
+            __atomic_fetch_add(&counts[i], sum, __ATOMIC_RELAXED);
+        }
+    }
 }
 
 typedef struct {
@@ -111,40 +127,30 @@ typedef struct {
     const float *x;
     int64_t bins;
     float limit;
-    bool failed;
 } histogram_job;
 
-/* Counts a range into four histograms of its own. */
-static void histogram_range(int64_t begin, int64_t end, void *ctx) {
-    histogram_job *job = ctx;
-    const int64_t bins = job->bins, piece = INT64_C(1) << 30;
-    uint32_t *own = malloc((size_t)bins * 4 * sizeof *own);
-    if (own == NULL) {
-        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
-        return;
+/* Counts a range into scratch [4][bins]. */
+static void histogram_range(ocs_range *range) {
+    const histogram_job *job = range->ctx;
+    for (int64_t begin = range->begin; begin < range->end; begin += OCS_MOST_COUNTED) {
+        const int64_t N = range->end - begin < OCS_MOST_COUNTED ? range->end - begin : OCS_MOST_COUNTED;
+        memset(range->scratch, 0, (size_t)job->bins * 4 * sizeof(uint32_t));
+        job->kernels->histogram(range->scratch, job->x + begin, N, job->bins, job->limit);
+        ocs_add_counts(job->counts, range->scratch, job->bins, 4);
     }
-    for (; begin < end; begin += piece) {
-        int64_t N = end - begin < piece ? end - begin : piece;
-        memset(own, 0, (size_t)bins * 4 * sizeof *own);
-        job->kernels->histogram(own, job->x + begin, N, bins, job->limit);
-        ocs_add_counts(job->counts, own, bins, 4);
-    }
-    free(own);
 }
 
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
-    if (bins < 1 || bins > INT64_C(1) << 24 || !ocs_limits_valid(&limit, 1)) {
-        return OCS_BAD_BINS;
-    }
+    OCS_TRY(ocs_check_histogram(bins, OCS_MAX_BINS, &limit, 1));
     memset(counts, 0, (size_t)bins * sizeof *counts);
     if (limit == 0.0f) {
         counts[0] = N;
         return OCS_OK;
     }
-    histogram_job job = {ocs_kernel_table(), counts, x, bins, limit, false};
+    histogram_job job = {ocs_kernel_table(), counts, x, bins, limit};
     /* A range is worth its own counts only where it has many more elements than they have. */
-    ocs_parallel_for(N, bins > OCS_GRAIN / 16 ? 16 * bins : OCS_GRAIN, histogram_range, &job);
-    return job.failed ? OCS_NO_MEMORY : OCS_OK;
+    const int64_t grain = bins > OCS_GRAIN / 16 ? 16 * bins : OCS_GRAIN;
+    return ocs_parallel_for(N, grain, (size_t)bins * 4 * sizeof(uint32_t), histogram_range, &job);
 }
 
 typedef struct {
@@ -154,27 +160,21 @@ typedef struct {
     int64_t C, length; /* a row of x: the K elements of one channel, or one element of each of C channels */
     int64_t step;
     int32_t base;
-    bool failed;
 } octave_job;
 
-static void octave_range(int64_t begin, int64_t end, void *ctx) {
-    octave_job *job = ctx;
-    const int64_t size = job->C * OCS_OCTAVE_BINS, rows = 1 + (INT64_C(1) << 30) / job->length;
-    uint32_t *own = malloc((size_t)size * sizeof *own);
-    if (own == NULL) {
-        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
-        return;
-    }
-    while (begin < end) {
-        const int64_t last = end - begin < rows ? end : begin + rows;
-        memset(own, 0, (size_t)size * sizeof *own);
+/* Counts rows into scratch [C][OCS_OCTAVE_BINS]. */
+static void octave_range(ocs_range *range) {
+    const octave_job *job = range->ctx;
+    const int64_t size = job->C * OCS_OCTAVE_BINS, rows = 1 + OCS_MOST_COUNTED / job->length;
+    for (int64_t begin = range->begin; begin < range->end;) {
+        const int64_t last = range->end - begin < rows ? range->end : begin + rows;
+        memset(range->scratch, 0, (size_t)size * sizeof(uint32_t));
         for (; begin < last; ++begin) {
-            uint32_t *counts = own + (job->step == 0 ? begin % job->C * OCS_OCTAVE_BINS : 0);
+            uint32_t *counts = (uint32_t *)range->scratch + (job->step == 0 ? begin % job->C * OCS_OCTAVE_BINS : 0);
             job->kernels->octave_histogram(counts, job->x + begin * job->length, job->length, job->step, job->base);
         }
-        ocs_add_counts(job->counts, own, size, 1);
+        ocs_add_counts(job->counts, range->scratch, size, 1);
     }
-    free(own);
 }
 
 ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t C, int64_t K, float limit) {
@@ -190,14 +190,12 @@ ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, 
         return OCS_OK;
     }
     const bool by_channel = K > 1;
-    octave_job job = {.kernels = ocs_kernel_table(),
-                      .counts = counts,
-                      .x = x,
-                      .C = C,
-                      .length = by_channel ? K : C,
-                      .step = by_channel ? 0 : OCS_OCTAVE_BINS,
-                      .base = ocs_octave(limit) - OCS_OCTAVE_BINS};
-    const int64_t worth = 4 * C * OCS_OCTAVE_BINS / job.length, grain = ocs_grain(job.length);
-    ocs_parallel_for(by_channel ? N * C : N, grain > worth ? grain : worth, octave_range, &job);
-    return job.failed ? OCS_NO_MEMORY : OCS_OK;
+    octave_job job = {.kernels = ocs_kernel_table(), .counts = counts, .x = x, .C = C};
+    job.length = by_channel ? K : C;
+    job.step = by_channel ? 0 : OCS_OCTAVE_BINS;
+    job.base = ocs_octave_bin(limit) - OCS_OCTAVE_BINS;
+    const size_t scratch = (size_t)(C * OCS_OCTAVE_BINS) * sizeof(uint32_t);
+    const int64_t counts_worth = 4 * C * OCS_OCTAVE_BINS / job.length, grain = ocs_grain(job.length);
+    return ocs_parallel_for(by_channel ? N * C : N, grain > counts_worth ? grain : counts_worth, scratch, octave_range,
+                            &job);
 }

@@ -7,9 +7,10 @@
  *     ocs_channel_max_f32(channel_max, w, &shape);                            where the outliers are
  *     ocs_split_plan(source, depth, offset, split_max, channel_max, 1, C, S);  which channels to split, how often
  *     ocs_plan plan = {source, depth, offset};
- *     float scale = ocs_abs_max_f32(split_max, C + S) / ocs_qmax(bits);
- *     ocs_quantize_weight_f32(ints, w, &plan, &scale, 0, &shape, bits, true);
- *     ocs_fold_f32(w_hat, ints, source, &scale, 0, &shape);                   what the integers stand for
+ *     float step = ocs_abs_max_f32(split_max, C + S) / ocs_qmax(bits);
+ *     ocs_scale scale = {&step, 0};                                           one for all output channels
+ *     ocs_quantize_weight_f32(ints, w, &plan, scale, &shape, bits, true);
+ *     ocs_fold_f32(w_hat, ints, source, scale, &shape);                       what the integers stand for
  *
  * Shapes. A weight is [O, C, K], C-contiguous; all sizes may be 0.
  *     G  groups of a grouped convolution, 1 otherwise; divides O
@@ -26,6 +27,8 @@
  * not depend on the instruction set or on the number of threads. No input is written to; outputs must not overlap them.
  *
  * Threads. An entry cuts its work by the host's parallel_for; see ocs_set_parallel_for.
+ *
+ * Limits and names that others need too (Python has them as constants of ocs._C) are written here and nowhere else.
  */
 #ifndef OCS_H
 #define OCS_H
@@ -37,17 +40,25 @@
 extern "C" {
 #endif
 
+#define OCS_MIN_BITS 2
+#define OCS_MAX_BITS 8
+#define OCS_MAX_DEPTH 22              /* how often a channel can be halved: keeps all that follows inside 32 bits */
+#define OCS_MAX_BINS (1 << 24)        /* of a histogram: float32 tells no more of them apart */
+#define OCS_MAX_SEARCH_BINS (1 << 16) /* of one that is searched: beyond, sums of squared positions cancel too much */
+#define OCS_OCTAVES 16                /* of a logarithmic histogram */
+#define OCS_OCTAVE_BINS (8 * OCS_OCTAVES)
+
 typedef enum {
     OCS_OK = 0,
     OCS_NO_MEMORY,  /* scratch memory could not be allocated */
-    OCS_BAD_BITS,   /* bits outside 2 .. 8 */
+    OCS_BAD_BITS,   /* bits outside OCS_MIN_BITS .. OCS_MAX_BITS */
     OCS_BAD_SCALE,  /* a scale that is not a positive finite number */
-    OCS_BAD_BINS,   /* bins outside 1 .. 2^24, a negative count, or a limit that is negative or not finite */
+    OCS_BAD_BINS,   /* bins outside 1 .. OCS_MAX_BINS, a negative count, or a limit that is negative or not finite */
     OCS_BAD_LIMIT,  /* a limit that is no power of two, or below 2^-110 */
     OCS_BAD_SHAPE,  /* a negative size, G that does not divide O or exceeds it, or splits without channels */
     OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
-    OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than 22 deep */
+    OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than OCS_MAX_DEPTH deep */
     OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
     OCS_BAD_METHOD, /* a clip method that there is not */
     OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
@@ -66,10 +77,13 @@ typedef void (*ocs_range_fn)(int64_t begin, int64_t end, void *ctx);
 typedef void (*ocs_parallel_for_fn)(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx);
 void ocs_set_parallel_for(ocs_parallel_for_fn parallel_for);
 
-/* The instruction set in use, "avx2" or "ref": the best that the CPU has, unless set. */
+/* The instruction sets that this build and CPU have: number i, the plain "ref" first, the best last, then NULL. */
+const char *ocs_isa_name(int i);
+
+/* The one in use: the best, unless set. */
 const char *ocs_isa(void);
 
-/* Chooses the instruction set by name; "auto" takes the best. OCS_BAD_ISA changes nothing. */
+/* Chooses one by name; "auto" takes the best. OCS_BAD_ISA changes nothing. */
 ocs_status ocs_set_isa(const char *name);
 
 /* --- Where the outliers are (histogram.c) ----------------------------------------------------- */
@@ -90,10 +104,9 @@ ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t
 
 /* counts [C, OCS_OCTAVE_BINS]: of each channel, the |x| of x [N, C, K] by size, on a logarithmic scale below limit.
 
-   Eight bins to the octave, of equal width within it; all that is below the last of 16 octaves is in the first bin.
+   Eight bins to the octave, of equal width within it; all that is below the last of OCS_OCTAVES is in the first bin.
    limit must be a power of two above every |x|, 2^-110 at least: doubling it moves every count eight bins down, so that
    histograms over different limits add up. NaN counts into the last bin. */
-#define OCS_OCTAVE_BINS 128
 ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t C, int64_t K, float limit);
 
 /* channel_max [G C]: max |w| of each input channel; NaN or Inf in a channel gives NaN or Inf there. */
@@ -139,6 +152,9 @@ typedef enum {
     OCS_CLIP_SAWB,         /* a linear function of root mean square and mean |x|; good up to 5 bits */
 } ocs_clip;
 
+/* "mse", "aciq", "aciq-release" ...: the method's name in Python; NULL where there is no such method. */
+const char *ocs_clip_name(int64_t method);
+
 /* threshold [R] in (0, limit], from R histograms of |x|: counts [R, bins] over [0, limit [R]].
 
    The grid to come is -qmax .. qmax, or 0 .. 2^bits - 1 where not is_signed. A histogram without values, or with limit
@@ -151,15 +167,23 @@ ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const
 /* 2^(bits - 1) - 1: 1 at 2 bits, 127 at 8. */
 int32_t ocs_qmax(int bits);
 
+/* OCS_BAD_BITS where there is no such grid. */
+ocs_status ocs_check_bits(int64_t bits);
+
+/* Steps between grid points: one for all output channels (stride 0), or one for each (stride 1). */
+typedef struct {
+    const float *value;
+    int64_t stride;
+} ocs_scale;
+
 /* ints [O, C + S, K] of the split weight, in [-qmax, qmax].
 
-   scale: one for all (scale_stride 0) or one per output channel (scale_stride 1). In grid units u = w / scale, a
-   channel becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where quantization_aware, by u / 2 both where
-   not, again for each further split, and rounds as floor(u + 1/2). */
-ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
-                                   int64_t scale_stride, const ocs_shape *shape, int bits, bool quantization_aware);
+   In grid units u = w / scale, a channel becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where
+   quantization_aware, by u / 2 both where not, again for each further split, and rounds as floor(u + 1/2). */
+ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
+                                   const ocs_shape *shape, int bits, bool quantization_aware);
 
-/* The same of quantization-aware splits, then moved so that rounding errors cancel (squant.c; SQuant, ICLR 2022).
+/* ints [O, C + S, K] of quantization-aware splits, moved so that rounding errors cancel (squant.c; SQuant, ICLR 2022).
 
    T is the sum of the integers of a channel and its copies, its error T - w / scale in grid steps (cut off below 2^-24,
    at most 64). A candidate is an element whose error has the sign of the error that is to be reduced, and whose T,
@@ -169,16 +193,16 @@ ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan 
       and a candidate, with the largest |e|; in each the candidate with the largest error.
    Lowest index on ties; fewer where there are not enough. Where nothing saturates, every error stays below 1, those of
    filters too, and those of output channels end within 1/2. Saturated elements stay as they are. */
-ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
-                                 int64_t scale_stride, const ocs_shape *shape, int bits);
+ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
+                                 const ocs_shape *shape, int bits);
 
 /* w_hat [O, C, K] = scale * (sum of the integers of a channel and its copies): what the expanded weight computes. */
-ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, const float *scale,
-                        int64_t scale_stride, const ocs_shape *shape);
+ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, ocs_scale scale,
+                        const ocs_shape *shape);
 
 /* error[0] = sum of w^2, error[1] = sum of (w - w_hat)^2 with ocs_fold_f32's w_hat; in double, in a fixed order. */
 ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,
-                                const float *scale, int64_t scale_stride, const ocs_shape *shape);
+                                ocs_scale scale, const ocs_shape *shape);
 
 /* error [O]: an estimate of how far each output is off, without inputs. With rows d = w_hat - w and w it is
 
@@ -187,17 +211,17 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
    v^T E[x x^T] v for inputs of which E[x^2] = 1, a third of it the squared mean, a third common to the K inputs of a
    filter. gain: how much more a change of the output's gain weighs, the number of layers that it multiplies through. */
 ocs_status ocs_output_error_f32(double *error, const float *w, const int8_t *ints, const int64_t *source,
-                                const float *scale, int64_t scale_stride, const ocs_shape *shape, double gain);
+                                ocs_scale scale, const ocs_shape *shape, double gain);
 
 /* --- Any array to the grid and back (quantize.c) ---------------------------------------------- */
 
 /* q = clamp(round_half_even(x / scale)); int8 where is_signed, else uint8. NaN gives 0. */
 ocs_status ocs_quantize_f32(void *q, const float *x, int64_t N, float scale, int bits, bool is_signed);
 
-/* x [O, N] = q * scale, q int8 where is_signed, else uint8; one scale, or one per row (scale_stride 1). A row of q
-   starts q_stride elements after the one before. */
-ocs_status ocs_dequantize_f32(float *x, const void *q, const float *scale, int64_t scale_stride, int64_t O, int64_t N,
-                              int64_t q_stride, bool is_signed);
+/* x [O, N] = q * scale, q int8 where is_signed, else uint8. A row of q starts q_stride elements after the one before.
+ */
+ocs_status ocs_dequantize_f32(float *x, const void *q, ocs_scale scale, int64_t O, int64_t N, int64_t q_stride,
+                              bool is_signed);
 
 /* x_hat = scale * clamp(round_half_even(x / scale)). Inf saturates, NaN stays NaN, zero comes out as +0. */
 ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float scale, int bits, bool is_signed);
@@ -211,7 +235,7 @@ int64_t ocs_packed_bytes(int64_t N, int bits);
    OCS_BAD_CODE: q is outside, and what was written is of no use. */
 ocs_status ocs_pack_i8(uint8_t *packed, const int8_t *q, int64_t N, int bits);
 
-/* And back. OCS_BAD_CODE: no integers were packed so; q is then of no use. */
+/* q [N] of the packed codes. OCS_BAD_CODE: no integers were packed so; q is then of no use. */
 ocs_status ocs_unpack_i8(int8_t *q, const uint8_t *packed, int64_t N, int bits);
 
 #ifdef __cplusplus

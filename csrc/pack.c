@@ -57,28 +57,25 @@ typedef struct {
     const uint8_t *packed_in;
     int64_t N;
     int bits;
-    bool code_beyond;
 } pack_job;
 
 /* Runs of eight codes; the last may be shorter. */
-static void pack_runs(int64_t begin, int64_t end, void *ctx) {
-    pack_job *job = ctx;
-    const int64_t first = 8 * begin, last = 8 * end < job->N ? 8 * end : job->N, byte = begin * job->bits;
+static void pack_runs(ocs_range *range) {
+    const pack_job *job = range->ctx;
+    const int64_t first = 8 * range->begin, last = 8 * range->end < job->N ? 8 * range->end : job->N;
+    const int64_t byte = range->begin * job->bits;
     uint8_t largest;
     if (job->q_in != NULL) {
         largest = job->kernels->pack(job->packed_out + byte, job->q_in + first, last - first, job->bits);
     } else {
         largest = job->kernels->unpack(job->q_out + first, job->packed_in + byte, last - first, job->bits);
     }
-    if (largest > 2 * ocs_qmax(job->bits)) {
-        __atomic_store_n(&job->code_beyond, true, __ATOMIC_RELAXED);
-    }
+    range->status = largest > 2 * ocs_qmax(job->bits) ? OCS_BAD_CODE : OCS_OK;
 }
 
 static ocs_status run_pack(pack_job *job) {
     job->kernels = ocs_kernel_table();
-    ocs_parallel_for(job->N / 8 + (job->N % 8 != 0), OCS_GRAIN / 8, pack_runs, job);
-    return job->code_beyond ? OCS_BAD_CODE : OCS_OK;
+    return ocs_parallel_for(job->N / 8 + (job->N % 8 != 0), OCS_GRAIN / 8, 0, pack_runs, job);
 }
 
 int64_t ocs_packed_bytes(int64_t N, int bits) {
@@ -86,17 +83,13 @@ int64_t ocs_packed_bytes(int64_t N, int bits) {
 }
 
 ocs_status ocs_pack_i8(uint8_t *packed, const int8_t *q, int64_t N, int bits) {
-    if (bits < 2 || bits > 8) {
-        return OCS_BAD_BITS;
-    }
+    OCS_TRY(ocs_check_bits(bits));
     pack_job job = {.packed_out = packed, .q_in = q, .N = N, .bits = bits};
     return run_pack(&job);
 }
 
 ocs_status ocs_unpack_i8(int8_t *q, const uint8_t *packed, int64_t N, int bits) {
-    if (bits < 2 || bits > 8) {
-        return OCS_BAD_BITS;
-    }
+    OCS_TRY(ocs_check_bits(bits));
     const int64_t used = N % 8 * bits % 8; /* bits of the last byte, 0 for all */
     if (used > 0 && packed[ocs_packed_bytes(N, bits) - 1] >> used != 0) {
         return OCS_BAD_CODE;

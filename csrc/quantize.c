@@ -11,7 +11,7 @@
 void ocs_quantize_row_ref(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax) {
     for (int64_t m = 0; m < columns->M; ++m) {
         int64_t from = m < columns->N ? m : columns->index[m - columns->N];
-        q[m] = ocs_split_column(ocs_grid2(w[from], scale), columns->addend[m], columns->shift[m], qmax);
+        q[m] = ocs_split_column(ocs_half_steps(w[from], scale), columns->addend[m], columns->shift[m], qmax);
     }
 }
 
@@ -68,162 +68,109 @@ void ocs_fake_quantize_ref(float *restrict x_hat, const float *x, int64_t N, flo
     }
 }
 
-/* --- Checks ----------------------------------------------------------------------------------- */
+/* --- The grid --------------------------------------------------------------------------------- */
 
 int32_t ocs_qmax(int bits) {
     return (INT32_C(1) << (bits - 1)) - 1;
 }
 
-static bool bits_valid(int bits) {
-    return bits >= 2 && bits <= 8;
-}
-
-ocs_status ocs_check_scale(const float *scale, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        if (!isfinite(scale[i]) || scale[i] <= 0.0f) {
-            return OCS_BAD_SCALE;
-        }
-    }
-    return OCS_OK;
+ocs_status ocs_check_bits(int64_t bits) {
+    return bits >= OCS_MIN_BITS && bits <= OCS_MAX_BITS ? OCS_OK : OCS_BAD_BITS;
 }
 
 /* --- Weights ---------------------------------------------------------------------------------- */
 
-/* One weight's rows, for every entry that works row by row. */
+/* What the entries of this section are called with; each of them uses a part. */
 typedef struct {
-    const ocs_kernels *kernels;
-    const ocs_shape *shape;
-    ocs_columns columns;
-    const float *scale;
-    int64_t scale_stride;
+    ocs_rows rows;
+    ocs_scale scale;
     const float *w;
     float *w_hat;
     const int8_t *ints_in;
     int8_t *ints_out;
     int32_t qmax;
-    double *row_error; /* [O][2], or of output_error [O] */
+    double *error; /* [O][2], or of output_error [O] */
     double gain;
-    bool failed;
 } weight_job;
 
-/* Checks what all of them need and makes the columns, which run_rows frees. */
-static ocs_status prepare(weight_job *job, const ocs_plan *plan) {
-    job->kernels = ocs_kernel_table();
-    ocs_status status = ocs_columns_make(&job->columns, plan, job->shape);
-    if (status == OCS_OK) {
-        status = ocs_check_scale(job->scale, job->scale_stride == 0 ? 1 : job->shape->O);
-        if (status != OCS_OK) {
-            ocs_columns_free(&job->columns);
-        }
+/* Checks plan, shape and scale, then works row by row, where `folded` with room for a row's folded integers [N]. */
+static ocs_status for_rows(weight_job *job, const ocs_plan *plan, const ocs_shape *shape, bool folded,
+                           ocs_work_fn work) {
+    OCS_TRY(ocs_rows_begin(&job->rows, plan, shape));
+    const int64_t N = job->rows.columns.N, M = job->rows.columns.M;
+    ocs_status status = ocs_check_scale(job->scale, shape->O);
+    if (status == OCS_OK && M > 0) {
+        status = ocs_parallel_for(shape->O, ocs_grain(M), folded ? (size_t)N * sizeof(float) : 0, work, job);
     }
+    ocs_rows_end(&job->rows);
     return status;
 }
 
-static void run_rows(weight_job *job, ocs_range_fn rows) {
-    if (job->columns.M > 0) {
-        ocs_parallel_for(job->shape->O, ocs_grain(job->columns.M), rows, job);
-    }
-    ocs_columns_free(&job->columns);
-}
-
-static ocs_columns columns_of_row(const weight_job *job, int64_t o) {
-    return ocs_columns_group(&job->columns, o / (job->shape->O / job->shape->G));
-}
-
-static void quantize_rows(int64_t begin, int64_t end, void *ctx) {
-    const weight_job *job = ctx;
-    for (int64_t o = begin; o < end; ++o) {
-        const ocs_columns columns = columns_of_row(job, o);
-        job->kernels->quantize_row(job->ints_out + o * columns.M, job->w + o * columns.N, &columns,
-                                   job->scale[o * job->scale_stride], job->qmax);
+static void quantize_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        const ocs_columns columns = ocs_columns_of_row(&job->rows, o);
+        job->rows.kernels->quantize_row(job->ints_out + o * columns.M, job->w + o * columns.N, &columns,
+                                        ocs_scale_of(job->scale, o), job->qmax);
     }
 }
 
-ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
-                                   int64_t scale_stride, const ocs_shape *shape, int bits, bool quantization_aware) {
-    if (!bits_valid(bits)) {
-        return OCS_BAD_BITS;
-    }
-    weight_job job = {.shape = shape, .scale = scale, .scale_stride = scale_stride, .w = w};
-    job.ints_out = ints;
-    job.qmax = ocs_qmax(bits);
+ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
+                                   const ocs_shape *shape, int bits, bool quantization_aware) {
+    OCS_TRY(ocs_check_bits(bits));
+    weight_job job = {.scale = scale, .w = w, .ints_out = ints, .qmax = ocs_qmax(bits)};
     const ocs_plan used = {plan->source, plan->depth, quantization_aware ? plan->offset : NULL};
-    ocs_status status = prepare(&job, &used);
-    if (status == OCS_OK) {
-        run_rows(&job, quantize_rows);
-    }
-    return status;
+    return for_rows(&job, &used, shape, false, quantize_rows);
 }
 
-/* Output channel o folded, in units of `scale`. */
-static void fold_one(const weight_job *job, float *w_hat, int64_t o, float scale) {
-    const ocs_columns columns = columns_of_row(job, o);
-    job->kernels->fold_row(w_hat, job->ints_in + o * columns.M, columns.index, columns.N, columns.M, scale);
+/* w_hat [N] of output channel o, in units of `scale`. */
+static void fold_one(float *w_hat, const weight_job *job, int64_t o, float scale) {
+    const ocs_columns columns = ocs_columns_of_row(&job->rows, o);
+    job->rows.kernels->fold_row(w_hat, job->ints_in + o * columns.M, columns.index, columns.N, columns.M, scale);
 }
 
-static void fold_rows(int64_t begin, int64_t end, void *ctx) {
-    const weight_job *job = ctx;
-    for (int64_t o = begin; o < end; ++o) {
-        fold_one(job, job->w_hat + o * job->columns.N, o, job->scale[o * job->scale_stride]);
+static void fold_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        fold_one(job->w_hat + o * job->rows.columns.N, job, o, ocs_scale_of(job->scale, o));
     }
 }
 
-ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, const float *scale,
-                        int64_t scale_stride, const ocs_shape *shape) {
-    weight_job job = {.shape = shape, .scale = scale, .scale_stride = scale_stride, .w_hat = w_hat, .ints_in = ints};
-    ocs_status status = prepare(&job, &(ocs_plan){source, NULL, NULL});
-    if (status == OCS_OK) {
-        run_rows(&job, fold_rows);
-    }
-    return status;
+ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, ocs_scale scale,
+                        const ocs_shape *shape) {
+    weight_job job = {.scale = scale, .w_hat = w_hat, .ints_in = ints};
+    return for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, false, fold_rows);
 }
 
-/* Each row with the folded integers that it has. */
-static void for_folded_rows(weight_job *job, int64_t begin, int64_t end,
-                            void (*row)(const weight_job *job, int64_t o, const float *q)) {
-    float *q = malloc((size_t)(job->columns.N + 1) * sizeof *q);
-    if (q == NULL) {
-        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
-        return;
-    }
-    for (int64_t o = begin; o < end; ++o) {
-        fold_one(job, q, o, 1.0f);
-        row(job, o, q);
-    }
-    free(q);
-}
+/* --- Errors of weights ------------------------------------------------------------------------ */
 
-static void squared_error_row(const weight_job *job, int64_t o, const float *q) {
-    const int64_t N = job->columns.N;
-    job->kernels->squared_error(job->row_error + 2 * o, job->w + o * N, q, N, job->scale[o * job->scale_stride]);
-}
-
-static void squared_error_rows(int64_t begin, int64_t end, void *ctx) {
-    for_folded_rows(ctx, begin, end, squared_error_row);
+static void squared_error_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
+    const int64_t N = job->rows.columns.N;
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        fold_one(range->scratch, job, o, 1.0f);
+        job->rows.kernels->squared_error(job->error + 2 * o, job->w + o * N, range->scratch, N,
+                                         ocs_scale_of(job->scale, o));
+    }
 }
 
 ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,
-                                const float *scale, int64_t scale_stride, const ocs_shape *shape) {
-    weight_job job = {.shape = shape, .scale = scale, .scale_stride = scale_stride, .w = w, .ints_in = ints};
+                                ocs_scale scale, const ocs_shape *shape) {
     error[0] = error[1] = 0.0;
-    ocs_status status = prepare(&job, &(ocs_plan){source, NULL, NULL});
-    if (status != OCS_OK) {
-        return status;
-    }
-    const int64_t rows = job.columns.N > 0 ? shape->O : 0;
-    job.row_error = calloc((size_t)rows * 2 + 1, sizeof *job.row_error);
-    job.failed = job.row_error == NULL;
-    if (job.failed) {
-        ocs_columns_free(&job.columns);
+    OCS_TRY(ocs_check_shape(shape));
+    const int64_t rows = shape->C > 0 && shape->K > 0 ? shape->O : 0; /* any number of empty ones costs nothing */
+    weight_job job = {.scale = scale, .w = w, .ints_in = ints};
+    job.error = calloc((size_t)rows * 2 + 1, sizeof *job.error);
+    if (job.error == NULL) {
         return OCS_NO_MEMORY;
     }
-    run_rows(&job, squared_error_rows);
+    ocs_status status = for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, squared_error_rows);
     for (int64_t o = 0; o < rows; ++o) {
-        error[0] += job.row_error[2 * o];
-        error[1] += job.row_error[2 * o + 1];
+        error[0] += job.error[2 * o];
+        error[1] += job.error[2 * o + 1];
     }
-    free(job.row_error);
-    return job.failed ? OCS_NO_MEMORY : OCS_OK;
+    free(job.error);
+    return status;
 }
 
 /* (sum v^2 + sum of filters' (sum v)^2 + (sum v)^2) / 3, element by element. */
@@ -246,12 +193,12 @@ static double output_power_of(const output_power *p) {
     return (p->squares + p->of_filters + p->all * p->all) / 3.0;
 }
 
-static void output_error_row(const weight_job *job, int64_t o, const float *q) {
-    const float *w = job->w + o * job->columns.N, scale = job->scale[o * job->scale_stride];
+/* The output error of a row w [N] whose folded integers are q [N]. */
+static double output_error_of(const float *w, const float *q, float scale, const ocs_shape *shape, double of_gain) {
     output_power of_w = {0}, of_d = {0};
     double dot = 0.0;
-    for (int64_t c = 0, i = 0; c < job->shape->C; ++c) {
-        for (int64_t k = 0; k < job->shape->K; ++k, ++i) {
+    for (int64_t c = 0, i = 0; c < shape->C; ++c) {
+        for (int64_t k = 0; k < shape->K; ++k, ++i) {
             const float w_hat = q[i] * scale;
             const double d = (double)w_hat - w[i];
             add_element(&of_w, w[i]);
@@ -262,24 +209,24 @@ static void output_error_row(const weight_job *job, int64_t o, const float *q) {
         end_filter(&of_d);
     }
     const double gain = of_w.squares > 0.0 ? dot / of_w.squares : 0.0;
-    job->row_error[o] = output_power_of(&of_d) + job->gain * output_power_of(&of_w) * gain * gain;
+    return output_power_of(&of_d) + of_gain * output_power_of(&of_w) * gain * gain;
 }
 
-static void output_error_rows(int64_t begin, int64_t end, void *ctx) {
-    for_folded_rows(ctx, begin, end, output_error_row);
+static void output_error_rows(ocs_range *range) {
+    const weight_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        const float *w = job->w + o * job->rows.columns.N;
+        fold_one(range->scratch, job, o, 1.0f);
+        job->error[o] = output_error_of(w, range->scratch, ocs_scale_of(job->scale, o), job->rows.shape, job->gain);
+    }
 }
 
 ocs_status ocs_output_error_f32(double *error, const float *w, const int8_t *ints, const int64_t *source,
-                                const float *scale, int64_t scale_stride, const ocs_shape *shape, double gain) {
-    weight_job job = {.shape = shape, .scale = scale, .scale_stride = scale_stride, .w = w, .ints_in = ints};
-    job.row_error = error;
-    job.gain = gain;
-    ocs_status status = prepare(&job, &(ocs_plan){source, NULL, NULL});
-    if (status == OCS_OK) {
-        memset(error, 0, (size_t)shape->O * sizeof *error);
-        run_rows(&job, output_error_rows);
-    }
-    return status == OCS_OK && job.failed ? OCS_NO_MEMORY : status;
+                                ocs_scale scale, const ocs_shape *shape, double gain) {
+    OCS_TRY(ocs_check_shape(shape));
+    weight_job job = {.scale = scale, .w = w, .ints_in = ints, .error = error, .gain = gain};
+    memset(error, 0, (size_t)shape->O * sizeof *error);
+    return for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, output_error_rows);
 }
 
 /* --- Any array -------------------------------------------------------------------------------- */
@@ -291,66 +238,54 @@ typedef struct {
     uint8_t *q_out;
     const uint8_t *q_in;
     int64_t N, q_stride;
-    const float *scale;
-    int64_t scale_stride;
+    ocs_scale scale;
     float qmin, qmax;
     bool is_signed;
 } array_job;
 
-static void set_grid(array_job *job, int bits) {
+static ocs_status for_elements(array_job *job, int bits, ocs_work_fn work) {
+    OCS_TRY(ocs_check_bits(bits));
+    OCS_TRY(ocs_check_scale(job->scale, 1));
+    job->kernels = ocs_kernel_table();
     job->qmax = (float)(job->is_signed ? ocs_qmax(bits) : (INT32_C(1) << bits) - 1);
     job->qmin = job->is_signed ? -job->qmax : 0.0f;
+    return ocs_parallel_for(job->N, OCS_GRAIN, 0, work, job);
 }
 
-static ocs_status run_on_grid(array_job *job, int bits, ocs_range_fn elements) {
-    if (!bits_valid(bits)) {
-        return OCS_BAD_BITS;
-    }
-    ocs_status status = ocs_check_scale(job->scale, 1);
-    if (status == OCS_OK) {
-        job->kernels = ocs_kernel_table();
-        set_grid(job, bits);
-        ocs_parallel_for(job->N, OCS_GRAIN, elements, job);
-    }
-    return status;
-}
-
-static void quantize_range(int64_t begin, int64_t end, void *ctx) {
-    const array_job *job = ctx;
-    job->kernels->quantize(job->q_out + begin, job->x_in + begin, end - begin, *job->scale, job->qmin, job->qmax);
+static void quantize_range(ocs_range *range) {
+    const array_job *job = range->ctx;
+    const int64_t begin = range->begin, N = range->end - begin;
+    job->kernels->quantize(job->q_out + begin, job->x_in + begin, N, *job->scale.value, job->qmin, job->qmax);
 }
 
 ocs_status ocs_quantize_f32(void *q, const float *x, int64_t N, float scale, int bits, bool is_signed) {
-    array_job job = {.q_out = q, .x_in = x, .N = N, .scale = &scale, .is_signed = is_signed};
-    return run_on_grid(&job, bits, quantize_range);
+    array_job job = {.q_out = q, .x_in = x, .N = N, .scale = {&scale, 0}, .is_signed = is_signed};
+    return for_elements(&job, bits, quantize_range);
 }
 
-static void fake_quantize_range(int64_t begin, int64_t end, void *ctx) {
-    const array_job *job = ctx;
-    job->kernels->fake_quantize(job->x_out + begin, job->x_in + begin, end - begin, *job->scale, job->qmin, job->qmax);
+static void fake_quantize_range(ocs_range *range) {
+    const array_job *job = range->ctx;
+    const int64_t begin = range->begin, N = range->end - begin;
+    job->kernels->fake_quantize(job->x_out + begin, job->x_in + begin, N, *job->scale.value, job->qmin, job->qmax);
 }
 
 ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float scale, int bits, bool is_signed) {
-    array_job job = {.x_out = x_hat, .x_in = x, .N = N, .scale = &scale, .is_signed = is_signed};
-    return run_on_grid(&job, bits, fake_quantize_range);
+    array_job job = {.x_out = x_hat, .x_in = x, .N = N, .scale = {&scale, 0}, .is_signed = is_signed};
+    return for_elements(&job, bits, fake_quantize_range);
 }
 
-static void dequantize_rows(int64_t begin, int64_t end, void *ctx) {
-    const array_job *job = ctx;
-    for (int64_t o = begin; o < end; ++o) {
+static void dequantize_rows(ocs_range *range) {
+    const array_job *job = range->ctx;
+    for (int64_t o = range->begin; o < range->end; ++o) {
         job->kernels->dequantize(job->x_out + o * job->N, job->q_in + o * job->q_stride, job->N,
-                                 job->scale[o * job->scale_stride], job->is_signed);
+                                 ocs_scale_of(job->scale, o), job->is_signed);
     }
 }
 
-ocs_status ocs_dequantize_f32(float *x, const void *q, const float *scale, int64_t scale_stride, int64_t O, int64_t N,
-                              int64_t q_stride, bool is_signed) {
-    array_job job = {.x_out = x, .q_in = q, .N = N, .q_stride = q_stride, .scale = scale, .scale_stride = scale_stride};
-    job.is_signed = is_signed;
+ocs_status ocs_dequantize_f32(float *x, const void *q, ocs_scale scale, int64_t O, int64_t N, int64_t q_stride,
+                              bool is_signed) {
+    array_job job = {.x_out = x, .q_in = q, .N = N, .q_stride = q_stride, .scale = scale, .is_signed = is_signed};
     job.kernels = ocs_kernel_table();
-    ocs_status status = ocs_check_scale(scale, scale_stride == 0 ? 1 : O);
-    if (status == OCS_OK && N > 0) {
-        ocs_parallel_for(O, ocs_grain(N), dequantize_rows, &job);
-    }
-    return status;
+    OCS_TRY(ocs_check_scale(scale, O));
+    return ocs_parallel_for(N > 0 ? O : 0, ocs_grain(N), 0, dequantize_rows, &job);
 }

@@ -6,14 +6,6 @@
 
 #include <stdlib.h>
 
-enum { MAX_DEPTH = 22 }; /* keeps ocs_split_column inside 32 bits */
-
-ocs_status ocs_check_shape(const ocs_shape *shape) {
-    const bool sizes = shape->O >= 0 && shape->C >= 0 && shape->K >= 0 && shape->S >= 0;
-    const bool groups = shape->G == 1 || (shape->G > 1 && shape->G <= shape->O && shape->O % shape->G == 0);
-    return sizes && groups && (shape->C > 0 || shape->S == 0) ? OCS_OK : OCS_BAD_SHAPE;
-}
-
 /* --- The plan --------------------------------------------------------------------------------- */
 
 /* A binary heap of expanded channels, the one to split next on top. */
@@ -89,7 +81,7 @@ static ocs_status plan_group(const group_plan *plan, const float *channel_max, i
     }
     for (int64_t s = 0; s < S; ++s) {
         const int64_t top = h.channel[0];
-        if (plan->depth[top] == MAX_DEPTH && plan->split_max[top] > 0.0f) {
+        if (plan->depth[top] == OCS_MAX_DEPTH && plan->split_max[top] > 0.0f) {
             return OCS_TOO_LARGE;
         }
         split_top(&h, plan, C + s);
@@ -116,245 +108,140 @@ ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, floa
     return status;
 }
 
-/* --- The plan, column by column --------------------------------------------------------------- */
+/* --- The split weight without splitting it ---------------------------------------------------- */
 
-/* The plan of expanded channel j of group g is possible: it may come from a stranger's file. */
-static bool entry_valid(const ocs_plan *plan, const ocs_shape *shape, int64_t g, int64_t j) {
-    const int64_t at = g * (shape->C + shape->S) + j, first = g * shape->C;
-    const int64_t source = plan->source[at];
-    if (source < first || source >= first + shape->C || (j < shape->C && source != first + j)) {
-        return false;
-    }
-    if (plan->depth == NULL) {
-        return true;
-    }
-    if (plan->depth[at] < 0 || plan->depth[at] > MAX_DEPTH) {
-        return false;
-    }
-    return plan->offset == NULL || (plan->offset[at] >= 0 && plan->offset[at] < INT32_C(1) << plan->depth[at]);
-}
+/* The rows of a weight, and factor [G M]: 2^-depth of each column. */
+typedef struct {
+    ocs_rows rows;
+    float *factor;
+    const float *w;
+} split_rows;
 
-/* How expanded channel `at` follows from floor(2 u): see ocs_columns. */
-static int32_t addend_of(const ocs_plan *plan, int64_t at) {
-    return plan->offset == NULL ? INT32_C(1) << plan->depth[at] : 2 * plan->offset[at] + 1;
-}
-
-static ocs_status fill_columns(ocs_columns *columns, const ocs_plan *plan, const ocs_shape *shape, int64_t g) {
-    const ocs_columns group = ocs_columns_group(columns, g);
-    const int64_t C = shape->C, K = shape->K, E = C + shape->S;
-    for (int64_t j = 0; j < E; ++j) {
-        if (!entry_valid(plan, shape, g, j)) {
-            return OCS_BAD_PLAN;
-        }
-        const int64_t at = g * E + j, c = plan->source[at] - g * C;
-        for (int64_t k = 0; k < K; ++k) {
-            if (j >= C) {
-                group.index[(j - C) * K + k] = (int32_t)(c * K + k);
-            }
-            if (plan->depth != NULL) {
-                group.addend[j * K + k] = addend_of(plan, at);
-                group.shift[j * K + k] = plan->depth[at] + 1;
-            }
-        }
+/* Checks the plan. What is read of it was copied before: another thread could change it. */
+static ocs_status split_rows_begin(split_rows *split, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
+    *split = (split_rows){.w = w};
+    OCS_TRY(ocs_rows_begin(&split->rows, plan, shape));
+    const ocs_columns *columns = &split->rows.columns;
+    split->factor = malloc((size_t)(shape->G * columns->M + 1) * sizeof *split->factor);
+    if (split->factor == NULL) {
+        ocs_rows_end(&split->rows);
+        return OCS_NO_MEMORY;
+    }
+    for (int64_t i = 0; i < shape->G * columns->M; ++i) {
+        split->factor[i] = ldexpf(1.0f, 1 - columns->shift[i]);
     }
     return OCS_OK;
 }
 
-ocs_status ocs_columns_make(ocs_columns *columns, const ocs_plan *plan, const ocs_shape *shape) {
-    const int64_t G = shape->G, E = shape->C + shape->S;
-    *columns = (ocs_columns){0};
-    ocs_status status = ocs_check_shape(shape);
-    if (status != OCS_OK) {
-        return status;
-    }
-    if (shape->K > 0 && E > INT32_MAX / shape->K) {
-        return OCS_TOO_LARGE;
-    }
-    const int64_t N = shape->C * shape->K, M = E * shape->K;
-    const int64_t copies = G * (M - N), all = plan->depth == NULL ? 0 : G * M;
-    int32_t *memory = malloc((size_t)(copies + 2 * all + 1) * sizeof *memory);
-    if (memory == NULL) {
-        return OCS_NO_MEMORY;
-    }
-    *columns = (ocs_columns){N, M, memory, NULL, NULL};
-    if (plan->depth != NULL) {
-        columns->addend = memory + copies;
-        columns->shift = columns->addend + all;
-    }
-    for (int64_t g = 0; g < G && status == OCS_OK; ++g) {
-        status = fill_columns(columns, plan, shape, g);
-    }
-    if (status != OCS_OK) {
-        ocs_columns_free(columns);
-    }
-    return status;
+static void split_rows_end(split_rows *split) {
+    free(split->factor);
+    ocs_rows_end(&split->rows);
 }
 
-ocs_columns ocs_columns_group(const ocs_columns *columns, int64_t g) {
-    const int64_t N = columns->N, M = columns->M;
-    ocs_columns group = {N, M, columns->index + g * (M - N), NULL, NULL};
-    if (columns->addend != NULL) {
-        group.addend = columns->addend + g * M;
-        group.shift = columns->shift + g * M;
-    }
-    return group;
-}
-
-void ocs_columns_free(ocs_columns *columns) {
-    free(columns->index);
-    *columns = (ocs_columns){0};
-}
-
-/* --- The split weight without splitting it ---------------------------------------------------- */
-
-/* factor [G M]: 2^-depth of each column; what is read of the plan was copied when it was checked. */
-static void fill_factors(float *factor, const ocs_columns *columns, int64_t G) {
-    for (int64_t i = 0; i < G * columns->M; ++i) {
-        factor[i] = ldexpf(1.0f, 1 - columns->shift[i]);
-    }
-}
-
-typedef struct {
-    const ocs_kernels *kernels;
-    float *output_max;
-    const float *w;
-    const float *factor; /* [G M] */
-    const ocs_columns *columns;
-    int64_t rows; /* of a group */
-} output_max_job;
-
-static void output_max_range(int64_t begin, int64_t end, void *ctx) {
-    const output_max_job *job = ctx;
-    const int64_t N = job->columns->N, M = job->columns->M;
-    for (int64_t o = begin; o < end; ++o) {
-        job->output_max[o] = job->kernels->scaled_max(job->w + o * N, job->factor + o / job->rows * M, N);
-    }
+/* The factors [M] of output channel o. */
+static const float *factor_of_row(const split_rows *split, int64_t o) {
+    const ocs_shape *shape = split->rows.shape;
+    return split->factor + o / (shape->O / shape->G) * split->rows.columns.M;
 }
 
 /* Of all copies of a channel, the one halved least has the largest weights: its factor goes to the channel itself. */
-static void keep_largest(float *factor, const ocs_columns *columns, int64_t G) {
-    for (int64_t g = 0; g < G; ++g) {
-        const ocs_columns group = ocs_columns_group(columns, g);
-        float *of_group = factor + g * group.M;
-        for (int64_t m = group.N; m < group.M; ++m) {
-            float *of_source = &of_group[group.index[m - group.N]];
-            *of_source = *of_source < of_group[m] ? of_group[m] : *of_source;
+static void keep_largest_factors(split_rows *split) {
+    for (int64_t g = 0; g < split->rows.shape->G; ++g) {
+        const ocs_columns columns = ocs_columns_of_group(&split->rows, g);
+        float *factor = split->factor + g * columns.M;
+        for (int64_t m = columns.N; m < columns.M; ++m) {
+            float *of_source = &factor[columns.index[m - columns.N]];
+            *of_source = *of_source < factor[m] ? factor[m] : *of_source;
         }
     }
 }
 
-/* Columns and factors of a checked plan; the caller frees both. */
-static ocs_status columns_and_factors(ocs_columns *columns, float **factor, const ocs_plan *plan,
-                                      const ocs_shape *shape) {
-    ocs_status status = ocs_columns_make(columns, plan, shape);
-    if (status != OCS_OK) {
-        return status;
+typedef struct {
+    split_rows split;
+    float *output_max;
+} output_max_job;
+
+static void output_max_range(ocs_range *range) {
+    const output_max_job *job = range->ctx;
+    const ocs_rows *rows = &job->split.rows;
+    const int64_t N = rows->columns.N;
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        const float *w = job->split.w + o * N;
+        job->output_max[o] = rows->kernels->scaled_max(w, factor_of_row(&job->split, o), N);
     }
-    *factor = malloc((size_t)(shape->G * columns->M + 1) * sizeof **factor);
-    if (*factor == NULL) {
-        ocs_columns_free(columns);
-        return OCS_NO_MEMORY;
-    }
-    fill_factors(*factor, columns, shape->G);
-    return OCS_OK;
 }
 
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
-    ocs_columns columns;
-    float *factor;
-    ocs_status status = columns_and_factors(&columns, &factor, plan, shape);
-    if (status != OCS_OK) {
-        return status;
-    }
-    keep_largest(factor, &columns, shape->G);
-    output_max_job job = {ocs_kernel_table(), output_max, w, factor, &columns, shape->O / shape->G};
-    ocs_parallel_for(shape->O, ocs_grain(columns.N), output_max_range, &job);
-    free(factor);
-    ocs_columns_free(&columns);
-    return OCS_OK;
+    output_max_job job = {.output_max = output_max};
+    OCS_TRY(split_rows_begin(&job.split, w, plan, shape));
+    keep_largest_factors(&job.split);
+    ocs_status status = ocs_parallel_for(shape->O, ocs_grain(job.split.rows.columns.N), 0, output_max_range, &job);
+    split_rows_end(&job.split);
+    return status;
 }
 
 typedef struct {
-    const ocs_kernels *kernels;
+    split_rows split;
     int64_t *counts;
-    const float *w;
-    const float *factor; /* [G M] */
-    const ocs_columns *columns;
     const float *limit;
-    int64_t rows; /* of a group */
     int64_t R, bins;
-    bool failed;
 } split_histogram_job;
 
-/* The row w [N] split: returns how many of its M columns are not zero; those are in split [M]. */
-static int64_t split_row(float *restrict split, const float *w, const float *factor, const ocs_columns *columns) {
-    const int64_t N = columns->N, M = columns->M;
+/* Output channel o split: returns how many of its M columns are not zero; those are in values [M]. */
+static int64_t split_row(float *restrict values, const split_rows *split, int64_t o) {
+    const ocs_columns columns = ocs_columns_of_row(&split->rows, o);
+    const float *w = split->w + o * columns.N, *factor = factor_of_row(split, o);
     int64_t count = 0;
-    for (int64_t m = 0; m < N; ++m) {
-        split[count] = w[m] * factor[m];
-        count += split[count] != 0.0f;
+    for (int64_t m = 0; m < columns.N; ++m) {
+        values[count] = w[m] * factor[m];
+        count += values[count] != 0.0f;
     }
-    for (int64_t m = N; m < M; ++m) {
-        split[count] = w[columns->index[m - N]] * factor[m];
-        count += split[count] != 0.0f;
+    for (int64_t m = columns.N; m < columns.M; ++m) {
+        values[count] = w[columns.index[m - columns.N]] * factor[m];
+        count += values[count] != 0.0f;
     }
     return count;
 }
 
-static void split_histogram_range(int64_t begin, int64_t end, void *ctx) {
-    split_histogram_job *job = ctx;
-    const int64_t N = job->columns->N, M = job->columns->M, bins = job->bins;
-    uint32_t *own = malloc((size_t)bins * 4 * sizeof *own + (size_t)(M + 1) * sizeof(float));
-    if (own == NULL) {
-        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
-        return;
-    }
-    float *split = (float *)(own + bins * 4);
+/* Counts rows into scratch: own [4][bins], and the values of one row [M + 1]. */
+static void split_histogram_range(ocs_range *range) {
+    const split_histogram_job *job = range->ctx;
+    const int64_t bins = job->bins;
+    uint32_t *own = range->scratch;
+    float *values = (float *)(own + bins * 4);
     memset(own, 0, (size_t)bins * 4 * sizeof *own);
     int64_t counted = 0;
-    for (int64_t o = begin; o < end; ++o) {
-        const int64_t row = job->R == 1 ? 0 : o, g = o / job->rows;
-        const ocs_columns group = ocs_columns_group(job->columns, g);
-        const int64_t count = split_row(split, job->w + o * N, job->factor + g * M, &group);
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        const int64_t row = job->R == 1 ? 0 : o, count = split_row(values, &job->split, o);
         if (job->limit[row] > 0.0f) {
-            job->kernels->histogram(own, split, count, bins, job->limit[row]);
+            job->split.rows.kernels->histogram(own, values, count, bins, job->limit[row]);
         } else {
             own[0] += (uint32_t)count;
         }
         counted += count;
-        if (job->R > 1 || o + 1 == end || counted >= INT64_C(1) << 30) {
+        if (job->R > 1 || o + 1 == range->end || counted >= OCS_MOST_COUNTED) {
             ocs_add_counts(job->counts + row * bins, own, bins, 4);
             memset(own, 0, (size_t)bins * 4 * sizeof *own);
             counted = 0;
         }
     }
-    free(own);
 }
 
 ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_plan *plan, const ocs_shape *shape,
                                    int64_t R, int64_t bins, const float *limit) {
-    if (bins < 1 || bins > INT64_C(1) << 24) {
-        return OCS_BAD_BINS;
-    }
     if (R != 1 && R != shape->O) {
         return OCS_BAD_SHAPE;
     }
-    if (!ocs_limits_valid(limit, R)) {
-        return OCS_BAD_BINS;
-    }
-    ocs_columns columns;
-    float *factor;
-    ocs_status status = columns_and_factors(&columns, &factor, plan, shape);
-    if (status != OCS_OK) {
-        return status;
-    }
+    split_histogram_job job = {.counts = counts, .limit = limit, .R = R, .bins = bins};
+    OCS_TRY(ocs_check_histogram(bins, OCS_MAX_BINS, limit, R));
+    OCS_TRY(split_rows_begin(&job.split, w, plan, shape));
+    ocs_status status = OCS_OK;
     memset(counts, 0, (size_t)(R * bins) * sizeof *counts);
-    split_histogram_job job = {ocs_kernel_table(),  counts, w,    factor, &columns, limit,
-                               shape->O / shape->G, R,      bins, false};
-    if (columns.M > 0) {
-        ocs_parallel_for(shape->O, ocs_grain(columns.M), split_histogram_range, &job);
+    const int64_t M = job.split.rows.columns.M;
+    if (M > 0) {
+        const size_t scratch = (size_t)bins * 4 * sizeof(uint32_t) + (size_t)(M + 1) * sizeof(float);
+        status = ocs_parallel_for(shape->O, ocs_grain(M), scratch, split_histogram_range, &job);
     }
-    free(factor);
-    ocs_columns_free(&columns);
-    return job.failed ? OCS_NO_MEMORY : OCS_OK;
+    split_rows_end(&job.split);
+    return status;
 }

@@ -35,7 +35,7 @@ static int64_t least_size(const largest *top) {
     return top->count < top->wanted ? 0 : (int64_t)(top->key[0] >> 32);
 }
 
-/* Of a size above least_size. */
+/* Takes one whose size is above least_size, in place of the least if there are enough. */
 static void offer(largest *top, int64_t size, int64_t index) {
     const uint64_t key = key_of(size < INT32_MAX ? (uint64_t)size : INT32_MAX, index);
     uint64_t *heap = top->key;
@@ -82,7 +82,7 @@ static bool can_move(const row *r, int64_t c, int64_t i, int32_t sign) {
     return moved >= r->low[c] && moved <= r->high[c];
 }
 
-/* Moves it, and splits the moved sum into its parts; see ocs_columns. */
+/* Moves element i of channel c, and splits the moved sum into its parts; see ocs_columns. */
 static void move(row *r, int64_t c, int64_t i, int32_t sign) {
     r->sum[i] -= (float)sign;
     r->error[i] -= sign * STEP;
@@ -92,7 +92,8 @@ static void move(row *r, int64_t c, int64_t i, int32_t sign) {
     }
 }
 
-/* Errors in units of 1 / STEP, cut off towards zero; subtraction and product are exact where nothing saturates. */
+/* Writes errors in units of 1 / STEP, cut off towards zero; subtraction and product are exact where nothing saturates.
+ */
 static void find_errors(int32_t *restrict error, const float *w, const float *sum, int64_t N, float scale) {
     for (int64_t i = 0; i < N; ++i) {
         float difference = (sum[i] - w[i] / scale) * (float)STEP;
@@ -164,7 +165,7 @@ static void settle_filters(row *r, int64_t error) {
     }
 }
 
-/* Both steps, which are one where a filter is an element. */
+/* The kernel-wise and the channel-wise step, which are one where a filter is an element. */
 static void compensate(row *r) {
     const int64_t C = r->C, K = r->K;
     if (K == 1) {
@@ -179,31 +180,28 @@ static void compensate(row *r) {
     settle_filters(r, error);
 }
 
-/* --- All of them ------------------------------------------------------------------------------ */
+/* --- Every output channel --------------------------------------------------------------------- */
 
 typedef struct {
-    const ocs_kernels *kernels;
-    const ocs_shape *shape;
-    ocs_columns columns;
+    ocs_rows rows;
     int32_t *next;       /* [G (C + S)] */
     int32_t *low, *high; /* [G C] */
     const float *w;
-    const float *scale;
-    int64_t scale_stride;
+    ocs_scale scale;
     int8_t *ints;
     int32_t qmax;
-    bool failed;
 } squant_job;
 
-/* A group's parts of each channel, and the sums T that all of them can hold: part i of 2^m is floor((T + i) / 2^m).
-   Reads the columns, which were checked, not the plan, which another thread could have changed since. */
-static void fill_parts(int32_t *next, int32_t *low, int32_t *high, const ocs_columns *columns, const ocs_shape *shape,
-                       int32_t qmax) {
-    const int64_t C = shape->C, K = shape->K;
-    for (int64_t j = 0; j < C + shape->S; ++j) {
-        const int64_t c = j < C ? j : columns->index[(j - C) * K] / K;
-        const int32_t m = columns->shift[j * K] - 1, i = columns->addend[j * K] / 2;
-        const int32_t lowest = -qmax * (1 << m) - i, highest = (qmax + 1) * (1 << m) - 1 - i;
+/* The parts of each channel of group g, and the sums T that all of them can hold: part i of 2^m is floor((T + i) /
+   2^m). Reads the columns, which were checked, not the plan, which another thread could have changed since. */
+static void fill_parts(squant_job *job, int64_t g) {
+    const ocs_columns columns = ocs_columns_of_group(&job->rows, g);
+    const int64_t C = job->rows.shape->C, K = job->rows.shape->K, E = C + job->rows.shape->S;
+    int32_t *next = job->next + g * E, *low = job->low + g * C, *high = job->high + g * C;
+    for (int64_t j = 0; j < E; ++j) {
+        const int64_t c = j < C ? j : columns.index[(j - C) * K] / K;
+        const int32_t m = columns.shift[j * K] - 1, i = columns.addend[j * K] / 2;
+        const int32_t lowest = -job->qmax * (1 << m) - i, highest = (job->qmax + 1) * (1 << m) - 1 - i;
         low[c] = j < C || lowest > low[c] ? lowest : low[c];
         high[c] = j < C || highest < high[c] ? highest : high[c];
         next[j] = j < C ? -1 : next[c];
@@ -213,63 +211,69 @@ static void fill_parts(int32_t *next, int32_t *low, int32_t *high, const ocs_col
     }
 }
 
-static void squant_rows(int64_t begin, int64_t end, void *ctx) {
-    squant_job *job = ctx;
-    const int64_t C = job->shape->C, K = job->shape->K, N = C * K, M = job->columns.M;
-    const int64_t longest = C > K ? C : K;
-    const size_t bytes = (size_t)(C + longest) * sizeof(int64_t) + (size_t)N * (sizeof(float) + sizeof(int32_t));
-    row r = {.C = C, .K = K, .qmax = job->qmax, .filter = malloc(bytes + 1)};
-    if (r.filter == NULL) {
-        __atomic_store_n(&job->failed, true, __ATOMIC_RELAXED);
-        return;
-    }
+/* The bytes of a row's sums, errors, errors of filters, and keys. */
+static size_t scratch_size(const ocs_shape *shape) {
+    const int64_t C = shape->C, K = shape->K;
+    return (size_t)(C + (C > K ? C : K)) * sizeof(int64_t) + (size_t)(C * K) * (sizeof(float) + sizeof(int32_t));
+}
+
+static row row_in(void *scratch, const squant_job *job) {
+    const int64_t C = job->rows.shape->C, K = job->rows.shape->K;
+    row r = {.C = C, .K = K, .qmax = job->qmax, .filter = scratch};
     r.keys = (uint64_t *)(r.filter + C);
-    r.sum = (float *)(r.keys + longest);
-    r.error = (int32_t *)(r.sum + N);
-    for (int64_t o = begin; o < end; ++o) {
-        const int64_t g = o / (job->shape->O / job->shape->G);
-        const float *w = job->w + o * N, scale = job->scale[o * job->scale_stride];
-        r.columns = ocs_columns_group(&job->columns, g);
-        r.next = job->next + g * (C + job->shape->S);
+    r.sum = (float *)(r.keys + (C > K ? C : K));
+    r.error = (int32_t *)(r.sum + C * K);
+    return r;
+}
+
+static void squant_rows(ocs_range *range) {
+    const squant_job *job = range->ctx;
+    const ocs_kernels *kernels = job->rows.kernels;
+    const ocs_shape *shape = job->rows.shape;
+    const int64_t C = shape->C, N = job->rows.columns.N, M = job->rows.columns.M;
+    row r = row_in(range->scratch, job);
+    for (int64_t o = range->begin; o < range->end; ++o) {
+        const int64_t g = o / (shape->O / shape->G);
+        const float *w = job->w + o * N, scale = ocs_scale_of(job->scale, o);
+        r.columns = ocs_columns_of_group(&job->rows, g);
+        r.next = job->next + g * (C + shape->S);
         r.low = job->low + g * C;
         r.high = job->high + g * C;
         r.q = job->ints + o * M;
-        job->kernels->quantize_row(r.q, w, &r.columns, scale, job->qmax);
-        job->kernels->fold_row(r.sum, r.q, r.columns.index, N, M, 1.0f);
+        kernels->quantize_row(r.q, w, &r.columns, scale, job->qmax);
+        kernels->fold_row(r.sum, r.q, r.columns.index, N, M, 1.0f);
         find_errors(r.error, w, r.sum, N, scale);
         compensate(&r);
     }
-    free(r.filter);
 }
 
-ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, const float *scale,
-                                 int64_t scale_stride, const ocs_shape *shape, int bits) {
-    if (bits < 2 || bits > 8) {
-        return OCS_BAD_BITS;
+static ocs_status squant_all(squant_job *job) {
+    const ocs_shape *shape = job->rows.shape;
+    const int64_t channels = shape->G * shape->C, parts = channels + shape->G * shape->S;
+    job->next = malloc((size_t)(parts + 2 * channels) * sizeof *job->next);
+    if (job->next == NULL) {
+        return OCS_NO_MEMORY;
     }
-    squant_job job = {.kernels = ocs_kernel_table(), .shape = shape, .w = w, .scale = scale, .ints = ints};
-    job.scale_stride = scale_stride;
-    job.qmax = ocs_qmax(bits);
-    ocs_status status = ocs_columns_make(&job.columns, plan, shape);
-    if (status == OCS_OK) {
-        status = ocs_check_scale(scale, scale_stride == 0 ? 1 : shape->O);
+    job->low = job->next + parts;
+    job->high = job->low + channels;
+    for (int64_t g = 0; g < shape->G; ++g) {
+        fill_parts(job, g);
     }
-    if (status == OCS_OK && job.columns.N > 0) {
-        const int64_t channels = shape->G * shape->C, parts = channels + shape->G * shape->S;
-        job.next = malloc((size_t)(parts + 2 * channels) * sizeof *job.next);
-        status = job.next == NULL ? OCS_NO_MEMORY : OCS_OK;
-        if (status == OCS_OK) {
-            job.low = job.next + parts;
-            job.high = job.low + channels;
-            for (int64_t g = 0; g < shape->G; ++g) {
-                const ocs_columns group = ocs_columns_group(&job.columns, g);
-                fill_parts(job.next + g * (shape->C + shape->S), job.low + g * shape->C, job.high + g * shape->C,
-                           &group, shape, job.qmax);
-            }
-            ocs_parallel_for(shape->O, ocs_grain(job.columns.M), squant_rows, &job);
-            free(job.next);
-        }
+    const int64_t grain = ocs_grain(job->rows.columns.M);
+    ocs_status status = ocs_parallel_for(shape->O, grain, scratch_size(shape), squant_rows, job);
+    free(job->next);
+    return status;
+}
+
+ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
+                                 const ocs_shape *shape, int bits) {
+    OCS_TRY(ocs_check_bits(bits));
+    squant_job job = {.w = w, .scale = scale, .ints = ints, .qmax = ocs_qmax(bits)};
+    OCS_TRY(ocs_rows_begin(&job.rows, plan, shape));
+    ocs_status status = ocs_check_scale(scale, shape->O);
+    if (status == OCS_OK && job.rows.columns.N > 0) {
+        status = squant_all(&job);
     }
-    ocs_columns_free(&job.columns);
-    return status == OCS_OK && job.failed ? OCS_NO_MEMORY : status;
+    ocs_rows_end(&job.rows);
+    return status;
 }

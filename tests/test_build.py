@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -54,6 +55,42 @@ def test_only_the_limited_python_api() -> None:
     stable = {"_PyArg_ParseTuple_SizeT", "_Py_BuildValue_SizeT", "_Py_Dealloc", "_Py_NoneStruct", "_Py_RefTotal"}
     assert private <= stable
     assert Path(_C.__file__).name == "_C.abi3.so"
+
+
+ANOTHER_SET = """
+#include "kernels.h"
+static bool yes(void) { return true; }
+static float abs_max(const float *x, int64_t N) { return x[0] + (float)N; }
+const ocs_instruction_set ocs_isa_another = {.name = "another", .supported = yes, .kernels = {.abs_max = abs_max}};
+static bool no(void) { return false; }
+const ocs_instruction_set ocs_isa_lacking = {.name = "lacking", .supported = no};
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_an_instruction_set_is_a_file_and_a_name_and_lacks_what_the_one_before_it_has(tmp_path: Path) -> None:
+    """Without Python and torch: the C files alone are a library."""
+    (tmp_path / "another.c").write_text(ANOTHER_SET)
+    library = tmp_path / "libocs.so"
+    files = [*(ROOT / "csrc").glob("*.c"), tmp_path / "another.c"]
+    sets = "-DOCS_INSTRUCTION_SETS(SET)=SET(ref) SET(another) SET(lacking)"
+    command = ["cc", "-std=c11", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", sets, "-o", library, *files, "-lm"]
+    subprocess.run(command, check=True)
+    c = ctypes.CDLL(str(library))
+    c.ocs_abs_max_f32.restype, c.ocs_isa_name.restype, c.ocs_isa.restype = (
+        ctypes.c_float,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+    )
+    assert [c.ocs_isa_name(i) for i in range(3)] == [b"ref", b"another", None]
+    assert c.ocs_isa() == b"another"
+    x, counts = (ctypes.c_float * 3)(1, -7, 2), (ctypes.c_int64 * 2)()
+    assert c.ocs_abs_max_f32(x, ctypes.c_int64(3)) == 4.0
+    assert c.ocs_histogram_f32(counts, x, ctypes.c_int64(3), ctypes.c_int64(2), ctypes.c_float(4)) == 0
+    assert list(counts) == [1, 2]
+    assert c.ocs_set_isa(b"lacking") != 0
+    assert c.ocs_set_isa(b"ref") == 0
+    assert c.ocs_abs_max_f32(x, ctypes.c_int64(3)) == 7.0
 
 
 @pytest.fixture(scope="module")

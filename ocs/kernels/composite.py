@@ -7,34 +7,40 @@ another way, so every divisor below is a tensor on the device of the dividend.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ocs import _C
 from ocs.kernels import constants
 from ocs.kernels.constants import MAX_BINS, MAX_DEPTH, OCTAVE_BINS, SQUANT_LIMIT, SQUANT_STEP
 
-KERNELS = (
-    "abs_max",
-    "histogram",
-    "octave_histogram",
-    "channel_max",
-    "split_plan",
-    "output_max",
-    "split_histogram",
-    "clip_threshold",
-    "quantize_weight",
-    "squant_weight",
-    "fold",
-    "weight_error",
-    "output_error",
-    "quantize",
-    "dequantize",
-    "fake_quantize",
-    "pack",
-    "unpack",
-)
+KERNELS = _C.OPERATORS  # each has a function of its name here
 GRID_LIMIT = 2.0**30  # as in csrc: grid units are computed with up to here
+
+
+_other_devices = torch.library.Library("ocs", "IMPL", "CompositeExplicitAutograd")
+
+
+def kernel(empty: Callable[..., Any]) -> Callable[[Callable], Callable]:
+    """Register a function as the operator of its name on other devices.
+
+    `empty` makes its result without values from the same arguments, for torch.compile, torch.export and meta tensors.
+    """
+
+    def register(function: Callable) -> Callable:
+        def fake(*args: Any) -> Any:
+            meta = {arg.is_meta for arg in args if isinstance(arg, Tensor)}
+            torch._check(len(meta) == 1, lambda: "ocs: meta tensors cannot be mixed with others")
+            return empty(*args)
+
+        _other_devices.impl(function.__name__, function)
+        torch.library.register_fake(f"ocs::{function.__name__}", fake)
+        return function
+
+    return register
 
 
 def _require(valid: bool, op: str, what: str) -> None:
@@ -83,12 +89,14 @@ def _floats(op: str, x: Tensor) -> Tensor:
     return x.float()
 
 
+@kernel(lambda x: x.new_empty((), dtype=torch.float32))
 def abs_max(x: Tensor) -> Tensor:
     """Find max|x|, float32 []; 0 for an empty tensor."""
     x = _floats("abs_max", x)
     return x.abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
+@kernel(lambda x, bins, limit: x.new_empty(bins, dtype=torch.int64))
 def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     """Count |x| over [0, limit] in bins, int64 [bins], what lies beyond in the last one."""
     x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
@@ -100,6 +108,7 @@ def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     return torch.bincount(torch.nan_to_num(position, nan=bins).clamp(max=bins - 1).long(), minlength=bins)
 
 
+@kernel(lambda x, limit: x.new_empty((x.shape[1], OCTAVE_BINS), dtype=torch.int64))
 def octave_histogram(x: Tensor, limit: float) -> Tensor:
     """Count |x| of x [N, C, ...] below limit, a power of two, in eight bins to the octave: int64 [C, 128]."""
     _require(x.dim() >= 2, "octave_histogram", "x must have at least 2 dimensions")
@@ -112,6 +121,7 @@ def octave_histogram(x: Tensor, limit: float) -> Tensor:
     return torch.bincount(bins.flatten(), minlength=OCTAVE_BINS * x.shape[1]).view(x.shape[1], OCTAVE_BINS)
 
 
+@kernel(lambda w, groups: w.new_empty(groups * w.shape[1], dtype=torch.float32))
 def channel_max(w: Tensor, groups: int) -> Tensor:
     """Find max|w| of each input channel [groups C]."""
     grouped = _grouped(_floats("channel_max", w).abs(), groups)
@@ -120,12 +130,20 @@ def channel_max(w: Tensor, groups: int) -> Tensor:
     return grouped.amax((1, 3)).flatten()
 
 
+def _empty_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, ...]:
+    size = channel_max.numel() + groups * splits
+    dtypes = (torch.int64, torch.int32, torch.int32, torch.float32)
+    return tuple(channel_max.new_empty(size, dtype=dtype) for dtype in dtypes)
+
+
+@kernel(_empty_plan)
 def split_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plan on the CPU by the C kernel: it is a few numbers, and a heap is nothing for a GPU."""
     plan = torch.ops.ocs.split_plan(channel_max.cpu(), groups, splits)
     return tuple(part.to(channel_max.device, copy=True) for part in plan)
 
 
+@kernel(lambda w, *_: w.new_empty(w.shape[0], dtype=torch.float32))
 def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     """Find max|w| of each output channel after splitting [O]."""
     _check_plan("output_max", groups, w.shape[1], source, depth)
@@ -135,6 +153,7 @@ def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     return expanded.abs().amax((2, 3)).flatten()
 
 
+@kernel(lambda w, source, depth, groups, bins, limit: limit.new_empty((*limit.shape, bins), dtype=torch.int64))
 def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
     """Count the |w| after splitting that are not zero: int64 [bins], or [O, bins] where limit is [O]."""
     _check_plan("split_histogram", groups, w.shape[1], source, depth)
@@ -152,11 +171,23 @@ def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins:
     return torch.bincount(at[rows != 0], minlength=bins * rows.shape[0]).view(*limit.shape, bins)
 
 
+@kernel(lambda counts, limit, *_: limit.new_empty(limit.shape, dtype=torch.float32))
 def clip_threshold(counts: Tensor, limit: Tensor, bits: int, signed: bool, method: int) -> Tensor:
     """Search on the CPU by the C kernel, in a copy of the histogram."""
     return torch.ops.ocs.clip_threshold(counts.cpu(), limit.cpu(), bits, signed, method).to(limit.device, copy=True)
 
 
+def _with_channels(w: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    return w.new_empty((w.shape[0], channels, *w.shape[2:]), dtype=dtype)
+
+
+def _empty_ints(
+    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, *_: int
+) -> Tensor:
+    return _with_channels(w, source.numel() // groups, torch.int8)
+
+
+@kernel(_empty_ints)
 def quantize_weight(
     w: Tensor,
     scale: Tensor,
@@ -179,6 +210,7 @@ def quantize_weight(
     return ints.reshape(w.shape[0], source.numel() // groups, *w.shape[2:])
 
 
+@kernel(_empty_ints)
 def squant_weight(
     w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, bits: int
 ) -> Tensor:
@@ -236,6 +268,7 @@ def _largest(sizes: Tensor, error: Tensor) -> Tensor:
     return (rank < ((error.abs() + SQUANT_STEP // 2) // SQUANT_STEP)[..., None]) & (sizes > 0)
 
 
+@kernel(lambda ints, scale, source, groups, channels: _with_channels(ints, channels, torch.float32))
 def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int) -> Tensor:
     """Sum each channel's integers and its copies', times scale: float32 [O, channels, ...]."""
     _require(ints.dtype == torch.int8, "fold", "ints has the wrong dtype")
@@ -248,12 +281,14 @@ def fold(ints: Tensor, scale: Tensor, source: Tensor, groups: int, channels: int
     return folded * _per_row(scale, folded)
 
 
+@kernel(lambda w, *_: w.new_empty(2, dtype=torch.float64))
 def weight_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int) -> Tensor:
     """Sum w^2 and (w - w_hat)^2, float64 [2]; the order of summation is the device's."""
     difference = _floats("weight_error", w) - fold(ints, scale, source, groups, w.shape[1])
     return torch.stack([w.double().square().sum(), difference.double().square().sum()])
 
 
+@kernel(lambda w, *_: w.new_empty(w.shape[0], dtype=torch.float64))
 def output_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int, gain: float) -> Tensor:
     """Estimate how far each output is off, float64 [O] (csrc/ocs.h); the order of summation is the device's."""
     v = _floats("output_error", w).double().reshape(*w.shape[:2], math.prod(w.shape[2:]))
@@ -269,11 +304,13 @@ def _output_power(v: Tensor) -> Tensor:
     return (v.square().sum((1, 2)) + of_filter.square().sum(1) + of_filter.sum(1).square()) / 3
 
 
+@kernel(lambda x, scale, bits, signed: x.new_empty(x.shape, dtype=torch.int8 if signed else torch.uint8))
 def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """Compute clamp(round_half_even(x / scale)) as int8 or uint8; NaN gives 0."""
     return torch.nan_to_num(_to_grid(x, scale, bits, signed), nan=0.0).to(torch.int8 if signed else torch.uint8)
 
 
+@kernel(lambda q, scale: q.new_empty(q.shape, dtype=torch.float32))
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     """Compute q * scale, with one scale or one per entry of the first axis."""
     _require(q.dtype in (torch.int8, torch.uint8), "dequantize", "q has the wrong dtype")
@@ -281,11 +318,13 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return q.float() * _per_row(scale, q)
 
 
+@kernel(lambda x, *_: torch.empty_like(x))
 def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """Compute scale * clamp(round_half_even(x / scale)) in the dtype of x; NaN stays, zero comes out as +0."""
     return ((_to_grid(x, scale, bits, signed) + 0.0) * scale.to(x.device, torch.float32).reshape(())).to(x.dtype)
 
 
+@kernel(lambda ints, bits: ints.new_empty((ints.numel() * bits + 7) // 8, dtype=torch.uint8))
 def pack(ints: Tensor, bits: int) -> Tensor:
     """Write the codes q + qmax bit after bit, low bits first, as bytes [ceil(N bits / 8)]."""
     qmax = grid(bits, True)[1]
@@ -296,6 +335,7 @@ def pack(ints: Tensor, bits: int) -> Tensor:
     return (stream.reshape(-1, 8) << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
 
 
+@kernel(lambda packed, numel, bits: packed.new_empty(numel, dtype=torch.int8))
 def unpack(packed: Tensor, numel: int, bits: int) -> Tensor:
     """Read the integers int8 [numel] that pack wrote."""
     qmax = grid(bits, True)[1]

@@ -1,13 +1,15 @@
-"""Facts that the kernels and all that is built on them share; csrc/ has those that C needs, a test compares the two."""
+"""Facts that the kernels and all that is built on them share; what C needs too stands in csrc/ocs.h alone."""
 
 from __future__ import annotations
 
-CLIP_METHODS = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")  # numbered as in csrc/ocs.h
-MIN_BITS, MAX_BITS = 2, 8  # of integers
-MAX_BINS = 2**24  # of a histogram
-OCTAVES, BINS_PER_OCTAVE = 16, 8  # of a logarithmic histogram
-OCTAVE_BINS = OCTAVES * BINS_PER_OCTAVE
-MAX_DEPTH = 22  # how often one channel may be halved
+from ocs import _C
+
+CLIP_METHODS: tuple[str, ...] = _C.CLIP_METHODS
+MIN_BITS, MAX_BITS = _C.MIN_BITS, _C.MAX_BITS  # of integers
+MAX_BINS = _C.MAX_BINS  # of a histogram
+OCTAVES, OCTAVE_BINS = _C.OCTAVES, _C.OCTAVE_BINS  # of a logarithmic histogram
+BINS_PER_OCTAVE = OCTAVE_BINS // OCTAVES
+MAX_DEPTH = _C.MAX_DEPTH  # how often one channel may be halved
 SQUANT_STEP = 2**24  # an error of one grid step, as a whole number
 SQUANT_LIMIT = 64 * SQUANT_STEP  # errors beyond count as this
 SMALLEST = 2.0**-149  # the smallest positive float32: a positive threshold never gives a scale of zero

@@ -1,4 +1,4 @@
-"""Every kernel equals its numpy twin bit for bit: both instruction sets, any thread count, numpy and torch alike."""
+"""Every kernel equals its numpy twin bit for bit: all instruction sets, any thread count, numpy and torch alike."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_hermites_identity(w: np.ndarray, splits: int, bits: int) -> None:
     qmax = 2 ** (bits - 1) - 1
     plan = _C.split_plan(_C.channel_max(w, 1), 1, min(splits, w.shape[1]))
     scale = np.asarray(max(plan[3].max() / np.float32(qmax), np.float32(1e-30)), np.float32)
-    for name in ("ref", ops.isa()):
+    for name in _C.isas():
         ops.set_isa(name)
         ints = _C.quantize_weight(w, scale, *plan[:3], 1, bits, True)
         whole = reference.round_half_up((w / scale).astype(np.float64)).astype(np.float32)

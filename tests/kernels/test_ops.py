@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +55,26 @@ def test_every_operator_is_listed() -> None:
     registered = {
         name.removeprefix("ocs::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("ocs::")
     }
-    assert registered == set(CALLS) == set(composite.KERNELS)
+    assert registered == set(CALLS) == set(composite.KERNELS) == set(_C.OPERATORS)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_both_doors_take_the_same_arguments(name: str) -> None:
+    schema = getattr(torch.ops.ocs, name).default._schema
+    names = ", ".join(argument.name for argument in schema.arguments)
+    assert getattr(_C, name).__doc__.startswith(f"{name}({names}) -> ")
+    assert list(inspect.signature(getattr(composite, name)).parameters) == [a.name for a in schema.arguments]
+    with pytest.raises(TypeError, match=f"{name}: takes {len(schema.arguments)} arguments, not 9"):
+        getattr(_C, name)(*range(9))
+
+
+def test_constants_are_those_of_the_header() -> None:
+    header = (Path(__file__).resolve().parents[2] / "csrc" / "ocs.h").read_text()
+    methods = re.findall(r"^    OCS_CLIP_(\w+),", header, re.MULTILINE)
+    assert tuple(name.lower().replace("_", "-") for name in methods) == _C.CLIP_METHODS == functional.CLIP_METHODS
+    assert (_C.MIN_BITS, _C.MAX_BITS, _C.MAX_DEPTH) == (2, 8, composite.MAX_DEPTH)
+    assert (_C.MAX_BINS, _C.MAX_SEARCH_BINS) == (2**24, 2**16)
+    assert (_C.OCTAVES, _C.OCTAVE_BINS) == (16, 128)
 
 
 @pytest.mark.parametrize(("name", "args"), EACH)
@@ -302,8 +324,20 @@ def test_isa_from_the_environment(value: str, expected: str) -> None:
     assert done.stdout.strip() == expected
 
 
+def test_instruction_sets_are_chosen_by_name() -> None:
+    before = _C.isa()
+    assert _C.isas()[0] == "ref"
+    for name in _C.isas():
+        _C.set_isa(name)
+        assert _C.isa() == name
+    _C.set_isa("auto")
+    assert _C.isa() == _C.isas()[-1]
+    _C.set_isa(before)
+
+
 def test_unknown_isa() -> None:
-    with pytest.raises(ValueError, match="'sse9'; use 'auto', 'avx2' or 'ref'"):
+    *others, last = ["'auto'", *(f"'{name}'" for name in reversed(_C.isas()))]
+    with pytest.raises(ValueError, match=f"'sse9'; use {', '.join(others)} or {last}"):
         ops.set_isa("sse9")
     command = [sys.executable, "-c", "import ocs"]
     done = subprocess.run(command, env={"OCS_ISA": "sse9"}, capture_output=True, text=True, check=False)

@@ -30,7 +30,7 @@ AVX2 static float abs_max_avx2(const float *x, int64_t N) {
         }
     }
     max[0] = _mm256_max_epu32(_mm256_max_epu32(max[0], max[1]), _mm256_max_epu32(max[2], max[3]));
-    return ocs_larger(largest_lane(max[0]), ocs_abs_max_ref(x + i, N - i));
+    return ocs_larger_abs(largest_lane(max[0]), ocs_abs_max_ref(x + i, N - i));
 }
 
 AVX2 static float scaled_max_avx2(const float *x, const float *factor, int64_t N) {
@@ -40,7 +40,7 @@ AVX2 static float scaled_max_avx2(const float *x, const float *factor, int64_t N
         const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(factor + i));
         max = _mm256_max_epu32(max, _mm256_and_si256(_mm256_castps_si256(scaled), _mm256_set1_epi32(0x7fffffff)));
     }
-    return ocs_larger(largest_lane(max), ocs_scaled_max_ref(x + i, factor + i, N - i));
+    return ocs_larger_abs(largest_lane(max), ocs_scaled_max_ref(x + i, factor + i, N - i));
 }
 
 /* max[i] = the larger of max[i] and |w[i]|, i < columns. */
@@ -51,7 +51,7 @@ AVX2 static void max_into(float *restrict max, const float *w, int64_t columns) 
         _mm256_storeu_si256((__m256i *)(max + i), _mm256_max_epu32(so_far, load_abs_bits(w + i)));
     }
     for (; i < columns; ++i) {
-        max[i] = ocs_larger(max[i], w[i]);
+        max[i] = ocs_larger_abs(max[i], w[i]);
     }
 }
 
@@ -69,7 +69,7 @@ AVX2 static void channel_max_avx2(float *restrict channel_max, const float *w, i
         }
         for (int64_t i = 0; i < columns; ++i) {
             float *of_channel = &channel_max[(begin + i) / K];
-            *of_channel = ocs_larger(*of_channel, max[i]);
+            *of_channel = ocs_larger_abs(*of_channel, max[i]);
         }
     }
 }
@@ -100,7 +100,7 @@ AVX2 static inline void store_octaves(uint32_t bin[8], const float *x, int32_t b
     _mm256_storeu_si256((__m256i *)bin, _mm256_min_epi32(_mm256_max_epi32(above, _mm256_setzero_si256()), last));
 }
 
-/* Eight bins at once; of one channel, where there are many, neighbours again in different histograms. */
+/* Eight bins at once. Where one channel has many elements, neighbours are counted in different histograms. */
 AVX2 static void octave_histogram_avx2(uint32_t *restrict counts, const float *x, int64_t N, int64_t step,
                                        int32_t base) {
     uint32_t bin[8], own[4][OCS_OCTAVE_BINS];
@@ -129,9 +129,9 @@ AVX2 static void octave_histogram_avx2(uint32_t *restrict counts, const float *x
 
 /* --- Weights ---------------------------------------------------------------------------------- */
 
-/* Eight columns of a split row as 32-bit integers, not yet clamped: ocs_grid2, then one addition and one shift. */
+/* Eight columns of a split row as 32-bit integers, not yet clamped: ocs_half_steps, then one addition and one shift. */
 AVX2 static inline __m256i split_columns(__m256 w, __m256 scale, const int32_t *addend, const int32_t *shift) {
-    const __m256 limit = _mm256_set1_ps(OCS_GRID_LIMIT);
+    const __m256 limit = _mm256_set1_ps(OCS_HALF_STEPS_LIMIT);
     const __m256 u = _mm256_div_ps(w, scale);
     __m256 u2 = _mm256_floor_ps(_mm256_add_ps(u, u));
     u2 = _mm256_max_ps(_mm256_min_ps(u2, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
@@ -150,34 +150,35 @@ AVX2 static inline void store_clamped(int8_t *q, __m256i bytes, int32_t qmax) {
     _mm256_storeu_si256((__m256i *)q, _mm256_max_epi8(_mm256_min_epi8(bytes, most), least));
 }
 
-AVX2 static void quantize_row_avx2(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale,
-                                   int32_t qmax) {
-    const int64_t N = columns->N, M = columns->M;
-    const int32_t *addend = columns->addend, *shift = columns->shift, *index = columns->index;
+/* q [N] of columns, each of w where it is, or of w[index] where an index is given. */
+AVX2 static inline void quantize_columns(int8_t *restrict q, const float *w, const int32_t *index,
+                                         const int32_t *addend, const int32_t *shift, int64_t N, float scale,
+                                         int32_t qmax) {
     const __m256 scales = _mm256_set1_ps(scale);
     __m256i four[4];
     int64_t m = 0;
     for (; m + 32 <= N; m += 32) {
         for (int j = 0; j < 4; ++j) {
             const int64_t at = m + 8 * j;
-            four[j] = split_columns(_mm256_loadu_ps(w + at), scales, addend + at, shift + at);
+            const __m256 eight = index == NULL
+                                     ? _mm256_loadu_ps(w + at)
+                                     : _mm256_i32gather_ps(w, _mm256_loadu_si256((const __m256i *)(index + at)), 4);
+            four[j] = split_columns(eight, scales, addend + at, shift + at);
         }
         store_clamped(q + m, pack_bytes(four[0], four[1], four[2], four[3]), qmax);
     }
     for (; m < N; ++m) {
-        q[m] = ocs_split_column(ocs_grid2(w[m], scale), addend[m], shift[m], qmax);
+        const float one = index == NULL ? w[m] : w[index[m]];
+        q[m] = ocs_split_column(ocs_half_steps(one, scale), addend[m], shift[m], qmax);
     }
-    for (; m + 32 <= M; m += 32) {
-        for (int j = 0; j < 4; ++j) {
-            const int64_t at = m + 8 * j;
-            const __m256i from = _mm256_loadu_si256((const __m256i *)(index + at - N));
-            four[j] = split_columns(_mm256_i32gather_ps(w, from, 4), scales, addend + at, shift + at);
-        }
-        store_clamped(q + m, pack_bytes(four[0], four[1], four[2], four[3]), qmax);
-    }
-    for (; m < M; ++m) {
-        q[m] = ocs_split_column(ocs_grid2(w[index[m - N]], scale), addend[m], shift[m], qmax);
-    }
+}
+
+AVX2 static void quantize_row_avx2(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale,
+                                   int32_t qmax) {
+    const int64_t N = columns->N, copies = columns->M - N;
+    const int32_t *addend = columns->addend, *shift = columns->shift;
+    quantize_columns(q, w, NULL, addend, shift, N, scale, qmax);
+    quantize_columns(q + N, w, columns->index, addend + N, shift + N, copies, scale, qmax);
 }
 
 AVX2 static inline __m256 load_bytes(const void *q, bool is_signed) {
@@ -299,7 +300,7 @@ AVX2 static void quantize_avx2(uint8_t *restrict q, const float *x, int64_t N, f
 
 /* A run of eight codes is one 64-bit lane. Fields of 8, 16, then 32 bits are joined in pairs: the upper moves down to
    where the lower ends. Each mask keeps the lower field of a pair. */
-AVX2 static inline __m256i join(__m256i x, __m256i mask, int field, int bits) {
+AVX2 static inline __m256i join_fields(__m256i x, __m256i mask, int field, int bits) {
     const __m256i lower = _mm256_and_si256(x, mask), upper = _mm256_andnot_si256(mask, x);
     return _mm256_or_si256(lower, _mm256_srl_epi64(upper, _mm_cvtsi32_si128(field - bits)));
 }
@@ -329,7 +330,8 @@ AVX2 static uint8_t pack_avx2(uint8_t *restrict packed, const int8_t *q, int64_t
     for (; at + 3 * bits + 8 <= N / 8 * bits; i += 32, at += 4 * bits) {
         const __m256i codes = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)(q + i)), qmax);
         largest = _mm256_max_epu8(largest, codes);
-        const __m256i runs = join(join(join(codes, bytes, 8, bits), words, 16, 2 * bits), halves, 32, 4 * bits);
+        const __m256i runs =
+            join_fields(join_fields(join_fields(codes, bytes, 8, bits), words, 16, 2 * bits), halves, 32, 4 * bits);
         uint64_t run[4];
         _mm256_storeu_si256((__m256i *)run, runs);
         for (int j = 0; j < 4; ++j) {
@@ -339,8 +341,8 @@ AVX2 static uint8_t pack_avx2(uint8_t *restrict packed, const int8_t *q, int64_t
     return larger_byte(largest_byte(largest), ocs_pack_ref(packed + at, q + i, N - i, bits));
 }
 
-/* The reverse: the upper of two fields of `bits` moves up to where it begins once unpacked. */
-AVX2 static inline __m256i part(__m256i x, __m256i mask, int field, int bits) {
+/* Fields are parted in pairs: the upper of two fields of `bits` moves up to where it begins once unpacked. */
+AVX2 static inline __m256i part_fields(__m256i x, __m256i mask, int field, int bits) {
     const __m128i distance = _mm_cvtsi32_si128(field - bits);
     const __m256i lower = _mm256_and_si256(mask, _mm256_srl_epi64(mask, distance));
     const __m256i upper = _mm256_sll_epi64(lower, _mm_cvtsi32_si128(field));
@@ -359,27 +361,33 @@ AVX2 static uint8_t unpack_avx2(int8_t *restrict q, const uint8_t *packed, int64
             memcpy(&run[j], packed + at + j * bits, sizeof run[j]);
         }
         const __m256i runs = _mm256_loadu_si256((const __m256i *)run);
-        const __m256i codes = part(part(part(runs, halves, 32, 4 * bits), words, 16, 2 * bits), bytes, 8, bits);
+        const __m256i codes =
+            part_fields(part_fields(part_fields(runs, halves, 32, 4 * bits), words, 16, 2 * bits), bytes, 8, bits);
         largest = _mm256_max_epu8(largest, codes);
         _mm256_storeu_si256((__m256i *)(q + i), _mm256_sub_epi8(codes, qmax));
     }
     return larger_byte(largest_byte(largest), ocs_unpack_ref(q + i, packed + at, N - i, bits));
 }
 
-const ocs_kernels ocs_kernels_avx2 = {
-    .isa = "avx2",
-    .abs_max = abs_max_avx2,
-    .scaled_max = scaled_max_avx2,
-    .channel_max = channel_max_avx2,
-    .histogram = histogram_avx2,
-    .octave_histogram = octave_histogram_avx2,
-    .quantize_row = quantize_row_avx2,
-    .fold_row = fold_row_avx2,
-    .squared_error = squared_error_avx2,
-    .quantize = quantize_avx2,
-    .dequantize = dequantize_avx2,
-    .fake_quantize = fake_quantize_avx2,
-    .pack = pack_avx2,
-    .unpack = unpack_avx2,
+static bool has_avx2(void) {
+    return __builtin_cpu_supports("avx2");
+}
+
+const ocs_instruction_set ocs_isa_avx2 = {
+    .name = "avx2",
+    .supported = has_avx2,
+    .kernels.abs_max = abs_max_avx2,
+    .kernels.scaled_max = scaled_max_avx2,
+    .kernels.channel_max = channel_max_avx2,
+    .kernels.histogram = histogram_avx2,
+    .kernels.octave_histogram = octave_histogram_avx2,
+    .kernels.quantize_row = quantize_row_avx2,
+    .kernels.fold_row = fold_row_avx2,
+    .kernels.squared_error = squared_error_avx2,
+    .kernels.quantize = quantize_avx2,
+    .kernels.dequantize = dequantize_avx2,
+    .kernels.fake_quantize = fake_quantize_avx2,
+    .kernels.pack = pack_avx2,
+    .kernels.unpack = unpack_avx2,
 };
 #endif
