@@ -16,6 +16,7 @@ from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
+from ocs.weight.arguments import check_flag
 
 
 class Calibration(dict[str, Statistics]):
@@ -49,8 +50,7 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
             a layer is lazy and has no shape yet.
     """
     check_model(model)
-    if not isinstance(moments, bool):
-        raise ValueError(f"moments={moments!r}: use True or False")
+    check_flag("moments", moments)
     targets = [target for target in find_targets(model) if not target.reason_float]
     inputs = [watch_input(target) for target in targets]
     of_weights = [watch_moments(model, target) for target in targets] if moments else []

@@ -159,7 +159,7 @@ class Statistics:
             return largest
         if not clip.searches:
             return float(clip.threshold(largest))
-        found = clip.threshold(largest, self.split_counts(split), limit=torch.tensor(self.limit))
+        found = clip.threshold(torch.tensor(self.limit), self.split_counts(split))
         return min(float(found), largest)
 
     def _split_max(self, split: Tensor | None) -> float:

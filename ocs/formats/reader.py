@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ocs.formats.contents import crc32
+from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.nn.input import InputGrid, check_grid
 
 FORMAT = 2  # 1 had neither quantized inputs nor folded batch norms
@@ -29,7 +30,7 @@ class SavedLayer:
 
     def __post_init__(self) -> None:
         found = [type(each) for each in (self.kind, self.bits, self.expand, self.settings, self.weights)]
-        if found != [str, int, bool, dict, dict] or not 2 <= self.bits <= 8:
+        if found != [str, int, bool, dict, dict] or not MIN_BITS <= self.bits <= MAX_BITS:
             raise TypeError
 
     def grid(self) -> InputGrid | None:

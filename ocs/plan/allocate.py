@@ -13,6 +13,7 @@ from torch import nn
 
 from ocs.calibration.run import Data
 from ocs.errors import error_context
+from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.model.targets import Target, check_values
 from ocs.nn.weights import Weight, weights_of
 from ocs.plan.input_facts import InputFacts
@@ -24,7 +25,7 @@ from ocs.plan.sensitivity import sensitivities
 from ocs.progress import with_progress
 from ocs.weight.plan import splits_for
 
-BITS = range(2, 9)
+BITS = range(MIN_BITS, MAX_BITS + 1)
 SHARES = (0.0, 0.25, 0.5, 1.0)  # of r that wbits="auto" tries
 MOST = 8  # times the splits of allocate="uniform" that a weight may get
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -18,6 +19,7 @@ from ocs.weight.arguments import (
     check_bits,
     check_choice,
     check_clip,
+    check_flag,
     check_ratio,
     check_rounding,
     check_select,
@@ -42,8 +44,11 @@ class Definition(NamedTuple):
     of_input: bool = False  # it has no effect without abits
 
 
-def _option(default: Any, check: Check, text: str, *, left_open: bool = False, of_input: bool = False) -> Any:
-    return field(default=default, metadata={"definition": Definition(check, text, left_open, of_input)})
+def _option(default: Any, check: Check, text: str, **more: bool) -> Any:
+    return field(default=default, metadata={"definition": Definition(check, text, **more)})
+
+
+_open = partial(_option, left_open=True)
 
 
 def definitions(options: type) -> dict[str, Definition]:
@@ -54,46 +59,18 @@ def definitions(options: type) -> dict[str, Definition]:
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def _bits_or_auto(name: str, value: Any) -> int | str:
-    return value if isinstance(value, str) and value == "auto" else check_bits(name, value)
+def _or(literal: str | None, check: Check) -> Check:
+    """Let a check pass one value more."""
+    return lambda name, value: value if type(value) is type(literal) and value == literal else check(name, value)
 
 
-def _bits_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else check_bits(name, value)
+_BITS_OR_AUTO, _WEIGHT_CLIP = _or("auto", check_bits), partial(check_clip, auto=True)
+_EXPAND = partial(check_flag, meaning="True (expanded) or False (folded)")
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: use True or False")
-    return value
-
-
-def _flag_or_none(name: str, value: Any) -> bool | None:
-    return None if value is None else _flag(name, value)
-
-
-def _expand(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: use True (expanded) or False (folded)")
-    return value
-
-
-def _choice(literal: Any) -> Check:
-    def check(name: str, value: Any) -> str:
-        check_choice(name, value, get_args(literal))
-        return value
-
-    return check
-
-
-def _weight_clip(name: str, value: Any) -> str | float:
-    check_clip(name, value, auto=True)
-    return value if isinstance(value, str) else float(value)
-
-
-def _input_clip(name: str, value: Any) -> str | float:
-    check_clip(name, value)
-    return value if isinstance(value, str) else float(value)
+def _one_of(choices: Any) -> Check:
+    """Check that a value is one of the strings of a Literal."""
+    return partial(check_choice, choices=get_args(choices))
 
 
 def _signed(name: str, value: Any) -> bool | str:
@@ -102,14 +79,7 @@ def _signed(name: str, value: Any) -> bool | str:
     return value
 
 
-def _select(name: str, value: Any) -> Select:
-    check_select(value)
-    return value
-
-
-def _budget(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
+def _budget(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name}={value!r}: use a positive integer, bytes")
     return int(value)
@@ -139,29 +109,20 @@ def _anything(name: str, value: Any) -> Any:
 class LayerOptions:
     """How one layer is quantized; see quantize()."""
 
-    wbits: int | Literal["auto"] = _option(8, _bits_or_auto, 'bits of the weights, 2 to 8, or "auto" with budget')
+    wbits: int | Literal["auto"] = _option(8, _BITS_OR_AUTO, 'bits of the weights, 2 to 8, or "auto" with budget')
     r: float = _option(0.0, check_ratio, "expand ratio, 0 to 1: ceil(r C) of C input channels are split")
-    clip: str | float = _option("none", _weight_clip, "clip method of the split weights, or a fraction", left_open=True)
-    granularity: Granularity = _option(
-        "tensor", _choice(Granularity), "one scale per tensor or per output channel", left_open=True
-    )
-    split: Split = _option("qa", _choice(Split), "how a channel is halved: quantization-aware or naive")
-    rounding: Rounding = _option("nearest", _choice(Rounding), "how weights are rounded", left_open=True)
-    abits: int | None = _option(None, _bits_or_none, "bits of layer inputs, 2 to 8; float without", left_open=True)
-    act_clip: str | float = _option(
-        "none", _input_clip, "clip method of layer inputs, or a fraction", left_open=True, of_input=True
-    )
+    clip: str | float = _open("none", _WEIGHT_CLIP, "clip method of the split weights, or a fraction")
+    granularity: Granularity = _open("tensor", _one_of(Granularity), "one scale per tensor or per output channel")
+    split: Split = _option("qa", _one_of(Split), "how a channel is halved: quantization-aware or naive")
+    rounding: Rounding = _open("nearest", _one_of(Rounding), "how weights are rounded")
+    abits: int | None = _open(None, _or(None, check_bits), "bits of layer inputs, 2 to 8; float without")
+    act_clip: str | float = _open("none", check_clip, "clip method of layer inputs, or a fraction", of_input=True)
     act_r: float = _option(0.0, check_ratio, "expand ratio of layer inputs, 0 to 1", of_input=True)
-    act_split: ActSplit = _option(
-        "static", _choice(ActSplit), "split inputs by calibration, or anew for each batch", of_input=True
-    )
-    act_signed: bool | str = _option(
-        True, _signed, 'signed integers of inputs, or "auto": unsigned where nothing is negative', left_open=True,
-        of_input=True,
-    )  # fmt: skip
-    correct_bias: bool = _option(False, _flag, "give the outputs back the mean that quantization takes from them")
-    expand: bool = _option(True, _expand, "run with C + n channels, or with the copies folded back")
-    select: Select = _option("max", _select, "which channels are split")
+    act_split: ActSplit = _option("static", _one_of(ActSplit), "split inputs once, or for each batch", of_input=True)
+    act_signed: bool | str = _open(True, _signed, "signed integers of inputs, or unsigned where it fits", of_input=True)
+    correct_bias: bool = _option(False, check_flag, "give the outputs back the mean that quantization takes from them")
+    expand: bool = _option(True, _EXPAND, "run with C + n channels, or with the copies folded back")
+    select: Select = _option("max", check_select, "which channels are split")
 
     def __post_init__(self) -> None:
         for name, check in _LAYER_CHECKS:
@@ -193,15 +154,13 @@ class ModelOptions:
     """What is asked for of a model as a whole; see quantize()."""
 
     calibration: Data | Calibration | None = _option(None, _anything, "what shows the inputs: batches, say")
-    fold_bn: bool = _option(False, _flag, "fold each BatchNorm into the convolution before it")
+    fold_bn: bool = _option(False, check_flag, "fold each BatchNorm into the convolution before it")
     skip: Selector | Collection[Selector] | None = _option(FIRST_LAYER, _anything, "what stays float")
-    overrides: Mapping[str, Mapping[str, Any]] | None = _option(
-        None, _overrides, "options by a layer's name or pattern"
-    )
-    allocate: Allocate = _option("uniform", _choice(Allocate), "which layers get the splits")
-    budget: int | None = _option(None, _budget, 'bytes of all packed weights, with wbits="auto"')
-    recipe: Recipe = _option("paper", _choice(Recipe), "what the options mean that are left open")
-    explain: bool | None = _option(None, _flag_or_none, "say what each option did for the error")
+    overrides: Mapping[str, Mapping[str, Any]] | None = _option(None, _overrides, "options by layer name or pattern")
+    allocate: Allocate = _option("uniform", _one_of(Allocate), "which layers get the splits")
+    budget: int | None = _option(None, _or(None, _budget), 'bytes of all packed weights, with wbits="auto"')
+    recipe: Recipe = _option("paper", _one_of(Recipe), "what the options mean that are left open")
+    explain: bool | None = _option(None, _or(None, check_flag), "say what each option did for the error")
     progress: bool | None = _option(None, _anything, "show a bar")
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ocs.kernels.constants import CLIP_METHODS, MAX_BITS, MIN_BITS
 from ocs.weight.arrays import as_tensor, dtype_name, kind_of
-from ocs.weight.types import Array, Granularity, Rounding, Scheme, Split
+from ocs.weight.types import Array, Granularity, Rounding, Scheme, Select, Split
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -58,16 +58,25 @@ def check_groups(groups: Any, outputs: int) -> None:
         raise ValueError(f"groups={groups!r}: use a positive integer that divides the {outputs} output channels")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """Check that a value is one of these strings."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, choices))}")
+    return value
 
 
-def check_select(select: Any) -> None:
+def check_flag(name: str, value: Any, meaning: str = "True or False") -> bool:
+    """Check that a value is True or False; meaning: what these are, for the error."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: use {meaning}")
+    return value
+
+
+def check_select(name: str, select: Any) -> Select:
     """Check that select is the name of a rule that chooses channels, or such a rule itself."""
     if not callable(select) and select not in ("max", "error"):
-        raise ValueError(f"select={select!r}: use 'max', 'error', or a callable (w, n) that returns n channels")
+        raise ValueError(f"{name}={select!r}: use 'max', 'error', or a callable (w, n) that returns n channels")
+    return select
 
 
 def check_rounding(rounding: Any, split: Any) -> None:
@@ -80,7 +89,7 @@ def check_rounding(rounding: Any, split: Any) -> None:
         )
 
 
-def check_clip(name: str, clip: Any, *, auto: bool = False) -> None:
+def check_clip(name: str, clip: Any, *, auto: bool = False) -> str | float:
     """Check that clip is a method's name or a fraction of the largest magnitude; or "auto", where that is a choice."""
     names = ("none", "auto", *CLIP_METHODS) if auto else ("none", *CLIP_METHODS)
     fraction = isinstance(clip, Real) and not isinstance(clip, bool) and 0 < clip <= 1
@@ -89,6 +98,7 @@ def check_clip(name: str, clip: Any, *, auto: bool = False) -> None:
         raise ValueError(
             f"{name}={clip!r}: use {shown}, or a number in (0, 1], the fraction of the largest |x| to keep"
         )
+    return clip if isinstance(clip, str) else float(clip)
 
 
 def check_scheme(w: Array, scheme: Scheme) -> tuple[Array, Scheme]:

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 def choose_splits(w: Array, splits: int, select: Select, scheme: Scheme) -> SplitPlan:
     """Plan so many splits, 0 .. C, in each group of w [O, C, ...]; see functional.plan_splits for `select`."""
-    check_select(select)
+    check_select("select", select)
     groups = scheme.groups
     plan = largest_first(w, splits, groups)
     exact = scheme.clip == "none" and scheme.granularity == "tensor"  # the largest value is all that counts
