@@ -1,5 +1,7 @@
 """Post-training quantization of PyTorch models by outlier channel splitting (Zhao et al., ICML 2019)."""
 
+import torch  # noqa: F401 - first: ocs._C takes what it needs of libtorch from the process
+
 from ocs import functional, nn
 from ocs.calibration.calibrate import Calibration, calibrate
 from ocs.formats.storage import load, save

@@ -1,7 +1,5 @@
 """Where in a model, or in what a user gave, an error came from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

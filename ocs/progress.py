@@ -1,7 +1,5 @@
 """A progress bar for what takes over two seconds, where a terminal looks on and tqdm is installed."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import TypeVar

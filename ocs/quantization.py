@@ -1,7 +1,5 @@
 """quantize(): plan every layer of a model, then rewrite it in place, all or nothing."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Calibration: what data says of the input of every layer, once for many settings of quantize()."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ Recurrent layers run once more, layer by layer, for the hidden states that the d
 identity in place of its output projection, for what that meets.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any

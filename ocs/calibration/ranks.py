@@ -1,7 +1,5 @@
 """The ranks of a torch.distributed group, each of which calibrates on data of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

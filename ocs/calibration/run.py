@@ -1,7 +1,5 @@
 """Run batches through the float model while observers see the inputs of its layers; it is as it was afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature

@@ -1,7 +1,5 @@
 """The tensors of a model that its file holds as they are, their names there and their sums."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple

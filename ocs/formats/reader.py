@@ -1,7 +1,5 @@
 """Read a file that ocs.save wrote, or that claims so: nothing in it is trusted."""
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Mapping

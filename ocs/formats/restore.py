@@ -3,8 +3,6 @@
 The model decides which layers and shapes there may be; what the file says is compared with it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -10,8 +10,6 @@ which batch norms were folded; of each tensor a CRC-32. And under "crc32" that o
 Nothing in a file is trusted: the model decides which layers and shapes there may be.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import threading

@@ -4,8 +4,6 @@ Two traps on GPUs: dividing by a Python number or by a CPU scalar multiplies by 
 another way, so every divisor below is a tensor on the device of the dividend.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Facts that the kernels and all that is built on them share; what C needs too stands in csrc/ocs.h alone."""
 
-from __future__ import annotations
-
 from ocs import _C
 
 CLIP_METHODS: tuple[str, ...] = _C.CLIP_METHODS

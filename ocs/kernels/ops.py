@@ -4,8 +4,6 @@
 picks. CPU tensors run the C kernels, other devices `ocs.kernels.composite`, which says the shapes of results as well.
 """
 
-from __future__ import annotations
-
 from types import ModuleType
 from typing import Any
 

@@ -4,8 +4,6 @@ Signatures and dtypes are those of `ocs._C` and `torch.ops.ocs`. Weights are [O,
 channels of one group, n the splits of one group.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -5,8 +5,6 @@ convolution before it may as well apply them: weight' = weight s per output chan
 A pair is folded only where a symbolic trace of the model shows that nothing else sees what lies between the two.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from typing import NamedTuple

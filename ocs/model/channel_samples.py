@@ -6,8 +6,6 @@ activations, sums and products of branches, constants. Operations that move chan
 UNKNOWN, and so is what an operation makes of it, except that activations guess it to be N(0, 1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Nothing here changes the model. Where a proof is needed (batchnorm_folding), all
 estimate will do (input_statistics), the parts that can be, each by itself.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools

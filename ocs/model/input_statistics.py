@@ -5,8 +5,6 @@ arXiv 1906.04721, section 4.2). Here each such channel is a sample of that distr
 others, and elementwise operations, sums and products of branches, pooling and the like simply run on the samples.
 """
 
-from __future__ import annotations
-
 import operator
 import zlib
 from collections import Counter

@@ -1,7 +1,5 @@
 """Rewrite a model in place, all or nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which modules of a model hold weights, and what stands in the way of quantizing each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """nn.MultiheadAttention with quantized input projections."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Convolutions with quantized weights, transposed ones too."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import ClassVar

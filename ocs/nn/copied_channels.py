@@ -1,7 +1,5 @@
 """The channels that an expanded layer has beyond the original ones, where its weight, its input or both are split."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

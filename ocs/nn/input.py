@@ -1,7 +1,5 @@
 """How a layer quantizes its input: the grid that it is rounded to, and what calibration gave."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 

@@ -7,8 +7,6 @@ holds values twice as large, or is twice as fine. The channels are chosen once, 
 each batch from its own values, where a channel may be split repeatedly.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Such a layer runs expanded as a sum, L(x[source]; W) = L(x; W[:, :C]) + L(x[copi
 need not be moved, and the few copies cost little.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

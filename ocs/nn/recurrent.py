@@ -7,8 +7,6 @@ the same state as unit j, step after step, without a gather inside the loop. Inp
 comes between crop and gather, so that copies share its mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 

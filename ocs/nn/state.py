@@ -1,7 +1,5 @@
 """The buffers of a quantized layer: their names, and what may stand in them, as a state may come from a stranger."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """One view of a float layer's weights, whatever its kind: each as [O, C, ...] with its groups."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ One mechanism for all: each weight, or each layer, may be quantized in several w
 and leaves an error, both measured by really doing it. Which way for which one is a multiple-choice knapsack.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

@@ -5,8 +5,6 @@ filter taps. The bias takes that back. E[x] is measured where there is calibrati
 say (section 4.2, ocs.model.input_statistics).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """First stage of quantize(): which layers, and with which options."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any

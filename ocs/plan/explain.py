@@ -1,7 +1,5 @@
 """What each option did for the error of a weight: quantized with one after the other switched on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Second stage of quantize(): what is known of the inputs of layers, by calibration or from the graph."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

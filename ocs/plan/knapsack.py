@@ -1,7 +1,5 @@
 """A multiple-choice knapsack: one candidate for each item, so that all fit a budget and the sum of errors is least."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

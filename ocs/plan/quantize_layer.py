@@ -1,7 +1,5 @@
 """Fourth stage of quantize(): a layer's weights and its input quantized, and the module that replaces it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Recipes: what quantize() does, layer by layer, where its caller leaves an option open."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any

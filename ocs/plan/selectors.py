@@ -1,7 +1,5 @@
 """Names, patterns, types and predicates that say which layers are meant."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections.abc import Callable, Collection, Sequence
 from typing import Any

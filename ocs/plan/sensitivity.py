@@ -1,7 +1,5 @@
 """How much each layer counts: how far the model's outputs move when it alone is quantized."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """What quantize() did to each layer, as values, as plain dicts and as JSON; text.py and html.py show it to people."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """The lines of a report, from what became of each layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -5,8 +5,6 @@ of that back, at no cost. Its statistics are measured on a few inputs without la
 that ocs.synthesize makes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Cai et al. 2020, arXiv 2001.00281, section 3.1.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import reprlib

@@ -1,7 +1,5 @@
 """Steps 2 and 3 of quantizing a weight: clip threshold and integers, once its splits are planned."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

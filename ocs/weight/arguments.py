@@ -1,7 +1,5 @@
 """Checks of arguments: kinds of arrays, choices and ranges, and the errors for all else."""
 
-from __future__ import annotations
-
 import math
 from numbers import Integral, Real
 from typing import Any, get_args

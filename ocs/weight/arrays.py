@@ -1,7 +1,5 @@
 """The two kinds of arrays, numpy's and torch's: their names, and the way from one to the other."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

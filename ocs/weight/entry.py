@@ -1,7 +1,5 @@
 """Quantizing a weight from a user's arguments: what they may be, and the steps one after the other."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from ocs.weight.apply_plan import quantize_plan

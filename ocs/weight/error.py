@@ -1,7 +1,5 @@
 """What quantization leaves of a weight, and of the outputs that it computes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

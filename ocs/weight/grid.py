@@ -1,7 +1,5 @@
 """Any array to the k-bit grid and back, one scale for all of it."""
 
-from __future__ import annotations
-
 import math
 from numbers import Real
 

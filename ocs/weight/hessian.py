@@ -1,7 +1,5 @@
 """The second moments of what a weight meets, E[x x^T], and their factorization."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import torch

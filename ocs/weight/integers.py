@@ -1,7 +1,5 @@
 """The integers of a split weight, and the weight that they stand for."""
 
-from __future__ import annotations
-
 from ocs.kernels.constants import qmax
 from ocs.kernels.ops import kernels
 from ocs.weight.arguments import check_groups

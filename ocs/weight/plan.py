@@ -5,8 +5,6 @@ So the copies of a channel split k times, numbered as they came, are known: copy
 m = floor(log2 j), and is part j of the channel. 2^M <= k + 1 < 2^(M + 1): copies have depth M or M + 1.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Which channels to split: the paper's largest value, a user's rule, or what lowers the remaining error most."""
 
-from __future__ import annotations
-
 import heapq
 import math
 import operator

@@ -1,7 +1,5 @@
 """Step 2 of quantizing a weight: where to clip (sections 2.1 and 4 of the paper)."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, get_args
 

@@ -1,7 +1,5 @@
 """Values that the steps of quantizing a weight hand on: choices, split plans, quantized weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
