@@ -13,16 +13,6 @@ from ocs.tune.synthesize import synthesize
 
 __version__ = "0.1.0"
 __all__ = [
-    "FIRST_LAYER",
-    "Calibration",
-    "LayerReport",
-    "Report",
-    "calibrate",
-    "functional",
-    "load",
-    "nn",
-    "quantize",
-    "reestimate_batchnorm",
-    "save",
-    "synthesize",
-]
+    "FIRST_LAYER", "Calibration", "LayerReport", "Report", "calibrate", "functional", "load", "nn", "quantize",
+    "reestimate_batchnorm", "save", "synthesize",
+]  # fmt: skip

@@ -19,49 +19,23 @@ from ocs.weight.threshold import METHODS, Clip, clip_threshold, histogram
 from ocs.weight.types import Array, QuantizedWeight, Scheme, SplitPlan
 
 __all__ = [
-    "CLIP_METHODS",
-    "METHODS",
-    "QuantizedWeight",
-    "Scheme",
-    "SplitPlan",
-    "clip_threshold",
-    "dequantize",
-    "fake_quantize",
-    "fold",
-    "histogram",
-    "output_error",
-    "plan_channels",
-    "plan_splits",
-    "quantize",
-    "quantize_plan",
-    "quantize_weight",
-    "remaining_error",
-    "sqnr_db",
-    "weight_error",
-]
+    "CLIP_METHODS", "METHODS", "QuantizedWeight", "Scheme", "SplitPlan", "clip_threshold", "dequantize",
+    "fake_quantize", "fold", "histogram", "output_error", "plan_channels", "plan_splits", "quantize",
+    "quantize_plan", "quantize_weight", "remaining_error", "sqnr_db", "weight_error",
+]  # fmt: skip
 
 How = Scheme  # its name before
 
-_ONCE_HERE = {  # names that users may have imported from here, by the module that they are in now
-    "ocs.kernels.constants": "SMALLEST TINY qmax",
-    "ocs.weight.types": "GAIN Granularity Quantization Rounding Select Split",
-    "ocs.weight.arguments": "check_array check_bits check_choice check_clip check_groups check_moments check_ratio"
-    " check_rounding check_select check_values",
-    "ocs.weight.plan": "splits_for",
-    "ocs.weight.selection": "choose_splits",
-    "ocs.weight.threshold": "CHANNEL_BINS scale_for split_thresholds zeros",
-    "ocs.weight.integers": "quantize_split",
-    "ocs.weight.apply_plan": "AUTO",
-    "ocs.weight.error": "output_power signal_and_noise",
-}
 _RENAMED = {"check_moments": "check_second_moments", "zeros": "count_zeros"}
+_HOMES = "kernels.constants weight.types weight.arguments weight.plan weight.selection weight.threshold weight.integers"
+_HOMES = (*_HOMES.split(), "weight.apply_plan", "weight.error")
 
 
 def __getattr__(name: str) -> Any:
-    """Find a name that was once here in the module that it is in now."""
-    for home, names in _ONCE_HERE.items():
-        if name in names.split():
-            return getattr(import_module(home), _RENAMED.get(name, name))
+    """Find a name that users may have imported from here in the module that it is in now."""
+    for home in () if name.startswith("_") else map(import_module, (f"ocs.{home}" for home in _HOMES)):
+        if hasattr(home, _RENAMED.get(name, name)):
+            return getattr(home, _RENAMED.get(name, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ocs.kernels.constants import CLIP_METHODS, OCTAVE_BINS, OCTAVES, SQUANT_LIMIT, SQUANT_STEP, grid
 
-Floats = NDArray[np.float32]
+Floats, Int64s, Int32s = NDArray[np.float32], NDArray[np.int64], NDArray[np.int32]
 Ints = NDArray[np.int8]
-Plan = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], Floats]
+Plan = tuple[Int64s, Int32s, Int32s, Floats]
 
 # --- Where the outliers are -------------------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ def abs_max(x: Floats) -> Floats:
     return np.abs(x).max(initial=np.float32(0))
 
 
-def histogram(x: Floats, bins: int, limit: float) -> NDArray[np.int64]:
+def histogram(x: Floats, bins: int, limit: float) -> Int64s:
     """Count |x| over [0, limit] in bins, int64 [bins], what lies beyond in the last one."""
     width = np.float32(limit)
     if width == 0:
@@ -32,7 +32,7 @@ def histogram(x: Floats, bins: int, limit: float) -> NDArray[np.int64]:
     return np.bincount(np.fmin(position, bins - 1).astype(np.int64), minlength=bins)
 
 
-def octave_histogram(x: Floats, limit: float) -> NDArray[np.int64]:
+def octave_histogram(x: Floats, limit: float) -> Int64s:
     """Count |x| of x [N, C, ...] below limit, a power of two, in eight bins to the octave: int64 [C, 128]."""
     fraction, exponent = np.frexp(np.abs(x))  # |x| = fraction * 2^exponent, fraction in [1/2, 1)
     octaves = np.where(np.isfinite(x), exponent + 1 - np.frexp(np.float32(limit))[1], 9)  # 0: the highest
@@ -91,12 +91,12 @@ def pick_channels(w: NDArray, splits: int) -> list[int]:
     return picks
 
 
-def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tuple[NDArray, NDArray[np.int64]]:
+def split_channels(w: NDArray, picks: list[int], aware: bool) -> tuple[NDArray, Int64s]:
     """Halve each picked channel into itself and a copy at the end: the weight [O, C + n, ...] and the source [C + n].
 
-    (w - 1/2) / 2 and (w + 1/2) / 2 where quantization_aware (w in grid units), w / 2 both where not.
+    (w - 1/2) / 2 and (w + 1/2) / 2 where aware (w in grid units), w / 2 both where not.
     """
-    half = 0.5 if quantization_aware else 0.0
+    half = 0.5 if aware else 0.0
     source = np.arange(w.shape[1])
     for c in picks:
         w = np.concatenate([w, (w[:, c : c + 1] + half) / 2], axis=1)
@@ -105,18 +105,18 @@ def split_channels(w: NDArray, picks: list[int], quantization_aware: bool) -> tu
     return w, source
 
 
-def output_max(w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int) -> Floats:
+def output_max(w: Floats, source: Int64s, depth: Int32s, groups: int) -> Floats:
     """Find max|w| of each output channel after splitting [O]."""
     return np.abs(halved(w, source, depth, groups)).max(axis=(2, 3), initial=np.float32(0)).ravel()
 
 
-def halved(w: NDArray, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int) -> NDArray:
+def halved(w: NDArray, source: Int64s, depth: Int32s, groups: int) -> NDArray:
     """Split the weight by halving: [groups, O / groups, C + n, K]."""
     factor = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
     return gather(w, source, groups) * factor
 
 
-def gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
+def gather(w: NDArray, source: Int64s, groups: int) -> NDArray:
     """Gather each expanded channel's original weights: [groups, O / groups, C + n, K]."""
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * w.shape[1]
     return np.stack([part[:, columns] for part, columns in zip(_grouped(w, groups), within, strict=True)])
@@ -125,9 +125,7 @@ def gather(w: NDArray, source: NDArray[np.int64], groups: int) -> NDArray:
 # --- Where to clip: sections 2.1 and 4 --------------------------------------------------------------------------------
 
 
-def split_histogram(
-    w: Floats, source: NDArray[np.int64], depth: NDArray[np.int32], groups: int, bins: int, limit: Floats
-) -> NDArray[np.int64]:
+def split_histogram(w: Floats, source: Int64s, depth: Int32s, groups: int, bins: int, limit: Floats) -> Int64s:
     """Count the |w| after splitting that are not zero: int64 [bins], or [O, bins] where limit is [O]."""
     rows = halved(w, source, depth, groups).reshape(w.shape[0], math.prod(w.shape[2:]) * (source.size // groups))
     if limit.ndim == 0:
@@ -136,7 +134,7 @@ def split_histogram(
     return np.array(counts, np.int64).reshape(w.shape[0], bins)
 
 
-def clip_threshold(counts: NDArray[np.int64], limit: Floats, bits: int, signed: bool, method: int) -> Floats:
+def clip_threshold(counts: Int64s, limit: Floats, bits: int, signed: bool, method: int) -> Floats:
     """Find the threshold, float32 in (0, limit], in each histogram [..., bins] of |x| over [0, limit]."""
     rows = zip(counts.reshape(limit.size, -1), limit.ravel(), strict=True)
     found = [min(_clip_position(row, bits, signed, CLIP_METHODS[method]) * float(of_row) / row.size, float(of_row))
@@ -144,7 +142,7 @@ def clip_threshold(counts: NDArray[np.int64], limit: Floats, bits: int, signed: 
     return np.array(found, np.float32).reshape(limit.shape)
 
 
-def _clip_position(counts: NDArray[np.int64], bits: int, signed: bool, method: str) -> float:  # noqa: PLR0911
+def _clip_position(counts: Int64s, bits: int, signed: bool, method: str) -> float:  # noqa: PLR0911
     """Find the threshold in bins. Values are taken to be spread evenly within each bin."""
     k = bits if signed else bits + 1  # an unsigned grid is the positive half of one with a bit more
     qmax, centers, total = grid(k, True)[1], np.arange(counts.size) + 0.5, counts.sum()
@@ -182,7 +180,7 @@ SAWB_RMS = (3.12, 6.942, 11.823, 16.928, 22.181, 27.557, 33.022, 38.568)
 SAWB_MEAN = (2.064, 6.304, 11.859, 17.811, 24.003, 30.378, 36.879, 43.490)
 
 
-def clip_error(counts: NDArray[np.int64], t: float, qmax: int) -> float:
+def clip_error(counts: Int64s, t: float, qmax: int) -> float:
     """Sum (x - Q(x))^2, x in bins, where the grid of qmax steps ends at t: equation 9.
 
     Bin edges and rounding boundaries cut the axis into pieces, in each of which density and Q(x) are constant.
@@ -196,7 +194,7 @@ def clip_error(counts: NDArray[np.int64], t: float, qmax: int) -> float:
     return float(np.sum(density * ((end - rounded) ** 3 - (begin - rounded) ** 3) / 3))
 
 
-def _clip_mse(counts: NDArray[np.int64], qmax: int) -> float:
+def _clip_mse(counts: Int64s, qmax: int) -> float:
     """Find the best bin edge, then take finer and finer steps around it."""
     best = min(range(counts.size, 0, -1), key=lambda t: clip_error(counts, t, qmax))
     for step in 0.5 ** np.arange(1, 7):
@@ -205,12 +203,12 @@ def _clip_mse(counts: NDArray[np.int64], qmax: int) -> float:
     return float(best)
 
 
-def _clip_kl(counts: NDArray[np.int64], qmax: int) -> float:
+def _clip_kl(counts: Int64s, qmax: int) -> float:
     """Find the edge, beyond qmax bins, where the rounded distribution diverges least from the clipped one."""
     return float(min(range(counts.size, qmax, -1), key=lambda t: divergence(counts, t, qmax), default=counts.size))
 
 
-def divergence(counts: NDArray[np.int64], t: int, qmax: int) -> float:
+def divergence(counts: Int64s, t: int, qmax: int) -> float:
     """Compute the Kullback-Leibler divergence, not normalized, after rounding to a grid that ends at edge t."""
     inside = counts[:t].astype(np.float64)
     if not inside.any():
@@ -241,34 +239,21 @@ def _grid_units(w: Floats, scale: Floats) -> Floats:
 
 
 def quantize_weight(
-    w: Floats,
-    scale: Floats,
-    source: NDArray[np.int64],
-    depth: NDArray[np.int32],
-    offset: NDArray[np.int32],
-    groups: int,
-    bits: int,
-    quantization_aware: bool,
+    w: Floats, scale: Floats, source: Int64s, depth: Int32s, offset: Int32s, groups: int, bits: int, aware: bool
 ) -> Ints:
     """Quantize the split weight to int8 [O, C + n, ...]: the halvings in grid units one by one, in double."""
     qmax = grid(bits, True)[1]
     u = gather(_grid_units(w, scale), source, groups).astype(np.float64)
     depth, offset = (part.reshape(groups, 1, -1, 1) for part in (depth, offset))
     for level in range(int(depth.max(initial=0))):
-        half = np.where((offset >> level) & 1, 0.5, -0.5) if quantization_aware else 0.0
+        half = np.where((offset >> level) & 1, 0.5, -0.5) if aware else 0.0
         u = np.where(level < depth, (u + half) / 2, u)
     ints = np.clip(round_half_up(u), -qmax, qmax).astype(np.int8)
     return ints.reshape(w.shape[0], source.size // groups, *w.shape[2:])
 
 
 def squant_weight(
-    w: Floats,
-    scale: Floats,
-    source: NDArray[np.int64],
-    depth: NDArray[np.int32],
-    offset: NDArray[np.int32],
-    groups: int,
-    bits: int,
+    w: Floats, scale: Floats, source: Int64s, depth: Int32s, offset: Int32s, groups: int, bits: int
 ) -> Ints:
     """Quantize to int8 [O, C + n, ...] and move integers so that rounding errors cancel (csrc/ocs.h).
 
@@ -292,7 +277,7 @@ def squant_weight(
     return ints.astype(np.int8).reshape(nearest.shape)
 
 
-def _squant_row(total: NDArray[np.int64], u: Floats, low: list[int], high: list[int]) -> NDArray[np.int64]:
+def _squant_row(total: Int64s, u: Floats, low: list[int], high: list[int]) -> Int64s:
     """Move the sums [C, K] of one output channel; low and high: the range of each channel's sum."""
     error = np.clip((total.astype(np.float32) - u) * np.float32(SQUANT_STEP), -SQUANT_LIMIT, SQUANT_LIMIT).astype(
         np.int64
@@ -328,9 +313,9 @@ def _steps(error: np.int64) -> int:
 def gptq_weight(
     w: Floats,
     scale: Floats,
-    source: NDArray[np.int64],
-    depth: NDArray[np.int32],
-    offset: NDArray[np.int32],
+    source: Int64s,
+    depth: Int32s,
+    offset: Int32s,
     groups: int,
     bits: int,
     second: NDArray[np.float64],
@@ -363,7 +348,7 @@ def gptq_weight(
     return ints.reshape(w.shape[0], -1, *w.shape[2:])
 
 
-def fold(ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, channels: int) -> Floats:
+def fold(ints: Ints, scale: Floats, source: Int64s, groups: int, channels: int) -> Floats:
     """Sum each channel's integers and its copies', times scale: float32 [O, channels, ...]."""
     flat = ints.reshape(*ints.shape[:2], math.prod(ints.shape[2:])).astype(np.int64)
     total = np.zeros((ints.shape[0], channels, flat.shape[2]), np.int64)
@@ -375,15 +360,13 @@ def fold(ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, chan
     return (total.astype(np.float32) * scales).reshape(ints.shape[0], channels, *ints.shape[2:])
 
 
-def weight_error(w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int) -> NDArray[np.float64]:
+def weight_error(w: Floats, ints: Ints, scale: Floats, source: Int64s, groups: int) -> NDArray[np.float64]:
     """Sum w^2 and (w - w_hat)^2, float64 [2]: per row in eight interleaved partial sums, all in order."""
     difference = w - fold(ints, scale, source, groups, w.shape[1])
     return np.array([_sum_of_squares(w), _sum_of_squares(difference)])
 
 
-def output_error(
-    w: Floats, ints: Ints, scale: Floats, source: NDArray[np.int64], groups: int, gain: float
-) -> NDArray[np.float64]:
+def output_error(w: Floats, ints: Ints, scale: Floats, source: Int64s, groups: int, gain: float) -> NDArray[np.float64]:
     """Sum rows d = w_hat - w in the quadratic form H, and gain times what their gain errors are in it: float64 [O].
 
     H = (I + 1 1^T of each filter + 1 1^T) / 3; see functional.output_error.

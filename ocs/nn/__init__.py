@@ -14,19 +14,7 @@ from ocs.nn.product import QuantLinear
 from ocs.nn.recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell, QuantRNN, QuantRNNCell
 
 __all__ = [
-    "QuantConv1d",
-    "QuantConv2d",
-    "QuantConv3d",
-    "QuantConvTranspose1d",
-    "QuantConvTranspose2d",
-    "QuantConvTranspose3d",
-    "QuantGRU",
-    "QuantGRUCell",
-    "QuantLSTM",
-    "QuantLSTMCell",
-    "QuantLinear",
-    "QuantMultiheadAttention",
-    "QuantRNN",
-    "QuantRNNCell",
-    "QuantizedLayer",
-]
+    "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantConvTranspose1d", "QuantConvTranspose2d",
+    "QuantConvTranspose3d", "QuantGRU", "QuantGRUCell", "QuantLSTM", "QuantLSTMCell", "QuantLinear",
+    "QuantMultiheadAttention", "QuantRNN", "QuantRNNCell", "QuantizedLayer",
+]  # fmt: skip

@@ -41,25 +41,15 @@ def weights_of(module: nn.Module) -> list[Weight]:
     kind, groups = replacement_of(module), getattr(module, "groups", 1)
     found = []
     for name in kind.weight_names(module):
-        check_shape(module._parameters[name])
+        if nn.parameter.is_lazy(module._parameters[name]):
+            raise ValueError(_NO_VALUES)
         found.append(Weight(name, kind.layout(module._parameters[name].detach(), groups), groups))
     return found
-
-
-def weight_of(module: nn.Module, name: str) -> Weight:
-    """Find one weight of a float layer by its name in the layer."""
-    return next(weight for weight in weights_of(module) if weight.name == name)
 
 
 def input_weight(module: nn.Module) -> Weight:
     """Find the first weight of a float layer, which its input meets."""
     return weights_of(module)[0]
-
-
-def check_shape(weight: Tensor) -> None:
-    """Refuse a lazy weight, which has no shape."""
-    if nn.parameter.is_lazy(weight):
-        raise ValueError(_NO_VALUES)
 
 
 def check_values(weight: Tensor) -> None:

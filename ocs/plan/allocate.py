@@ -63,9 +63,9 @@ def allocate(
         check_values(plan.target)
     counts = _counts(model, quantized, facts, sample, options)
     if options.budget is not None:
-        allocated = allocate_bits(quantized, facts, options.budget, counts, options.progress)
+        allocated = allocate_bits(quantized, facts, counts, options)
     else:
-        allocated = allocate_splits(quantized, facts, options.allocate, counts, options.progress)
+        allocated = allocate_splits(quantized, facts, counts, options)
     by_name = {plan.name: plan for plan in allocated}
     return [by_name.get(plan.name, plan) for plan in plans]
 
@@ -89,24 +89,20 @@ def _counts(
 
 
 def allocate_splits(
-    plans: Sequence[LayerPlan],
-    facts: Facts,
-    by: Allocate,
-    sensitivity: Mapping[str, float],
-    progress: bool | None = None,
+    plans: Sequence[LayerPlan], facts: Facts, sensitivity: Mapping[str, float], options: ModelOptions
 ) -> list[LayerPlan]:
     """Plan splits for every weight that take no more bytes than those of "uniform" do.
 
-    by: "knapsack" lowers the sum over weights of what is left of their range, "error" that of their errors.
+    allocate="knapsack" lowers the sum over weights of what is left of their range, "error" that of their errors.
     """
     items, uniform = [], []
-    for plan in with_progress(plans, "allocate", progress):
+    for plan in with_progress(plans, "allocate", options.progress):
         quantizer = LayerQuantizer(plan, facts[plan.name])
         for weights in _together(plan):
             n = splits_for(plan.options.r, weights[0].channels, weights[0].groups)
             ladder = _ladder(n, weights[0].channels)
             with error_context(plan.name):
-                items.append([_splits_candidate(quantizer, weights, k, by, sensitivity) for k in ladder])
+                items.append([_splits_candidate(quantizer, weights, k, options.allocate, sensitivity) for k in ladder])
             uniform.append(ladder.index(n))
     budget = sum(candidates[at].packed_bytes for candidates, at in zip(items, uniform, strict=True))
     splits: dict[str, dict[str, int]] = {plan.name: {} for plan in plans}
@@ -158,21 +154,20 @@ def mean_bits(targets: Sequence[Target], budget: int) -> int:
 
 
 def allocate_bits(
-    plans: Sequence[LayerPlan],
-    facts: Facts,
-    budget: int,
-    sensitivity: Mapping[str, float],
-    progress: bool | None = None,
+    plans: Sequence[LayerPlan], facts: Facts, sensitivity: Mapping[str, float], options: ModelOptions
 ) -> list[LayerPlan]:
     """Plan the bits of every layer, and r up to what it was, so that all packed weights fit the budget."""
     items = []
-    for plan in with_progress(plans, "allocate", progress):
+    for plan in with_progress(plans, "allocate", options.progress):
         with error_context(plan.name):
             items.append(_bits_candidates(LayerQuantizer(plan, facts[plan.name]), sensitivity[plan.name]))
     least = sum(min(each.packed_bytes for each in candidates) for candidates in items)
-    if least > budget:
-        raise ValueError(f'budget={budget}: {least} bytes are the least, with 2 bits where wbits="auto"')
-    return [replace(plan, options=each.what) for plan, each in zip(plans, solve_knapsack(items, budget), strict=True)]
+    if least > options.budget:
+        raise ValueError(f'budget={options.budget}: {least} bytes are the least, with 2 bits where wbits="auto"')
+    return [
+        replace(plan, options=each.what)
+        for plan, each in zip(plans, solve_knapsack(items, options.budget), strict=True)
+    ]
 
 
 def _bits_candidates(quantizer: LayerQuantizer, sensitivity: float) -> list[Candidate]:

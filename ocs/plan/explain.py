@@ -17,12 +17,11 @@ STEPS = {  # in this order
 }
 
 
+Quantize = Callable[[LayerOptions], Quantization]
+
+
 def explained_steps(
-    w: Tensor,
-    options: LayerOptions,
-    scheme: Scheme,
-    quantize: Callable[[LayerOptions], Quantization],
-    last: Quantization,
+    w: Tensor, options: LayerOptions, scheme: Scheme, quantize: Quantize, last: Quantization
 ) -> tuple[tuple[str, float], ...]:
     """Measure (what, dB) of nearest rounding alone, and of each option that was switched on after it.
 

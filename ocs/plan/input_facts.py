@@ -18,6 +18,8 @@ from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import ModelOptions
 from ocs.weight.types import GAIN
 
+Plans = Sequence[LayerPlan]
+
 _TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of classes, torch's and others'
 
 
@@ -39,7 +41,7 @@ class Learned(NamedTuple):
     sample: Data | None  # one batch, where errors of the model's outputs shall be measured
 
 
-def learn(model: nn.Module, plans: Sequence[LayerPlan], options: ModelOptions) -> Learned:
+def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
     """Run calibration where it was given, and find out what the plans need to know of each layer's input.
 
     Raises:
@@ -71,7 +73,7 @@ def _left_where_unreached(plan: LayerPlan, seen: Calibration) -> LayerPlan:
     return plan
 
 
-def _means(model: nn.Module, plans: Sequence[LayerPlan], seen: Calibration) -> dict[str, InputMean]:
+def _means(model: nn.Module, plans: Plans, seen: Calibration) -> dict[str, InputMean]:
     """The mean inputs of the layers whose bias is to be corrected: measured, else by the graph."""
     wanted = {plan.name for plan in plans if plan.needs_mean}
     means = measured_means(seen)
@@ -80,7 +82,7 @@ def _means(model: nn.Module, plans: Sequence[LayerPlan], seen: Calibration) -> d
     return {name: mean for name, mean in means.items() if name in wanted}
 
 
-def _gain(model: nn.Module, plans: Sequence[LayerPlan]) -> float:
+def _gain(model: nn.Module, plans: Plans) -> float:
     """Through how many layers an error of an output's gain passes on the mean, see output_error.
 
     That is, until a norm takes it away; a BatchNorm, which divides by what it has seen in training, does not.
@@ -95,12 +97,7 @@ def _gain(model: nn.Module, plans: Sequence[LayerPlan]) -> float:
 
 
 def _calibrated(
-    model: nn.Module,
-    plans: Sequence[LayerPlan],
-    calibration: Data | Calibration | None,
-    progress: bool | None,
-    *,
-    has_use: bool,
+    model: nn.Module, plans: Plans, calibration: Data | Calibration | None, progress: bool | None, *, has_use: bool
 ) -> Calibration:
     """What calibration says of the layers that need it; has_use: it is used for something else, too."""
     _check_options_of_inputs(plans)
@@ -119,13 +116,7 @@ def _calibrated(
     return calibration
 
 
-def _run(
-    model: nn.Module,
-    watched: Sequence[LayerPlan],
-    compensated: Sequence[LayerPlan],
-    data: Data,
-    progress: bool | None,
-) -> Calibration:
+def _run(model: nn.Module, watched: Plans, compensated: Plans, data: Data, progress: bool | None) -> Calibration:
     """What these layers need and no more."""
     statistics = []
     for plan in watched:
@@ -139,13 +130,13 @@ def _run(
 # --- What does not go together ----------------------------------------------------------------------------------------
 
 
-def _check_options_of_inputs(plans: Sequence[LayerPlan]) -> None:
+def _check_options_of_inputs(plans: Plans) -> None:
     for plan in plans:
         if plan.options.abits is None and plan.options.of_input and not plan.overrides("abits"):
             raise ValueError(f"{plan.name}: an act_ option without abits has no effect: set abits, too")
 
 
-def _check_needs_none(plans: Sequence[LayerPlan]) -> None:
+def _check_needs_none(plans: Plans) -> None:
     needs = [(plan, f"abits={plan.options.abits}") for plan in plans if plan.needs_statistics]
     needs += [(plan, "rounding='gptq'") for plan in plans if plan.needs_second_moments]
     if needs:
@@ -153,7 +144,7 @@ def _check_needs_none(plans: Sequence[LayerPlan]) -> None:
         raise ValueError(f"{plan.name}: {need} needs calibration=: batches of inputs, say")
 
 
-def _check_has_effect(plans: Sequence[LayerPlan]) -> None:
+def _check_has_effect(plans: Plans) -> None:
     options = (plan.options for plan in plans)
     if not any(each.abits is not None or each.correct_bias or each.rounding == "gptq" for each in options):
         raise ValueError(
@@ -162,7 +153,7 @@ def _check_has_effect(plans: Sequence[LayerPlan]) -> None:
         )
 
 
-def _check_fits(calibration: Calibration, watched: Sequence[LayerPlan], compensated: Sequence[LayerPlan]) -> None:
+def _check_fits(calibration: Calibration, watched: Plans, compensated: Plans) -> None:
     if not any(plan.name in calibration for plan in [*watched, *compensated]):
         raise ValueError(f"calibration is of another model: it has {', '.join([*calibration][:3])} ...")
     if compensated and not calibration.moments:
