@@ -57,6 +57,9 @@ def quantize(
     Every convolution (transposed ones too), nn.Linear, nn.MultiheadAttention, and every LSTM, GRU and RNN, layer or
     cell, becomes an ocs.nn layer; whatever fails, the model is as it was. Sections 3 and 5 of the paper.
 
+    The `weight` of such a layer is there to be read: writes to it are refused. Adapters (of peft, say) and their base
+    layers stay float: merge them first.
+
     Args:
         model: a float model on any device, in train or eval mode.
         wbits: 2 to 8; integers -qmax .. qmax, qmax = 2^(wbits - 1) - 1. Or "auto": each layer gets the bits, and splits

@@ -84,7 +84,7 @@ def _holds_weight(parameter: Tensor | None) -> bool:
 
 
 def _target(model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]]) -> Target:
-    reason = _reason_float(module, names[0], owners)
+    reason = _reason_adapted(model, names) or _reason_float(module, names[0], owners)
     if reason:
         return Target(module, tuple(names), reason_float=reason)
     read = _reason_read_by_parent(model, names)
@@ -152,6 +152,17 @@ def _overrides_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Tell whether a module's class overrides a forward method, or the instance does, as wrappers do."""
     by_class = any(getattr(type(module), method, None) is not getattr(kind, method, None) for method in _METHODS)
     return by_class or any(method in vars(module) for method in _METHODS)
+
+
+def _reason_adapted(model: nn.Module, names: list[str]) -> str:
+    """Say which adapter (of peft, say) a module belongs to, which would be lost when it is merged later, or ""."""
+    for name in names:
+        parts = name.split(".")
+        for parent in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
+            if isinstance(getattr(parent, "base_layer", None), nn.Module) and callable(getattr(parent, "merge", None)):
+                adapter = f"{type(parent).__module__}.{type(parent).__name__}"
+                return f"it is part of an adapter ({adapter}): merge that into its base layer first"
+    return ""
 
 
 def _reason_read_by_parent(model: nn.Module, names: list[str]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.input_parts import InputParts, oracle_parts, round_folded
+from ocs.nn.read_only import read_only, refusal
 from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, weight_buffers, weight_problem
 from ocs.nn.weights import weights_of
 from ocs.weight.types import QuantizedWeight
@@ -128,12 +129,21 @@ class QuantizedLayer(nn.Module):
         return weight
 
     def forward_buffer(self, name: str) -> str:
-        """Name the buffer of the float weight that forward reads for this weight."""
-        return name
+        """Name the buffer of the float weight that forward reads for this weight: running_hh_l0 for weight_hh_l0."""
+        return name.replace("weight", "running")
 
     def forward_weight(self, name: str) -> Tensor:
         """Make the float32 weight that forward computes with from the integers."""
         return self.in_float_layout(self.dequantized(name) if self.expand else self.folded(name))
+
+    def float_weight(self, name: str) -> Tensor:
+        """Give a weight as it is computed, in the float layer's shape, copies added up, to be read."""
+        return read_only(self.whole_weight(name), self, name)
+
+    def whole_weight(self, name: str) -> Tensor:
+        """Make that weight, anew where forward does not compute with it as a whole."""
+        running = self._buffers[self.forward_buffer(name)]
+        return running if not self.expand else self.in_float_layout(self.folded(name)).to(running.dtype)
 
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape, in the float layer's layout, of the weight that an expanded layer computes with."""
@@ -204,6 +214,30 @@ class QuantizedLayer(nn.Module):
         return round_folded(x, grid, parts, axis)
 
     # --- As an nn.Module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but no weight: it would be read, and never computed with."""
+        self._refuse_weight(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, but no weight."""
+        self._refuse_weight(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter that is called as no weight is."""
+        self._refuse_weight(name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer that is called as no weight is."""
+        self._refuse_weight(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def _refuse_weight(self, name: str) -> None:
+        if name in self.__dict__.get("channels", ()):
+            raise RuntimeError(refusal(self, name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move and cast as nn.Module does, but keep scales in float32 and round weights once, from the integers."""

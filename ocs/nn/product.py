@@ -39,10 +39,13 @@ class QuantProduct(QuantizedLayer):
         """The float layer's weight as this one computes it, in its shape: [O, C, ...], copies added up.
 
         For whoever reads a layer's weight instead of calling it; made anew each time where the layer runs expanded.
+        Writes are refused.
         """
-        if self.copied is None:
-            return self.original
-        return self.in_float_layout(self.folded("weight")).to(self.original.dtype)
+        return self.float_weight("weight")
+
+    def whole_weight(self, name: str) -> Tensor:
+        """Make the weight as a whole, where there are copies."""
+        return self.original if self.copied is None else super().whole_weight(name)
 
     def forward_buffer(self, name: str) -> str:
         """Name the buffer that forward reads: the original channels' part stands for the whole weight."""
