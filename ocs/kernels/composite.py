@@ -52,7 +52,7 @@ def source_valid(source: Tensor, groups: int, channels: int) -> bool:
     if source.dtype != torch.int64 or groups < 1 or source.numel() % groups or source.numel() < groups * channels:
         return False
     within = _within_group(source, groups, channels).cpu()
-    own = torch.arange(channels).expand(groups, channels)
+    own = torch.arange(channels, device="cpu").expand(groups, channels)
     return _all((within >= 0) & (within < max(channels, 1))) and torch.equal(within[:, :channels], own)
 
 
@@ -97,7 +97,7 @@ def abs_max(x: Tensor) -> Tensor:
 @kernel(lambda x, bins, limit: x.new_empty(bins, dtype=torch.int64))
 def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     """Count |x| over [0, limit] in bins, int64 [bins], what lies beyond in the last one."""
-    x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
+    x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32, device="cpu")
     valid = 1 <= bins <= MAX_BINS and 0 <= width < math.inf
     _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
     if width == 0:
@@ -113,7 +113,7 @@ def octave_histogram(x: Tensor, limit: float) -> Tensor:
     valid = 2.0**-110 <= limit < 2.0**128 and math.frexp(limit)[0] == 0.5
     _require(valid, "octave_histogram", "the limit must be a power of two, 2^-110 or more")
     octave = (_floats("octave_histogram", x).abs().contiguous().view(torch.int32) >> 20).transpose(0, 1).flatten(1)
-    base = (int(torch.tensor(limit, dtype=torch.float32).view(torch.int32)) >> 20) - OCTAVE_BINS
+    base = (int(torch.tensor(limit, dtype=torch.float32, device="cpu").view(torch.int32)) >> 20) - OCTAVE_BINS
     bins = (octave - base).clamp(0, OCTAVE_BINS - 1)
     bins += OCTAVE_BINS * torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[:, None]
     return torch.bincount(bins.flatten(), minlength=OCTAVE_BINS * x.shape[1]).view(x.shape[1], OCTAVE_BINS)
@@ -372,7 +372,7 @@ def _within_group(source: Tensor, groups: int, channels: int) -> Tensor:
 
 def _halved(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     """Split the weight by halving: [groups, O / groups, C + n, K]."""
-    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    factor = torch.exp2(-depth.float())
     return _gather(w, source, groups) * factor.reshape(groups, 1, -1, 1)
 
 

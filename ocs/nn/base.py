@@ -183,7 +183,7 @@ class QuantizedLayer(nn.Module):
         """Give the original channel of each copy in the input that calibration chose, group by group."""
         source = self._buffers.get("input_source")
         if source is None:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         return source.view(self.groups, -1)[:, -self.input_grid.splits :].flatten()
 
     def splits_of(self, name: str) -> int:

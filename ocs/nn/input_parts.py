@@ -36,8 +36,8 @@ def _parts_of_plan(
     scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, channels: int, split: Split
 ) -> InputParts:
     """Make each channel of a plan part `offset` of 2^depth equal ones; the plan has all original channels first."""
-    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
-    shift = (offset + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
+    factor = torch.exp2(-depth.float())
+    shift = (offset.float() + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
     return InputParts(scale, source[channels:], factor, shift)
 
 

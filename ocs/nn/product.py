@@ -85,7 +85,7 @@ class QuantProduct(QuantizedLayer):
         shape[1] = channels + copies_needed(source, self._buffers.get("input_source"), self.groups, channels)
         if self.input_grid.oracle:
             shape[1] += self.input_grid.splits
-        return tuple(self.in_float_layout(torch.empty(shape, device="meta")).shape)
+        return tuple(self.in_float_layout(torch.empty(shape, dtype=torch.int8, device="meta")).shape)
 
     def _static_parts(self) -> InputParts:
         """Split the input as calibration said; there are no parts yet where each batch has its own (Oracle OCS)."""

@@ -26,7 +26,7 @@ def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
 
 def encode_grid(grid: InputGrid) -> Tensor:
     """Encode a grid for a state_dict, uint8 [4]: bits, whether signed, quantization-aware, Oracle OCS."""
-    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8)
+    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8, device="cpu")
 
 
 def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:

@@ -226,5 +226,5 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
         split = statistics.most_outliers(grid.splits, groups).flatten()
         source = with_originals(split, groups, C).to(device)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
-    scale = scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
+    scale = scale_for(torch.tensor(threshold, dtype=torch.float32, device="cpu"), grid.qmax)
     return QuantizedInput(grid, scale.to(device), source)

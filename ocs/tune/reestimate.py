@@ -36,8 +36,10 @@ class NormStatistics:
     def __init__(self, norm: _BatchNorm) -> None:
         self.norm = norm
         self.count = 0  # values of each channel
-        self.mean = torch.zeros(norm.num_features, dtype=torch.float64)
-        self.squares = torch.zeros(norm.num_features, dtype=torch.float64)  # of what is left without the mean, summed
+        self.mean = torch.zeros(norm.num_features, dtype=torch.float64, device="cpu")
+        self.squares = torch.zeros(
+            norm.num_features, dtype=torch.float64, device="cpu"
+        )  # of what is left without the mean, summed
 
     def observe(self, _: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Take in one more batch [N, C, ...]."""
@@ -69,7 +71,7 @@ class NormStatistics:
 
     def reduce(self) -> None:
         """Merge what all ranks have seen, so that each has the same."""
-        count = int(reduced(torch.tensor(self.count), dist.ReduceOp.SUM))
+        count = int(reduced(torch.tensor(self.count, device="cpu"), dist.ReduceOp.SUM))
         mean = reduced(self.mean * self.count, dist.ReduceOp.SUM) / max(count, 1)
         self.squares = reduced(self.squares + self.count * (self.mean - mean).square(), dist.ReduceOp.SUM)
         self.count, self.mean = count, mean
