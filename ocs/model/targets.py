@@ -134,7 +134,25 @@ def _reason_of_weight(weight: Tensor | None, full_name: str, owners: Mapping[int
     tied = [owner for owner in owners[id(weight)] if owner != full_name]
     if tied:
         return f"its {name} is shared with {', '.join(tied)}"
+    unlike = _unlike_plain(weight)
+    if unlike:
+        return f"its {name} is {unlike}: make it a plain dense tensor first"
     return "" if weight.is_floating_point() else f"its {name} is {weight.dtype}"
+
+
+def _unlike_plain(weight: Tensor) -> str:
+    """Say what kind of tensor a weight is whose values cannot be read as those of a plain one, or ""."""
+    if nn.parameter.is_lazy(weight):
+        return ""
+    if weight.is_nested or weight.layout != torch.strided:
+        return "nested" if weight.is_nested else str(weight.layout)
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # DTensor, FakeTensor and their like
+        return f"a {type(weight).__name__}"
+    try:
+        weight.untyped_storage().data_ptr()
+    except RuntimeError:  # inside a transformation of functions
+        return "a tensor without memory of its own"
+    return ""
 
 
 def _is_lazy(module: nn.Module) -> bool:

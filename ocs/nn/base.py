@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ocs.nn.input import InputGrid, QuantizedInput
-from ocs.nn.input_parts import InputParts, oracle_parts, round_folded
+from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, round_folded
 from ocs.nn.read_only import read_only, refusal
 from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, weight_buffers, weight_problem
 from ocs.nn.weights import weights_of
@@ -209,7 +209,7 @@ class QuantizedLayer(nn.Module):
         """Round an input to its grid, the parts of split channels added up; a float input stays as it is."""
         if self.input_grid is None:
             return x
-        grid, axis = self.input_grid, self.input_axis
+        x, grid, axis = as_dense(x), self.input_grid, self.input_axis
         parts = oracle_parts(grid, x, axis, 1) if grid.oracle else InputParts(self.input_scale)
         return round_folded(x, grid, parts, axis)
 

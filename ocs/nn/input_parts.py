@@ -82,6 +82,16 @@ def _originals_first(array: Tensor, groups: int, splits: int) -> Tensor:
     return torch.cat([own.flatten(), copies.flatten()])
 
 
+def as_dense(x: Tensor) -> Tensor:
+    """Convert an input in a layout of its own (sparse, MKL-DNN's) to a plain one: others than F.linear know no such."""
+    return _as_dense(x)  # torch.fx looks wrapped functions up in this module
+
+
+@torch.fx.wrap
+def _as_dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
+
+
 def take_channels(x: Tensor, index: Tensor, axis: int) -> Tensor:
     """Take channels of x: by indexing, as index_select is slow on channels-last inputs."""
     return x[(..., index, *[slice(None)] * (-axis - 1))]

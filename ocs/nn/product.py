@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.copied_channels import CopiedChannels, copied_channels, copies_needed
-from ocs.nn.input_parts import InputParts, oracle_parts, round_folded, round_parts, static_parts, take_channels
+from ocs.nn.input_parts import (
+    InputParts,
+    as_dense,
+    oracle_parts,
+    round_folded,
+    round_parts,
+    static_parts,
+    take_channels,
+)
 from ocs.nn.registry import register
 
 
@@ -106,6 +114,7 @@ class QuantProduct(QuantizedLayer):
 
     def operands(self, x: Tensor) -> Operands:
         """Prepare an input: rounded if it is to be, with the copies that an expanded layer multiplies besides."""
+        x = as_dense(x)
         if self.input_grid is None:
             return self._float_operands(x)
         if self.input_grid.oracle:
@@ -160,6 +169,8 @@ class QuantLinear(QuantProduct):
 
 @torch.fx.wrap  # as a whole: tracing knows no shapes
 def _expanded_linear(input: Tensor, original: Tensor, copied: Tensor, copies: Tensor, bias: Tensor | None) -> Tensor:
+    if input.layout != torch.strided:
+        return F.linear(input, original + _scattered(copied, copies, original), bias)
     if input.is_nested:
         return F.linear(input, original, bias) + F.linear(input, _scattered(copied, copies, original))
     if input.shape[-1:] != original.shape[1:]:

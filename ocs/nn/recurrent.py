@@ -96,7 +96,7 @@ class _Recurrent(QuantizedLayer):
         """Check the initial states [*leading, H] that a caller gave, or make zeros where none are given."""
         sizes = [(*leading, H) for H in self.state_sizes()]
         if hx is None:
-            return tuple(x.new_zeros(size) for size in sizes)
+            return tuple(x.new_zeros(size, layout=torch.strided) for size in sizes)
         states = tuple(hx) if self.has_cell else (hx,)
         if len(states) != len(sizes):
             raise RuntimeError(f"{type(self).__name__}: expected initial states (h, c), not {len(states)} tensors")

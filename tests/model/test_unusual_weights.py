@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import distribute_tensor, init_device_mesh
+from torch.testing._internal.two_tensor import TwoTensor
 
 import ocs
 
@@ -35,3 +42,42 @@ def test_an_adapter_and_its_base_layer_stay_float_until_merged() -> None:
     assert all("part of an adapter" in reason and "Lora" in reason for reason in reasons.values())
     net[0].merge()
     torch.testing.assert_close(net[0].base_layer(x), before)
+
+
+UNLIKE_PLAIN = {
+    "COO": (Tensor.to_sparse, "sparse_coo"),
+    "CSR": (Tensor.to_sparse_csr, "sparse_csr"),
+    "BSR": (lambda w: w.to_sparse_bsr((2, 2)), "sparse_bsr"),
+    "MKL-DNN": (Tensor.to_mkldnn, "torch._mkldnn"),
+    "fake": (lambda w: FakeTensorMode().from_tensor(w), "FakeTensor"),
+    "functional": (torch._to_functional_tensor, "without memory"),
+    "of a class of its own": (lambda w: TwoTensor(w, w), "TwoTensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("options", [{}, {"recipe": "best", "fold_bn": True, "correct_bias": True}])
+@pytest.mark.parametrize("case", UNLIKE_PLAIN)
+def test_weights_that_are_no_plain_tensors_stay_float(case: str, options: dict[str, object]) -> None:
+    convert, reason = UNLIKE_PLAIN[case]
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    weight = nn.Parameter(convert(net[0].weight.detach()), requires_grad=False)
+    net[0].weight = weight
+    first, second = ocs.quantize(net, **options).layers
+    assert (first.status, second.status) == ("float", "quantized")
+    assert reason in first.reason
+    assert net[0].weight is weight
+
+
+def test_dtensors_stay_float(tmp_path: Path) -> None:
+    """As fully_shard makes them."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        whole = distribute_tensor(net[0].weight.detach(), init_device_mesh("cpu", (1,)))
+        net[0].weight = nn.Parameter(whole)
+        first, second = ocs.quantize(net).layers
+        assert (first.status, second.status) == ("float", "quantized")
+        assert "DTensor" in first.reason
+    finally:
+        dist.destroy_process_group()
