@@ -11,7 +11,7 @@ from torch import nn
 from ocs.calibration.calibrate import Calibration
 from ocs.calibration.run import Data
 from ocs.model.batchnorm_folding import Folding, plan_folding
-from ocs.model.rewrite import exchange, module_slots
+from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.nn.input import ActSplit
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
@@ -25,6 +25,7 @@ from ocs.report.lines import report_lines
 from ocs.weight.types import Granularity, Rounding, Select, Split
 
 
+@keeps_grad_mode
 def quantize(
     model: nn.Module,
     *,
@@ -143,7 +144,7 @@ def quantize(
         plans = allocate_sizes(model, plans, facts, sample, request.model)
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=progress)
     lines, batch_norms = report_lines(results), folding.by_name(model)
-    exchange(list(module_slots(model, _replacements(folding, results))))
+    exchange(module_slots(model, _replacements(folding, results)))
     return Report(tuple(lines), settings, time.perf_counter() - begin, batch_norms)
 
 

@@ -9,6 +9,7 @@ from ocs.calibration.gram import LayerMoments
 from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
@@ -28,6 +29,7 @@ class Calibration(dict[str, Statistics]):
         self.moments = dict(moments or {})
 
 
+@keeps_grad_mode
 def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: bool | None = None) -> Calibration:
     """Run batches through a float model and keep what quantize() needs to know of every layer's input.
 

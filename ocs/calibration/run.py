@@ -1,21 +1,24 @@
 """Run batches through the float model while observers see the inputs of its layers; it is as it was afterwards."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import signature
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import BaseTorchFunctionMode
 
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
+from ocs.model.rewrite import Step, attribute, eager, for_a_while
 from ocs.progress import with_progress
 
+T = TypeVar("T")
 Data = Iterable[Any] | Callable[[nn.Module], Any]
 
 
@@ -46,10 +49,9 @@ def observe(
     """
 
     def run() -> list[float]:
-        with undisturbed(model), ExitStack() as hooks:
-            for watch in watches:
-                hooks.callback(_hook(watch).remove)
-            return [_run(model, data, progress, what)]
+        return [
+            undisturbed(model, partial(_run, model, data, progress, what), chain.from_iterable(map(_hooks, watches)))
+        ]
 
     (batches,) = sum_over_ranks(run, 1)
     _check_count(batches, what)
@@ -61,12 +63,8 @@ def observe(
 def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
     """Collect every float tensor that the model returns for the batches, float64; in eval mode without gradients."""
     outputs: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, args, output: outputs.extend(_float_tensors(output)))
-    try:
-        with undisturbed(model):
-            batches = _run(model, data, False)
-    finally:
-        hook.remove()
+    hook = _added(model._forward_hooks, object(), lambda _, args, output: outputs.extend(_float_tensors(output)))
+    batches = undisturbed(model, partial(_run, model, data, False), [hook])
     _check_count(batches, "calibration")
     if not outputs:
         raise ValueError(
@@ -89,27 +87,27 @@ def with_sample(data: Data) -> tuple[Data, Data]:
 # --- Running the model ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Set eval mode, no gradients, and no compiled code or fused transformer layers, which would not call the hooks.
+def undisturbed(model: nn.Module, body: Callable[[], T], steps: Iterable[Step] = ()) -> T:
+    """Call body() in eval mode, without gradients, compiled code or fused transformer layers, which call no hooks.
 
-    Flags are set one by one, as a train() of the model's own may do more than set them.
+    Everything is as it was afterwards, these steps undone. Flags are set one by one, as a train() of the model's own
+    may do more than set them.
     """
-    training = {module: module.training for module in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for module in training:
-                module.training = False
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, flag in training.items():
-            module.training = flag
+    slots = [attribute(module, "training", False) for module in model.modules()]
+    no_grad = [(partial(torch._C._set_grad_enabled, flag)) for flag in (False, torch.is_grad_enabled())]
+    fused = [_overridden()] if any(isinstance(module, _FUSED) for module in model.modules()) else []
+    return for_a_while([*eager(), *fused, tuple(no_grad), *(slot.step() for slot in slots), *steps], body)
 
 
-def _hook(watch: Watch) -> RemovableHandle:
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+def _overridden() -> Step:
+    """Have a mode on this thread that overrides torch's functions by themselves: then no layer takes a fused path."""
+    return partial(torch._C._push_on_torch_function_stack, BaseTorchFunctionMode()), torch._C._pop_torch_function_stack
+
+
+def _hooks(watch: Watch) -> Iterator[Step]:
     """Let the observer see what the module is called with."""
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,7 +115,13 @@ def _hook(watch: Watch) -> RemovableHandle:
         with error_context(watch.name):
             watch.observer.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
 
-    return watch.module.register_forward_pre_hook(take, with_kwargs=True)
+    yield _added(watch.module._forward_pre_hooks_with_kwargs, key := object(), True)
+    yield _added(watch.module._forward_pre_hooks, key, take)
+
+
+def _added(table: dict[Any, Any], key: Any, value: Any) -> Step:
+    """Add an entry to a table, and take it out again."""
+    return partial(operator.setitem, table, key, value), partial(table.pop, key, None)
 
 
 def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calibration") -> int:

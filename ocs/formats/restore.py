@@ -14,7 +14,8 @@ from ocs.errors import error_context
 from ocs.formats.contents import Entry, entries_of, full_name
 from ocs.formats.reader import Reader, SavedLayer
 from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
-from ocs.model.rewrite import Slot, exchange
+from ocs.model.references import Place
+from ocs.model.rewrite import Slot
 from ocs.model.targets import Target, find_targets
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
@@ -167,7 +168,7 @@ def plan_floats(reader: Reader, model: nn.Module, replacements: Mapping[int, nn.
         old, new = entry.tensor, _read_float(reader, entry)
         if old.is_meta:
             new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            slots += [(table, key, new) for table, key in entry.places]
+            slots += [Slot(Place(table, key), new) for table, key in entry.places]
         else:
             values.append((old, new))
     return slots, values
@@ -193,17 +194,3 @@ def _read_float(reader: Reader, entry: Entry) -> Tensor:
     if saved.dtype != old.dtype and not (saved.is_floating_point() and old.is_floating_point()):
         raise ValueError(f"{entry.name} is {saved.dtype}, the model has {old.dtype}")
     return torch.empty_like(old, device="cpu" if old.is_meta else None).copy_(saved)
-
-
-def commit(slots: list[Slot], values: Values) -> None:
-    """Change the model: all of it or, if anything fails, nothing."""
-    before: Values = []
-    try:
-        for old, new in values:
-            before.append((old, old.clone()))
-            old.copy_(new)
-        exchange(slots)
-    except BaseException:
-        for old, value in before:
-            old.copy_(value)
-        raise

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ocs.errors import error_context
 from ocs.formats.contents import Entry, crc32, entries_of, full_name
 from ocs.formats.reader import FORMAT, Reader
-from ocs.formats.restore import commit, float_replacements, plan_floats, quantized_replacements
+from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
 from ocs.model.batchnorm_folding import FoldedBatchNorm
-from ocs.model.rewrite import module_slots
+from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.state import calibrated_buffers, weight_buffers
 from ocs.progress import with_progress
@@ -155,6 +155,7 @@ def _version() -> str:
 # --- Load -------------------------------------------------------------------------------------------------------------
 
 
+@keeps_grad_mode
 def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | None = None) -> nn.Module:
     """Turn a float model into the quantized one that was saved to `path`, in place, and return it.
 
@@ -183,5 +184,5 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
                 slots, values = plan_floats(reader, model, replacements)
         except safetensors.SafetensorError as error:
             raise ValueError(f"it is no complete safetensors file ({error})") from error
-        commit([*slots, *module_slots(model, replacements)], values)
+        exchange([*slots, *module_slots(model, replacements)], values)
     return model

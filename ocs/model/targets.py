@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs.errors import error_context
+from ocs.model.references import held_elsewhere
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
@@ -67,8 +68,12 @@ def find_targets(model: nn.Module) -> list[Target]:
     aliases: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(module, []).append(name)
-    owners = _owners(aliases)
-    return [_target(model, module, names, owners) for module, names in aliases.items() if _is_target(module, names)]
+    owners, elsewhere = _owners(aliases), held_elsewhere(model)
+    return [
+        _target(model, module, names, owners, elsewhere.get(id(module), ""))
+        for module, names in aliases.items()
+        if _is_target(module, names)
+    ]
 
 
 def _is_target(module: nn.Module, names: list[str]) -> bool:
@@ -83,8 +88,11 @@ def _holds_weight(parameter: Tensor | None) -> bool:
     return parameter is not None and (nn.parameter.is_lazy(parameter) or parameter.dim() >= 2)
 
 
-def _target(model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]]) -> Target:
+def _target(
+    model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]], elsewhere: str
+) -> Target:
     reason = _reason_adapted(model, names) or _reason_float(module, names[0], owners)
+    reason = reason or (elsewhere and f"it {elsewhere}")
     if reason:
         return Target(module, tuple(names), reason_float=reason)
     read = _reason_read_by_parent(model, names)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.nn.base import QuantizedLayer
 from ocs.progress import with_progress
 from ocs.tune.reestimate import running_norms
@@ -21,6 +22,7 @@ from ocs.tune.reestimate import running_norms
 RATE = 0.1  # of Adam, for inputs of unit variance
 
 
+@keeps_grad_mode
 def synthesize(
     model: nn.Module,
     shape: Sequence[int],

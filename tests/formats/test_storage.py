@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import ocs
 from ocs import _C
-from ocs.formats import restore
+from ocs.formats import storage
 from ocs.formats.contents import crc32
 from ocs.nn.base import QuantizedLayer
 
@@ -456,7 +456,7 @@ def test_a_failure_while_the_model_is_changed_is_undone(
 def test_a_failure_in_the_last_step_is_undone(saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh()
     before = state(model)
-    monkeypatch.setattr(restore, "exchange", lambda slots: 1 / 0)
+    monkeypatch.setattr(storage, "exchange", lambda slots, values: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ocs.load(saved[1], model)
     assert_unchanged(model, before)
