@@ -12,11 +12,9 @@ Nothing in a file is trusted: the model decides which layers and shapes there ma
 
 import json
 import os
-import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from ocs.errors import error_context
 from ocs.formats.contents import Entry, crc32, entries_of, full_name
 from ocs.formats.reader import FORMAT, Reader
+from ocs.formats.replace_file import replacing
 from ocs.formats.restore import commit, float_replacements, plan_floats, quantized_replacements
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.rewrite import module_slots
@@ -38,7 +37,8 @@ from ocs.progress import with_progress
 def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | None = None) -> None:
     """Write a quantized model to a safetensors file, k bits for an integer of k bits.
 
-    It is written beside `path` and renamed when complete, so that what was there survives an interruption.
+    It is written beside `path` and renamed when complete and on the disk, so that what was there survives an
+    interruption; what a killed process left there goes.
 
     Args:
         model: with layers that ocs.quantize made, on any device; everything else in it is saved as it is.
@@ -46,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: it cannot be written there: `path` is a folder, a device or a pipe, say, or a file that is read-only.
         ValueError: nothing in the model is quantized, or it holds what a file of tensors cannot: extra state, sparse
             tensors, parameters without values.
     """
@@ -125,25 +125,12 @@ def _describe(layer: QuantizedLayer) -> dict[str, Any]:
 def _write(tensors: dict[str, Tensor], header: str, path: str | os.PathLike[str]) -> None:
     """Write all of the file under another name, which then becomes its own."""
     safetensors = _safetensors()
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {target.parent}")
-    if target.is_dir():
-        raise IsADirectoryError(f"{path}: it is a folder")
-    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.{threading.get_ident()}.partial")
     metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
     try:
-        partial.touch()
-        mode = (target if target.exists() else partial).stat().st_mode  # safetensors would make it private
-        safetensors.torch.save_file(tensors, partial, metadata=metadata)
-        partial.chmod(mode)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(target)
+        with replacing(path) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: it cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _version() -> str:
