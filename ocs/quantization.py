@@ -10,6 +10,7 @@ from torch import nn
 
 from ocs.calibration.calibrate import Calibration
 from ocs.calibration.run import Data
+from ocs.formats.contents import sizes_of
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, module_slots
 from ocs.nn.input import ActSplit
@@ -140,8 +141,14 @@ def quantize(
         plans = allocate_sizes(model, plans, facts, sample, request.model)
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=progress)
     lines, batch_norms = report_lines(results), folding.by_name(model)
-    exchange(list(module_slots(model, _replacements(folding, results))))
-    return Report(tuple(lines), settings, time.perf_counter() - begin, batch_norms)
+    replacements = _replacements(folding, results)
+    bytes_of = sizes_of(model, replacements)
+    packed = sum(line.packed_bytes or 0 for line in lines)
+    exchange(list(module_slots(model, replacements)))
+    return Report(
+        tuple(lines), settings, time.perf_counter() - begin, batch_norms,
+        bytes_of.model, bytes_of.weights, bytes_of.float_weights, bytes_of.beside + packed,
+    )  # fmt: skip
 
 
 def _replacements(folding: Folding, results: Iterable[LayerResult]) -> dict[int, nn.Module]:

@@ -14,14 +14,13 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ocs.errors import error_context
-from ocs.formats.contents import Entry, crc32, entries_of, full_name
+from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.reader import FORMAT, Reader
 from ocs.formats.replace_file import replacing
 from ocs.formats.restore import commit, float_replacements, plan_floats, quantized_replacements
@@ -62,7 +61,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
     header = {
         "format": FORMAT,
         "ocs": _version(),
-        "layers": {name: _describe(layer) for name, layer in layers.items()},
+        "layers": {name: describe(layer) for name, layer in layers.items()},
         "batch_norms": [name for name, module in model.named_modules() if isinstance(module, FoldedBatchNorm)],
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
@@ -108,18 +107,6 @@ def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
     for buffer in calibrated_buffers(layer.input_grid):
         tensor = layer.input_copies().int() if buffer == "input_source" else layer.input_scale
         yield full_name(name, buffer), tensor.to("cpu", copy=True)
-
-
-def _describe(layer: QuantizedLayer) -> dict[str, Any]:
-    """Describe a layer for the header."""
-    return {
-        "kind": layer.float_kind.__name__,
-        "bits": layer.bits,
-        "expand": layer.expand,
-        "settings": layer.settings,
-        "input": None if layer.input_grid is None else asdict(layer.input_grid),
-        "weights": {name: list(layer.weight_state(name)[0].shape) for name in layer.channels},
-    }
 
 
 def _write(tensors: dict[str, Tensor], header: str, path: str | os.PathLike[str]) -> None:
