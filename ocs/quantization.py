@@ -89,9 +89,10 @@ def quantize(
             float inputs: measured where there is calibration, else from the BatchNorms before the layer, where these
             tell it surely (not through a LayerNorm, GroupNorm or max pooling), else unknown, and the layer's bias as it
             was: the report says so. Recurrent and attention layers keep theirs.
-        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
-            model, or what ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode
-            and without gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
+        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments by name, which say what
+            forward gets where a tuple does not (see ocs.calibrate's data), a callable that runs the model, or what
+            ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode and without
+            gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
             own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
