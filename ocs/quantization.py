@@ -10,6 +10,7 @@ from torch import nn
 
 from ocs.calibration.calibrate import Calibration
 from ocs.calibration.run import Data
+from ocs.formats.contents import sizes_of
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.nn.input import ActSplit
@@ -92,9 +93,10 @@ def quantize(
             float inputs: measured where there is calibration, else from the BatchNorms before the layer, where these
             tell it surely (not through a LayerNorm, GroupNorm or max pooling), else unknown, and the layer's bias as it
             was: the report says so. Recurrent and attention layers keep theirs.
-        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
-            model, or what ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode
-            and without gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
+        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments by name, which say what
+            forward gets where a tuple does not (see ocs.calibrate's data), a callable that runs the model, or what
+            ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode and without
+            gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
             own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
@@ -144,8 +146,14 @@ def quantize(
         plans = allocate_sizes(model, plans, facts, sample, request.model)
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=progress)
     lines, batch_norms = report_lines(results), folding.by_name(model)
-    exchange(module_slots(model, _replacements(folding, results)))
-    return Report(tuple(lines), settings, time.perf_counter() - begin, batch_norms)
+    replacements = _replacements(folding, results)
+    bytes_of = sizes_of(model, replacements)
+    packed = sum(line.packed_bytes or 0 for line in lines)
+    exchange(module_slots(model, replacements))
+    return Report(
+        tuple(lines), settings, time.perf_counter() - begin, batch_norms,
+        bytes_of.model, bytes_of.weights, bytes_of.float_weights, bytes_of.beside + packed,
+    )  # fmt: skip
 
 
 def _replacements(folding: Folding, results: Iterable[LayerResult]) -> dict[int, nn.Module]:

@@ -7,12 +7,11 @@ from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import BaseTorchFunctionMode
 
+from ocs.calibration.batches import batch_context, call, check_data
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
 from ocs.model.rewrite import Step, attribute, eager, for_a_while
@@ -77,7 +76,7 @@ def with_sample(data: Data) -> tuple[Data, Data]:
     """Take one batch from data (a callable as it is); returns it, and data that still gives all batches."""
     if isinstance(data, Callable | Tensor):
         return data, data
-    _check_data(data, "calibration")
+    check_data(data, "calibration")
     batches = iter(data)
     for batch in batches:
         return [batch], data if batches is not data else chain([batch], batches)
@@ -129,17 +128,18 @@ def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calib
     if isinstance(data, Callable):
         data(model)
         return 1
-    _check_data(data, what)
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    count = 0
-    for batch in with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"):
-        try:
-            _call(model, batch, device, what)
-        except Exception as error:
-            error.add_note(f"while calibrating on batch {count}")
-            raise
-        count += 1
-    return count
+    check_data(data, what)
+    batches = iter(with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"))
+    number = 0
+    while True:
+        with batch_context(model, what, number):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            call(model, batch)
+        number += 1
+    return number
 
 
 def _float_tensors(output: Any) -> Iterator[Tensor]:
@@ -155,27 +155,3 @@ def _check_count(batches: float, what: str) -> None:
     """Refuse data that gave nothing."""
     if not batches:
         raise ValueError(f"{what} is empty: it gave no batch (was it an iterator that is used up?)")
-
-
-def _check_data(data: Any, what: str) -> None:
-    """Refuse what is no batches, and what is one of them."""
-    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
-        raise TypeError(f"{what}={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
-    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
-    if isinstance(data, Mapping | PackedSequence | np.ndarray) or (pair and data[0].dim() != data[1].dim()):
-        kind = "(batch, target) pair" if pair else type(data).__name__
-        raise TypeError(f"{what} is one {kind}: put it in a list, {what}=[...]; of arrays make tensors")
-
-
-def _call(model: nn.Module, batch: Any, device: torch.device, what: str) -> None:
-    """Call the model on a batch: of a (batch, target) pair on the batch alone, of a dict on its entries by name."""
-    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
-        if not 1 <= len(batch) <= 2:
-            raise ValueError(f"{what} gave {len(batch)} things at once: use a callable that runs the model on them")
-        batch = batch[0]
-    if isinstance(batch, np.ndarray):
-        raise TypeError(f"{what} gave a numpy array: give tensors, torch.from_numpy(batch)")
-    if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-        return
-    model(batch.to(device) if isinstance(batch, Tensor | PackedSequence) else batch)

@@ -52,6 +52,16 @@ def input_weight(module: nn.Module) -> Weight:
     return weights_of(module)[0]
 
 
+def is_weight(tensor: Tensor | None) -> bool:
+    """Tell whether a parameter is a weight: one of two or more dimensions, or lazy, which has none yet."""
+    return tensor is not None and (nn.parameter.is_lazy(tensor) or tensor.dim() >= 2)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Count the bytes of a tensor's values; a lazy one has none."""
+    return 0 if nn.parameter.is_lazy(tensor) else tensor.numel() * tensor.element_size()
+
+
 def check_values(weight: Tensor) -> None:
     """Refuse a weight that has no values: a lazy one, or one on the meta device."""
     if nn.parameter.is_lazy(weight) or weight.is_meta:

@@ -94,8 +94,8 @@ def reestimate_batchnorm(
 
     Args:
         model: quantized or float, with BatchNorms: without fold_bn.
-        data: batches, (batch, target) pairs of which the target is not used, dicts of keyword arguments, or a callable
-            that runs the model on what it likes: data(model).
+        data: batches, (batch, target) pairs of which the target is not used, dicts of arguments by name, or a callable
+            that runs the model on what it likes: data(model); see ocs.calibrate.
         reference: the float model that `model` was made from, of the same architecture. Its running statistics then
             count as right, and change only as those of `data` differ between the two models: so that data need not
             be like what the model is for, from ocs.synthesize, say. Channels that hardly vary on the data keep theirs.
