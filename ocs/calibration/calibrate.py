@@ -10,7 +10,6 @@ from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.targets import Target, check_model, check_values, find_targets
-from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
@@ -51,7 +50,8 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     check_flag("moments", moments)
     targets = [target for target in find_targets(model) if not target.reason_float]
     inputs = [watch_input(target) for target in targets]
-    of_weights = [watch_moments(model, target) for target in targets] if moments else []
+    seen = [target for target in targets if not replacement_of(target.module).unseen(target.module)]
+    of_weights = [watch_moments(model, target) for target in seen] if moments else []
     return collect(model, data, inputs, of_weights, progress, "data")
 
 
@@ -83,7 +83,7 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
     with error_context(target.name):
         weight = input_weight(module)
         check_weight_values(weight.tensor)
-    axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
+    axis = 1 - weight.tensor.dim()
     if not (channels and kind.splits_input):
         return Watch(target.name, module, Statistics(axis))
     return Watch(target.name, module, Statistics(axis, weight.groups * weight.channels))

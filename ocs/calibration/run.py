@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
+from ocs.nn.registry import replacement_of
 from ocs.progress import with_progress
 
 Data = Iterable[Any] | Callable[[nn.Module], Any]
@@ -113,11 +114,22 @@ def _hook(watch: Watch) -> RemovableHandle:
     """Let the observer see what the module is called with."""
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = signature(layer.forward).parameters
         with error_context(watch.name):
-            watch.observer.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
+            watch.observer.observe(layer, _named(layer, args, kwargs))
 
     return watch.module.register_forward_pre_hook(take, with_kwargs=True)
+
+
+def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a layer's call as its kind does, whatever its own forward calls the first one."""
+    names = [*signature(layer.forward).parameters]
+    found = dict(zip(names, args, strict=False)) | kwargs
+    first, *others = replacement_of(layer).input_names
+    if not others and names[0] != first and names[0] in found:
+        found[first] = found.pop(names[0])
+    elif not others and args:
+        found[first] = args[0]
+    return found
 
 
 def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calibration") -> int:

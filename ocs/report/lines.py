@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.weights import float_weight
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, WeightResult, packed_bytes
 from ocs.report.data import LayerReport
@@ -25,7 +26,7 @@ def report_lines(results: Iterable[LayerResult]) -> list[LayerReport]:
 
 def _float_layer(plan: LayerPlan, name: str | None = None) -> dict[str, Any]:
     """What does not depend on quantization: of one weight, or of all that the layer holds."""
-    parameters = plan.module._parameters if name is None else {name: plan.module._parameters[name]}
+    parameters = plan.module._parameters if name is None else {name: float_weight(plan.module, name)}
     weights = {k: p for k, p in parameters.items() if p is not None and not nn.parameter.is_lazy(p) and p.dim() >= 2}
     only = next(iter(weights)) if len(weights) == 1 else ""
     return {
