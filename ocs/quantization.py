@@ -17,6 +17,7 @@ from ocs.nn.input import ActSplit
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
 from ocs.plan.choose import choose
+from ocs.plan.coverage import check_coverage
 from ocs.plan.input_facts import learn
 from ocs.plan.options import Allocate, Recipe, Request
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
@@ -57,7 +58,8 @@ def quantize(
     """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
 
     Every convolution (transposed ones too), nn.Linear, nn.MultiheadAttention, and every LSTM, GRU and RNN, layer or
-    cell, becomes an ocs.nn layer; whatever fails, the model is as it was. Sections 3 and 5 of the paper.
+    cell, becomes an ocs.nn layer, and so do experts that are held in one parameter, transformers' Conv1D, and what
+    ocs.register names; whatever fails, the model is as it was. Sections 3 and 5 of the paper.
 
     The `weight` of such a layer is there to be read: writes to it are refused. Adapters (of peft, say) and their base
     layers stay float: merge them first.
@@ -100,7 +102,8 @@ def quantize(
             own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
-        skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates
+        skip: what stays float: ocs.FIRST_LAYER (the first convolution, where it has at most four input channels and one
+            group and is no patch embedding: the one that sees an image), names, glob patterns, module types, predicates
             (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.
         overrides: options for the layers that fit a name or pattern: {"layer4.*": dict(wbits=8)}.
         expand: True for layers that really have C + n channels, False to fold the copies back (same values). Attention,
@@ -129,17 +132,22 @@ def quantize(
     Returns:
         A Report with a line for every weight, and one for every layer that was left as it is.
 
+    Warns:
+        UserWarning: less than half of the matmul weights are quantized, those that `skip` names not counted; it names
+            the reason that most weights have.
+
     Raises:
         ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
             nothing yet, calibration is missing or empty, an option has no effect (select or allocate without r, act_
             options without abits, calibration that nothing uses), the model is quantized already or has no layer to
-            quantize.
+            quantize, or every layer stays float: the error names the reason that most weights have.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin, request = time.perf_counter(), Request.of(locals())
     plans, settings = choose(model, request)
     check_allocation(plans, request.model)
     plans, facts, sample = learn(model, plans, request.model)
+    check_coverage(plans)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         plans = [replace(plan, norm_folded=folding.layers.get(id(plan.target.module))) for plan in plans]

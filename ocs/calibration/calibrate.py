@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from ocs.calibration.batches import channel_axis
 from ocs.calibration.gram import LayerMoments
 from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
@@ -56,7 +55,8 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     check_flag("moments", moments)
     targets = [target for target in find_targets(model) if not target.reason_float]
     inputs = [watch_input(target) for target in targets]
-    of_weights = [watch_moments(model, target) for target in targets] if moments else []
+    seen = [target for target in targets if not replacement_of(target.module).unseen(target.module)]
+    of_weights = [watch_moments(model, target) for target in seen] if moments else []
     return collect(model, data, inputs, of_weights, progress, "data")
 
 
@@ -88,7 +88,7 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
     with error_context(target.name):
         weight = input_weight(module)
         check_weight_values(weight.tensor)
-    axis = channel_axis(module)
+    axis = 1 - weight.tensor.dim()
     if not (channels and kind.splits_input):
         return Watch(target.name, module, Statistics(axis))
     return Watch(target.name, module, Statistics(axis, weight.groups * weight.channels))

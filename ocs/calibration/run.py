@@ -15,6 +15,7 @@ from ocs.calibration.batches import batch_context, call, check_data
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
 from ocs.model.rewrite import Step, attribute, eager, for_a_while
+from ocs.nn.registry import replacement_of
 from ocs.progress import with_progress
 
 T = TypeVar("T")
@@ -110,9 +111,8 @@ def _hooks(watch: Watch) -> Iterator[Step]:
     """Let the observer see what the module is called with."""
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = signature(layer.forward).parameters
         with error_context(watch.name):
-            watch.observer.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
+            watch.observer.observe(layer, _named(layer, args, kwargs))
 
     yield _added(watch.module._forward_pre_hooks_with_kwargs, key := object(), True)
     yield _added(watch.module._forward_pre_hooks, key, take)
@@ -121,6 +121,18 @@ def _hooks(watch: Watch) -> Iterator[Step]:
 def _added(table: dict[Any, Any], key: Any, value: Any) -> Step:
     """Add an entry to a table, and take it out again."""
     return partial(operator.setitem, table, key, value), partial(table.pop, key, None)
+
+
+def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a layer's call as its kind does, whatever its own forward calls the first one."""
+    names = [*signature(layer.forward).parameters]
+    found = dict(zip(names, args, strict=False)) | kwargs
+    first, *others = replacement_of(layer).input_names
+    if not others and names[0] != first and names[0] in found:
+        found[first] = found.pop(names[0])
+    elif not others and args:
+        found[first] = args[0]
+    return found
 
 
 def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calibration") -> int:

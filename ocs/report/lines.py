@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
-from ocs.nn.weights import bytes_of, is_weight
+from ocs.nn.weights import bytes_of, float_weight, is_weight
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, WeightResult, packed_bytes
 from ocs.report.data import LayerReport
@@ -18,16 +18,19 @@ def report_lines(results: Iterable[LayerResult]) -> list[LayerReport]:
     lines = []
     for result in results:
         if result.replacement is None:
-            names = [name for name, tensor in result.plan.module._parameters.items() if is_weight(tensor)]
-            lines += [LayerReport(**_float_weight(result.plan, n), reason=result.plan.reason) for n in names or [""]]
+            held = {name: each for name, each in result.plan.module._parameters.items() if is_weight(each)} or {
+                "": None
+            }
+            lines += [
+                LayerReport(**_float_weight(result.plan, *each), reason=result.plan.reason) for each in held.items()
+            ]
         else:
             lines += [_quantized_weight(result, weight) for weight in result.weights]
     return lines
 
 
-def _float_weight(plan: LayerPlan, name: str) -> dict[str, Any]:
-    """What does not depend on quantization; of a layer without weights of its own where the name is empty."""
-    weight = plan.module._parameters.get(name)
+def _float_weight(plan: LayerPlan, name: str, weight: Tensor | None) -> dict[str, Any]:
+    """What does not depend on quantization; of a layer without weights of its own where there is none."""
     lazy = weight is None or nn.parameter.is_lazy(weight)
     return {
         "name": plan.name,
@@ -45,7 +48,7 @@ def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
     sources, of_input = replacement.copies(weight.name).tolist(), _quantized_input(replacement)
     numbers_of_input = len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
     return LayerReport(
-        **_float_weight(plan, weight.name),
+        **_float_weight(plan, weight.name, float_weight(plan.module, weight.name)),
         bits=options.wbits,
         granularity=options.granularity,
         rounding=options.rounding,

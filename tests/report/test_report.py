@@ -137,12 +137,6 @@ def test_exact_layers_are_valid_json() -> None:
     assert json.loads(report.to_json())["layers"][0]["sqnr_db"] is None
 
 
-def test_everything_skipped(net: SmallNet) -> None:
-    report = ocs.quantize(net, skip="*")
-    assert (report.quantized, report.relative_size, report.packed_bytes) == ((), 1.0, 0)
-    assert str(report).endswith("s")
-
-
 def test_what_is_known_of_inputs_is_a_field(net: SmallNet) -> None:
     report = ocs.quantize(torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 2, 1), net), recipe="best")
     known = {layer.input_known for layer in report.quantized}
