@@ -235,6 +235,12 @@ class QuantizedLayer(nn.Module):
         self._refuse_weight(name)
         super().register_buffer(name, tensor, persistent)
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which asks for this."""
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot take it: use torch.export or torch.jit.trace"
+        )
+
     def _refuse_weight(self, name: str) -> None:
         if name in self.__dict__.get("channels", ()):
             raise RuntimeError(refusal(self, name))
