@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ocs.errors import error_context
 from ocs.model.references import held_elsewhere
 from ocs.model.subclasses import changed_methods
-from ocs.nn.base import QuantizedLayer
+from ocs.nn.base import QuantizedLayer, state_hooks
 from ocs.nn.own_forward import PROMISED
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
@@ -23,6 +23,11 @@ _READ_BY_PARENT = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": ("self_attn", "linear1", "linear2"),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
 }
+
+_STATE_METHODS = (
+    "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict", "get_extra_state",
+    "set_extra_state",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,16 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
     reason = "" if replacement.keeps_all or _is_lazy(module) else _reason_irreplaceable(module, {*weights, *others})
     if reason:
         return reason
+    if not replacement.keeps_all and not _is_lazy(module) and _has_own_state(module, replacement.float_kind):
+        return f"{kind} has a way of its own to save or load its state"
     reasons = (_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights)
     return next(filter(None, reasons), "")
+
+
+def _has_own_state(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module saves or loads its state by methods of its own, hooks among them."""
+    by_hook = any(getattr(hook, "__self__", None) is module for hook in state_hooks(module))
+    return by_hook or any(getattr(type(module), method) is not getattr(kind, method) for method in _STATE_METHODS)
 
 
 def _reason_of_weight(weight: Tensor | None, full_name: str, owners: Mapping[int, list[str]]) -> str:

@@ -14,7 +14,9 @@ int64 [C + n] hold what calibration gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import getattr_static
 from typing import Any, ClassVar
 
@@ -28,9 +30,10 @@ from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, 
 from ocs.nn.weights import parameter_of, weights_of
 from ocs.weight.types import QuantizedWeight
 
+_STATE_HOOKS = ("state_dict", "state_dict_pre", "load_state_dict_pre", "load_state_dict_post")
 _HOOKS = frozenset(
     f"_{kind}_hooks{suffix}"
-    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre", *_STATE_HOOKS)
     for suffix in ("", "_with_kwargs", "_always_called")
 ) | {"_is_full_backward_hook"}
 
@@ -40,7 +43,7 @@ class QuantizedLayer(nn.Module):
 
     Args:
         float_layer: the layer to replace. Its public attributes, its other parameters (the same objects), its forward
-            and backward hooks, its dtype and its memory format are taken over.
+            and backward hooks and those of its state, its dtype and its memory format are taken over.
         quantized: its weights by name, from functional.quantize_weight.
         bits: what the integers fit, 2 to 8.
         expand: run expanded, else folded.
@@ -267,6 +270,12 @@ class QuantizedLayer(nn.Module):
         self._refuse_weight(name)
         super().register_buffer(name, tensor, persistent)
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which asks for this."""
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot take it: use torch.export or torch.jit.trace"
+        )
+
     def _refuse_weight(self, name: str) -> None:
         if name in self.__dict__.get("channels", ()):
             raise RuntimeError(refusal(self, name))
@@ -287,14 +296,33 @@ class QuantizedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
         *_, error_msgs = others
+        for hook in self._load_state_dict_pre_hooks.values():  # of the float layer: they may rename what is checked
+            hook.hook(*([self] if hook.with_module else []), state_dict, prefix, *others)
         problems = [self._weight_problem(name, state_dict, prefix) for name in self.channels]
         problems.append(self._input_problem(state_dict, prefix))
         if any(problems):  # nothing of this layer is loaded
             error_msgs.extend(f"{prefix.removesuffix('.')}: {problem}" for problem in problems if problem)
             return
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        with self._without_load_hooks():
+            super()._load_from_state_dict(state_dict, prefix, *others)
         self._restore_dtypes()
         self.rebuild()
+
+    @contextmanager
+    def _without_load_hooks(self) -> Iterator[None]:
+        """Let torch load a state without the hooks that have seen it."""
+        hooks = self._load_state_dict_pre_hooks
+        self._load_state_dict_pre_hooks = {}
+        try:
+            yield
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the float layer's hooks as this layer's: each knows the layer that it is called with."""
+        hooks = self._load_state_dict_pre_hooks
+        own = {key: type(each)(each.hook, self if each.with_module else None) for key, each in hooks.items()}
+        return {**vars(self), "_load_state_dict_pre_hooks": OrderedDict(own)}
 
     def _weight_problem(self, name: str, state: Mapping[str, Tensor], prefix: str) -> str:
         """Say why a state cannot be this weight's, or "". It has all three tensors of the weight, or none."""
@@ -337,6 +365,12 @@ class QuantizedLayer(nn.Module):
         shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""
         return f"{shown}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}{grid}"
+
+
+def state_hooks(layer: nn.Module) -> list[Callable[..., Any]]:
+    """List what a layer calls when its state is saved or loaded."""
+    hooks = [hook for kind in _STATE_HOOKS for hook in vars(layer).get(f"_{kind}_hooks", {}).values()]
+    return [getattr(hook, "hook", hook) for hook in hooks]  # those before loading are wrapped
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:

@@ -89,7 +89,7 @@ def as_dense(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def _as_dense(x: Tensor) -> Tensor:
-    return x if x.layout == torch.strided else x.to_dense()
+    return x if x.layout == torch.strided or x.is_nested else x.to_dense()
 
 
 def take_channels(x: Tensor, index: Tensor, axis: int) -> Tensor:

@@ -169,10 +169,8 @@ class QuantLinear(QuantProduct):
 
 @torch.fx.wrap  # as a whole: tracing knows no shapes
 def _expanded_linear(input: Tensor, original: Tensor, copied: Tensor, copies: Tensor, bias: Tensor | None) -> Tensor:
-    if input.layout != torch.strided:
+    if input.is_nested or input.layout != torch.strided:
         return F.linear(input, original + _scattered(copied, copies, original), bias)
-    if input.is_nested:
-        return F.linear(input, original, bias) + F.linear(input, _scattered(copied, copies, original))
     if input.shape[-1:] != original.shape[1:]:
         raise RuntimeError(f"QuantLinear: expected {original.shape[1]} input channels, not {list(input.shape)}")
     x = input.reshape(-1, original.shape[1])

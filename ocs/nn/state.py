@@ -1,6 +1,7 @@
 """The buffers of a quantized layer: their names, and what may stand in them, as a state may come from a stranger."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +70,11 @@ def _is_source(source: Tensor, groups: int, channels: int) -> bool:
 
 
 def tensors_of(
-    state: Mapping[str, Tensor], prefix: str, buffers: Mapping[str, Tensor]
+    state: Mapping[str, Any], prefix: str, buffers: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], str]:
     """Pick the tensors of a state that replace these buffers, which belong together, and say what is wrong with them.
 
-    There are none where the state has none of them, or where one has no values (on the meta device).
+    There are none where the state has none of them, or where none has values (all on the meta device).
     """
     given = {name: state.get(prefix + name) for name in buffers}
     if all(tensor is None for tensor in given.values()):
@@ -81,7 +82,20 @@ def tensors_of(
     for name, tensor in given.items():
         if tensor is None:
             return {}, f"{name} is missing, without which {', '.join(set(given) - {name})} means nothing"
-        found, needed = list(tensor.shape), list(buffers[name].shape)
-        if found != needed:
-            return {}, f"{name} has a size mismatch: {found}, this layer needs {needed}"
-    return ({} if any(tensor.is_meta for tensor in given.values()) else given), ""
+        problem = _unlike(tensor, buffers[name].shape)
+        if problem:
+            return {}, f"{name} {problem}"
+    valueless = [name for name, tensor in given.items() if tensor.is_meta]
+    if 0 < len(valueless) < len(given):
+        return {}, f"{', '.join(valueless)} without values (on the meta device), which the rest has"
+    return ({} if valueless else given), ""
+
+
+def _unlike(tensor: Any, shape: torch.Size) -> str:
+    """Say why this, of a state, is no plain tensor of the shape that is needed, or ""."""
+    if not isinstance(tensor, Tensor):
+        return f"must be a tensor, not {type(tensor).__name__}"
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return f"is {tensor.layout}, {tensor.dtype}: it must be a dense tensor of real numbers"
+    found, needed = list(tensor.shape), list(shape)
+    return "" if found == needed else f"has a size mismatch: {found}, this layer needs {needed}"
