@@ -7,6 +7,8 @@ from torch import nn
 
 Slot = tuple[MutableMapping[str, Any], str, Any]  # where, under which name, what shall stand there
 
+_NOTHING = object()  # stood there
+
 
 def module_slots(model: nn.Module, replacements: Mapping[int, nn.Module]) -> Iterator[Slot]:
     """Find every place in the model where a module stands that has a replacement (by id of the old module)."""
@@ -22,9 +24,12 @@ def exchange(slots: list[Slot]) -> None:
     done: list[Slot] = []
     try:
         for where, name, new in slots:
-            done.append((where, name, where[name]))
+            done.append((where, name, where.get(name, _NOTHING)))
             where[name] = new
     except BaseException:
         for where, name, old in done:
-            where[name] = old
+            if old is _NOTHING:
+                where.pop(name, None)
+            else:
+                where[name] = old
         raise
