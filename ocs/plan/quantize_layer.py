@@ -89,6 +89,7 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
     replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
     replacement.settings = options.shown
+    _check_range(replacement)
     if facts.mean is not None:
         restore_mean(replacement, plan.module.weight, facts.mean.mean)
     if explain:
@@ -182,6 +183,17 @@ class LayerQuantizer:
         weight = input_weight(self.plan.module)
         splits = splits_for(options.act_r, weight.channels, weight.groups) if self.plan.kind.splits_input else 0
         return 1 + weight.groups * splits
+
+
+def _check_range(layer: QuantizedLayer) -> None:
+    """Refuse weights that the layer's dtype cannot hold once they are rounded: up, or copies added up."""
+    for name in layer.channels:
+        weight = layer._buffers[layer.forward_buffer(name)]
+        if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
+            raise ValueError(
+                f"{name} rounded to {layer.bits} bits leaves what {weight.dtype} holds: scale the layer down, use more"
+                " bits, or a model in float32"
+            )
 
 
 def _input_note(quantized: QuantizedInput | None, statistics: Statistics | None) -> str:

@@ -1,10 +1,12 @@
 """Steps 2 and 3 of quantizing a weight: clip threshold and integers, once its splits are planned."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from ocs.kernels.constants import qmax
+from ocs.kernels.ops import kernels
 from ocs.weight.arrays import array_like, as_numpy
 from ocs.weight.error import errors_of_outputs, weight_error
 from ocs.weight.gptq import Compensation
@@ -25,7 +27,13 @@ def quantize_plan(w: Array, plan: SplitPlan, scheme: Scheme) -> Quantization:
     else:
         clip, (threshold,) = scheme.clip, _thresholds(w, plan, scheme, (scheme.clip,))
     (quantized,) = _quantize_each(w, plan, scheme, [threshold], compensation)
-    return Quantization(quantized, clip, weight_error(w, quantized, scheme.groups))
+    error = weight_error(w, quantized, scheme.groups)
+    if not math.isfinite(sum(error)):
+        largest = float(kernels(plan.channel_max).abs_max(plan.channel_max))
+        raise ValueError(
+            f"w reaches {largest:.3g}, and rounded to {scheme.bits} bits it leaves what float32 holds: scale it down"
+        )
+    return Quantization(quantized, clip, error)
 
 
 def _thresholds(w: Array, plan: SplitPlan, scheme: Scheme, clips: tuple[str | float, ...]) -> list[Array]:
@@ -53,6 +61,7 @@ def _least_output_error(
     error_of, thresholds, errors = errors_of_outputs(w, scheme), _thresholds(w, plan, scheme, AUTO), []
     for quantized in _quantize_each(w, plan, scheme, thresholds, compensation):
         error = as_numpy(error_of(quantized))
+        error = np.where(np.isnan(error), np.inf, error)  # of values beyond float32
         errors.append(error if scheme.granularity == "channel" else error.sum())
     chosen = np.stack(errors).argmin(0)
     threshold = np.take_along_axis(np.stack([as_numpy(each) for each in thresholds]), chosen[None], 0)[0]
