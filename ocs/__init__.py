@@ -1,6 +1,13 @@
 """Post-training quantization of PyTorch models by outlier channel splitting (Zhao et al., ICML 2019)."""
 
+from importlib.util import find_spec
+
 import torch  # noqa: F401 - first: ocs._C takes what it needs of libtorch from the process
+
+if find_spec("ocs._C") is None:
+    raise ImportError(
+        f"the kernels of ocs are not built in {__path__[0]}: run `pip install -e .` in the folder above it"
+    )
 
 from ocs import functional, nn
 from ocs.calibration.calibrate import Calibration, calibrate

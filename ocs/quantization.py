@@ -11,11 +11,13 @@ from torch import nn
 from ocs.calibration.calibrate import Calibration
 from ocs.calibration.run import Data
 from ocs.formats.contents import sizes_of
+from ocs.formats.pretrained import refused_slots
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.nn.input import ActSplit
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
+from ocs.plan.call import explained_call
 from ocs.plan.choose import choose
 from ocs.plan.coverage import check_coverage
 from ocs.plan.input_facts import learn
@@ -27,6 +29,7 @@ from ocs.report.lines import report_lines
 from ocs.weight.types import Granularity, Rounding, Select, Split
 
 
+@explained_call
 @keeps_grad_mode
 def quantize(
     model: nn.Module,
@@ -157,7 +160,7 @@ def quantize(
     replacements = _replacements(folding, results)
     bytes_of = sizes_of(model, replacements)
     packed = sum(line.packed_bytes or 0 for line in lines)
-    exchange(module_slots(model, replacements))
+    exchange([*module_slots(model, replacements), *refused_slots(model, replacements)])
     return Report(
         tuple(lines), settings, time.perf_counter() - begin, batch_norms,
         bytes_of.model, bytes_of.weights, bytes_of.float_weights, bytes_of.beside + packed,

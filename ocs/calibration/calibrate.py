@@ -8,7 +8,7 @@ from torch import nn
 from ocs.calibration.gram import LayerMoments
 from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
-from ocs.errors import error_context
+from ocs.errors import check_order, error_context
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
 from ocs.nn.registry import replacement_of
@@ -51,6 +51,7 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
         ValueError: there is no batch or none reaches a layer, a layer's input holds NaN, Inf or values beyond 2^127, or
             a layer is lazy and has no shape yet.
     """
+    check_order("ocs.calibrate(model, data)", model, data)
     check_model(model)
     check_flag("moments", moments)
     targets = [target for target in find_targets(model) if not target.reason_float]

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocs.errors import error_context
+from ocs.errors import check_order, error_context
 from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
+from ocs.formats.pretrained import refused_slots
 from ocs.formats.reader import FORMAT, Reader
 from ocs.formats.replace_file import replacing
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
@@ -49,7 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         ValueError: nothing in the model is quantized, or it holds what a file of tensors cannot: extra state, sparse
             tensors, parameters without values.
     """
-    _check_module(model)
+    check_order("ocs.save(model, path)", model, path)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: call ocs.quantize first, or use torch.save")
@@ -66,11 +67,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
     _write(tensors, json.dumps(header), path)
-
-
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
 
 
 def _safetensors() -> Any:
@@ -146,7 +142,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
             model. The model is then as it was.
     """
     safetensors = _safetensors()
-    _check_module(model)
+    check_order("ocs.load(path, model)", model, path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: it is a folder")
     with error_context(str(path)), torch.inference_mode(False), torch.no_grad():
@@ -158,5 +154,5 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
                 slots, values = plan_floats(reader, model, replacements)
         except safetensors.SafetensorError as error:
             raise ValueError(f"it is no complete safetensors file ({error})") from error
-        exchange([*slots, *module_slots(model, replacements)], values)
+        exchange([*slots, *module_slots(model, replacements), *refused_slots(model, replacements)], values)
     return model

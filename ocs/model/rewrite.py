@@ -5,6 +5,7 @@ other: no line of Python runs in between, at which an interrupt or a trace funct
 """
 
 import functools
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -32,6 +33,18 @@ class Slot(NamedTuple):
         return partial(put, where, key, self.new), partial(put, where, key, self.place.get(where, key))
 
 
+class NewEntry(NamedTuple):
+    """An entry that a table shall have and lacks."""
+
+    table: dict[Any, Any]
+    key: Any
+    value: Any
+
+    def step(self) -> Step:
+        """Add it, and take it out again."""
+        return partial(operator.setitem, *self), partial(self.table.pop, self.key, None)
+
+
 def module_slots(model: nn.Module, replacements: Mapping[int, nn.Module]) -> Iterator[Slot]:
     """Find every place that the model holds a module in that has a replacement, by id of the old module.
 
@@ -52,7 +65,7 @@ def attribute(thing: Any, name: str, new: Any) -> Slot:
     return Slot(Place(table, name), new) if name in table else Slot(Place(thing, name, setattr, getattr), new)
 
 
-def exchange(slots: Iterable[Slot], values: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
+def exchange(slots: Iterable[Slot | NewEntry], values: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
     """Put every object where it belongs, and copy new values into tensors (old, new); if that fails anywhere, neither.
 
     The caller has switched gradients off where tensors that require them are written to.

@@ -139,8 +139,6 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
     reason = "" if replacement.keeps_all or _is_lazy(module) else _reason_irreplaceable(module, {*weights, *others})
     if reason:
         return reason
-    if not replacement.keeps_all and not _is_lazy(module) and _has_own_state(module, replacement.float_kind):
-        return f"{kind} has a way of its own to save or load its state"
     reasons = (_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights)
     return next(filter(None, reasons), "")
 
@@ -191,6 +189,8 @@ def _reason_irreplaceable(module: nn.Module, parameters: set[str]) -> str:
     if changed:
         reason = f"{kind} has a {' and '.join(changed)} of its own"
         return f"{reason}; ocs.register({kind}, like=nn.{of.__name__}) quantizes it" if of in PROMISED else reason
+    if _has_own_state(module, of):
+        return f"{kind} has a way of its own to save or load its state"
     own = {*module._parameters, *module._buffers, *module._modules} - {*parameters, *replacement.kept_children}
     return f"{kind} has {', '.join(sorted(own))} of its own besides what {of.__name__} has" if own else ""
 

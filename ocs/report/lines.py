@@ -94,7 +94,7 @@ def _quantized_input(replacement: QuantizedLayer) -> dict[str, Any]:
 def _notes(result: LayerResult, channels: int) -> str:
     """Say what is not as it was asked for."""
     plan, options = result.plan, result.options
-    notes = [result.rounding_note] if result.rounding_note else []
+    notes = [note for note in (result.rounding_note, result.input_note) if note]
     if (options.r or options.act_r) and result.replacement.groups > 1 and channels == 1:
         notes.append("depthwise: not split")
     if plan.target.reason_folded:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocs.calibration.ranks import reduced
 from ocs.calibration.run import Data, Watch, observe
+from ocs.errors import check_order
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.references import Place
 from ocs.model.rewrite import Slot, exchange, for_a_while, keeps_grad_mode
@@ -108,6 +109,7 @@ def reestimate_batchnorm(
             value for each channel of a norm, a norm's input holds NaN or Inf or its variance is beyond its dtype, or
             the reference has other norms, or data is an iterator beside it. The model is then as it was.
     """
+    check_order("ocs.reestimate_batchnorm(model, data)", model, data)
     norms = running_norms(model)
     of_reference = {} if reference is None else _norms_of_reference(reference, model, norms, data)
     measured = _measure(model, norms, data, progress)

@@ -1,5 +1,7 @@
 """Steps 2 and 3 of quantizing a weight: clip threshold and integers, once its splits are planned."""
 
+import math
+
 import numpy as np
 from torch import Tensor
 
@@ -21,7 +23,13 @@ def quantize_plan(w: Array, plan: SplitPlan, scheme: Scheme) -> Quantization:
     else:
         (threshold,) = _thresholds(w, plan, scheme, (scheme.clip,))
         clip, quantized = scheme.clip, _quantized(w, plan, scheme, threshold)
-    return Quantization(quantized, clip, weight_error(w, quantized, scheme.groups))
+    error = weight_error(w, quantized, scheme.groups)
+    if not math.isfinite(sum(error)):
+        largest = float(kernels(plan.channel_max).abs_max(plan.channel_max))
+        raise ValueError(
+            f"w reaches {largest:.3g}, and rounded to {scheme.bits} bits it leaves what float32 holds: scale it down"
+        )
+    return Quantization(quantized, clip, error)
 
 
 def _thresholds(w: Array, plan: SplitPlan, scheme: Scheme, clips: tuple[str | float, ...]) -> list[Array]:
@@ -46,6 +54,7 @@ def _least_output_error(w: Array, plan: SplitPlan, scheme: Scheme) -> tuple[str 
     error_of, thresholds, errors = errors_of_outputs(w, scheme), _thresholds(w, plan, scheme, AUTO), []
     for threshold in thresholds:
         error = as_numpy(error_of(_quantized(w, plan, scheme, threshold)))
+        error = np.where(np.isnan(error), np.inf, error)  # of values beyond float32
         errors.append(error if scheme.granularity == "channel" else error.sum())
     chosen = np.stack(errors).argmin(0)
     threshold = np.take_along_axis(np.stack([as_numpy(each) for each in thresholds]), chosen[None], 0)[0]
