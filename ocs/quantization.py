@@ -73,8 +73,9 @@ def quantize(
             up to its r, that leave the least error within `budget`.
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
-            functional.clip_threshold; "auto" is for each layer, or output channel that has a scale, what leaves the
-            least functional.output_error, with rounding="gptq" by what calibration measured.
+            functional.clip_threshold ("mse-release" ..., as the paper's release does, find it in the unsplit weights);
+            "auto" is for each layer, or output channel that has a scale, what leaves the least functional.output_error,
+            with rounding="gptq" by what calibration measured.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that

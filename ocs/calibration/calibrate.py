@@ -45,7 +45,7 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
-        Statistics by layer name: per layer some 40 KB and 1 KB for each input channel, however many batches there are.
+        Statistics by layer name: per layer some 70 KB and 1 KB for each input channel, however many batches there are.
 
     Raises:
         ValueError: there is no batch or none reaches a layer, a layer's input holds NaN, Inf or values beyond 2^127, or

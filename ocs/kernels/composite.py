@@ -176,6 +176,13 @@ def clip_threshold(counts: Tensor, limit: Tensor, bits: int, signed: bool, metho
     return torch.ops.ocs.clip_threshold(counts.cpu(), limit.cpu(), bits, signed, method).to(limit.device, copy=True)
 
 
+@kernel(lambda x, *_: x.new_empty(x.shape[0], dtype=torch.float32))
+def release_threshold(x: Tensor, counts: Tensor, bits: int, signed: bool, method: int) -> Tensor:
+    """Search on the CPU by the C kernel, in a copy of the values."""
+    found = torch.ops.ocs.release_threshold(x.cpu(), counts.cpu(), bits, signed, method)
+    return found.to(x.device, copy=True)
+
+
 def _with_channels(w: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return w.new_empty((w.shape[0], channels, *w.shape[2:]), dtype=dtype)
 
