@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
 
@@ -22,7 +23,7 @@ class Entry(NamedTuple):
 def entries_of(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[Entry]:
     """List all but what quantized weights hold, as if the replacements (by id of the old module) were in place."""
     found: dict[int, Entry] = {}
-    for prefix, old in model.named_modules():
+    for prefix, old in named_modules(model):
         module = replacements.get(id(old), old)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{prefix or 'model'}: it has extra state, which a file of tensors cannot hold")

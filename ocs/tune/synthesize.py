@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ocs.model.rewrite import keeps_grad_mode
+from ocs.model.wrappers import unwrapped
 from ocs.nn.base import QuantizedLayer
 from ocs.progress import with_progress
 from ocs.tune.reestimate import running_norms
@@ -58,6 +59,7 @@ def synthesize(
             quantized, a number is no whole one from 1 on, seed is out of range, or the loss is not finite.
         RuntimeError: what the model raises for inputs of this shape, with a note that says so.
     """
+    model = unwrapped(model)
     running_norms(model)
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("model is quantized: inputs are made for the float model's statistics, give that")
