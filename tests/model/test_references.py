@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -180,6 +180,30 @@ def test_batch_norms_fold_there_or_stay_with_the_reason() -> None:
     with_linear = nn.Sequential(fixed, nn.Linear(4, 4))
     report = ocs.quantize(with_linear, skip=None, fold_bn=True)
     assert "is also held by 'held' of FoldsInto" in report.batch_norms["0.norm"]
+
+
+class OfTheClass(nn.Module):
+    """It fills a list that belongs to its class."""
+
+    layers: ClassVar[list[nn.Module]] = []
+    last: tuple[nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.layers.append(self.first)
+        type(self).last = (self.second,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last[0](self.layers[0](x))
+
+
+def test_what_a_class_holds_is_exchanged() -> None:
+    model, x = OfTheClass(), torch.randn(2, 4)
+    expected = model(x)
+    ocs.quantize(model, wbits=2)
+    assert torch.equal(model(x), model.second(model.first(x)))
+    assert not torch.equal(model(x), expected)
 
 
 def test_sensitivity_runs_what_is_quantized() -> None:
