@@ -14,6 +14,7 @@ from ocs.formats.contents import sizes_of
 from ocs.formats.pretrained import refused_slots
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
+from ocs.model.wrappers import unwrapped
 from ocs.nn.input import ActSplit
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
@@ -148,6 +149,7 @@ def quantize(
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin, request = time.perf_counter(), Request.of(locals())
+    model = unwrapped(model)
     plans, settings = choose(model, request)
     check_allocation(plans, request.model)
     plans, facts, sample = learn(model, plans, request.model)

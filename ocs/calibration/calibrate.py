@@ -11,6 +11,7 @@ from ocs.calibration.statistics import Statistics
 from ocs.errors import check_order, error_context
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
+from ocs.model.wrappers import submodule, unwrapped
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
@@ -52,6 +53,7 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
             a layer is lazy and has no shape yet.
     """
     check_order("ocs.calibrate(model, data)", model, data)
+    model = unwrapped(model)
     check_model(model)
     check_flag("moments", moments)
     targets = [target for target in find_targets(model) if not target.reason_float]
@@ -98,7 +100,7 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
 def watch_moments(model: nn.Module, target: Target) -> Watch:
     """Take second moments of what a layer's weights meet, from its calls or those of the attention that reads it."""
     check_values(target)
-    parent = model.get_submodule(target.name.rpartition(".")[0])
+    parent = submodule(model, target.name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
         return Watch(target.name, parent, LayerMoments(target.module, reader=parent))
     return Watch(target.name, target.module, LayerMoments(target.module))

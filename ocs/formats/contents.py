@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
 from ocs.nn.weights import bytes_of, is_weight
@@ -66,7 +67,7 @@ def _is_weight(tensor: Tensor) -> bool:
 
 def _entries(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[Entry]:
     found: dict[int, Entry] = {}
-    for prefix, old in model.named_modules():
+    for prefix, old in named_modules(model):
         module = replacements.get(id(old), old)
         packed = _packed_buffers(module)
         for table in (module._parameters, module._buffers):

@@ -17,6 +17,7 @@ from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
 from ocs.model.references import Place
 from ocs.model.rewrite import Slot
 from ocs.model.targets import Target, find_targets
+from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.input import InputGrid, QuantizedInput
@@ -33,7 +34,7 @@ _LAZY = "run a batch through the model first, so that its lazy layers have shape
 
 def float_replacements(reader: Reader, model: nn.Module) -> dict[int, nn.Module]:
     """Make what stands for folded batch norms, and for layers that got a bias, by id of the old modules."""
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     replacements: dict[int, nn.Module] = {}
     for name in reader.batch_norms:
         if not isinstance(modules.get(name), nn.modules.batchnorm._BatchNorm):

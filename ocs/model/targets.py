@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ocs.errors import error_context
 from ocs.model.references import held_elsewhere
 from ocs.model.subclasses import changed_methods
+from ocs.model.wrappers import named_modules, submodule
 from ocs.nn.base import QuantizedLayer, state_hooks
 from ocs.nn.own_forward import PROMISED
 from ocs.nn.registry import is_quantizable, replacement_of
@@ -71,7 +72,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         ValueError: one of them is quantized already.
     """
     aliases: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, every_name=True):
         aliases.setdefault(module, []).append(name)
     owners, elsewhere = _owners(aliases), held_elsewhere(model)
     return [
@@ -210,7 +211,7 @@ def _reason_read_by_parent(model: nn.Module, names: list[str]) -> str:
     """Say who reads a module's weight instead of calling it, or ""."""
     for name in names:
         parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
+        parent = submodule(model, parent_name)
         kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
         if any(child in _READ_BY_PARENT.get(kind, ()) for kind in kinds):
             return f"{type(parent).__name__} reads its weight itself"
