@@ -71,7 +71,9 @@ def quantize(
             rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
             for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
             moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a weight with C K
-            columns). Layers that calibration never reaches are rounded to nearest; the report says so.
+            columns, and some four times as much for one layer after the other; where that is more than ocs.calibrate
+            keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest. The report says
+            so of both.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.

@@ -120,14 +120,20 @@ class LayerQuantizer:
         return options
 
     def rounding_note(self, options: LayerOptions) -> str:
-        """Say where gptq knew nothing, or little: fewer vectors than they have numbers."""
+        """Say where gptq knew nothing, or little: blocks, or fewer vectors than they have numbers."""
         if options.rounding != "gptq":
             return ""
         if not self.hessians:
             return "rounded to nearest: calibration never reached it"
-        seen = ((each.count, each.second.shape[1]) for each in self.hessians.values())
-        count, columns = min(seen, key=lambda each: each[0] - each[1])
-        return f"rounded by {count} inputs of {columns} numbers: more would be better" if count < columns else ""
+        fewest = min(self.facts.second_moments.values(), key=lambda each: each.count - each.width)
+        widest = max(self.facts.second_moments.values(), key=lambda each: each.blocks)
+        notes = []
+        if widest.blocks > 1:
+            whole = f"{4e-9 * widest.groups * widest.columns**2:.3g} GB"
+            notes.append(f"second moments in {widest.blocks} blocks of {widest.width} columns: whole they take {whole}")
+        if fewest.count < fewest.width:
+            notes.append(f"rounded by {fewest.count} inputs of {fewest.width} numbers: more would be better")
+        return "; ".join(notes)
 
     def weight(self, name: str) -> Tensor:
         """A weight as float32 [O, C, ...]."""

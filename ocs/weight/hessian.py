@@ -76,7 +76,7 @@ class Hessian:
 def _factor(factor: Tensor, second: Tensor, backwards: Tensor, share: float) -> None:
     """Write R_ij / R_jj at [j, i], float32 [G, N, N]: of damped H = R R^T, R upper triangular, its columns in order.
 
-    backwards: the columns, the last first. share: of the diagonal's mean, added to the diagonal. It takes 8 G N^2 bytes.
+    backwards: the columns, the last first. share: of the diagonal's mean, added to the diagonal. Needs 8 G N^2 bytes.
     """
     block, N = torch.arange(len(second), device=second.device)[:, None, None], second.shape[1]
     mean = second.diagonal(dim1=1, dim2=2).double().mean(1, keepdim=True)
