@@ -106,6 +106,7 @@ class LayerQuantizer:
     def __init__(self, plan: LayerPlan, facts: InputFacts) -> None:
         self.plan, self.facts = plan, facts
         self.weights = {weight.name: weight for weight in weights_of(plan.module)}
+        self._floats: dict[str, Tensor] = {}
 
     @cached_property
     def hessians(self) -> dict[str, Hessian]:
@@ -138,7 +139,9 @@ class LayerQuantizer:
     def weight(self, name: str) -> Tensor:
         """A weight as float32 [O, C, ...]."""
         check_values(self.plan.module._parameters[name])
-        return self.weights[name].tensor.float().contiguous()
+        if name not in self._floats:
+            self._floats[name] = self.weights[name].tensor.float().contiguous()
+        return self._floats[name]
 
     def scheme(self, name: str, options: LayerOptions) -> Scheme:
         """How a weight is quantized by these options."""

@@ -56,7 +56,7 @@ class Hessian:
 
     @cached_property
     def factor(self) -> Tensor:
-        """R_ij / R_jj at [j, i], in that order, float32 [G B, L, L]; a ValueError where H is clearly negative."""
+        """R_ij / R_jj at [j, i], R_jj^2 at [j, j], float32 [G B, L, L]; a ValueError where H is clearly negative."""
         shrinkage = SHRINKAGE * self.second.shape[1] / self.count if self.count else 0.0
         factor = self.second.new_empty(self.second.shape, dtype=torch.float32)
         at_once = max(1, ELEMENTS // max(self.second[:1].numel(), 1))
@@ -74,7 +74,7 @@ class Hessian:
 
 
 def _factor(factor: Tensor, second: Tensor, backwards: Tensor, share: float) -> None:
-    """Write R_ij / R_jj at [j, i], float32 [G, N, N]: of damped H = R R^T, R upper triangular, its columns in order.
+    """Write R_ij / R_jj at [j, i], R_jj^2 at [j, j], float32 [G, N, N]: of damped H = R R^T, columns in order.
 
     backwards: the columns, the last first. share: of the diagonal's mean, added to the diagonal. Needs 8 G N^2 bytes.
     """
@@ -96,3 +96,4 @@ def _factor(factor: Tensor, second: Tensor, backwards: Tensor, share: float) -> 
     for start in range(0, N, ROWS):
         rows, stop = slice(start, start + ROWS), N - start
         factor[:, max(stop - ROWS, 0) : stop] = (H[:, rows] / diagonal[:, rows]).flip(1, 2)
+    factor.diagonal(dim1=1, dim2=2).copy_(diagonal[..., 0].square().flip(1))
