@@ -64,7 +64,8 @@ def quantize(
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold; "auto" is for each layer, or output channel that has a scale, what leaves the
-            least functional.output_error, with rounding="gptq" by what calibration measured.
+            least functional.output_error, with rounding="gptq" by what calibration measured; then a few thresholds
+            are tried.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that

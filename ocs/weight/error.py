@@ -86,8 +86,8 @@ class MeasuredOutputs:
 
     def error_of_gain(self, w_hat: Array, gain: float) -> Array:
         """Measure the second part of `error` alone."""
-        d = self._blocks(as_tensor(w_hat)) - self.rows
-        error = gain * self._sum(self.product * d) ** 2 / (self.power + (self.power == 0))
+        of_gain = self._sum(self.product * self._blocks(as_tensor(w_hat))) - self.power
+        error = gain * of_gain**2 / (self.power + (self.power == 0))
         return error if isinstance(w_hat, Tensor) else error.numpy()
 
     def _with_later(self, d: Tensor) -> Tensor:

@@ -33,8 +33,10 @@ def blocks_of(columns: int, width: int) -> int:
 def in_blocks(rows: Tensor, width: int) -> Tensor:
     """View the columns of rows [G, R, N] in blocks of so many, zeros after the last: [G B, R, width]."""
     blocks = blocks_of(rows.shape[2], width)
+    if blocks <= 1:
+        return rows
     padded = F.pad(rows, (0, blocks * width - rows.shape[2]))
-    return padded.unflatten(2, (blocks, width)).transpose(1, 2).flatten(0, 1) if blocks else padded
+    return padded.unflatten(2, (blocks, width)).transpose(1, 2).flatten(0, 1)
 
 
 class Hessian:
