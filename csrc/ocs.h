@@ -222,8 +222,9 @@ ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *p
    compensated in those of its block that follow. The N = C K columns of each group are in B = ceil(N / L) blocks of L
    columns, of which those beyond N do not exist; order [G, B L] has each of the numbers 0 .. B L - 1 once, a block's in
    its place; factor [G B, L, L]: where H = E[x x^T] of a block in that order is U U^T, U upper triangular, factor[j][i]
-   is U_ij / U_jj for i < j; the rest is not read. OCS_BAD_ORDER: order is not such. */
-ocs_status ocs_gptq_weight_f32(int8_t *ints, const float *w, const int64_t *order, const float *factor,
+   is U_ij / U_jj for i < j and factor[j][j] is U_jj^2; the rest is not read. error [O]: d H d^T for each row
+   d = w_hat - w, as the blocks' H say. OCS_BAD_ORDER: order is not such. */
+ocs_status ocs_gptq_weight_f32(int8_t *ints, double *error, const float *w, const int64_t *order, const float *factor,
                                const ocs_plan *plan, ocs_scale scale, const ocs_shape *shape, int64_t L, int bits);
 
 /* w_hat [O, C, K] = scale * (sum of the integers of a channel and its copies): what the expanded weight computes. */

@@ -287,9 +287,10 @@ static ocs_status gptq_weight(ocs_call *call) {
                   "factor must be [groups blocks, L, L] in blocks of L of the %lld columns", (long long)N);
     require_shape(call, order->numel == shape.G * B * L, "order must be [groups, blocks L], L as of factor");
     result_like(call, OCS_INT8, 0)->channels = shape.C + shape.S;
-    return begin(call)
-               ? ocs_gptq_weight_f32(result(call), w->data, order->data, factor->data, &plan, scale, &shape, L, bits)
-               : call->status;
+    result_1d(call, OCS_FLOAT64, shape.O);
+    return begin(call) ? ocs_gptq_weight_f32(result(call), call->results[1].data, w->data, order->data, factor->data,
+                                             &plan, scale, &shape, L, bits)
+                       : call->status;
 }
 
 static ocs_status fold(ocs_call *call) {
@@ -423,8 +424,8 @@ const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
              INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits), BOOL(quantization_aware)),
     OPERATOR(squant_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
              INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits)),
-    OPERATOR(gptq_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
-             INT32S(depth, 1), INT32S(offset, 1), INT(bits), INT64S(order, 2), FLOATS(factor, 3)),
+    OPERATOR(gptq_weight, 2, "(ints, error)", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1), INT32S(depth, 1),
+             INT32S(offset, 1), INT(bits), INT64S(order, 2), FLOATS(factor, 3)),
     OPERATOR(fold, 1, "float32 [O, C, ...]", INT8S(ints, 2), FLOATS(scale, 0), INT64S(source, 1), INT(groups),
              INT(channels)),
     OPERATOR(weight_error, 1, "float64 [2]: sums of w^2 and of (w - w_hat)^2", FLOATS(w, 2), INT8S(ints, 2),

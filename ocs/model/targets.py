@@ -200,7 +200,7 @@ def _reason_adapted(model: nn.Module, names: list[str]) -> str:
     """Say which adapter (of peft, say) a module belongs to, which would be lost when it is merged later, or ""."""
     for name in names:
         parts = name.split(".")
-        for parent in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
+        for parent in (submodule(model, ".".join(parts[:depth])) for depth in range(len(parts))):
             if isinstance(getattr(parent, "base_layer", None), nn.Module) and callable(getattr(parent, "merge", None)):
                 adapter = f"{type(parent).__module__}.{type(parent).__name__}"
                 return f"it is part of an adapter ({adapter}): merge that into its base layer first"
