@@ -15,6 +15,7 @@ from ocs.formats.contents import Entry, entries_of, full_name
 from ocs.formats.reader import Reader, SavedLayer
 from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
 from ocs.model.rewrite import Slot, exchange
+from ocs.model.standardized import made_permanent
 from ocs.model.targets import Target, find_targets
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
@@ -75,7 +76,8 @@ def quantized_replacements(
             raise ValueError(f"it was saved from another model: this one has no layer {name[:200]!r} to replace")
         old = layers[name].module
         with error_context(name):
-            layer = replace(layers[name], module=floats.get(id(old), old))
+            module = floats.get(id(old), old)
+            layer = replace(layers[name], module=made_permanent(module) or module)
             replacements[id(old)] = _read_layer(reader, layer, saved)
     return replacements
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs.errors import error_context
+from ocs.model.standardized import made_permanent
 from ocs.model.subclasses import changed_methods
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.own_forward import PROMISED
@@ -33,11 +34,17 @@ class Target:
     reason_float: str = ""  # why it cannot be quantized, if so
     reason_folded: str = ""  # why it cannot run expanded, if so
     reason_float_input: str = ""  # why its input cannot be quantized, if so
+    permanent: nn.Module | None = None  # what computes the same with a weight that is not standardized at every call
 
     @property
     def name(self) -> str:
         """Its first name."""
         return self.aliases[0]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The float layer that its replacement is made of."""
+        return self.module if self.permanent is None else self.permanent
 
 
 def check_model(model: nn.Module) -> None:
@@ -84,14 +91,14 @@ def _holds_weight(parameter: Tensor | None) -> bool:
 
 
 def _target(model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]]) -> Target:
-    reason = _reason_float(module, names[0], owners)
+    permanent = made_permanent(module)
+    reason = _reason_float(module if permanent is None else permanent, names[0], owners)
     if reason:
         return Target(module, tuple(names), reason_float=reason)
     read = _reason_read_by_parent(model, names)
     kind = replacement_of(module)
-    return Target(
-        module, tuple(names), reason_folded=kind.only_folded or read, reason_float_input=read or kind.unseen(module)
-    )
+    folded, float_input = kind.only_folded or read, read or kind.unseen(module)
+    return Target(module, tuple(names), "", folded, float_input, permanent)
 
 
 def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
@@ -120,12 +127,12 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
     for each in (*weights, *others):
         if each not in module._parameters and getattr(module, each, None) is not None:
             return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
-    taken = sorted(name for name in vars(module) if name in replacement.reserved_names(weights))
-    if taken:
-        return f"{kind} has an attribute {taken[0]}, which in a quantized layer is something else"
-    reason = "" if replacement.keeps_all or _is_lazy(module) else _reason_irreplaceable(module, {*weights, *others})
+    reason = "" if replacement.keeps_all else _reason_irreplaceable(module, {*weights, *others})
     if reason:
         return reason
+    taken = sorted(name for name in vars(module) if name in replacement.reserved_names(weights))
+    if taken:
+        return f"{kind} has an attribute {taken[0]}, a name that quantized layers use themselves: rename it"
     reasons = (_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights)
     return next(filter(None, reasons), "")
 
@@ -134,14 +141,10 @@ def _reason_of_weight(weight: Tensor | None, full_name: str, owners: Mapping[int
     name = full_name.rpartition(".")[2]
     if weight is None:
         return f"it has no {name}"
-    tied = [owner for owner in owners[id(weight)] if owner != full_name]
+    tied = [owner for owner in owners.get(id(weight), ()) if owner != full_name]
     if tied:
         return f"its {name} is shared with {', '.join(tied)}"
     return "" if weight.is_floating_point() else f"its {name} is {weight.dtype}"
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    return any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values())
 
 
 def _reason_irreplaceable(module: nn.Module, parameters: set[str]) -> str:

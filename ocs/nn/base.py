@@ -147,7 +147,14 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def reserved_names(cls, weights: Iterable[str]) -> set[str]:
         """Name the attributes of a quantized layer that a float one must not have: they mean something else there."""
-        return {"bits", "expand", "settings", *INPUT_BUFFERS, *(b for name in weights for b in weight_buffers(name))}
+        return {
+            "bits",
+            "channels",
+            "expand",
+            "settings",
+            *INPUT_BUFFERS,
+            *(b for name in weights for b in weight_buffers(name)),
+        }
 
     @staticmethod
     def parts(name: str, parameter: Tensor) -> Iterable[tuple[str, Tensor]]:

@@ -94,6 +94,8 @@ def _notes(result: LayerResult, channels: int) -> str:
     notes = [result.rounding_note] if result.rounding_note else []
     if (options.r or options.act_r) and result.replacement.groups > 1 and channels == 1:
         notes.append("depthwise: not split")
+    if plan.target.permanent is not None:
+        notes.append("its weight as it was standardized, for good")
     if plan.target.reason_folded:
         notes.append(f"runs folded: {plan.target.reason_folded}")
     if options.abits is not None and not plan.quantizes_input:
