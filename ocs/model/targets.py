@@ -1,6 +1,6 @@
 """Which modules of a model hold weights, and what stands in the way of quantizing each of them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from ocs.errors import error_context
 from ocs.model.standardized import made_permanent
 from ocs.model.subclasses import changed_methods
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.hooked import reason_of_forward
 from ocs.nn.own_forward import PROMISED
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
@@ -121,20 +122,28 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
         own = ", ".join(name for name, parameter in module._parameters.items() if _holds_weight(parameter))
         return f"{own} of {kind}, which is not among the layers that are quantized"
     replacement = replacement_of(module)
-    if "forward" in vars(module) or "__call__" in vars(module):
-        return f"this {kind} has a forward of its own, as wrappers give it"
+    wrapped = reason_of_forward(module)
+    if wrapped:
+        return wrapped
     weights, others = replacement.weight_names(module), replacement.unquantized_names(module)
     for each in (*weights, *others):
         if each not in module._parameters and getattr(module, each, None) is not None:
             return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
-    reason = "" if replacement.keeps_all else _reason_irreplaceable(module, {*weights, *others})
-    if reason:
-        return reason
-    taken = sorted(name for name in vars(module) if name in replacement.reserved_names(weights))
-    if taken:
-        return f"{kind} has an attribute {taken[0]}, a name that quantized layers use themselves: rename it"
-    reasons = (_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights)
+    reasons = [
+        "" if replacement.keeps_all else _reason_irreplaceable(module, {*weights, *others}),
+        _reason_of_attributes(module, replacement.reserved_names(weights)),
+        *(_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights),
+    ]
     return next(filter(None, reasons), "")
+
+
+def _reason_of_attributes(module: nn.Module, reserved: Collection[str]) -> str:
+    if getattr(module, "max_norm", None) is not None:
+        return f"its rows are changed by lookups, max_norm={module.max_norm}"
+    taken = next((name for name in vars(module) if name in reserved), None)
+    if taken is None:
+        return ""
+    return f"{type(module).__name__} has an attribute {taken}, a name that quantized layers use themselves: rename it"
 
 
 def _reason_of_weight(weight: Tensor | None, full_name: str, owners: Mapping[int, list[str]]) -> str:

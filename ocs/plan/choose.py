@@ -28,7 +28,7 @@ def choose(model: nn.Module, request: Request) -> tuple[list[LayerPlan], dict[st
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     rule = RecipeRule(request.model.recipe, model, request.given)
     plans = _override([_first_plan(target, request.common) for target in targets], request)
-    plans = _skip([rule.apply(plan) for plan in plans], request)
+    plans = _skip([_lookup(rule.apply(plan), request) for plan in plans], request)
     before_overrides = [rule.apply(LayerPlan(plan.target, request.common)) for plan in plans if plan.quantized]
     shared = _shared([plan.options for plan in before_overrides] or [request.common])
     return plans, shared | request.model.shown
@@ -50,6 +50,15 @@ def _override(plans: Sequence[LayerPlan], request: Request) -> list[LayerPlan]:
             named = (plan.overridden or frozenset()) | changes.keys()
             by_name[target.name] = replace(plan, options=options, overridden=named)
     return list(by_name.values())
+
+
+def _lookup(plan: LayerPlan, request: Request) -> LayerPlan:
+    """Leave an embedding float unless it is asked for, and then quantize its rows."""
+    if not plan.quantized or not plan.kind.opt_in:
+        return plan
+    if request.model.embeddings or plan.overrides("wbits"):
+        return replace(plan, options=plan.options.of_rows)
+    return plan.left("float", "an embedding: embeddings=True quantizes it")
 
 
 def _skip(plans: Sequence[LayerPlan], request: Request) -> list[LayerPlan]:
