@@ -35,6 +35,7 @@ class Target:
     reason_float: str = ""  # why it cannot be quantized, if so
     reason_folded: str = ""  # why it cannot run expanded, if so
     reason_float_input: str = ""  # why its input cannot be quantized, if so
+    tied_to: str = ""  # the embedding that a linear layer shares its weight with, or that layer, where no other does
     permanent: nn.Module | None = None  # what computes the same with a weight that is not standardized at every call
 
     @property
@@ -94,12 +95,13 @@ def _holds_weight(parameter: Tensor | None) -> bool:
 def _target(model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]]) -> Target:
     permanent = made_permanent(module)
     reason = _reason_float(module if permanent is None else permanent, names[0], owners)
-    if reason:
+    tied_to = _tied_to(model, module, names[0], owners)
+    if reason and not (tied_to and "is shared with" in reason):
         return Target(module, tuple(names), reason_float=reason)
     read = _reason_read_by_parent(model, names)
     kind = replacement_of(module)
     folded, float_input = kind.only_folded or read, read or kind.unseen(module)
-    return Target(module, tuple(names), "", folded, float_input, permanent)
+    return Target(module, tuple(names), reason, folded, float_input, tied_to, permanent)
 
 
 def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
@@ -166,6 +168,17 @@ def _reason_irreplaceable(module: nn.Module, parameters: set[str]) -> str:
         return f"{reason}; ocs.register({kind}, like=nn.{of.__name__}) quantizes it" if of in PROMISED else reason
     own = {*module._parameters, *module._buffers, *module._modules} - {*parameters, *replacement.kept_children}
     return f"{kind} has {', '.join(sorted(own))} of its own besides what {of.__name__} has" if own else ""
+
+
+def _tied_to(model: nn.Module, module: nn.Module, name: str, owners: Mapping[int, list[str]]) -> str:
+    """Name the one other owner of a weight that an embedding and a linear layer share, or ""."""
+    sharing = owners.get(id(module._parameters.get("weight")), ())
+    others = [owner.removesuffix(".weight") for owner in sharing if owner != f"{name}.weight"]
+    if len(sharing) != 2 or len(others) != 1 or not all(owner.endswith(".weight") for owner in sharing):
+        return ""
+    both = (module, model.get_submodule(others[0]))
+    kinds = {replacement_of(each).float_kind for each in both if is_quantizable(each)}
+    return others[0] if kinds == {nn.Embedding, nn.Linear} else ""
 
 
 def _reason_read_by_parent(model: nn.Module, names: list[str]) -> str:

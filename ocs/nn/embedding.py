@@ -1,5 +1,6 @@
 """Quantized embeddings: integers with a scale for each row, of which a lookup dequantizes those that it needs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,29 @@ from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.registry import register
+from ocs.nn.state import weight_buffers
+
+
+def share_tied(layers: Mapping[str, tuple[QuantizedLayer | None, str]]) -> None:
+    """Let linear layers hold the very integers of the embeddings that they are tied to; by name, with the name of that.
+
+    A ValueError where the integers differ.
+    """
+    for layer, tied_to in layers.values():
+        embedding, _ = layers.get(tied_to, (None, ""))
+        if layer is None or not isinstance(embedding, QuantEmbedding):
+            continue
+        for name in weight_buffers("weight"):
+            if not torch.equal(layer._buffers[name], embedding._buffers[name]):
+                raise ValueError(f"{name} is not that of {tied_to}, which it is tied to")
+            layer._buffers[name] = embedding._buffers[name]
+
+
+def tied_layers(layers: Mapping[str, QuantizedLayer]) -> dict[str, str]:
+    """Map the names of layers that hold the integers of an embedding to its name."""
+    embeddings = {id(each.weight_int): name for name, each in layers.items() if isinstance(each, QuantEmbedding)}
+    found = {name: embeddings.get(id(each._buffers.get("weight_int"))) for name, each in layers.items()}
+    return {name: embedding for name, embedding in found.items() if embedding not in (None, name)}
 
 
 class _QuantLookup(QuantizedLayer):

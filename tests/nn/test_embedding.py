@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import ocs
@@ -83,3 +84,51 @@ def test_beside_options_that_embeddings_have_not() -> None:
 def test_a_table_that_lookups_change_stays_float() -> None:
     model = Model(nn.Embedding(7, 5, max_norm=1.0))
     assert "max_norm=1.0" in ocs.quantize(model, embeddings=True).layers[0].reason
+
+
+# --- Tied to a head ---------------------------------------------------------------------------------------------------
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    model = Model(nn.Embedding(7, 5))
+    model.head = nn.Linear(5, 7)
+    model.head.weight = model.table.weight
+    return model.eval()
+
+
+def test_one_set_of_integers_for_both(tmp_path: Path) -> None:
+    model, fresh, twin = tied(), tied(), tied()
+    nn.init.ones_(fresh.table.weight)
+    q = quantize_weight(twin.table.weight.detach(), 4, granularity="channel")
+    twin.table.weight.data = q.ints * q.scale[:, None]
+    report = ocs.quantize(model, wbits=4, r=0.5, embeddings=True)
+    assert model.head.weight_int is model.table.weight_int
+    torch.testing.assert_close(model(INDEX), twin(INDEX))
+    embedding, head = report.layers
+    assert (embedding.reason, head.reason) == ("one set of integers with head", "one set of integers with table")
+    assert (embedding.float_bytes, head.float_bytes, head.packed_bytes) == (140, 0, 0)
+    ocs.save(model, tmp_path / "model")
+    with safe_open(tmp_path / "model", "pt") as file:
+        assert [key for key in file.keys() if "int" in key] == ["table.weight_int"]  # noqa: SIM118
+    ocs.load(tmp_path / "model", fresh)
+    for each in (fresh, copy.deepcopy(model)):
+        assert each.head.weight_int is each.table.weight_int
+        assert torch.equal(each(INDEX), model(INDEX))
+
+
+def test_inputs_of_the_head_and_overrides_of_the_embedding() -> None:
+    model = tied()
+    options = {"abits": 8, "rounding": "squant", "calibration": [INDEX], "overrides": {"table": {"wbits": 3}}}
+    embedding, head = ocs.quantize(model, embeddings=True, **options).layers
+    assert (embedding.bits, head.bits, head.rounding, head.act_bits) == (3, 3, "nearest", 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"embeddings": True, "skip": "table"}])
+def test_a_head_stays_float_with_its_embedding(options: dict) -> None:
+    model = nn.ModuleList([tied(), nn.Linear(20, 20)])
+    if "skip" in options:
+        options = options | {"skip": "0.table"}
+    lines = ocs.quantize(model, **options).layers
+    assert [line.status == "quantized" for line in lines] == [False, False, True]
+    assert lines[1].reason == "its weight is shared with 0.table.weight"
