@@ -51,6 +51,7 @@ def quantize(
     fold_bn: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    embeddings: bool = False,
     expand: bool = True,
     select: Select = "max",
     allocate: Allocate = "uniform",
@@ -113,6 +114,9 @@ def quantize(
             group and is no patch embedding: the one that sees an image), names, glob patterns, module types, predicates
             (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.
         overrides: options for the layers that fit a name or pattern: {"layer4.*": dict(wbits=8)}.
+        embeddings: quantize nn.Embedding and nn.EmbeddingBag, too, with wbits and clip, a scale for each row and no
+            splits: they dequantize the rows that are looked up. An override that names the wbits of one does so, too. A
+            linear layer that shares its weight with one has its very integers, where this is True and wbits a number.
         expand: True for layers that really have C + n channels, False to fold the copies back (same values). Attention,
             whose forward in torch reads its weights itself, always runs folded; the report says so.
         select: which channels are split: "max", those with the largest |w| (the paper's rule); "error", those whose

@@ -58,7 +58,7 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     model = unwrapped(model)
     check_model(model)
     check_flag("moments", moments)
-    targets = [target for target in find_targets(model) if not target.reason_float]
+    targets = [target for target in find_targets(model) if target.tied_to or not target.reason_float]
     inputs = [watch_input(target) for target in targets]
     seen = [target for target in targets if not replacement_of(target.module).unseen(target.module)]
     of_weights = watch_moments(model, seen) if moments else []

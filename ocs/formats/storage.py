@@ -29,6 +29,7 @@ from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.embedding import tied_layers
 from ocs.nn.state import calibrated_buffers, weight_buffers
 from ocs.progress import with_progress
 
@@ -59,12 +60,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
     if "" in layers:
         raise ValueError(f"model is itself a {type(model).__name__}, which ocs.load could not put in place: wrap it")
     tensors = {entry.name: _as_stored(entry) for entry in entries_of(model, {})}
+    tied = tied_layers(layers)
     for name, layer in with_progress(layers.items(), "save", progress):
-        tensors.update(_packed(name, layer))
+        tensors.update(_packed(name, layer, [] if name in tied else [*layer.channels]))
     header = {
-        "format": FORMAT,
+        "format": FORMAT if tied else FORMAT - 1,
         "ocs": _version(),
-        "layers": {name: describe(layer) for name, layer in layers.items()},
+        "layers": {n: describe(layer) | ({"tied": tied[n]} if n in tied else {}) for n, layer in layers.items()},
         "batch_norms": [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)],
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
@@ -94,9 +96,9 @@ def _as_stored(entry: Entry) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
-    """Give what a file holds of a layer's quantized weights and input."""
-    for weight in layer.channels:
+def _packed(name: str, layer: QuantizedLayer, weights: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Give what a file holds of these weights of a layer, and of its input."""
+    for weight in weights:
         ints_name, scale_name, source_name = (full_name(name, buffer) for buffer in weight_buffers(weight))
         ints, scale, _ = (tensor.cpu() for tensor in layer.weight_state(weight))
         yield ints_name, torch.ops.ocs.pack(ints, layer.bits)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.embedding import share_tied
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.state import with_originals
 from ocs.nn.weights import check_values, input_weight, parameter_of, weights_of
@@ -71,6 +72,7 @@ def quantize_layers(
             continue
         with error_context(plan.name):
             results.append(quantize_layer(plan, facts[plan.name], explain=explain))
+    share_tied({result.plan.name: (result.replacement, result.plan.target.tied_to) for result in results})
     return results
 
 
