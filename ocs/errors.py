@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 
 @contextmanager
@@ -19,3 +22,12 @@ def error_context(*context: str) -> Iterator[None]:
         if context:
             error.add_note(f"in {': '.join(context)}")
         raise
+
+
+def check_order(call: str, model: Any, *others: Any) -> None:
+    """Refuse a call whose arguments were given in another order, which `call` shows, or without a module at all."""
+    if isinstance(model, nn.Module):
+        return
+    if any(isinstance(other, nn.Module) for other in others):
+        raise TypeError(f"the arguments are in another order: {call}")
+    raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")

@@ -156,12 +156,68 @@ static PyObject *py_set_isa(PyObject *self, PyObject *args) {
     return Py_NewRef(Py_None);
 }
 
+/* --- All or nothing ---------------------------------------------------------------------------- */
+
+/* Calls one half of a pair; NULL where that raises. */
+static PyObject *call_half(PyObject *pairs, Py_ssize_t i, Py_ssize_t half) {
+    PyObject *function = PySequence_GetItem(PyTuple_GetItem(pairs, i), half);
+    PyObject *result = function != NULL ? PyObject_CallNoArgs(function) : NULL;
+    Py_XDECREF(function);
+    return result;
+}
+
+/* Calls the second halves of the first `entered` pairs, the last first, all of them whatever they raise; an exception
+   that is on its way goes on, else the last of theirs does. */
+static bool leave(PyObject *pairs, Py_ssize_t entered) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    while (entered-- > 0) {
+        PyObject *result = call_half(pairs, entered, 1);
+        if (result == NULL && type == NULL) {
+            PyErr_Fetch(&type, &value, &traceback);
+        }
+        PyErr_Clear();
+        Py_XDECREF(result);
+    }
+    const bool fine = type == NULL;
+    PyErr_Restore(type, value, traceback);
+    return fine;
+}
+
+/* Calls the first half of each pair, then body, then the second half of each pair whose first one was done. Between
+   these calls the interpreter runs no line, so that no signal and no trace function can raise there. */
+static PyObject *py_between(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *pairs, *body;
+    int keep;
+    if (!PyArg_ParseTuple(args, "O!Op:between", &PyTuple_Type, &pairs, &body, &keep)) {
+        return NULL;
+    }
+    Py_ssize_t entered = 0;
+    PyObject *result = Py_NewRef(Py_None);
+    for (const Py_ssize_t count = PyTuple_Size(pairs); result != NULL && entered < count;) {
+        Py_DECREF(result);
+        result = call_half(pairs, entered, 0);
+        entered += result != NULL;
+    }
+    if (result != NULL) {
+        Py_DECREF(result);
+        result = PyObject_CallNoArgs(body);
+    }
+    if ((result == NULL || !keep) && !leave(pairs, entered)) {
+        Py_CLEAR(result);
+    }
+    return result;
+}
+
 /* --- The module ------------------------------------------------------------------------------- */
 
 static PyMethodDef methods[] = {
     {"isa", py_isa, METH_NOARGS, "isa() -> str: the instruction set in use"},
     {"isas", py_isas, METH_NOARGS, "isas() -> tuple: those of this build and CPU, the plain one first, the best last"},
     {"set_isa", py_set_isa, METH_VARARGS, "set_isa(name): one of isas(), or 'auto' for the best"},
+    {"between", py_between, METH_VARARGS,
+     "between(pairs, body, keep): the first of each pair, body(), the second of each; with keep only after failures"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ocs.calibration.ranks import reduced
 from ocs.calibration.statistics import values_of
 from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.registry import replacement_of
 from ocs.nn.weights import weights_of
 
 ELEMENTS = 2**24  # of patches that are made at once
@@ -106,7 +107,7 @@ def rows_of(layer: nn.Module, arguments: Mapping[str, Any]) -> Rows:
     """Find the vectors that the weights of a float layer meet in a call with these arguments."""
     if isinstance(layer, nn.MultiheadAttention):
         return _projections(layer, arguments)
-    x = arguments["input"]
+    x = arguments[replacement_of(layer).input_names[0]]
     if values_of(x) is None:
         return iter(())
     if isinstance(layer, nn.RNNBase):

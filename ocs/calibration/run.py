@@ -1,21 +1,24 @@
 """Run batches through the float model while observers see the inputs of its layers; it is as it was afterwards."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import signature
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import BaseTorchFunctionMode
 
+from ocs.calibration.batches import batch_context, call, check_data
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
+from ocs.model.rewrite import Step, attribute, eager, for_a_while
+from ocs.nn.registry import replacement_of
 from ocs.progress import with_progress
 
+T = TypeVar("T")
 Data = Iterable[Any] | Callable[[nn.Module], Any]
 
 
@@ -46,10 +49,9 @@ def observe(
     """
 
     def run() -> list[float]:
-        with undisturbed(model), ExitStack() as hooks:
-            for watch in watches:
-                hooks.callback(_hook(watch).remove)
-            return [_run(model, data, progress, what)]
+        return [
+            undisturbed(model, partial(_run, model, data, progress, what), chain.from_iterable(map(_hooks, watches)))
+        ]
 
     (batches,) = sum_over_ranks(run, 1)
     _check_count(batches, what)
@@ -61,12 +63,8 @@ def observe(
 def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
     """Collect every float tensor that the model returns for the batches, float64; in eval mode without gradients."""
     outputs: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, args, output: outputs.extend(_float_tensors(output)))
-    try:
-        with undisturbed(model):
-            batches = _run(model, data, False)
-    finally:
-        hook.remove()
+    hook = _added(model._forward_hooks, object(), lambda _, args, output: outputs.extend(_float_tensors(output)))
+    batches = undisturbed(model, partial(_run, model, data, False), [hook])
     _check_count(batches, "calibration")
     if not outputs:
         raise ValueError(
@@ -79,7 +77,7 @@ def with_sample(data: Data) -> tuple[Data, Data]:
     """Take one batch from data (a callable as it is); returns it, and data that still gives all batches."""
     if isinstance(data, Callable | Tensor):
         return data, data
-    _check_data(data, "calibration")
+    check_data(data, "calibration")
     batches = iter(data)
     for batch in batches:
         return [batch], data if batches is not data else chain([batch], batches)
@@ -89,35 +87,52 @@ def with_sample(data: Data) -> tuple[Data, Data]:
 # --- Running the model ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Set eval mode, no gradients, and no compiled code or fused transformer layers, which would not call the hooks.
+def undisturbed(model: nn.Module, body: Callable[[], T], steps: Iterable[Step] = ()) -> T:
+    """Call body() in eval mode, without gradients, compiled code or fused transformer layers, which call no hooks.
 
-    Flags are set one by one, as a train() of the model's own may do more than set them.
+    Everything is as it was afterwards, these steps undone. Flags are set one by one, as a train() of the model's own
+    may do more than set them.
     """
-    training = {module: module.training for module in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for module in training:
-                module.training = False
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, flag in training.items():
-            module.training = flag
+    slots = [attribute(module, "training", False) for module in model.modules()]
+    no_grad = [(partial(torch._C._set_grad_enabled, flag)) for flag in (False, torch.is_grad_enabled())]
+    fused = [_overridden()] if any(isinstance(module, _FUSED) for module in model.modules()) else []
+    return for_a_while([*eager(), *fused, tuple(no_grad), *(slot.step() for slot in slots), *steps], body)
 
 
-def _hook(watch: Watch) -> RemovableHandle:
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+def _overridden() -> Step:
+    """Have a mode on this thread that overrides torch's functions by themselves: then no layer takes a fused path."""
+    return partial(torch._C._push_on_torch_function_stack, BaseTorchFunctionMode()), torch._C._pop_torch_function_stack
+
+
+def _hooks(watch: Watch) -> Iterator[Step]:
     """Let the observer see what the module is called with."""
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = signature(layer.forward).parameters
         with error_context(watch.name):
-            watch.observer.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
+            watch.observer.observe(layer, _named(layer, args, kwargs))
 
-    return watch.module.register_forward_pre_hook(take, with_kwargs=True)
+    yield _added(watch.module._forward_pre_hooks_with_kwargs, key := object(), True)
+    yield _added(watch.module._forward_pre_hooks, key, take)
+
+
+def _added(table: dict[Any, Any], key: Any, value: Any) -> Step:
+    """Add an entry to a table, and take it out again."""
+    return partial(operator.setitem, table, key, value), partial(table.pop, key, None)
+
+
+def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a layer's call as its kind does, whatever its own forward calls the first one."""
+    names = [*signature(layer.forward).parameters]
+    found = dict(zip(names, args, strict=False)) | kwargs
+    first, *others = replacement_of(layer).input_names
+    if not others and names[0] != first and names[0] in found:
+        found[first] = found.pop(names[0])
+    elif not others and args:
+        found[first] = args[0]
+    return found
 
 
 def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calibration") -> int:
@@ -125,17 +140,18 @@ def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calib
     if isinstance(data, Callable):
         data(model)
         return 1
-    _check_data(data, what)
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    count = 0
-    for batch in with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"):
-        try:
-            _call(model, batch, device, what)
-        except Exception as error:
-            error.add_note(f"while calibrating on batch {count}")
-            raise
-        count += 1
-    return count
+    check_data(data, what)
+    batches = iter(with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"))
+    number = 0
+    while True:
+        with batch_context(model, what, number):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            call(model, batch)
+        number += 1
+    return number
 
 
 def _float_tensors(output: Any) -> Iterator[Tensor]:
@@ -151,27 +167,3 @@ def _check_count(batches: float, what: str) -> None:
     """Refuse data that gave nothing."""
     if not batches:
         raise ValueError(f"{what} is empty: it gave no batch (was it an iterator that is used up?)")
-
-
-def _check_data(data: Any, what: str) -> None:
-    """Refuse what is no batches, and what is one of them."""
-    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
-        raise TypeError(f"{what}={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
-    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
-    if isinstance(data, Mapping | PackedSequence | np.ndarray) or (pair and data[0].dim() != data[1].dim()):
-        kind = "(batch, target) pair" if pair else type(data).__name__
-        raise TypeError(f"{what} is one {kind}: put it in a list, {what}=[...]; of arrays make tensors")
-
-
-def _call(model: nn.Module, batch: Any, device: torch.device, what: str) -> None:
-    """Call the model on a batch: of a (batch, target) pair on the batch alone, of a dict on its entries by name."""
-    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
-        if not 1 <= len(batch) <= 2:
-            raise ValueError(f"{what} gave {len(batch)} things at once: use a callable that runs the model on them")
-        batch = batch[0]
-    if isinstance(batch, np.ndarray):
-        raise TypeError(f"{what} gave a numpy array: give tensors, torch.from_numpy(batch)")
-    if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-        return
-    model(batch.to(device) if isinstance(batch, Tensor | PackedSequence) else batch)

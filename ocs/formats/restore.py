@@ -14,7 +14,8 @@ from ocs.errors import error_context
 from ocs.formats.contents import Entry, entries_of, full_name
 from ocs.formats.reader import Reader, SavedLayer
 from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
-from ocs.model.rewrite import Slot, exchange
+from ocs.model.references import Place
+from ocs.model.rewrite import Slot
 from ocs.model.targets import Target, find_targets
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
@@ -86,12 +87,11 @@ def _read_layer(reader: Reader, layer: Target, saved: SavedLayer) -> QuantizedLa
     if layer.reason_float:
         raise ValueError(f"it was saved quantized, but {layer.reason_float}")
     kind = replacement_of(module)
-    names = kind.weight_names(module)
-    if saved.kind != kind.float_kind.__name__ or list(saved.weights) != list(names):
-        raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
-    if any(nn.parameter.is_lazy(module._parameters[name]) for name in names):
+    if any(nn.parameter.is_lazy(module._parameters[name]) for name in kind.weight_names(module)):
         raise ValueError(_LAZY)
     weights = weights_of(module)
+    if saved.kind != kind.float_kind.__name__ or [*saved.weights] != [weight.name for weight in weights]:
+        raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
     quantized = {weight.name: _read_weight(reader, layer.name, weight, saved) for weight in weights}
     grid = saved.grid()
     quantized_input = None if grid is None else _read_input(reader, layer, weights[0], grid)
@@ -167,7 +167,7 @@ def plan_floats(reader: Reader, model: nn.Module, replacements: Mapping[int, nn.
         old, new = entry.tensor, _read_float(reader, entry)
         if old.is_meta:
             new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            slots += [(table, key, new) for table, key in entry.places]
+            slots += [Slot(Place(table, key), new) for table, key in entry.places]
         else:
             values.append((old, new))
     return slots, values
@@ -193,17 +193,3 @@ def _read_float(reader: Reader, entry: Entry) -> Tensor:
     if saved.dtype != old.dtype and not (saved.is_floating_point() and old.is_floating_point()):
         raise ValueError(f"{entry.name} is {saved.dtype}, the model has {old.dtype}")
     return torch.empty_like(old, device="cpu" if old.is_meta else None).copy_(saved)
-
-
-def commit(slots: list[Slot], values: Values) -> None:
-    """Change the model: all of it or, if anything fails, nothing."""
-    before: Values = []
-    try:
-        for old, new in values:
-            before.append((old, old.clone()))
-            old.copy_(new)
-        exchange(slots)
-    except BaseException:
-        for old, value in before:
-            old.copy_(value)
-        raise

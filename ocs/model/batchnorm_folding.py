@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocs.model.graph import Trace, first_line, has_hooks, traces
+from ocs.model.references import held_elsewhere
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import input_weight
@@ -111,7 +112,9 @@ def _float64(x: Tensor) -> Tensor:
 # --- The pairs --------------------------------------------------------------------------------------------------------
 
 
-def _layer_before(name: str, modules: dict[str, nn.Module], traces: list[Trace], shared: set[int]) -> tuple[str, str]:
+def _layer_before(
+    name: str, modules: dict[str, nn.Module], traces: list[Trace], shared: dict[int, str]
+) -> tuple[str, str]:
     """Name the convolution that can take in this norm, and "", or say why there is none."""
     norm = modules[name]
     kind = next((kind for kind in _NORMS if isinstance(norm, kind)), None)
@@ -158,7 +161,7 @@ def _only_call(name: str, trace: Trace) -> tuple[fx.Node | None, str]:
     return None, f"is used {len(uses)} times" if len(uses) > 1 else "is not called where the trace sees it"
 
 
-def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
+def _problem(module: nn.Module, kind: type[nn.Module], shared: dict[int, str]) -> str:
     """Say why a norm or layer cannot be folded, whatever the model does with it, or ""."""
     parameters, buffers = module._parameters, module._buffers
     tensors = [t for t in (*parameters.values(), *buffers.values()) if t is not None]
@@ -169,7 +172,7 @@ def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
         "is re-parametrized (weight_norm, pruning or parametrize)": not {"weight", "bias"} <= parameters.keys(),
         "holds no values yet": any(nn.parameter.is_lazy(t) or t.is_meta for t in tensors),
         "has hooks": has_hooks(module),
-        "stands in several places": id(module) in shared,
+        shared.get(id(module), ""): id(module) in shared,
         "shares its parameters": any(id(t) in shared for t in tensors),
     }
     if kind in _NORMS:
@@ -184,8 +187,9 @@ def _problem(module: nn.Module, kind: type[nn.Module], shared: set[int]) -> str:
     return next((problem for problem, is_so in problems.items() if is_so), "")
 
 
-def _shared(model: nn.Module) -> set[int]:
-    """Find the ids of modules that stand in several places, and of parameters that several modules hold."""
+def _shared(model: nn.Module) -> dict[int, str]:
+    """Find by id the modules that stand in several places or where they cannot be exchanged, and shared parameters."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {key for key, count in [*modules.items(), *held.items()] if count > 1}
+    several = {key: "stands in several places" for key, count in [*modules.items(), *held.items()] if count > 1}
+    return held_elsewhere(model) | several

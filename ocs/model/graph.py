@@ -19,10 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from ocs.nn.base import QuantizedLayer
-from ocs.nn.registry import REPLACEMENTS
+from ocs.nn.registry import is_quantizable
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_KINDS = (*REPLACEMENTS, QuantizedLayer, _BatchNorm)
 _MOST_OPTIONAL = 3  # arguments of a model's forward: each one doubles the number of traces
 
 
@@ -57,6 +56,11 @@ def first_line(error: Exception) -> str:
     return textwrap.shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 100, placeholder=" ...")
 
 
+def _is_node(module: nn.Module) -> bool:
+    """Tell whether a module, a layer or norm, is one node of a graph."""
+    return isinstance(module, QuantizedLayer | _BatchNorm) or is_quantizable(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether more may run than the module's forward."""
     return any(vars(module).get(hooks) for hooks in _HOOKS)
@@ -78,7 +82,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Do not look into layers and norms, subclasses of torch's among them, which torch.fx would look into."""
-        return isinstance(m, _KINDS) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        return _is_node(m) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Remember which tensors the model looks up: buffers leave no other mark."""
@@ -107,7 +111,7 @@ class _OpenTracer(_Tracer):
         """Look into blocks of layers, but not into what is opaque: by name, as the traced modules are copies."""
         if module_qualified_name in self.opaque:
             return True
-        block = not (isinstance(m, _KINDS) or has_hooks(m)) and any(isinstance(part, _KINDS) for part in m.modules())
+        block = not (_is_node(m) or has_hooks(m)) and any(_is_node(part) for part in m.modules())
         return not block and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
@@ -172,7 +176,7 @@ def _parts(module: nn.Module) -> tuple[Parts, list[str]]:
         return [("", found)], []
     parts, opaque = [], []
     for name, child in module.named_children():
-        if isinstance(child, _KINDS) or not any(isinstance(part, _KINDS) for part in child.modules()):
+        if _is_node(child) or not any(_is_node(part) for part in child.modules()):
             continue
         of_child, opaque_in_child = _parts(child)
         parts += [(f"{name}.{part}".removesuffix("."), found) for part, found in of_child]

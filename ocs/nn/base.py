@@ -15,8 +15,9 @@ int64 [C + n] hold what calibration gave.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import getattr_static
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, round_folded
 from ocs.nn.read_only import read_only, refusal
 from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, weight_buffers, weight_problem
-from ocs.nn.weights import weights_of
+from ocs.nn.weights import parameter_of, weights_of
 from ocs.weight.types import QuantizedWeight
 
 _STATE_HOOKS = ("state_dict", "state_dict_pre", "load_state_dict_pre", "load_state_dict_post")
@@ -56,6 +57,7 @@ class QuantizedLayer(nn.Module):
     derived_buffers: ClassVar[tuple[str, ...]] = ()  # what rebuild() fills besides forward_buffer()
     input_names: ClassVar[tuple[str, ...]] = ("input",)  # the arguments of forward that are quantized
     splits_input: ClassVar[bool] = False  # whether channels of its input may be split
+    keeps_all: ClassVar[bool] = False  # whether it has all that the float layer has, its class's forward too
     input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
 
     groups: int = 1
@@ -97,6 +99,16 @@ class QuantizedLayer(nn.Module):
             public = not name.startswith("_") and name not in own
             if public or name in _HOOKS or name in self.kept_attributes:
                 vars(self)[name] = value
+        if set(dir(type(float_layer))) - set(dir(self.float_kind)):
+            vars(self)["float_class"] = type(float_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what a subclass of the float layer's kind had beyond that: its methods, properties and constants."""
+        cls = vars(self).get("float_class")
+        if cls is not None and hasattr(cls, name) and not hasattr(self.float_kind, name):
+            found = getattr_static(cls, name)
+            return found.__get__(self, cls) if hasattr(found, "__get__") else found
+        return super().__getattr__(name)
 
     def _register_weights(self, float_layer: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> None:
         """Hold the quantized weights and, until rebuild() makes better ones, the float ones, whose dtype counts."""
@@ -105,7 +117,7 @@ class QuantizedLayer(nn.Module):
             self.channels[weight.name] = weight.channels
             for buffer, tensor in zip(weight_buffers(weight.name), (ints, scale, source), strict=True):
                 self.register_buffer(buffer, tensor)
-            float_weight = float_layer._parameters[weight.name].detach()
+            float_weight = float_layer._parameters[parameter_of(weight.name)].detach()
             self.register_buffer(self.forward_buffer(weight.name), float_weight, persistent=False)
 
     def _register_input(self, quantized_input: QuantizedInput, device: torch.device) -> None:
@@ -116,15 +128,35 @@ class QuantizedLayer(nn.Module):
 
     # --- What a kind of layer says of itself
 
+    @classmethod
+    def for_class(cls, float_class: type[nn.Module]) -> type[QuantizedLayer]:
+        """Give the class of layers that replaces a subclass of its kind."""
+        return cls
+
     @staticmethod
     def weight_names(float_layer: nn.Module) -> tuple[str, ...]:
         """Name the float layer's weights that are quantized."""
         return ("weight",)
 
+    @classmethod
+    def unseen(cls, float_layer: nn.Module) -> str:
+        """Say why the layer's calls do not show what its weights meet, or ""."""
+        return ""
+
     @staticmethod
     def unquantized_names(float_layer: nn.Module) -> tuple[str, ...]:
         """Name the float layer's parameters that stay as they are."""
         return ("bias",)
+
+    @classmethod
+    def reserved_names(cls, weights: Iterable[str]) -> set[str]:
+        """Name the attributes of a quantized layer that a float one must not have: they mean something else there."""
+        return {"bits", "expand", "settings", *INPUT_BUFFERS, *(b for name in weights for b in weight_buffers(name))}
+
+    @staticmethod
+    def parts(name: str, parameter: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """Give the weights that a parameter of the float layer holds, by name: one, or one for each expert."""
+        return ((name, parameter),)
 
     @staticmethod
     def layout(weight: Tensor, groups: int) -> Tensor:

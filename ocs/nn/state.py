@@ -15,7 +15,9 @@ INPUT_BUFFERS = ("input_form", "input_scale", "input_source")
 
 def weight_buffers(weight: str) -> tuple[str, str, str]:
     """Name the buffers that hold a weight: its integers, scale and source."""
-    return f"{weight}_int", weight.replace("weight", "scale"), weight.replace("weight", "source")
+    stem = weight.replace(".", "_")
+    scaled = stem if "weight" in stem else f"{stem}_weight"
+    return f"{stem}_int", scaled.replace("weight", "scale"), scaled.replace("weight", "source")
 
 
 def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from ocs.errors import error_context
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.state import with_originals
-from ocs.nn.weights import check_values, input_weight, weights_of
+from ocs.nn.weights import check_values, input_weight, parameter_of, weights_of
 from ocs.plan.bias_correction import restore_mean
 from ocs.plan.explain import explained_steps
 from ocs.plan.input_facts import InputFacts
@@ -57,6 +57,7 @@ class LayerResult:
     weights: tuple[WeightResult, ...] = ()
     rounding_note: str = ""  # what is not as it was asked for
     bias_from: str = ""  # where the mean input came from that corrected its bias
+    input_note: str = ""  # what calibration could not tell of the scale of its input
 
 
 def quantize_layers(
@@ -88,13 +89,14 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
     replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
     replacement.settings = options.shown
+    _check_range(replacement)
     if facts.mean is not None:
         restore_mean(replacement, plan.module.weight, facts.mean.mean)
     if explain:
         weights = [each._replace(steps=quantizer.steps(each, options, plan.splits)) for each in weights]
     note = quantizer.rounding_note(plan.options)
     bias_from = "" if facts.mean is None else facts.mean.source
-    return LayerResult(plan, options, replacement, tuple(weights), note, bias_from)
+    return LayerResult(plan, options, replacement, tuple(weights), note, bias_from, _input_note(grid, facts.statistics))
 
 
 class LayerQuantizer:
@@ -124,14 +126,14 @@ class LayerQuantizer:
         if options.rounding != "gptq":
             return ""
         if not self.hessians:
-            return "rounded to nearest: calibration never reached it"
+            return f"rounded to nearest: {self.plan.kind.unseen(self.plan.module) or 'calibration never reached it'}"
         seen = ((each.count, each.second.shape[1]) for each in self.hessians.values())
         count, columns = min(seen, key=lambda each: each[0] - each[1])
         return f"rounded by {count} inputs of {columns} numbers: more would be better" if count < columns else ""
 
     def weight(self, name: str) -> Tensor:
         """A weight as float32 [O, C, ...]."""
-        check_values(self.plan.module._parameters[name])
+        check_values(self.plan.module._parameters[parameter_of(name)])
         return self.weights[name].tensor.float().contiguous()
 
     def scheme(self, name: str, options: LayerOptions) -> Scheme:
@@ -181,6 +183,24 @@ class LayerQuantizer:
         weight = input_weight(self.plan.module)
         splits = splits_for(options.act_r, weight.channels, weight.groups) if self.plan.kind.splits_input else 0
         return 1 + weight.groups * splits
+
+
+def _check_range(layer: QuantizedLayer) -> None:
+    """Refuse weights that the layer's dtype cannot hold once they are rounded: up, or copies added up."""
+    for name in layer.channels:
+        weight = layer._buffers[layer.forward_buffer(name)]
+        if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
+            raise ValueError(
+                f"{name} rounded to {layer.bits} bits leaves what {weight.dtype} holds: scale the layer down, use more"
+                " bits, or a model in float32"
+            )
+
+
+def _input_note(quantized: QuantizedInput | None, statistics: Statistics | None) -> str:
+    """Say where calibration saw nothing that a scale could follow from."""
+    if quantized is None or quantized.grid.oracle or statistics.largest:
+        return ""
+    return "its input was all zeros in calibration: its scale is 1, which tells nothing of other inputs"
 
 
 def packed_bytes(quantization: Quantization, bits: int, copies: int, others: int) -> int:

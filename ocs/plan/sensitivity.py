@@ -1,7 +1,7 @@
 """How much each layer counts: how far the model's outputs move when it alone is quantized."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ocs.calibration.ranks import mean_over_ranks
 from ocs.calibration.run import Data, outputs_of
 from ocs.errors import error_context
-from ocs.model.rewrite import exchange, module_slots
+from ocs.model.rewrite import for_a_while, module_slots
 from ocs.model.targets import Target
 from ocs.progress import with_progress
 
@@ -36,8 +36,8 @@ def _by_layer(
     for layer in with_progress(layers, "sensitivity", progress):
         with error_context(layer.name):
             module, error = probe(layer)
-        with _exchanged(model, {id(layer.module): module}):
-            moved = _moved(outputs_of(model, sample), expected)
+        slots = module_slots(model, {id(layer.module): module})
+        moved = _moved(for_a_while([slot.step() for slot in slots], partial(outputs_of, model, sample)), expected)
         values.append(moved / error if error > 0 else 0.0)
     return values
 
@@ -55,15 +55,3 @@ def _moved(outputs: list[Tensor], expected: list[Tensor]) -> float:
     if not moved < float("inf"):
         raise ValueError("the model's outputs on a calibration batch hold NaN or Inf: repair model or batch")
     return moved
-
-
-@contextmanager
-def _exchanged(model: nn.Module, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
-    """Put other layers into the model for a while."""
-    slots = list(module_slots(model, replacements))
-    before = [(where, name, where[name]) for where, name, _ in slots]
-    exchange(slots)
-    try:
-        yield
-    finally:
-        exchange(before)

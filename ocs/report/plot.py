@@ -53,7 +53,7 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
         groups: of a grouped convolution.
         title: above the panels.
     """
-    w = _as_floats(w)
+    w = _as_floats(check_array("w", w, min_rank=2))
     plan = plan_splits(w, r, groups)
     narrowed = float(plan.split_max.max() / plan.channel_max.max()) if plan.channel_max.max() else 1.0
     split, halved = _halves(w, plan, groups)

@@ -6,6 +6,7 @@ that ocs.synthesize makes.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocs.calibration.ranks import reduced
 from ocs.calibration.run import Data, Watch, observe
+from ocs.errors import check_order
 from ocs.model.batchnorm_folding import FoldedBatchNorm
+from ocs.model.references import Place
+from ocs.model.rewrite import Slot, exchange, for_a_while, keeps_grad_mode
 
+STATISTICS = ("running_mean", "running_var")
 STILL = 1e-3  # of a channel's running variance: what varies less on the data tells nothing of its scale
 
 
@@ -77,6 +82,7 @@ class NormStatistics:
         self.count, self.mean = count, mean
 
 
+@keeps_grad_mode
 def reestimate_batchnorm(
     model: nn.Module, data: Data, *, reference: nn.Module | None = None, progress: bool | None = None
 ) -> None:
@@ -89,8 +95,8 @@ def reestimate_batchnorm(
 
     Args:
         model: quantized or float, with BatchNorms: without fold_bn.
-        data: batches, (batch, target) pairs of which the target is not used, dicts of keyword arguments, or a callable
-            that runs the model on what it likes: data(model).
+        data: batches, (batch, target) pairs of which the target is not used, dicts of arguments by name, or a callable
+            that runs the model on what it likes: data(model); see ocs.calibrate.
         reference: the float model that `model` was made from, of the same architecture. Its running statistics then
             count as right, and change only as those of `data` differ between the two models: so that data need not
             be like what the model is for, from ocs.synthesize, say. Channels that hardly vary on the data keep theirs.
@@ -103,6 +109,7 @@ def reestimate_batchnorm(
             value for each channel of a norm, a norm's input holds NaN or Inf or its variance is beyond its dtype, or
             the reference has other norms, or data is an iterator beside it. The model is then as it was.
     """
+    check_order("ocs.reestimate_batchnorm(model, data)", model, data)
     norms = running_norms(model)
     of_reference = {} if reference is None else _norms_of_reference(reference, model, norms, data)
     measured = _measure(model, norms, data, progress)
@@ -122,8 +129,13 @@ def _write(norms: Mapping[str, _BatchNorm], measured: Mapping[str, MeanAndVarian
         if not all(bool(each.isfinite().all()) for each in cast[name]):
             dtype = norms[name].running_var.dtype
             raise ValueError(f"{name}: what it is given is too large for its statistics in {dtype}: use float32")
-    for name, found in cast.items():
-        _set_statistics(norms[name], *found)
+    tensors = [
+        (norms[name], each, new) for name, found in cast.items() for each, new in zip(STATISTICS, found, strict=True)
+    ]
+    made_anew = [part for part in tensors if part[0]._buffers[part[1]].is_inference()]  # not to be written to
+    values = [(norm._buffers[each], new) for norm, each, new in tensors if not norm._buffers[each].is_inference()]
+    with torch.no_grad():
+        exchange([Slot(Place(norm._buffers, each), new) for norm, each, new in made_anew], values)
 
 
 def _norms_of_reference(
@@ -147,16 +159,11 @@ def _measure(
     model: nn.Module, norms: Mapping[str, _BatchNorm], data: Data, progress: bool | None
 ) -> dict[str, MeanAndVariance]:
     """Measure what each norm is given, where it is given something; its own statistics are as they were afterwards."""
-    for norm in norms.values():
-        if norm.running_mean.is_inference():  # made in inference mode, and perhaps not to be written to outside of it
-            norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
-    before = [(norm, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms.values()]
     watches = [Watch(name, norm, NormStatistics(norm)) for name, norm in norms.items()]
-    try:
-        observe(model, data, watches, progress, what="data")
-    finally:
-        for kept in before:
-            _set_statistics(*kept)
+    places = [Place(norm._buffers, each) for norm in norms.values() for each in STATISTICS]
+    copies = [Slot(place, place.where[place.key].clone()) for place in places]  # that are written to for each batch
+    run = partial(observe, model, data, watches, progress, what="data")
+    for_a_while([copy.step() for copy in copies], run)
     reached = {watch.name: watch.observer.estimate() for watch in watches if watch.observer.count}
     if not reached:
         raise ValueError(f"no batch reached the norms {', '.join([*norms][:3])} ...: does data run the model?")

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ocs.errors import check_order
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.convolution import CONVOLUTIONS
 from ocs.progress import with_progress
 from ocs.tune.reestimate import running_norms
 
 RATE = 0.1  # of Adam, for inputs of unit variance
 
 
+@keeps_grad_mode
 def synthesize(
     model: nn.Module,
     shape: Sequence[int],
@@ -53,9 +57,11 @@ def synthesize(
     Raises:
         TypeError: model is no nn.Module, shape no sequence or seed no whole number.
         ValueError: it has no BatchNorm with running statistics or none that inputs of this shape reach, it is
-            quantized, a number is no whole one from 1 on, seed is out of range, or the loss is not finite.
+            quantized, a number is no whole one from 1 on, seed is out of range, the shape has a batch dimension, or the
+            loss is not finite.
         RuntimeError: what the model raises for inputs of this shape, with a note that says so.
     """
+    check_order("ocs.synthesize(model, shape)", model, shape)
     running_norms(model)
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("model is quantized: inputs are made for the float model's statistics, give that")
@@ -109,7 +115,7 @@ def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
             try:
                 model(x)
             except Exception as error:
-                error.add_note(f"while synthesizing inputs: is shape={tuple(x.shape[1:])} that of one input?")
+                _explain(model, tuple(x.shape[1:]), error)
                 raise
             if not losses:
                 raise ValueError(f"inputs {list(x.shape)} reach no BatchNorm of the model")
@@ -121,6 +127,14 @@ def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
                 optimizer.step()
             schedule.step()
     return x.detach()
+
+
+def _explain(model: nn.Module, shape: tuple[int, ...], error: Exception) -> None:
+    """Say what may be wrong with a shape that a model does not take: a ValueError where it is of a batch."""
+    first = next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None)
+    if first is not None and len(shape) == len(first.kernel_size) + 2:
+        raise ValueError(f"shape={shape} is that of a batch: give that of one input, {shape[1:]}") from error
+    error.add_note(f"while synthesizing inputs: is shape={shape} that of one input?")
 
 
 @contextmanager

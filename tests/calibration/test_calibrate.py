@@ -132,6 +132,25 @@ def test_only_zeros() -> None:
     assert len(set(statistics.outliers().tolist())) == 1
 
 
+def test_an_input_of_zeros_is_said() -> None:
+    """Behind a ReLU that lets nothing through; the others, and one of its own scale per batch, need no note."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.constant_(model[0].bias, -100)
+    nn.init.zeros_(model[2].bias)
+    report = ocs.quantize(
+        model,
+        abits=8,
+        calibration=[torch.randn(8, 4)],
+        overrides={"3": {"act_split": "oracle"}, "4": {"rounding": "squant"}},
+    )
+    said = {
+        layer.name: "its input was all zeros in calibration: its scale is 1" in layer.reason for layer in report.layers
+    }
+    assert said == {"0": False, "2": True, "3": False, "4": False}
+    assert next(layer.act_scale for layer in report.layers if layer.name == "2") == 1
+    assert "its input was all zeros in calibration" in str(report)
+
+
 # --- The model is run, and left alone ---------------------------------------------------------------------------------
 
 x = images()
@@ -301,12 +320,6 @@ class Wrapped(nn.Module):
 
     def forward(self, input: Any) -> Any:
         return self.lstm(input)
-
-
-def test_the_failing_batch_is_named(net: SmallNet) -> None:
-    with pytest.raises(ValueError, match="its input has 2 channels, it needs 3") as error:
-        ocs.calibrate(net, [x, x[:, :2]])
-    assert error.value.__notes__ == ["while calibrating on batch 1"]
 
 
 def test_fused_transformer_layers_are_looked_into() -> None:
