@@ -83,10 +83,6 @@ static double clip_mse(const ocs_tails *tails, int Q) {
 static const double gauss_optimum[] = {1.2240, 1.9523, 2.4739, 2.8987, 3.2699, 3.6075, 3.9205, 4.2146};
 static const double laplace_optimum[] = {2.0000, 3.4864, 4.8199, 6.0984, 7.3582, 8.6184, 9.8824, 11.1554};
 
-/* The thresholds in the paper's release, k = 2 .. 8: about the optima for one bit less. */
-static const double gauss_release[] = {1.4782, 1.8049, 2.1923, 2.5773, 2.9445, 3.2908, 3.6169};
-static const double laplace_release[] = {2.3315, 3.0453, 4.0038, 5.0825, 6.2321, 7.4270, 8.6527};
-
 /* SAWB's t = c1 rms - c2 mean|x|: as published for 2 bits, then fitted in the same way on 2^k - 1 points to the optima
    of Gaussian, Laplace, uniform, logistic, triangular and von Mises densities. tests/test_clip.py derives those. From 6
    bits on no line fits all six: a uniform density is clipped far too low. */
@@ -106,20 +102,6 @@ static double clip_aciq(const ocs_tails *tails, int k) {
     double b = mean_of(tails), s = rms_of(tails);
     bool laplace = b < 0.76017345053314046 * s; /* sqrt(pi / (2 e)) */
     return laplace ? laplace_optimum[k - 2] * b : gauss_optimum[k - 2] * s;
-}
-
-/* The paper's release, like ACIQ's authors, takes the standard deviation of a Gaussian that would reach as far among so
-   many values, and of both optima the one that leaves the smaller error. */
-static double clip_aciq_release(const ocs_tails *tails, int k, int Q) {
-    const double pi = 3.14159265358979312;
-    int64_t reached = tails->bins;
-    while (tails->beyond[reached - 1] == 0.0) {
-        --reached;
-    }
-    double share = 0.5 * 0.35 * (1.0 + sqrt(pi * log(4.0))) / sqrt(2.0 * log(fmax(tails->beyond[0], 2.0)));
-    double gauss = fmin(gauss_release[k - 2] * 2.0 * (double)reached * share, (double)tails->bins);
-    double laplace = fmin(laplace_release[k - 2] * mean_of(tails), (double)tails->bins);
-    return rounding_error(tails, gauss, Q) < rounding_error(tails, laplace, Q) ? gauss : laplace;
 }
 
 /* The fit knows ratios rms / mean|x| from that of the uniform density on: where they are smaller, t would fall to 0. */
@@ -230,10 +212,16 @@ static const char *const names[] = {
     [OCS_CLIP_PERCENTILE] = "percentile",
     [OCS_CLIP_STD] = "std",
     [OCS_CLIP_SAWB] = "sawb",
+    [OCS_CLIP_MSE_RELEASE] = "mse-release",
+    [OCS_CLIP_KL_RELEASE] = "kl-release",
 };
 
 const char *ocs_clip_name(int64_t method) {
     return method >= 0 && method < (int64_t)(sizeof names / sizeof names[0]) ? names[method] : NULL;
+}
+
+bool ocs_clip_takes_values(int64_t method) {
+    return method == OCS_CLIP_MSE_RELEASE || method == OCS_CLIP_ACIQ_RELEASE || method == OCS_CLIP_KL_RELEASE;
 }
 
 typedef struct {
@@ -252,13 +240,12 @@ static double clip_position(const clip_job *job, const ocs_tails *tails, ocs_sum
     switch (job->method) {
     case OCS_CLIP_MSE: return clip_mse(tails, Q);
     case OCS_CLIP_ACIQ: return clip_aciq(tails, k);
-    case OCS_CLIP_ACIQ_RELEASE: return clip_aciq_release(tails, k < 8 ? k : 8, Q);
     case OCS_CLIP_KL: fill_sums(sums, tails); return clip_kl(tails, sums, Q);
     case OCS_CLIP_PERCENTILE: return clip_percentile(tails, job->bits);
     case OCS_CLIP_STD: return 0.5 * (k + 1) * rms_of(tails);
     case OCS_CLIP_SAWB: return clip_sawb(tails, k);
+    default: return (double)job->bins;
     }
-    return (double)job->bins;
 }
 
 static void clip_range(ocs_range *range) {
@@ -282,7 +269,7 @@ static void clip_range(ocs_range *range) {
 ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const float *limit, int64_t R, int64_t bins,
                                   int bits, bool is_signed, ocs_clip method) {
     OCS_TRY(ocs_check_bits(bits));
-    OCS_TRY(ocs_clip_name(method) != NULL ? OCS_OK : OCS_BAD_METHOD);
+    OCS_TRY(ocs_clip_name(method) != NULL && !ocs_clip_takes_values(method) ? OCS_OK : OCS_BAD_METHOD);
     OCS_TRY(ocs_check_histogram(bins, OCS_MAX_SEARCH_BINS, limit, R));
     for (int64_t i = 0; i < R * bins; ++i) {
         OCS_TRY(counts[i] >= 0 ? OCS_OK : OCS_BAD_BINS);

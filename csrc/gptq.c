@@ -34,6 +34,7 @@ typedef struct {
     int32_t *next; /* [G (C + S)] */
     ocs_scale scale;
     int8_t *ints;
+    double *error; /* [O] */
     int32_t qmax;
 } gptq_job;
 
@@ -45,6 +46,7 @@ typedef struct {
     const int32_t *next;
     float *u, *error;
     int32_t *whole;
+    double lost[R]; /* the error of each output channel so far, in units of its scale */
 } tile;
 
 static size_t scratch_size(int64_t L) {
@@ -86,8 +88,9 @@ static inline int32_t whole_number(double v) {
     return towards_zero - (towards_zero > v);
 }
 
-/* Column j of the block, which is column n, once sum [R] compensates it: its whole numbers, and its errors T - u. */
-static void round_column(const tile *t, int64_t j, int64_t n, const float *sum) {
+/* Column j of the block, which is column n, once sum [R] compensates it: its whole numbers, and its errors T - u. What
+   is lost, (T - v)^2, counts by `power`. */
+static void round_column(tile *t, int64_t j, int64_t n, const float *sum, double power) {
     const int64_t K = t->job->rows.shape->K, c = n / K;
     const float *u = t->u + j * R;
     float *error = t->error + j * R;
@@ -106,11 +109,13 @@ static void round_column(const tile *t, int64_t j, int64_t n, const float *sum) 
         }
     }
     for (int64_t r = 0; r < R; ++r) {
-        error[r] = (float)(T[r] - (double)u[r]);
+        const double off = T[r] - (double)u[r], left = off + sum[r];
+        error[r] = (float)off;
+        t->lost[r] += power * left * left;
     }
 }
 
-static void round_block(const tile *t, int64_t b) {
+static void round_block(tile *t, int64_t b) {
     const gptq_job *job = t->job;
     const int64_t L = job->L;
     const int64_t *order = job->order + (t->g * job->B + b) * L;
@@ -127,7 +132,7 @@ static void round_block(const tile *t, int64_t b) {
                     sum[c * R + r] += t->error[i * R + r] * factor[j * L + i];
                 }
             }
-            round_column(t, j, order[j], sum + c * R);
+            round_column(t, j, order[j], sum + c * R, factor[j * L + j]);
         }
     }
     write_parts(t, order);
@@ -147,8 +152,13 @@ static void gptq_tiles(ocs_range *range) {
         t.count = rows - at < R ? rows - at : R;
         t.columns = ocs_columns_of_group(&job->rows, t.g);
         t.next = job->next + t.g * (shape->C + shape->S);
+        memset(t.lost, 0, sizeof t.lost);
         for (int64_t b = 0; b < job->B; ++b) {
             round_block(&t, b);
+        }
+        for (int64_t r = 0; r < t.count; ++r) {
+            const double scale = ocs_scale_of(job->scale, t.first + r);
+            job->error[t.first + r] = t.lost[r] * scale * scale;
         }
     }
 }
@@ -184,13 +194,14 @@ static ocs_status gptq_all(gptq_job *job) {
     return status;
 }
 
-ocs_status ocs_gptq_weight_f32(int8_t *ints, const float *w, const int64_t *order, const float *factor,
+ocs_status ocs_gptq_weight_f32(int8_t *ints, double *error, const float *w, const int64_t *order, const float *factor,
                                const ocs_plan *plan, ocs_scale scale, const ocs_shape *shape, int64_t L, int bits) {
     OCS_TRY(ocs_check_bits(bits));
-    gptq_job job = {.w = w, .factor = factor, .order = order, .L = L, .scale = scale, .ints = ints};
+    gptq_job job = {.w = w, .factor = factor, .order = order, .L = L, .scale = scale, .ints = ints, .error = error};
     job.qmax = ocs_qmax(bits);
     OCS_TRY(ocs_rows_begin(&job.rows, plan, shape));
     const int64_t N = job.rows.columns.N;
+    memset(error, 0, (size_t)shape->O * sizeof *error);
     ocs_status status = ocs_check_scale(scale, shape->O);
     if (status == OCS_OK && N > 0 && shape->O > 0) {
         job.B = L > 0 ? (N - 1) / L + 1 : 0;

@@ -141,20 +141,25 @@ ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan 
 ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_plan *plan, const ocs_shape *shape,
                                    int64_t R, int64_t bins, const float *limit);
 
-/* --- Where to clip (clip.c), sections 2.1 and 4 ----------------------------------------------- */
+/* --- Where to clip (clip.c, clip_release.c), sections 2.1 and 4 ------------------------------- */
 
 typedef enum {
     OCS_CLIP_MSE,          /* least squared error after rounding: every bin edge, refined around the best */
     OCS_CLIP_ACIQ,         /* the optimum for the likelier of a Gaussian and a Laplace distribution */
-    OCS_CLIP_ACIQ_RELEASE, /* as the paper's own release computes it, for its tables */
+    OCS_CLIP_ACIQ_RELEASE, /* as the paper's release computes it, for its tables, from the values themselves */
     OCS_CLIP_KL,           /* least Kullback-Leibler divergence of the rounded from the clipped distribution */
     OCS_CLIP_PERCENTILE,   /* 99.99 % of the values at 8 bits, 99.9 % at 4, 1 - 10^-(2 + bits / 4) at any */
     OCS_CLIP_STD,          /* (k + 1) / 2 root mean squares, k = bits, or bits + 1 where not is_signed */
     OCS_CLIP_SAWB,         /* a linear function of root mean square and mean |x|; good up to 5 bits */
+    OCS_CLIP_MSE_RELEASE,  /* both as the paper's release does */
+    OCS_CLIP_KL_RELEASE,
 } ocs_clip;
 
 /* "mse", "aciq", "aciq-release" ...: the method's name in Python; NULL where there is no such method. */
 const char *ocs_clip_name(int64_t method);
+
+/* Whether ocs_release_threshold_f32 finds it, from values; the others are searched in a histogram of |x|. */
+bool ocs_clip_takes_values(int64_t method);
 
 /* threshold [R] in (0, limit], from R histograms of |x|: counts [R, bins] over [0, limit [R]].
 
@@ -162,6 +167,22 @@ const char *ocs_clip_name(int64_t method);
    0, gives its limit. O(bins qmax) at most for each. */
 ocs_status ocs_clip_threshold_f32(float *threshold, const int64_t *counts, const float *limit, int64_t R, int64_t bins,
                                   int bits, bool is_signed, ocs_clip method);
+
+/* threshold [R] of x [R, N] as the paper's release finds it; counts [R, N]: how often each value is there, NULL: once.
+
+   k = bits, or bits + 1 where not is_signed; n = 2^k - 1, a = max |x|, M values. The error of t is, over the bins of a
+   histogram with centers c, the sum of (|c| - t)^2 where |c| > t, and of (c - c^)^2 where not, with c^ = q t / Q,
+   q = round_half_even(c Q / t) clamped to -Q - 1 .. Q, Q = 2^(k - 1) - 1. Bins are those of numpy.histogram.
+   mse: of 0.01 a, 0.02 a .. 0.99 a the first with the least error, in 201 bins over min .. max.
+   aciq: Gaussian constants times (max - min) 0.175 (1 + sqrt(pi ln 4)) / sqrt(2 ln M), or Laplace ones times
+       mean |x - mean x|; the first where its error is smaller, in 101 bins over -a .. a. It may exceed a.
+   kl: 1,001 bins over -a .. a. For i = n / 2 .. 500, p is the middle 2 i + 1 bins h with all that is outside added to
+       its ends; q merges (2 i + 1) / n bins of h into each of n levels, the rest into the last, and spreads each evenly
+       over its non-zero bins, the last bin left out. In both each zero becomes 1e-4, taken evenly from the others. The
+       right end of the first i with the least divergence of the normalized p from q, infinite where q is zero.
+   Without a positive threshold, as aciq has none for a constant, it is a. OCS_NOT_FINITE: x holds NaN or Inf. */
+ocs_status ocs_release_threshold_f32(float *threshold, const float *x, const int64_t *counts, int64_t R, int64_t N,
+                                     int bits, bool is_signed, ocs_clip method);
 
 /* --- Weights to integers and back (quantize.c) ------------------------------------------------ */
 
@@ -201,8 +222,9 @@ ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *p
    compensated in those of its block that follow. The N = C K columns of each group are in B = ceil(N / L) blocks of L
    columns, of which those beyond N do not exist; order [G, B L] has each of the numbers 0 .. B L - 1 once, a block's in
    its place; factor [G B, L, L]: where H = E[x x^T] of a block in that order is U U^T, U upper triangular, factor[j][i]
-   is U_ij / U_jj for i < j; the rest is not read. OCS_BAD_ORDER: order is not such. */
-ocs_status ocs_gptq_weight_f32(int8_t *ints, const float *w, const int64_t *order, const float *factor,
+   is U_ij / U_jj for i < j and factor[j][j] is U_jj^2; the rest is not read. error [O]: d H d^T for each row
+   d = w_hat - w, as the blocks' H say. OCS_BAD_ORDER: order is not such. */
+ocs_status ocs_gptq_weight_f32(int8_t *ints, double *error, const float *w, const int64_t *order, const float *factor,
                                const ocs_plan *plan, ocs_scale scale, const ocs_shape *shape, int64_t L, int bits);
 
 /* w_hat [O, C, K] = scale * (sum of the integers of a channel and its copies): what the expanded weight computes. */

@@ -14,6 +14,7 @@ from ocs.formats.contents import sizes_of
 from ocs.formats.pretrained import refused_slots
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
+from ocs.model.wrappers import unwrapped
 from ocs.nn.input import ActSplit
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
@@ -50,6 +51,7 @@ def quantize(
     fold_bn: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    embeddings: bool = False,
     expand: bool = True,
     select: Select = "max",
     allocate: Allocate = "uniform",
@@ -73,15 +75,18 @@ def quantize(
             up to its r, that leave the least error within `budget`.
         r: expand ratio in [0, 1]: a layer of C input channels gets ceil(r C) splits, in each group.
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
-            functional.clip_threshold; "auto" is for each layer, or output channel that has a scale, what leaves the
-            least functional.output_error, with rounding="gptq" by what calibration measured.
+            functional.clip_threshold ("mse-release" ..., as the paper's release does, find it in the unsplit weights);
+            "auto" is for each layer, or output channel that has a scale, what leaves the least functional.output_error,
+            with rounding="gptq" by what calibration measured; then a few thresholds are tried.
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
             rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
             for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
             moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a weight with C K
-            columns). Layers that calibration never reaches are rounded to nearest; the report says so.
+            columns, and some four times as much for one layer after the other; where that is more than ocs.calibrate
+            keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest. The report says
+            so of both.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
@@ -109,6 +114,9 @@ def quantize(
             group and is no patch embedding: the one that sees an image), names, glob patterns, module types, predicates
             (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.
         overrides: options for the layers that fit a name or pattern: {"layer4.*": dict(wbits=8)}.
+        embeddings: quantize nn.Embedding and nn.EmbeddingBag, too, with wbits and clip, a scale for each row and no
+            splits: they dequantize the rows that are looked up. An override that names the wbits of one does so, too. A
+            linear layer that shares its weight with one has its very integers, where this is True and wbits a number.
         expand: True for layers that really have C + n channels, False to fold the copies back (same values). Attention,
             whose forward in torch reads its weights itself, always runs folded; the report says so.
         select: which channels are split: "max", those with the largest |w| (the paper's rule); "error", those whose
@@ -147,6 +155,7 @@ def quantize(
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin, request = time.perf_counter(), Request.of(locals())
+    model = unwrapped(model)
     plans, settings = choose(model, request)
     check_allocation(plans, request.model)
     plans, facts, sample = learn(model, plans, request.model)

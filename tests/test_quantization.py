@@ -205,7 +205,7 @@ def pruned() -> nn.Module:
 
 LEFT_ALONE = {
     "tied": (tied, "output", "shared with embedding"),
-    "embedding": (tied, "embedding", "weight of Embedding, which is not among the layers"),
+    "embedding": (tied, "embedding", "shared with output"),
     "pruned": (pruned, "0", "re-parametrized"),
     "weight_norm": (lambda: nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)),
                     "0", "re-parametrized"),

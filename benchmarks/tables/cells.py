@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,12 @@ class Cell:
     def is_picked(self) -> bool:
         """Nothing is measured for it."""
         return bool(self.best_of) and self.options is None
+
+    def clipped_as_released(self) -> Cell:
+        """The same cell by the methods of the paper's release, which looks at weights before splitting."""
+        names = {option: f"{self.options[option]}-release" for option in ("clip", "act_clip")
+                 if (self.options or {}).get(option) in ("mse", "aciq", "kl")}  # fmt: skip
+        return replace(self, options={**self.options, **names}) if names else self
 
 
 FLOAT = Cell("float", "float")

@@ -67,6 +67,8 @@ def _measure(table: Table, args: argparse.Namespace, run: Run, blocks: list[Bloc
             known = task.name in table.models
             paper_name = task.name if known else table.stands_for
             cells = table.cells(args, paper_name)
+            if getattr(args, "clip_as", "ours") == "release":
+                cells = [cell.clipped_as_released() for cell in cells]
             results = run.measure(task, cells)
         except ModelError as error:
             problems.append(f"{name}: {error}")

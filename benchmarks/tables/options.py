@@ -52,7 +52,7 @@ class Table:
 HELP = {
     "bits": (int, "bit-widths"),
     "r": (float, "expand ratios"),
-    "clip": (str, "clip methods: none, mse, aciq, kl, percentile, std, sawb, a fraction"),
+    "clip": (str, "clip methods: none, mse, aciq, kl, percentile, std, sawb, a fraction, mse-release ..."),
     "wbits": (int, "bits of the weights"),
     "abits": (int, "bits of the layers' inputs"),
     "batches": (int, "batch sizes"),
@@ -91,6 +91,9 @@ def _add_options(parser: argparse.ArgumentParser, table: Table) -> None:
         several = {"nargs": "+"} if isinstance(value, tuple) else {}
         defaults = " ".join(map(str, value)) if several else value
         add(f"--{name}", type=kind, default=value, help=f"{text}; {defaults}", **several)
+    if "clip" in table.defaults:
+        text = "what clip mse, aciq and kl are: our methods, or as the paper's release has them"
+        add("--clip-as", choices=("ours", "release"), default="ours", help=f"{text}; %(default)s")
     add("--dataset", choices=list(names), default=table.dataset, help="%(default)s")
     if needs_data:
         add("--data", type=Path, help="folder in the data set's official layout")

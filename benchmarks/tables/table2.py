@@ -5,6 +5,7 @@ none included; OCS is combined with the best method other than none at that bit-
 show it did (Inception-V3 at 7 bits: none is best, and OCS with clipping is worse than without).
 
     python benchmarks/tables/table2.py --data imagenet --device cuda --workers 8
+    python benchmarks/tables/table2.py --data imagenet --device cuda --workers 8 --clip-as release
     torchrun --nproc-per-node 8 -- benchmarks/tables/table2.py --data imagenet --device cuda --workers 8
     python benchmarks/tables/table2.py --dataset fashion-mnist
 """

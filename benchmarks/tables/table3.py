@@ -3,6 +3,7 @@
 Weights have 8 bits, first layer float; thresholds and splits from 512 training images.
 
     python benchmarks/tables/table3.py --data imagenet --device cuda --workers 8
+    python benchmarks/tables/table3.py --data imagenet --device cuda --workers 8 --clip-as release
     python benchmarks/tables/table3.py --dataset fashion-mnist
 """
 

@@ -222,12 +222,25 @@ static ocs_status clip_threshold(ocs_call *call) {
     const ocs_array *counts = array(call, 0), *limit = array(call, 1);
     const int64_t bins = counts->sizes[counts->rank - 1], method = integer(call, 4);
     const int bits = read_bits(call, 2);
-    require(call, ocs_clip_name(method) != NULL, OCS_BAD_METHOD);
+    require(call, ocs_clip_name(method) != NULL && !ocs_clip_takes_values(method), OCS_BAD_METHOD);
     require_shape(call, counts->numel == limit->numel * bins,
                   "counts must be [..., bins], and limit hold one number for each histogram");
     result_like(call, OCS_FLOAT32, 1);
     return begin(call) ? ocs_clip_threshold_f32(result(call), counts->data, limit->data, limit->numel, bins, bits,
                                                 integer(call, 3), (ocs_clip)method)
+                       : call->status;
+}
+
+static ocs_status release_threshold(ocs_call *call) {
+    const ocs_array *x = array(call, 0), *counts = array(call, 1);
+    const int64_t R = x->sizes[0], method = integer(call, 4);
+    const int bits = read_bits(call, 2);
+    require(call, ocs_clip_takes_values(method), OCS_BAD_METHOD);
+    require_shape(call, counts->numel == 0 || counts->numel == x->numel,
+                  "counts must be empty, or say of each value how often it is there");
+    result_1d(call, OCS_FLOAT32, R);
+    return begin(call) ? ocs_release_threshold_f32(result(call), x->data, counts->numel > 0 ? counts->data : NULL, R,
+                                                   R > 0 ? x->numel / R : 0, bits, integer(call, 3), (ocs_clip)method)
                        : call->status;
 }
 
@@ -274,9 +287,10 @@ static ocs_status gptq_weight(ocs_call *call) {
                   "factor must be [groups blocks, L, L] in blocks of L of the %lld columns", (long long)N);
     require_shape(call, order->numel == shape.G * B * L, "order must be [groups, blocks L], L as of factor");
     result_like(call, OCS_INT8, 0)->channels = shape.C + shape.S;
-    return begin(call)
-               ? ocs_gptq_weight_f32(result(call), w->data, order->data, factor->data, &plan, scale, &shape, L, bits)
-               : call->status;
+    result_1d(call, OCS_FLOAT64, shape.O);
+    return begin(call) ? ocs_gptq_weight_f32(result(call), call->results[1].data, w->data, order->data, factor->data,
+                                             &plan, scale, &shape, L, bits)
+                       : call->status;
 }
 
 static ocs_status fold(ocs_call *call) {
@@ -403,13 +417,15 @@ const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
              INT(groups), INT(bins), FLOATS(limit, 0)),
     OPERATOR(clip_threshold, 1, "float32, shaped like limit", INT64S(counts, 1), FLOATS(limit, 0), INT(bits),
              BOOL(signed), INT(method)),
+    OPERATOR(release_threshold, 1, "float32 [R]", FLOATS(x, 1), INT64S(counts, 1), INT(bits), BOOL(signed),
+             INT(method)),
 
     OPERATOR(quantize_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
              INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits), BOOL(quantization_aware)),
     OPERATOR(squant_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
              INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits)),
-    OPERATOR(gptq_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
-             INT32S(depth, 1), INT32S(offset, 1), INT(bits), INT64S(order, 2), FLOATS(factor, 3)),
+    OPERATOR(gptq_weight, 2, "(ints, error)", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1), INT32S(depth, 1),
+             INT32S(offset, 1), INT(bits), INT64S(order, 2), FLOATS(factor, 3)),
     OPERATOR(fold, 1, "float32 [O, C, ...]", INT8S(ints, 2), FLOATS(scale, 0), INT64S(source, 1), INT(groups),
              INT(channels)),
     OPERATOR(weight_error, 1, "float64 [2]: sums of w^2 and of (w - w_hat)^2", FLOATS(w, 2), INT8S(ints, 2),

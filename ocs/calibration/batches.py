@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ocs.errors import error_context
+from ocs.model.wrappers import named_modules
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import input_weight
@@ -140,7 +141,7 @@ def channel_axis(layer: nn.Module) -> int:
 
 def _where(model: nn.Module, error: Exception) -> tuple[str, str]:
     """Name the innermost module that was running, and say what was wrong with the width of its input, if it was."""
-    names, found = {id(module): name for name, module in model.named_modules()}, ("", "")
+    names, found = {id(module): name for name, module in named_modules(model)}, ("", "")
     for frame, _ in walk_tb(error.__traceback__):
         layer = frame.f_locals.get("self")
         if isinstance(layer, nn.Module) and names.get(id(layer)):

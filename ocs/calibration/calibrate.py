@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from ocs.calibration.gram import LayerMoments
+from ocs.calibration.gram import LayerMoments, widest_block
 from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
 from ocs.errors import check_order, error_context
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
+from ocs.model.wrappers import submodule, unwrapped
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
@@ -41,23 +42,26 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
             that runs the model on what it likes: data(model). Where torch.distributed is initialized, each rank gives
             its own, and all get the statistics of all.
         moments: keep second moments, too, which rounding="gptq" needs: 4 (C K)^2 bytes for each group of every weight
-            [O, C, ...] with K values to the filter, some 0.6 GB for a ResNet-50.
+            [O, C, ...] with K values to the filter, some 0.6 GB for a ResNet-50; but never more than 2 GiB for the
+            model (ocs.calibration.gram.BYTES). Weights of more than 4,608 columns C K, and all that are too wide where
+            that would not be enough, keep theirs in blocks of neighbouring columns.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
-        Statistics by layer name: per layer some 40 KB and 1 KB for each input channel, however many batches there are.
+        Statistics by layer name: per layer some 70 KB and 1 KB for each input channel, however many batches there are.
 
     Raises:
         ValueError: there is no batch or none reaches a layer, a layer's input holds NaN, Inf or values beyond 2^127, or
             a layer is lazy and has no shape yet.
     """
     check_order("ocs.calibrate(model, data)", model, data)
+    model = unwrapped(model)
     check_model(model)
     check_flag("moments", moments)
-    targets = [target for target in find_targets(model) if not target.reason_float]
+    targets = [target for target in find_targets(model) if target.tied_to or not target.reason_float]
     inputs = [watch_input(target) for target in targets]
     seen = [target for target in targets if not replacement_of(target.module).unseen(target.module)]
-    of_weights = [watch_moments(model, target) for target in seen] if moments else []
+    of_weights = watch_moments(model, seen) if moments else []
     return collect(model, data, inputs, of_weights, progress, "data")
 
 
@@ -95,10 +99,17 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
     return Watch(target.name, module, Statistics(axis, weight.groups * weight.channels))
 
 
-def watch_moments(model: nn.Module, target: Target) -> Watch:
-    """Take second moments of what a layer's weights meet, from its calls or those of the attention that reads it."""
-    check_values(target)
-    parent = model.get_submodule(target.name.rpartition(".")[0])
+def watch_moments(model: nn.Module, targets: Sequence[Target]) -> list[Watch]:
+    """Take second moments of what the weights of layers meet, all together within the bound of ocs.calibration.gram."""
+    for target in targets:
+        check_values(target)
+    widest = widest_block(target.module for target in targets)
+    return [_watch_moments(model, target, widest) for target in targets]
+
+
+def _watch_moments(model: nn.Module, target: Target, widest: int) -> Watch:
+    """Look at a layer's calls, or at those of the attention that reads its weight."""
+    parent = submodule(model, target.name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
-        return Watch(target.name, parent, LayerMoments(target.module, reader=parent))
-    return Watch(target.name, target.module, LayerMoments(target.module))
+        return Watch(target.name, parent, LayerMoments(target.module, parent, widest))
+    return Watch(target.name, target.module, LayerMoments(target.module, widest=widest))

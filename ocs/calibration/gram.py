@@ -2,14 +2,17 @@
 
 A weight [O, C, *kernel] of G groups is a matrix [G, O / G, C K] that multiplies vectors x [G, C K]: a linear layer's
 inputs, a convolution's patches. Kept are the sum of x x^T, and how many there were: (C K)^2 float32 numbers
-for each group, however many batches there are, 85 MB where 512 channels meet a 3 x 3 kernel.
+for each group, however many batches there are, 85 MB where 512 channels meet a 3 x 3 kernel. Where there are more
+columns than WIDEST, or where all weights together would take more than BYTES, only the products within blocks of
+neighbouring columns are kept: what is in different blocks is then taken to have nothing in common.
 
 Recurrent layers run once more, layer by layer, for the hidden states that the deeper weights meet; attention with an
 identity in place of its output projection, for what that meets.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import weights_of
 
+WIDEST = 4608  # columns of a block
+BYTES = 2**31  # that the second moments of a model take at most
 ELEMENTS = 2**24  # of patches that are made at once
 ATTENDED = ("query", "key", "value")  # arguments of attention
 
@@ -31,11 +36,21 @@ Rows = Iterator[tuple[str, Tensor]]  # a weight's name, and vectors [G, N, C K] 
 
 
 class SecondMoments:
-    """Second moments of the vectors x [G, C K] that one weight meets."""
+    """Second moments of the vectors x [G, C K] that one weight meets, in blocks of at most `widest` columns."""
 
-    def __init__(self, groups: int, columns: int) -> None:
-        self.count = 0
-        self.products = torch.zeros(groups, columns, columns, dtype=torch.float32, device="cpu")  # sum of x x^T
+    def __init__(self, groups: int, columns: int, widest: int = WIDEST) -> None:
+        self.groups, self.columns, self.count = groups, columns, 0
+        self.blocks, self.width = _blocks(columns, widest)
+        self._sums: Tensor | None = None  # no memory before there is something to keep
+
+    @property
+    def products(self) -> Tensor:
+        """The sum of x x^T, float32 [G, C K, C K]; of B blocks of L columns [G B, L, L], zeros where the last ends."""
+        if self._sums is None:
+            self._sums = torch.zeros(
+                self.groups * self.blocks, self.width, self.width, dtype=torch.float32, device="cpu"
+            )
+        return self._sums
 
     def update(self, rows: Tensor) -> None:
         """Take in N more, [G, N, C K]. The sums are on their device from then on."""
@@ -43,25 +58,31 @@ class SecondMoments:
         if not bool(rows.sum(1).isfinite().all()):
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
         self.count += rows.shape[1]
-        self.products = torch.baddbmm(self.products.to(rows.device), rows.transpose(1, 2), rows)
+        with torch.inference_mode(False), torch.no_grad():
+            if self._sums is None or self._sums.device != rows.device:
+                self._sums = self.products.to(rows.device)
+            sums = self._sums.unflatten(0, (self.groups, self.blocks))
+            for b, part in enumerate(rows.split(max(self.width, 1), 2)):
+                sums[:, b, : part.shape[2], : part.shape[2]].baddbmm_(part.mT, part)
 
     def reduce(self) -> None:
         """Merge what all ranks have seen."""
         self.count = int(reduced(torch.tensor(self.count, device="cpu"), dist.ReduceOp.SUM))
-        self.products = reduced(self.products, dist.ReduceOp.SUM)
+        self._sums = reduced(self.products, dist.ReduceOp.SUM)
 
 
 class LayerMoments(dict[str, SecondMoments]):
     """Second moments of what each weight of a layer meets, by its name in the layer.
 
     layer: the float layer. reader: the attention whose output projection it is, if so, which reads its weight itself.
+    widest: the most columns of a block.
     """
 
-    def __init__(self, layer: nn.Module, reader: nn.MultiheadAttention | None = None) -> None:
+    def __init__(self, layer: nn.Module, reader: nn.MultiheadAttention | None = None, widest: int = WIDEST) -> None:
         super().__init__()
         self.reader = reader is not None
-        for name, shape in _shapes(layer).items():
-            self[name] = SecondMoments(*shape)
+        for name, (groups, columns) in _shapes(layer).items():
+            self[name] = SecondMoments(groups, columns, widest)
 
     @property
     def inputs(self) -> int:
@@ -72,7 +93,7 @@ class LayerMoments(dict[str, SecondMoments]):
         """Take in one call, of the layer or of its reader, with these arguments by name."""
         rows = _attended(layer, arguments) if self.reader else rows_of(layer, arguments)
         for name, of_weight in rows:
-            if of_weight.shape[2] != (columns := self[name].products.shape[2]):
+            if of_weight.shape[2] != (columns := self[name].columns):
                 raise ValueError(f"its input has {of_weight.shape[2]} channels, {name} needs {columns}")
             self[name].update(of_weight)
 
@@ -83,7 +104,7 @@ class LayerMoments(dict[str, SecondMoments]):
 
     def check(self, layer: nn.Module) -> None:
         """Raise a ValueError unless these are second moments of what this layer's weights meet."""
-        seen = {name: tuple(moments.products.shape[:2]) for name, moments in self.items()}
+        seen = {name: (moments.groups, moments.columns) for name, moments in self.items()}
         for name, needed in _shapes(layer).items():
             if seen.get(name) != needed:
                 raise ValueError(
@@ -98,6 +119,22 @@ def _shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
         weight.name: (weight.groups, weight.tensor[0].numel() if len(weight.tensor) else 0)
         for weight in weights_of(layer)
     }
+
+
+def _blocks(columns: int, widest: int) -> tuple[int, int]:
+    """Cut so many columns into blocks of about the same size: their number, and the columns of each."""
+    width = math.ceil(columns / max(math.ceil(columns / widest), 1))
+    return max(math.ceil(columns / max(width, 1)), 1), width
+
+
+def widest_block(layers: Iterable[nn.Module]) -> int:
+    """Find the most columns of a block, up to WIDEST, with which the second moments of these layers take BYTES."""
+    shapes = [shape for layer in layers for shape in _shapes(layer).values()]
+    cut = lambda widest: ((groups, *_blocks(columns, widest)) for groups, columns in shapes)  # noqa: E731
+    widest = WIDEST
+    while widest > 1 and sum(4 * groups * blocks * width**2 for groups, blocks, width in cut(widest)) > BYTES:
+        widest -= -(-widest // 16)
+    return widest
 
 
 # --- What the weights of each kind of layer meet ----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ocs.calibration.batches import batch_context, call, check_data
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
 from ocs.model.rewrite import Step, attribute, eager, for_a_while
-from ocs.nn.registry import replacement_of
+from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.progress import with_progress
 
 T = TypeVar("T")
@@ -124,14 +124,12 @@ def _added(table: dict[Any, Any], key: Any, value: Any) -> Step:
 
 
 def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a layer's call as its kind does, whatever its own forward calls the first one."""
+    """Name the arguments of a module's call; the first of a layer as its kind does, whatever its forward calls it."""
     names = [*signature(layer.forward).parameters]
     found = dict(zip(names, args, strict=False)) | kwargs
-    first, *others = replacement_of(layer).input_names
-    if not others and names[0] != first and names[0] in found:
-        found[first] = found.pop(names[0])
-    elif not others and args:
-        found[first] = args[0]
+    inputs = replacement_of(layer).input_names if is_quantizable(layer) else ()
+    if len(inputs) == 1 and inputs[0] not in kwargs:
+        found[inputs[0]] = args[0] if args else found.pop(names[0])
     return found
 
 

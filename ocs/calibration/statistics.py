@@ -1,9 +1,9 @@
 """Statistics of a layer's input: what thresholds and splits need.
 
-What is kept does not grow with the number of batches: a histogram of |x|, the largest and smallest value, the sum of
-each channel, and where channels shall be split a logarithmic histogram of each. Limits are powers of two, so that a
-histogram over a larger one has the counts of the smaller one added up: statistics merge exactly, over batches as over
-the ranks of a torch.distributed group.
+What is kept does not grow with the number of batches: histograms of |x| and of the negative ones, the largest and
+smallest value, the sum of each channel, and where channels shall be split a logarithmic histogram of each. Limits are
+powers of two, so that a histogram over a larger one has the counts of the smaller one added up: statistics merge
+exactly, over batches as over the ranks of a torch.distributed group.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ocs.nn.registry import replacement_of
 from ocs.weight.threshold import Clip, count_zeros
 
 BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
+PARTS = 16  # of a bin, over which its values are spread to be counted into other bins
 ROWS = 4096  # whose sum float32 still holds well
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
 
@@ -40,9 +41,10 @@ class Statistics:
         self.rows = 0  # values of each channel seen
         self.sums = torch.zeros(0, dtype=torch.float64, device="cpu")  # of each channel, once there is one
         self.zeros = 0
-        self.largest, self.smallest = 0.0, math.inf  # max |x|, min x
+        self.largest, self.smallest, self.highest = 0.0, math.inf, -math.inf  # max |x|, min x, max x
         self.limit = 0.0  # a power of two above every |x|, or 0 as long as there are only zeros
         self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")  # of |x| over [0, limit], zeros left out
+        self.negative = torch.zeros(BINS, dtype=torch.int64, device="cpu")  # of those x alone that are below 0
         self.octaves = torch.zeros(channels or 0, OCTAVE_BINS, dtype=torch.int64, device="cpu")
         self.channel_max = torch.zeros(channels or 0, dtype=torch.float32, device="cpu")
 
@@ -69,7 +71,8 @@ class Statistics:
         largest = largest if largest >= TINY else 0.0
         self.inputs += 1
         self._add(rows.shape[0] * rows.shape[2], _channel_sums(rows))
-        self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
+        self.smallest, self.highest = min(self.smallest, smallest), max(self.highest, most)
+        self.largest = max(self.largest, largest)
         self._grow(largest)
         zeros = count_zeros(rows) if largest else rows.numel()
         self.zeros += zeros
@@ -78,12 +81,19 @@ class Statistics:
             lowest[:, 0] = rows.numel() // rows.shape[1]
             self.octaves = self.octaves + lowest
             return
-        counts = torch.ops.ocs.histogram(rows, BINS, self.limit).cpu()
-        counts[0] -= zeros
-        self.counts = self.counts + counts  # not in place: they may be of inference mode
+        self.counts = self.counts + self._histogram(rows, zeros)  # not in place: they may be of inference mode
+        if smallest < 0:
+            below = rows.clamp(max=0)
+            self.negative = self.negative + self._histogram(below, count_zeros(below))
         if self.channels is not None:
             self.octaves = self.octaves + torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
             self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
+
+    def _histogram(self, x: Tensor, zeros: int) -> Tensor:
+        """Count |x| over [0, limit], int64 [BINS], without so many zeros."""
+        counts = torch.ops.ocs.histogram(x, BINS, self.limit).cpu()
+        counts[0] -= zeros
+        return counts
 
     def _add(self, rows: int, sums: Tensor) -> None:
         """Take in the sums of so many values of each channel; of inputs that differ in size there is no mean."""
@@ -105,7 +115,9 @@ class Statistics:
         doublings = round(math.log2(limit / self.limit)) if self.limit else 0
         if doublings:
             merged = 2 ** min(doublings, int(math.log2(BINS)))
-            self.counts = nn.functional.pad(self.counts.view(-1, merged).sum(1), (0, BINS - BINS // merged))
+            room = (0, BINS - BINS // merged)
+            self.counts = nn.functional.pad(self.counts.view(-1, merged).sum(1), room)
+            self.negative = nn.functional.pad(self.negative.view(-1, merged).sum(1), room)
             down = min(8 * doublings, OCTAVE_BINS - 1)
             lowest = self.octaves[:, : down + 1].sum(1, keepdim=True)
             self.octaves = nn.functional.pad(torch.cat([lowest, self.octaves[:, down + 1 :]], 1), (0, down))
@@ -115,23 +127,25 @@ class Statistics:
         """Take in what another has seen of the same layer."""
         self._grow(other.largest)
         other._grow(self.largest)
-        self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        self.smallest, self.highest = min(self.smallest, other.smallest), max(self.highest, other.highest)
+        self.largest = max(self.largest, other.largest)
         self.inputs, self.zeros = self.inputs + other.inputs, self.zeros + other.zeros
+        self.negative = self.negative + other.negative
         self.counts, self.octaves = self.counts + other.counts, self.octaves + other.octaves
         self.channel_max = self.channel_max.maximum(other.channel_max)
         self._add(other.rows, other.sums)
 
     def reduce(self) -> None:
         """Merge what all ranks have seen, so that each has the same."""
-        bounds = reduced(
-            torch.tensor([self.largest, -self.smallest], dtype=torch.float64, device="cpu"), dist.ReduceOp.MAX
-        )
-        self.largest, self.smallest = bounds[0].item(), -bounds[1].item()
+        bounds = torch.tensor([self.largest, -self.smallest, self.highest], dtype=torch.float64, device="cpu")
+        self.largest, smallest, self.highest = reduced(bounds, dist.ReduceOp.MAX).tolist()
+        self.smallest = -smallest
         self._grow(self.largest)
         sums = reduced(torch.tensor([self.inputs, self.zeros], device="cpu"), dist.ReduceOp.SUM)
         self.inputs, self.zeros = sums.tolist()
         self._reduce_sums()
         self.counts = reduced(self.counts, dist.ReduceOp.SUM)
+        self.negative = reduced(self.negative, dist.ReduceOp.SUM)
         if self.channels:
             self.octaves = reduced(self.octaves, dist.ReduceOp.SUM)
             self.channel_max = reduced(self.channel_max, dist.ReduceOp.MAX)
@@ -152,13 +166,15 @@ class Statistics:
         return self.sums / self.rows if self.sums.numel() else None
 
     def threshold(self, bits: int, method: str | float, signed: bool, split: Tensor | None = None) -> float:
-        """Find where to clip the inputs, by functional.clip_threshold's methods; at most max|x|.
+        """Find where to clip the inputs, by functional.clip_threshold's methods; at most max|x|, but by the release's.
 
-        split: the channels (int64, distinct) whose values are halved first.
+        split: the channels (int64, distinct) whose values are halved first; the release's methods look at them before.
         """
         clip, largest = Clip(method, bits, signed), self._split_max(split)
         if not largest:
             return largest
+        if clip.takes_values:
+            return float(clip.threshold_of(*self.representatives()))
         if not clip.searches:
             return float(clip.threshold(largest))
         found = clip.threshold(torch.tensor(self.limit, dtype=torch.float32, device="cpu"), self.split_counts(split))
@@ -169,6 +185,23 @@ class Statistics:
         if split is None:
             return self.largest
         return float((self.channel_max * torch.ones_like(self.channel_max).index_fill(0, split, 0.5)).amax())
+
+    def representatives(self) -> tuple[Tensor, Tensor]:
+        """Find values float32 [1, M] that stand for all inputs, and how often each of them is there, int64 [1, M].
+
+        Their number, the zeros, the smallest and the largest one are exact; the others are taken to be spread evenly
+        within each of 2 BINS bins over [-limit, limit].
+        """
+        line = torch.cat([self.negative.flip(0), self.counts - self.negative])
+        occupied = line.nonzero().flatten()
+        ends = {end: occupied[i] for end, i in ((self.smallest, 0), (self.highest, -1)) if abs(end) >= TINY}
+        for at in ends.values():
+            line[at] -= 1
+        centers = (torch.arange(2 * BINS * PARTS, dtype=torch.float64) + 0.5) / (BINS * PARTS) - 1
+        parts = (line[:, None] * torch.arange(PARTS + 1) // PARTS).diff().flatten()
+        values = torch.cat([centers * self.limit, torch.tensor([0.0, *ends], dtype=torch.float64)])
+        counts = torch.cat([parts, torch.tensor([self.zeros, *(1 for _ in ends)])])
+        return values.clamp(self.smallest, self.highest).float()[None], counts[None]
 
     def split_counts(self, split: Tensor | None) -> Tensor:
         """Count |x| once the values of these channels are halved and there twice.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
 from ocs.nn.weights import bytes_of, is_weight
@@ -37,7 +38,7 @@ def entries_of(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[
     Raises:
         ValueError: a module has state besides its tensors.
     """
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if type(replacements.get(id(module), module)).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{name or 'model'}: it has extra state, which a file of tensors cannot hold")
     return _entries(model, replacements)
@@ -47,7 +48,7 @@ def sizes_of(model: nn.Module, replacements: Mapping[int, nn.Module]) -> Sizes:
     """Count the bytes of a float model, and of what stays float in it once the replacements are in place."""
     before, after = ([entry.tensor for entry in _entries(model, each)] for each in ({}, replacements))
     weights, left = ([tensor for tensor in each if _is_weight(tensor)] for each in (before, after))
-    quantized = {name: replacements[id(m)] for name, m in model.named_modules() if id(m) in replacements}
+    quantized = {name: replacements[id(m)] for name, m in named_modules(model) if id(m) in replacements}
     header = _header_bytes({n: m for n, m in quantized.items() if isinstance(m, QuantizedLayer)}, len(after))
     of_model, of_weights, of_left, beside = (sum(map(bytes_of, each)) for each in (before, weights, left, after))
     return Sizes(of_model, of_weights, of_left, beside + header)
@@ -66,7 +67,7 @@ def _is_weight(tensor: Tensor) -> bool:
 
 def _entries(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[Entry]:
     found: dict[int, Entry] = {}
-    for prefix, old in model.named_modules():
+    for prefix, old in named_modules(model):
         module = replacements.get(id(old), old)
         packed = _packed_buffers(module)
         for table in (module._parameters, module._buffers):

@@ -12,7 +12,7 @@ from ocs.formats.contents import crc32
 from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.nn.input import InputGrid, check_grid
 
-FORMAT = 2  # 1 had neither quantized inputs nor folded batch norms
+FORMAT = 3  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share
 MOST_LEVELS = 16  # of lists and dicts in a header; we write some 5
 
 
@@ -26,10 +26,11 @@ class SavedLayer:
     settings: dict[str, Any]
     weights: dict[str, list[int]]  # the shapes of the integers
     input: dict[str, Any] | None = None  # of an InputGrid
+    tied: str = ""  # the embedding whose integers it has
 
     def __post_init__(self) -> None:
-        found = [type(each) for each in (self.kind, self.bits, self.expand, self.settings, self.weights)]
-        if found != [str, int, bool, dict, dict] or not MIN_BITS <= self.bits <= MAX_BITS:
+        found = [type(each) for each in (self.kind, self.bits, self.expand, self.settings, self.weights, self.tied)]
+        if found != [str, int, bool, dict, dict, str] or not MIN_BITS <= self.bits <= MAX_BITS:
             raise TypeError
         if type(self.input) not in (dict, type(None)) or not all(
             _is_list_of(int, each) for each in self.weights.values()

@@ -16,9 +16,12 @@ from ocs.formats.reader import Reader, SavedLayer
 from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
 from ocs.model.references import Place
 from ocs.model.rewrite import Slot
+from ocs.model.standardized import made_permanent
 from ocs.model.targets import Target, find_targets
+from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.embedding import share_tied
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.registry import replacement_of
 from ocs.nn.state import calibrated_buffers, input_problem, weight_buffers, weight_problem, with_originals
@@ -33,7 +36,7 @@ _LAZY = "run a batch through the model first, so that its lazy layers have shape
 
 def float_replacements(reader: Reader, model: nn.Module) -> dict[int, nn.Module]:
     """Make what stands for folded batch norms, and for layers that got a bias, by id of the old modules."""
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     replacements: dict[int, nn.Module] = {}
     for name in reader.batch_norms:
         if not isinstance(modules.get(name), nn.modules.batchnorm._BatchNorm):
@@ -76,23 +79,29 @@ def quantized_replacements(
             raise ValueError(f"it was saved from another model: this one has no layer {name[:200]!r} to replace")
         old = layers[name].module
         with error_context(name):
-            layer = replace(layers[name], module=floats.get(id(old), old))
+            module = floats.get(id(old), old)
+            layer = replace(layers[name], module=made_permanent(module) or module)
             replacements[id(old)] = _read_layer(reader, layer, saved)
+    made = {name: replacements[id(layers[name].module)] for name in reader.layers}
+    share_tied({name: (layer, layers[name].tied_to) for name, layer in made.items()})
     return replacements
 
 
 def _read_layer(reader: Reader, layer: Target, saved: SavedLayer) -> QuantizedLayer:
     """Make the quantized layer that replaces this one."""
     module = layer.module
-    if layer.reason_float:
+    if layer.reason_float and layer.tied_to not in reader.layers:
         raise ValueError(f"it was saved quantized, but {layer.reason_float}")
+    if saved.tied not in ("", layer.tied_to):
+        raise ValueError("it was saved from another model: this one is tied to another layer")
     kind = replacement_of(module)
     if any(nn.parameter.is_lazy(module._parameters[name]) for name in kind.weight_names(module)):
         raise ValueError(_LAZY)
     weights = weights_of(module)
     if saved.kind != kind.float_kind.__name__ or [*saved.weights] != [weight.name for weight in weights]:
         raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
-    quantized = {weight.name: _read_weight(reader, layer.name, weight, saved) for weight in weights}
+    owner = saved.tied or layer.name
+    quantized = {weight.name: _read_weight(reader, owner, weight, saved) for weight in weights}
     grid = saved.grid()
     quantized_input = None if grid is None else _read_input(reader, layer, weights[0], grid)
     replacement = kind(module, quantized, saved.bits, saved.expand and not layer.reason_folded, quantized_input)
@@ -177,7 +186,8 @@ def _check_names(reader: Reader, floats: set[str]) -> None:
     """Refuse a file that lacks a tensor of the model, or has one more."""
     expected = set(floats)
     for name, saved in reader.layers.items():
-        expected |= {full_name(name, buffer) for weight in saved.weights for buffer in weight_buffers(weight)}
+        if not saved.tied:
+            expected |= {full_name(name, buffer) for weight in saved.weights for buffer in weight_buffers(weight)}
         expected |= {full_name(name, buffer) for buffer in calibrated_buffers(saved.grid())}
     for what, names in (("has no", expected - set(reader.sums)), ("has besides", set(reader.sums) - expected)):
         if names:

@@ -27,7 +27,9 @@ from ocs.formats.replace_file import replacing
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
+from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.embedding import tied_layers
 from ocs.nn.state import calibrated_buffers, weight_buffers
 from ocs.progress import with_progress
 
@@ -51,19 +53,21 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
             tensors, parameters without values.
     """
     check_order("ocs.save(model, path)", model, path)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
+    model = unwrapped(model)
+    layers = {name: layer for name, layer in named_modules(model) if isinstance(layer, QuantizedLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: call ocs.quantize first, or use torch.save")
     if "" in layers:
         raise ValueError(f"model is itself a {type(model).__name__}, which ocs.load could not put in place: wrap it")
     tensors = {entry.name: _as_stored(entry) for entry in entries_of(model, {})}
+    tied = tied_layers(layers)
     for name, layer in with_progress(layers.items(), "save", progress):
-        tensors.update(_packed(name, layer))
+        tensors.update(_packed(name, layer, [] if name in tied else [*layer.channels]))
     header = {
-        "format": FORMAT,
+        "format": FORMAT if tied else FORMAT - 1,
         "ocs": _version(),
-        "layers": {name: describe(layer) for name, layer in layers.items()},
-        "batch_norms": [name for name, module in model.named_modules() if isinstance(module, FoldedBatchNorm)],
+        "layers": {n: describe(layer) | ({"tied": tied[n]} if n in tied else {}) for n, layer in layers.items()},
+        "batch_norms": [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)],
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
     _write(tensors, json.dumps(header), path)
@@ -92,9 +96,9 @@ def _as_stored(entry: Entry) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
-    """Give what a file holds of a layer's quantized weights and input."""
-    for weight in layer.channels:
+def _packed(name: str, layer: QuantizedLayer, weights: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Give what a file holds of these weights of a layer, and of its input."""
+    for weight in weights:
         ints_name, scale_name, source_name = (full_name(name, buffer) for buffer in weight_buffers(weight))
         ints, scale, _ = (tensor.cpu() for tensor in layer.weight_state(weight))
         yield ints_name, torch.ops.ocs.pack(ints, layer.bits)
@@ -148,10 +152,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
     with error_context(str(path)), torch.inference_mode(False), torch.no_grad():
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                reader = Reader(file)
-                floats = float_replacements(reader, model)
-                replacements = floats | quantized_replacements(reader, model, floats, progress)
-                slots, values = plan_floats(reader, model, replacements)
+                reader, inside = Reader(file), unwrapped(model)
+                floats = float_replacements(reader, inside)
+                replacements = floats | quantized_replacements(reader, inside, floats, progress)
+                slots, values = plan_floats(reader, inside, replacements)
         except safetensors.SafetensorError as error:
             raise ValueError(f"it is no complete safetensors file ({error})") from error
         exchange([*slots, *module_slots(model, replacements), *refused_slots(model, replacements)], values)

@@ -176,6 +176,13 @@ def clip_threshold(counts: Tensor, limit: Tensor, bits: int, signed: bool, metho
     return torch.ops.ocs.clip_threshold(counts.cpu(), limit.cpu(), bits, signed, method).to(limit.device, copy=True)
 
 
+@kernel(lambda x, *_: x.new_empty(x.shape[0], dtype=torch.float32))
+def release_threshold(x: Tensor, counts: Tensor, bits: int, signed: bool, method: int) -> Tensor:
+    """Search on the CPU by the C kernel, in a copy of the values."""
+    found = torch.ops.ocs.release_threshold(x.cpu(), counts.cpu(), bits, signed, method)
+    return found.to(x.device, copy=True)
+
+
 def _with_channels(w: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return w.new_empty((w.shape[0], channels, *w.shape[2:]), dtype=dtype)
 
@@ -232,8 +239,11 @@ def squant_weight(
 )
 def gptq_weight(
     w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
-) -> Tensor:
-    """Round column by column, each one's error compensated in those that follow (csrc/ocs.h): int8 [O, C + n, ...]."""
+) -> tuple[Tensor, Tensor]:
+    """Round column by column, each one's error compensated in those that follow (csrc/ocs.h).
+
+    Returns int8 [O, C + n, ...], and what outputs are off by, float64 [O].
+    """
     groups, L, qmax = order.shape[0], factor.shape[1], grid(bits, True)[1]
     u = _grouped(_floats("gptq_weight", w) / _per_row(scale, w), groups).flatten(2)
     G, rows, N = u.shape
@@ -246,22 +256,18 @@ def gptq_weight(
     columns = torch.arange(blocks * L, device=order.device).expand(G, -1)
     _require(torch.equal(order.sort(1)[0], columns), "gptq_weight", "order must have each column once")
     if not w.numel():
-        return _empty_ints(w, scale, source, depth, offset, groups)
+        return _empty_ints(w, scale, source, depth, offset, groups), w.new_zeros(w.shape[0], dtype=torch.float64)
     u = torch.nn.functional.pad(u, (0, blocks * L - N)).gather(2, order[:, None].expand(-1, rows, -1))
     u = u.double().transpose(1, 2).reshape(G * blocks, L, rows)
     channel = order.clamp(max=N - 1) // (N // w.shape[1])
     parts = _parts_of_columns(_within_group(source, G, w.shape[1]), depth, offset, channel, qmax)
-    whole = _compensated(u, factor.double(), parts.reshape(3, G * blocks, L, -1), (order < N).reshape(-1, L, 1))
+    whole, lost = _compensated(u, factor.double(), parts.reshape(3, G * blocks, L, -1), (order < N).reshape(-1, L, 1))
     whole = whole.view(G, -1, rows).gather(1, order.argsort(1)[:, :N, None].expand(-1, -1, rows))
     own = _gather(whole.transpose(1, 2).reshape(w.shape), source, G)
     shift, addend = (x.reshape(G, 1, -1, 1).double() for x in (depth, offset))
-    return (
-        ((own + addend) * 2**-shift)
-        .floor()
-        .clamp(-qmax, qmax)
-        .to(torch.int8)
-        .reshape(w.shape[0], source.numel() // G, *w.shape[2:])
-    )
+    ints = ((own + addend) * 2**-shift).floor().clamp(-qmax, qmax).to(torch.int8)
+    error = lost.view(G, blocks, rows).sum(1).flatten() * scale.to(w.device, torch.float64).square()
+    return ints.reshape(w.shape[0], source.numel() // G, *w.shape[2:]), error
 
 
 def _parts_of_columns(within: Tensor, depth: Tensor, offset: Tensor, channel: Tensor, qmax: int) -> Tensor:
@@ -278,19 +284,24 @@ def _parts_of_columns(within: Tensor, depth: Tensor, offset: Tensor, channel: Te
     return each.view(3, *table.shape)
 
 
-def _compensated(u: Tensor, factor: Tensor, parts: Tensor, exists: Tensor) -> Tensor:
-    """Round u [blocks, L, rows] to the whole numbers of which each column takes its parts [3, blocks, L, P]."""
-    v, error, whole = u.clone(), torch.empty_like(u), torch.empty_like(u)
+def _compensated(u: Tensor, factor: Tensor, parts: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """Round u [blocks, L, rows] to the whole numbers of which each column takes its parts [3, blocks, L, P].
+
+    Returns what is lost [blocks, rows], too.
+    """
+    v, error, whole, lost = u.clone(), torch.empty_like(u), torch.empty_like(u), torch.zeros_like(u[:, 0])
     shrink, offset, limit = parts[..., None, :]
     for start in range(0, u.shape[1], GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, u.shape[1])
         for j in range(start, stop):
             whole[:, j] = (v[:, j] + 0.5).floor_()
             split = ((whole[:, j, :, None] + offset[:, j]) * shrink[:, j]).floor_().clamp_(-limit[:, j], limit[:, j])
-            error[:, j] = (split.sum(-1) - u[:, j]) * exists[:, j]
+            total = split.sum(-1)
+            lost += factor[:, j, j, None] * ((total - v[:, j]) * exists[:, j]).square()
+            error[:, j] = (total - u[:, j]) * exists[:, j]
             v[:, j + 1 : stop].baddbmm_(factor[:, j + 1 : stop, j, None], error[:, j, None], alpha=-1)
         v[:, stop:].baddbmm_(factor[:, stop:, start:stop], error[:, start:stop], alpha=-1)
-    return whole
+    return whole, lost
 
 
 def _moves(total: Tensor, u: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from ocs import _C
 
 CLIP_METHODS: tuple[str, ...] = _C.CLIP_METHODS
+RELEASE_METHODS = tuple(method for method in CLIP_METHODS if method.endswith("-release"))  # which take the values
 MIN_BITS, MAX_BITS = _C.MIN_BITS, _C.MAX_BITS  # of integers
 MAX_BINS = _C.MAX_BINS  # of a histogram
 OCTAVES, OCTAVE_BINS = _C.OCTAVES, _C.OCTAVE_BINS  # of a logarithmic histogram

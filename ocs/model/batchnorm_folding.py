@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocs.model.graph import Trace, first_line, has_hooks, traces
 from ocs.model.references import held_elsewhere
+from ocs.model.wrappers import named_modules
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import input_weight
@@ -36,7 +37,7 @@ class Folding(NamedTuple):
 
     def by_name(self, model: nn.Module) -> dict[str, str]:
         """Say of each BatchNorm of the model, by its first name, why it stays, or "" where it is folded."""
-        return {name: "" for name, module in model.named_modules() if id(module) in self.norms} | self.left
+        return {name: "" for name, module in named_modules(model) if id(module) in self.norms} | self.left
 
 
 def plan_folding(model: nn.Module) -> Folding:
@@ -48,7 +49,7 @@ def plan_folding(model: nn.Module) -> Folding:
     [N, L, C] a BatchNorm1d normalizes L.
     """
     folding = Folding({}, {}, {})
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {name: module for name, module in named_modules(model) if isinstance(module, _BatchNorm)}
     if not norms:
         return folding
     try:
@@ -56,7 +57,7 @@ def plan_folding(model: nn.Module) -> Folding:
     except Exception as error:  # noqa: BLE001 - the model's own code runs here, on what are no tensors
         folding.left.update(dict.fromkeys(norms, f"the model cannot be traced: {first_line(error)}"))
         return folding
-    modules, shared = dict(model.named_modules()), _shared(model)
+    modules, shared = dict(named_modules(model)), _shared(model)
     for name, norm in norms.items():
         before, reason = _layer_before(name, modules, found, shared)
         layer = None if reason else folded_layer(modules[before], norm)
@@ -189,7 +190,7 @@ def _problem(module: nn.Module, kind: type[nn.Module], shared: dict[int, str]) -
 
 def _shared(model: nn.Module) -> dict[int, str]:
     """Find by id the modules that stand in several places or where they cannot be exchanged, and shared parameters."""
-    modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    modules = Counter(id(module) for _, module in named_modules(model, every_name=True))
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     several = {key: "stands in several places" for key, count in [*modules.items(), *held.items()] if count > 1}
     return held_elsewhere(model) | several

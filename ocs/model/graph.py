@@ -9,15 +9,15 @@ import inspect
 import itertools
 import textwrap
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
+from ocs.model.recording import record
+from ocs.model.wrappers import unwrap_children, unwrapped
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.registry import is_quantizable
 
@@ -47,8 +47,7 @@ def traced_parts(model: nn.Module) -> list[tuple[str, list[Trace]]]:
     A part that cannot be traced stands as one node in what is around it. Optional arguments for which a trace fails are
     left out.
     """
-    with _readable_attention():
-        return _parts(model)[0]
+    return _parts(model)[0]
 
 
 def first_line(error: Exception) -> str:
@@ -140,7 +139,10 @@ def _check(model: nn.Module) -> None:
 def _trace(model: nn.Module, tracer: _Tracer) -> Trace:
     # A forward may keep what it computes, and torch.fx its constants: neither in the user's model.
     copied = copy.deepcopy(model, _kept(model))
-    graph = tracer.trace(copied)
+    if set(copied.modules()) & set(model.modules()):
+        raise ValueError("it cannot be copied: its parts remain the same")
+    unwrap_children(copied)
+    graph = record(tracer, copied)
     tensors = ((name, [*m._parameters.values(), *m._buffers.values()]) for name, m in copied.named_modules())
     return Trace(graph, {name for name, own in tensors if any(id(t) in tracer.read for t in own)})
 
@@ -175,7 +177,7 @@ def _parts(module: nn.Module) -> tuple[Parts, list[str]]:
     if found:
         return [("", found)], []
     parts, opaque = [], []
-    for name, child in module.named_children():
+    for name, child in ((name, unwrapped(child)) for name, child in module.named_children()):
         if _is_node(child) or not any(_is_node(part) for part in child.modules()):
             continue
         of_child, opaque_in_child = _parts(child)
@@ -212,14 +214,3 @@ def _estimated_choices(forward: Callable) -> list[dict[str, Any]]:
     except ValueError:
         optional = [p for p in inspect.signature(forward).parameters.values() if p.default is not p.empty]
         return [{p.name: p.default for p in optional}]
-
-
-@contextmanager
-def _readable_attention() -> Iterator[None]:
-    """Keep torch's transformer layers from asking their inputs whether a fused kernel would do: they cannot tell."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -5,7 +5,6 @@ arXiv 1906.04721, section 4.2). Here each such channel is a sample of that distr
 others, and elementwise operations, sums and products of branches, pooling and the like simply run on the samples.
 """
 
-import operator
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _Av
 
 from ocs.model.channel_samples import UNKNOWN, Channels, InputEstimate, apply, copied, flatten, normal, normals, rank_of
 from ocs.model.graph import has_hooks, traced_parts
+from ocs.model.wrappers import named_modules, submodule
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import REPLACEMENTS, is_quantizable, replacement_of
@@ -45,7 +45,7 @@ def estimate_inputs(model: nn.Module) -> dict[str, InputEstimate | None]:
     Never fails and never changes the model: what torch.fx cannot trace is unknown, and so is what differs between two
     calls of a layer or between the choices of a forward's optional arguments.
     """
-    names = [name for name, module in model.named_modules() if _is_layer(module)]
+    names = [name for name, module in named_modules(model) if _is_layer(module)]
     return {name: _agreed(inputs) for name, inputs in _inputs(model, names).items()}
 
 
@@ -55,7 +55,7 @@ def inputs_have_mean(model: nn.Module) -> dict[str, HasMean]:
     Where nothing is known of a layer's input, that of a convolution is taken to have a mean (images and feature maps
     mostly do), that of any other layer not (embeddings, states and what attention gives mostly do not).
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     found = {}
     for name, estimate in estimate_inputs(model).items():
         if estimate is None:
@@ -77,9 +77,9 @@ def _inputs(model: nn.Module, names: list[str]) -> dict[str, list[InputEstimate 
     """Estimate what each layer is given, call by call."""
     found: dict[str, list[InputEstimate | None]] = {name: [] for name in names}
     try:
-        first_names = {id(module): name for name, module in model.named_modules()}
+        first_names = {id(module): name for name, module in named_modules(model)}
         for part, traces in traced_parts(model):
-            root = model.get_submodule(part)
+            root = submodule(model, part)
             for trace in traces:
                 for module, estimate in _Walk(root, trace.graph).inputs:
                     name = first_names.get(id(module))
@@ -129,10 +129,11 @@ class _Walk:
         """Compute a node; UNKNOWN whatever goes wrong, as what is run are functions meant for other tensors."""
         try:
             if node.op == "get_attr":
-                return operator.attrgetter(node.target)(self.root)
+                owner, _, name = node.target.rpartition(".")
+                return getattr(submodule(self.root, owner), name)
             if node.op == "call_module":
                 rank = self.rank_of_output(node.args[0] if node.args else None)
-                return self.call(self.root.get_submodule(node.target), args, kwargs, rank)
+                return self.call(submodule(self.root, node.target), args, kwargs, rank)
             if node.op == "call_method":
                 return apply(node.target, getattr(Tensor, node.target, None), args, kwargs, self.seed)
             if node.op == "call_function":
@@ -145,7 +146,7 @@ class _Walk:
         """Count the dimensions of what a layer gives to a BatchNorm1d; None for any other node."""
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
-        module = self.root.get_submodule(node.target)
+        module = submodule(self.root, node.target)
         if isinstance(module, (nn.Linear, REPLACEMENTS[nn.Linear])):
             return 2
         return len(module.kernel_size) + 2 if isinstance(module, _ANY_CONVOLUTION) else None

@@ -47,6 +47,10 @@ def edges_of(modules: Iterable[nn.Module], closed: Collection[int] = ()) -> Iter
         if id(thing) in seen or id(thing) in closed:
             continue
         seen[id(thing)] = thing
+        if isinstance(thing, nn.Module):
+            todo.extend(
+                (base, base.__name__) for base in type(thing).__mro__ if not base.__module__.startswith("torch.")
+            )
         inner = _is_renewed(type(thing))
         for child, place, label in _references(thing):
             kind = type(child)
@@ -84,6 +88,9 @@ def _references(thing: Any) -> _References:
     kind = type(thing)
     if _is_renewed(kind):
         yield from ((child, None, "") for child in _contents(thing))
+    elif issubclass(kind, type):
+        for name, child in list(vars(thing).items()):
+            yield child, Place(thing, name, type.__setattr__, getattr), name
     elif issubclass(kind, dict):
         yield from _of_dict(thing)
     elif issubclass(kind, list | deque):
@@ -97,7 +104,7 @@ def _references(thing: Any) -> _References:
         yield from ((table, None, "") for table in (thing.__kwdefaults__, thing.__dict__))
     elif issubclass(kind, np.ndarray) and thing.dtype.hasobject:
         yield from ((child, Place(thing.flat, i), "") for i, child in enumerate(thing.flat))
-    if kind not in _COMPLETE and not _is_renewed(kind) and gc.is_tracked(thing):
+    if not (kind in _COMPLETE or issubclass(kind, type) or _is_renewed(kind)) and gc.is_tracked(thing):
         yield from _of_object(thing, kind)
 
 

@@ -1,6 +1,6 @@
 """Which modules of a model hold weights, and what stands in the way of quantizing each of them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs.errors import error_context
 from ocs.model.references import held_elsewhere
+from ocs.model.standardized import made_permanent
 from ocs.model.subclasses import changed_methods
+from ocs.model.wrappers import named_modules, submodule
 from ocs.nn.base import QuantizedLayer, state_hooks
+from ocs.nn.hooked import reason_of_forward
 from ocs.nn.own_forward import PROMISED
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
@@ -39,11 +42,18 @@ class Target:
     reason_float: str = ""  # why it cannot be quantized, if so
     reason_folded: str = ""  # why it cannot run expanded, if so
     reason_float_input: str = ""  # why its input cannot be quantized, if so
+    tied_to: str = ""  # the embedding that a linear layer shares its weight with, or that layer, where no other does
+    permanent: nn.Module | None = None  # what computes the same with a weight that is not standardized at every call
 
     @property
     def name(self) -> str:
         """Its first name."""
         return self.aliases[0]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The float layer that its replacement is made of."""
+        return self.module if self.permanent is None else self.permanent
 
 
 def check_model(model: nn.Module) -> None:
@@ -71,7 +81,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         ValueError: one of them is quantized already.
     """
     aliases: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, every_name=True):
         aliases.setdefault(module, []).append(name)
     owners, elsewhere = _owners(aliases), held_elsewhere(model)
     return [
@@ -96,15 +106,18 @@ def _holds_weight(parameter: Tensor | None) -> bool:
 def _target(
     model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]], elsewhere: str
 ) -> Target:
-    reason = _reason_adapted(model, names) or _reason_float(module, names[0], owners)
+    permanent = made_permanent(module)
+    reason = _reason_adapted(model, names) or _reason_float(
+        module if permanent is None else permanent, names[0], owners
+    )
     reason = reason or (elsewhere and f"it {elsewhere}")
-    if reason:
+    tied_to = _tied_to(model, module, names[0], owners)
+    if reason and not (tied_to and "is shared with" in reason):
         return Target(module, tuple(names), reason_float=reason)
     read = _reason_read_by_parent(model, names)
     kind = replacement_of(module)
-    return Target(
-        module, tuple(names), reason_folded=kind.only_folded or read, reason_float_input=read or kind.unseen(module)
-    )
+    folded, float_input = kind.only_folded or read, read or kind.unseen(module)
+    return Target(module, tuple(names), reason, folded, float_input, tied_to, permanent)
 
 
 def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
@@ -127,19 +140,18 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
         own = ", ".join(name for name, parameter in module._parameters.items() if _holds_weight(parameter))
         return f"{own} of {kind}, which is not among the layers that are quantized"
     replacement = replacement_of(module)
-    if "forward" in vars(module) or "__call__" in vars(module):
-        return f"this {kind} has a forward of its own, as wrappers give it"
+    wrapped = reason_of_forward(module)
+    if wrapped:
+        return wrapped
     weights, others = replacement.weight_names(module), replacement.unquantized_names(module)
     for each in (*weights, *others):
         if each not in module._parameters and getattr(module, each, None) is not None:
             return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
-    taken = sorted(name for name in vars(module) if name in replacement.reserved_names(weights))
-    if taken:
-        return f"{kind} has an attribute {taken[0]}, which in a quantized layer is something else"
-    reason = "" if replacement.keeps_all or _is_lazy(module) else _reason_irreplaceable(module, {*weights, *others})
-    if reason:
-        return reason
-    reasons = (_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights)
+    reasons = [
+        "" if replacement.keeps_all else _reason_irreplaceable(module, {*weights, *others}),
+        _reason_of_attributes(module, replacement.reserved_names(weights)),
+        *(_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights),
+    ]
     return next(filter(None, reasons), "")
 
 
@@ -149,11 +161,20 @@ def _has_own_state(module: nn.Module, kind: type[nn.Module]) -> bool:
     return by_hook or any(getattr(type(module), method) is not getattr(kind, method) for method in _STATE_METHODS)
 
 
+def _reason_of_attributes(module: nn.Module, reserved: Collection[str]) -> str:
+    if getattr(module, "max_norm", None) is not None:
+        return f"its rows are changed by lookups, max_norm={module.max_norm}"
+    taken = next((name for name in vars(module) if name in reserved), None)
+    if taken is None:
+        return ""
+    return f"{type(module).__name__} has an attribute {taken}, a name that quantized layers use themselves: rename it"
+
+
 def _reason_of_weight(weight: Tensor | None, full_name: str, owners: Mapping[int, list[str]]) -> str:
     name = full_name.rpartition(".")[2]
     if weight is None:
         return f"it has no {name}"
-    tied = [owner for owner in owners[id(weight)] if owner != full_name]
+    tied = [owner for owner in owners.get(id(weight), ()) if owner != full_name]
     if tied:
         return f"its {name} is shared with {', '.join(tied)}"
     unlike = _unlike_plain(weight)
@@ -189,7 +210,7 @@ def _reason_irreplaceable(module: nn.Module, parameters: set[str]) -> str:
     if changed:
         reason = f"{kind} has a {' and '.join(changed)} of its own"
         return f"{reason}; ocs.register({kind}, like=nn.{of.__name__}) quantizes it" if of in PROMISED else reason
-    if _has_own_state(module, of):
+    if not _is_lazy(module) and _has_own_state(module, of):
         return f"{kind} has a way of its own to save or load its state"
     own = {*module._parameters, *module._buffers, *module._modules} - {*parameters, *replacement.kept_children}
     return f"{kind} has {', '.join(sorted(own))} of its own besides what {of.__name__} has" if own else ""
@@ -199,18 +220,29 @@ def _reason_adapted(model: nn.Module, names: list[str]) -> str:
     """Say which adapter (of peft, say) a module belongs to, which would be lost when it is merged later, or ""."""
     for name in names:
         parts = name.split(".")
-        for parent in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
+        for parent in (submodule(model, ".".join(parts[:depth])) for depth in range(len(parts))):
             if isinstance(getattr(parent, "base_layer", None), nn.Module) and callable(getattr(parent, "merge", None)):
                 adapter = f"{type(parent).__module__}.{type(parent).__name__}"
                 return f"it is part of an adapter ({adapter}): merge that into its base layer first"
     return ""
 
 
+def _tied_to(model: nn.Module, module: nn.Module, name: str, owners: Mapping[int, list[str]]) -> str:
+    """Name the one other owner of a weight that an embedding and a linear layer share, or ""."""
+    sharing = owners.get(id(module._parameters.get("weight")), ())
+    others = [owner.removesuffix(".weight") for owner in sharing if owner != f"{name}.weight"]
+    if len(sharing) != 2 or len(others) != 1 or not all(owner.endswith(".weight") for owner in sharing):
+        return ""
+    both = (module, submodule(model, others[0]))
+    kinds = {replacement_of(each).float_kind for each in both if is_quantizable(each)}
+    return others[0] if kinds == {nn.Embedding, nn.Linear} else ""
+
+
 def _reason_read_by_parent(model: nn.Module, names: list[str]) -> str:
     """Say who reads a module's weight instead of calling it, or ""."""
     for name in names:
         parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
+        parent = submodule(model, parent_name)
         kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
         if any(child in _READ_BY_PARENT.get(kind, ()) for kind in kinds):
             return f"{type(parent).__name__} reads its weight itself"

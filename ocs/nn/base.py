@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ocs.nn.hooked import take_hook
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, round_folded
 from ocs.nn.read_only import read_only, refusal
@@ -57,6 +58,7 @@ class QuantizedLayer(nn.Module):
     derived_buffers: ClassVar[tuple[str, ...]] = ()  # what rebuild() fills besides forward_buffer()
     input_names: ClassVar[tuple[str, ...]] = ("input",)  # the arguments of forward that are quantized
     splits_input: ClassVar[bool] = False  # whether channels of its input may be split
+    opt_in: ClassVar[bool] = False  # whether it replaces float layers only where a caller asks for it
     keeps_all: ClassVar[bool] = False  # whether it has all that the float layer has, its class's forward too
     input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
 
@@ -94,7 +96,8 @@ class QuantizedLayer(nn.Module):
 
     def _take_attributes(self, float_layer: nn.Module) -> None:
         """Take over the float layer's public attributes, its hooks, and the private attributes that are needed."""
-        own = {"input_grid", *INPUT_BUFFERS}
+        own = {"input_grid", "forward", *INPUT_BUFFERS}
+        take_hook(self, float_layer)
         for name, value in vars(float_layer).items():
             public = not name.startswith("_") and name not in own
             if public or name in _HOOKS or name in self.kept_attributes:
@@ -151,7 +154,7 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def reserved_names(cls, weights: Iterable[str]) -> set[str]:
         """Name the attributes of a quantized layer that a float one must not have: they mean something else there."""
-        return {"bits", "expand", "settings", *INPUT_BUFFERS, *(b for name in weights for b in weight_buffers(name))}
+        return {"bits", "channels", "expand", "settings", *(b for name in weights for b in weight_buffers(name))}
 
     @staticmethod
     def parts(name: str, parameter: Tensor) -> Iterable[tuple[str, Tensor]]:

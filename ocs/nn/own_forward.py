@@ -17,6 +17,7 @@ from torch import Tensor, nn, stack
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import FINDERS, REPLACEMENTS
+from ocs.nn.state import INPUT_BUFFERS
 from ocs.nn.weights import parameter_of
 
 PROMISED = (nn.Linear, *CONVOLUTIONS)  # what a class may be registered to be like
@@ -72,7 +73,9 @@ class QuantOwnForward(QuantizedLayer):
     def _take_attributes(self, float_layer: nn.Module) -> None:
         """Take over all that the forward may read, but for what nn.Module itself holds."""
         super()._take_attributes(float_layer)
-        vars(self).update({name: value for name, value in vars(float_layer).items() if name not in vars(self)})
+        vars(self).update(
+            {name: value for name, value in vars(float_layer).items() if name not in {*vars(self), "forward"}}
+        )
         self._modules.update(float_layer._modules)
         self._buffers.update(float_layer._buffers)
         self._non_persistent_buffers_set.update(float_layer._non_persistent_buffers_set)
@@ -81,6 +84,11 @@ class QuantOwnForward(QuantizedLayer):
     def weight_names(cls, float_layer: nn.Module) -> tuple[str, ...]:
         """Name the parameters of experts where there are any, else the weight."""
         return (tuple(_experts_of(float_layer)) if cls.like is nn.Linear else ()) or ("weight",)
+
+    @classmethod
+    def reserved_names(cls, weights: Iterable[str]) -> set[str]:
+        """Name the attributes that its forward must not read: those of a quantized input are among them."""
+        return super().reserved_names(weights) | {"input_grid", *INPUT_BUFFERS}
 
     @classmethod
     def unseen(cls, float_layer: nn.Module) -> str:

@@ -27,16 +27,16 @@ def choose(model: nn.Module, request: Request) -> tuple[list[LayerPlan], dict[st
     if not any(is_quantizable(target.module) for target in targets):
         raise ValueError(f"{type(model).__name__} has no convolution, linear, recurrent or attention layer to quantize")
     rule = RecipeRule(request.model.recipe, model, request.given)
-    plans = _override([_first_plan(target, request.common) for target in targets], request)
-    plans = _skip([rule.apply(plan) for plan in plans], request)
+    plans = _override([_first_plan(target, request) for target in targets], request)
+    plans = _tied(_skip([_lookup(rule.apply(plan), request) for plan in plans], request))
     before_overrides = [rule.apply(LayerPlan(plan.target, request.common)) for plan in plans if plan.quantized]
     shared = _shared([plan.options for plan in before_overrides] or [request.common])
     return plans, shared | request.model.shown
 
 
-def _first_plan(target: Target, options: LayerOptions) -> LayerPlan:
-    plan = LayerPlan(target, options)
-    return plan.left("float", target.reason_float) if target.reason_float else plan
+def _first_plan(target: Target, request: Request) -> LayerPlan:
+    plan, tied = LayerPlan(target, request.common), target.tied_to and request.model.embeddings
+    return plan.left("float", target.reason_float) if target.reason_float and not tied else plan
 
 
 def _override(plans: Sequence[LayerPlan], request: Request) -> list[LayerPlan]:
@@ -52,6 +52,15 @@ def _override(plans: Sequence[LayerPlan], request: Request) -> list[LayerPlan]:
     return list(by_name.values())
 
 
+def _lookup(plan: LayerPlan, request: Request) -> LayerPlan:
+    """Leave an embedding float unless it is asked for, and then quantize its rows."""
+    if not plan.quantized or not plan.kind.opt_in:
+        return plan
+    if request.model.embeddings or plan.overrides("wbits"):
+        return replace(plan, options=plan.options.of_rows)
+    return plan.left("float", "an embedding: embeddings=True quantizes it")
+
+
 def _skip(plans: Sequence[LayerPlan], request: Request) -> list[LayerPlan]:
     """Leave out what the caller names; the first selector that means a layer is the reason."""
     by_name = {plan.name: plan for plan in plans}
@@ -62,6 +71,21 @@ def _skip(plans: Sequence[LayerPlan], request: Request) -> list[LayerPlan]:
             if plan.quantized:
                 unused = "" if plan.overridden is None else "; its override was not used"
                 by_name[target.name] = plan.left("skipped", reason + unused)
+    return list(by_name.values())
+
+
+def _tied(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Let a linear layer have the integers of the embedding that it is tied to; both stay float where one does."""
+    by_name = {plan.name: plan for plan in plans}
+    for plan in plans:
+        if not plan.quantized or not plan.target.tied_to:
+            continue
+        other = by_name[plan.target.tied_to]
+        if not other.quantized or plan.options.automatic or other.options.automatic:
+            by_name[plan.name] = plan.left("float", plan.target.reason_float)
+        elif other.kind.opt_in:
+            rows = {name: getattr(other.options, name) for name in ("wbits", "clip", "granularity", "rounding", "r")}
+            by_name[plan.name] = replace(plan, options=replace(plan.options, **rows))
     return list(by_name.values())
 
 

@@ -12,14 +12,14 @@ from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.plan.layer_plan import LayerPlan
 
 ENOUGH = 0.5  # of the matmul weights: less is worth a warning
-_NO_MATMUL = re.compile("bias|pos|embed|table|token")  # in the names of parameters that are looked up or added
+_NO_MATMUL = re.compile("bias|pos|embed|table|token|log")  # in the names of parameters that are looked up or added
 
 
 def matmul_weights(module: nn.Module) -> int:
     """Count the weights that a module itself multiplies its input by, those of embeddings and lazy layers left out.
 
     Of modules of an unknown kind these are all parameters with two or more dimensions larger than one, but for those
-    whose name says that they are added (biases, positions, tokens).
+    whose name says that they are added or such (biases, positions, tokens).
     """
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return 0

@@ -123,7 +123,7 @@ def _run(model: nn.Module, watched: Plans, compensated: Plans, data: Data, progr
         options = plan.options
         split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
         statistics.append(watch_input(plan.target, channels=split))
-    moments = [watch_moments(model, plan.target) for plan in compensated]
+    moments = watch_moments(model, [plan.target for plan in compensated])
     return collect(model, data, statistics, moments, progress, "calibration")
 
 

@@ -38,7 +38,7 @@ class LayerPlan:
     @property
     def module(self) -> nn.Module:
         """The float layer that is quantized."""
-        return self.target.module if self.norm_folded is None else self.norm_folded
+        return self.target.layer if self.norm_folded is None else self.norm_folded
 
     @property
     def kind(self) -> type[QuantizedLayer]:

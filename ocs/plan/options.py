@@ -135,6 +135,11 @@ class LayerOptions:
         return self.wbits == "auto"
 
     @property
+    def of_rows(self) -> LayerOptions:
+        """The options of an embedding: a scale for each row, and neither splits nor anything of inputs."""
+        return LayerOptions(wbits=self.wbits, clip=self.clip, granularity="channel")
+
+    @property
     def shown(self) -> dict[str, Any]:
         """The options as reports and files have them, a callable by its name."""
         return {name: shown_value(value) for name, value in vars(self).items()}
@@ -157,6 +162,7 @@ class ModelOptions:
     fold_bn: bool = _option(False, check_flag, "fold each BatchNorm into the convolution before it")
     skip: Selector | Collection[Selector] | None = _option(FIRST_LAYER, _anything, "what stays float")
     overrides: Mapping[str, Mapping[str, Any]] | None = _option(None, _overrides, "options by layer name or pattern")
+    embeddings: bool = _option(False, check_flag, "quantize embeddings, too, with a scale for each row")
     allocate: Allocate = _option("uniform", _one_of(Allocate), "which layers get the splits")
     budget: int | None = _option(None, _or(None, _budget), 'bytes of all packed weights, with wbits="auto"')
     recipe: Recipe = _option("paper", _one_of(Recipe), "what the options mean that are left open")
@@ -183,6 +189,7 @@ class ModelOptions:
             "skip": [shown_selector(selector) for selector in selectors(self.skip)],
             "overrides": overrides,
             "fold_bn": self.fold_bn,
+            "embeddings": self.embeddings,
             "allocate": self.allocate,
             "budget": self.budget,
             "recipe": self.recipe,

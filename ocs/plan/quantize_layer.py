@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.embedding import share_tied
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.state import with_originals
 from ocs.nn.weights import check_values, input_weight, parameter_of, weights_of
@@ -71,6 +72,7 @@ def quantize_layers(
             continue
         with error_context(plan.name):
             results.append(quantize_layer(plan, facts[plan.name], explain=explain))
+    share_tied({result.plan.name: (result.replacement, result.plan.target.tied_to) for result in results})
     return results
 
 
@@ -108,6 +110,7 @@ class LayerQuantizer:
     def __init__(self, plan: LayerPlan, facts: InputFacts) -> None:
         self.plan, self.facts = plan, facts
         self.weights = {weight.name: weight for weight in weights_of(plan.module)}
+        self._floats: dict[str, Tensor] = {}
 
     @cached_property
     def hessians(self) -> dict[str, Hessian]:
@@ -122,19 +125,27 @@ class LayerQuantizer:
         return options
 
     def rounding_note(self, options: LayerOptions) -> str:
-        """Say where gptq knew nothing, or little: fewer vectors than they have numbers."""
+        """Say where gptq knew nothing, or little: blocks, or fewer vectors than they have numbers."""
         if options.rounding != "gptq":
             return ""
         if not self.hessians:
             return f"rounded to nearest: {self.plan.kind.unseen(self.plan.module) or 'calibration never reached it'}"
-        seen = ((each.count, each.second.shape[1]) for each in self.hessians.values())
-        count, columns = min(seen, key=lambda each: each[0] - each[1])
-        return f"rounded by {count} inputs of {columns} numbers: more would be better" if count < columns else ""
+        fewest = min(self.facts.second_moments.values(), key=lambda each: each.count - each.width)
+        widest = max(self.facts.second_moments.values(), key=lambda each: each.blocks)
+        notes = []
+        if widest.blocks > 1:
+            whole = f"{4e-9 * widest.groups * widest.columns**2:.3g} GB"
+            notes.append(f"second moments in {widest.blocks} blocks of {widest.width} columns: whole they take {whole}")
+        if fewest.count < fewest.width:
+            notes.append(f"rounded by {fewest.count} inputs of {fewest.width} numbers: more would be better")
+        return "; ".join(notes)
 
     def weight(self, name: str) -> Tensor:
         """A weight as float32 [O, C, ...]."""
         check_values(self.plan.module._parameters[parameter_of(name)])
-        return self.weights[name].tensor.float().contiguous()
+        if name not in self._floats:
+            self._floats[name] = self.weights[name].tensor.float().contiguous()
+        return self._floats[name]
 
     def scheme(self, name: str, options: LayerOptions) -> Scheme:
         """How a weight is quantized by these options."""

@@ -47,8 +47,10 @@ def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
     quantization, quantized = weight.quantization, weight.quantization.quantized
     sources, of_input = replacement.copies(weight.name).tolist(), _quantized_input(replacement)
     numbers_of_input = len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
+    first = not (plan.target.tied_to and not plan.kind.opt_in)  # what is held once counts once, for the embedding
+    shown = _float_weight(plan, weight.name, float_weight(plan.module, weight.name))
     return LayerReport(
-        **_float_weight(plan, weight.name, float_weight(plan.module, weight.name)),
+        **shown | {"float_bytes": shown["float_bytes"] * first},
         bits=options.wbits,
         granularity=options.granularity,
         rounding=options.rounding,
@@ -64,7 +66,7 @@ def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
         max_after=max(weight.plan.split_max.tolist(), default=0.0),
         sqnr_db=sqnr_db(*quantization.error),
         steps=weight.steps,
-        packed_bytes=packed_bytes(quantization, options.wbits, len(sources), numbers_of_input),
+        packed_bytes=first * packed_bytes(quantization, options.wbits, len(sources), numbers_of_input),
         expanded_shape=replacement.expanded_shape(weight.name),
         **of_input,
         reason=_notes(result, replacement.channels[weight.name]),
@@ -97,6 +99,10 @@ def _notes(result: LayerResult, channels: int) -> str:
     notes = [note for note in (result.rounding_note, result.input_note) if note]
     if (options.r or options.act_r) and result.replacement.groups > 1 and channels == 1:
         notes.append("depthwise: not split")
+    if plan.target.tied_to:
+        notes.append(f"one set of integers with {plan.target.tied_to}")
+    if plan.target.permanent is not None:
+        notes.append("its weight as it was standardized, for good")
     if plan.target.reason_folded:
         notes.append(f"runs folded: {plan.target.reason_folded}")
     if options.abits is not None and not plan.quantizes_input:

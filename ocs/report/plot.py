@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
-from ocs.kernels.constants import SMALLEST, qmax
+from ocs.kernels.constants import RELEASE_METHODS, SMALLEST, qmax
 from ocs.report.text import plural
 from ocs.weight.arguments import check_array, check_bits, check_clip, check_groups, check_ratio
 from ocs.weight.entry import plan_splits, quantize_weight
@@ -133,7 +133,8 @@ def _split_panel(x: np.ndarray, bits: int, r: float, methods: Methods, groups: i
     plan = plan_splits(x, r, groups)
     values, halved = _halves(x, plan, groups)
     parts = {"": values[~halved], "of split channels": values[halved]} if r else {"": values}
-    thresholds = {method: clip_threshold(values, bits, method, signed) for method in methods}
+    of = {method: x if method in RELEASE_METHODS else values for method in methods}  # as split_thresholds
+    thresholds = {method: clip_threshold(of[method], bits, method, signed) for method in methods}
     sqnr = {method: _sqnr_db(x, values, plan.source, t, bits, signed) for method, t in thresholds.items()}
     zeros = values.size - int(np.count_nonzero(values))
     title = _panel_title(bits, signed, r, plan.source.size - groups * x.shape[1], zeros)

@@ -20,6 +20,7 @@ from ocs.errors import check_order
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.references import Place
 from ocs.model.rewrite import Slot, exchange, for_a_while, keeps_grad_mode
+from ocs.model.wrappers import named_modules, unwrapped
 
 STATISTICS = ("running_mean", "running_var")
 STILL = 1e-3  # of a channel's running variance: what varies less on the data tells nothing of its scale
@@ -110,6 +111,7 @@ def reestimate_batchnorm(
             the reference has other norms, or data is an iterator beside it. The model is then as it was.
     """
     check_order("ocs.reestimate_batchnorm(model, data)", model, data)
+    model, reference = unwrapped(model), unwrapped(reference)
     norms = running_norms(model)
     of_reference = {} if reference is None else _norms_of_reference(reference, model, norms, data)
     measured = _measure(model, norms, data, progress)
@@ -190,7 +192,7 @@ def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Find the BatchNorms that normalize by running statistics, by name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {name: module for name, module in named_modules(model) if isinstance(module, _BatchNorm)}
     kept = {name: norm for name, norm in norms.items() if norm.running_mean is not None}
     for name, norm in kept.items():
         if nn.parameter.is_lazy(norm.running_mean) or norm.running_mean.is_meta:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ocs.errors import check_order
 from ocs.model.rewrite import keeps_grad_mode
+from ocs.model.wrappers import unwrapped
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.progress import with_progress
@@ -62,6 +63,7 @@ def synthesize(
         RuntimeError: what the model raises for inputs of this shape, with a note that says so.
     """
     check_order("ocs.synthesize(model, shape)", model, shape)
+    model = unwrapped(model)
     running_norms(model)
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("model is quantized: inputs are made for the float model's statistics, give that")

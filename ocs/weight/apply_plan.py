@@ -8,12 +8,14 @@ from torch import Tensor
 from ocs.kernels.constants import qmax
 from ocs.kernels.ops import kernels
 from ocs.weight.arrays import array_like, as_numpy
-from ocs.weight.error import errors_of_outputs, weight_error
-from ocs.weight.integers import quantize_split
+from ocs.weight.error import measured_outputs, output_error, weight_error
+from ocs.weight.integers import fold, quantize_split
 from ocs.weight.threshold import scale_for, split_thresholds
 from ocs.weight.types import Array, Quantization, QuantizedWeight, Scheme, SplitPlan
 
 AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" chooses from
+RISING = (*AUTO[2:], AUTO[0])  # with gptq, which takes long,
+FEW = (2, 6, 11, 16)  # and what it tries of these: 0.3, 0.5, 0.75, none
 
 
 def quantize_plan(w: Array, plan: SplitPlan, scheme: Scheme) -> Quantization:
@@ -39,25 +41,72 @@ def _thresholds(w: Array, plan: SplitPlan, scheme: Scheme, clips: tuple[str | fl
 
 def _quantized(w: Array, plan: SplitPlan, scheme: Scheme, threshold: Array) -> QuantizedWeight:
     """Take step 3."""
-    if scheme.rounding != "gptq":
-        return quantize_split(w, plan, threshold, scheme.bits, scheme.split, scheme.rounding, scheme.groups)
-    scale = scale_for(threshold, qmax(scheme.bits))
-    columns, factor = (
-        each.to(w.device) if isinstance(w, Tensor) else each.numpy() for each in scheme.hessian.factored(scheme.groups)
-    )
-    ints = kernels(w).gptq_weight(w, scale, *plan[:3], scheme.bits, columns, factor)
-    return QuantizedWeight(ints, scale, plan.source, threshold)
+    if scheme.rounding == "gptq":
+        return _compensated(w, plan, scheme, threshold)[0]
+    return quantize_split(w, plan, threshold, scheme.bits, scheme.split, scheme.rounding, scheme.groups)
+
+
+def _compensated(w: Array, plan: SplitPlan, scheme: Scheme, threshold: Array) -> tuple[QuantizedWeight, Array]:
+    """Take step 3 by GPTQ, and say what outputs are off by then, float64 [O]."""
+    scale, factored = scale_for(threshold, qmax(scheme.bits)), scheme.hessian.factored(scheme.groups)
+    columns, factor = (each.to(w.device) if isinstance(w, Tensor) else each.numpy() for each in factored)
+    ints, error = kernels(w).gptq_weight(w, scale, *plan[:3], scheme.bits, columns, factor)
+    return QuantizedWeight(ints, scale, plan.source, threshold), error
 
 
 def _least_output_error(w: Array, plan: SplitPlan, scheme: Scheme) -> tuple[str | float, QuantizedWeight]:
-    """Choose the first of AUTO with the least output error; "auto" where channels differ."""
-    error_of, thresholds, errors = errors_of_outputs(w, scheme), _thresholds(w, plan, scheme, AUTO), []
-    for threshold in thresholds:
-        error = as_numpy(error_of(_quantized(w, plan, scheme, threshold)))
-        error = np.where(np.isnan(error), np.inf, error)  # of values beyond float32
-        errors.append(error if scheme.granularity == "channel" else error.sum())
-    chosen = np.stack(errors).argmin(0)
-    threshold = np.take_along_axis(np.stack([as_numpy(each) for each in thresholds]), chosen[None], 0)[0]
-    names = {AUTO[i] for i in chosen.ravel()}
-    quantized = _quantized(w, plan, scheme, array_like(np.asarray(threshold), w))
+    """Choose from AUTO what leaves the least output error, the first where several do; "auto" where channels differ."""
+    clips, search = (RISING, _least_of_few) if scheme.rounding == "gptq" else (AUTO, _least_of_all)
+    thresholds = np.stack([as_numpy(each) for each in _thresholds(w, plan, scheme, clips)])
+    chosen, quantized = search(w, plan, scheme, thresholds)
+    names = {clips[i] for i in chosen.ravel()}
     return names.pop() if len(names) == 1 else "auto", quantized
+
+
+def _least_of_all(
+    w: Array, plan: SplitPlan, scheme: Scheme, thresholds: np.ndarray
+) -> tuple[np.ndarray, QuantizedWeight]:
+    """Try all of the thresholds [A] or [A, O]; which one is the best for each scale, and the integers."""
+    errors = []
+    for threshold in thresholds:
+        quantized = _quantized(w, plan, scheme, array_like(np.asarray(threshold), w))
+        errors.append(_by_scale(output_error(w, quantized, scheme.groups, scheme.gain), scheme))
+    chosen = np.stack(errors).argmin(0)
+    return np.asarray(chosen), _quantized(w, plan, scheme, array_like(_picked(thresholds, chosen), w))
+
+
+def _least_of_few(
+    w: Array, plan: SplitPlan, scheme: Scheme, thresholds: np.ndarray
+) -> tuple[np.ndarray, QuantizedWeight]:
+    """Try FEW of the thresholds [A] or [A, O], and for each scale the one between the best and its better neighbour."""
+    measured, tried, ints, errors = measured_outputs(w, scheme), [], [], []
+
+    def attempt(at: np.ndarray) -> None:
+        quantized, error = _compensated(w, plan, scheme, array_like(_picked(thresholds, at), w))
+        of_gain = measured.error_of_gain(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
+        tried.append(at)
+        ints.append(as_numpy(quantized.ints))
+        errors.append(_by_scale(error + of_gain, scheme))
+
+    for i in FEW:
+        attempt(np.full(thresholds.shape[1:], i))
+    best = np.stack(errors).argmin(0)
+    walls = np.pad(np.stack(errors), [(1, 1)] + [(0, 0)] * best.ndim, constant_values=np.inf)  # none beyond the ends
+    neighbour = np.where(_picked(walls, best) < _picked(walls, best + 2), best - 1, best + 1)
+    attempt((np.array(FEW)[best] + np.array(FEW)[neighbour]) // 2)
+    best = np.stack(errors).argmin(0)
+    at = _picked(np.stack(tried), best)
+    of_rows = np.stack(ints)[np.broadcast_to(best, len(w)), np.arange(len(w))]
+    threshold = array_like(_picked(thresholds, at), w)
+    quantized = QuantizedWeight(array_like(of_rows, w), scale_for(threshold, qmax(scheme.bits)), plan.source, threshold)
+    return at, quantized
+
+
+def _by_scale(error: Array, scheme: Scheme) -> np.ndarray:
+    """Sum errors of output channels [O] where one scale serves all."""
+    return as_numpy(error) if scheme.granularity == "channel" else np.asarray(as_numpy(error).sum())
+
+
+def _picked(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Pick values[index[o], o] of [A, O], or values[index] of [A]."""
+    return np.asarray(np.take_along_axis(values, np.asarray(index)[None], 0)[0])

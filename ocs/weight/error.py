@@ -1,7 +1,6 @@
 """What quantization leaves of a weight, and of the outputs that it computes."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -49,6 +48,9 @@ def output_power(w: Array) -> Array:
     return kernels(w).output_error(w, zeros, one, source, 1, 0.0)
 
 
+STRIP = 512  # columns that are multiplied with all later ones at once
+
+
 class MeasuredOutputs:
     """Measures what the outputs of one weight are off by, on the inputs whose second moments are known.
 
@@ -79,10 +81,33 @@ class MeasuredOutputs:
         For rows d = w_hat - w and w. The second part is the change of the outputs' gain, see functional.output_error.
         """
         d = self._blocks(as_tensor(w_hat)) - self.rows
-        error = self._sum((d @ self.second) * d) + gain * self._sum(self.product * d) ** 2 / (
-            self.power + (self.power == 0)
-        )
+        error = self._sum(self._with_later(d) * d)
+        return (error if isinstance(w_hat, Tensor) else error.numpy()) + self.error_of_gain(w_hat, gain)
+
+    def error_of_gain(self, w_hat: Array, gain: float) -> Array:
+        """Measure the second part of `error` alone."""
+        of_gain = self._sum(self.product * self._blocks(as_tensor(w_hat))) - self.power
+        error = gain * of_gain**2 / (self.power + (self.power == 0))
         return error if isinstance(w_hat, Tensor) else error.numpy()
+
+    def _with_later(self, d: Tensor) -> Tensor:
+        """Compute d H but for what a column has in common with those of earlier strips, which counts twice instead."""
+        strips, parts = range(0, d.shape[2], STRIP), []
+        for start in strips:
+            strip = self.second[:, start : start + STRIP]
+            part = d[..., start : start + STRIP] @ strip[..., start : start + STRIP].mT
+            if start + STRIP < d.shape[2]:
+                part = part + 2 * (d[..., start + STRIP :] @ strip[..., start + STRIP :].mT)
+            parts.append(part)
+        return torch.cat(parts, -1) if parts else d
+
+
+def measured_outputs(w: Array, scheme: Scheme) -> MeasuredOutputs:
+    """Measure what a weight's outputs are, once for all ways to quantize it."""
+    known = scheme.hessian.__dict__.get("measured")
+    if known is None or known[0] is not w:
+        known = scheme.hessian.measured = (w, MeasuredOutputs(w, scheme.hessian, scheme.groups))
+    return known[1]
 
 
 def signal_and_noise(w: Array, quantized: QuantizedWeight, scheme: Scheme) -> tuple[float, float]:
@@ -90,17 +115,9 @@ def signal_and_noise(w: Array, quantized: QuantizedWeight, scheme: Scheme) -> tu
     if scheme.hessian is None:
         power, error = output_power(w), output_error(w, quantized, scheme.groups, scheme.gain)
     else:
-        measured = MeasuredOutputs(w, scheme.hessian, scheme.groups)
+        measured = measured_outputs(w, scheme)
         power, error = measured.power, measured.error(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
     return float(power.sum()), float(error.sum())
-
-
-def errors_of_outputs(w: Array, scheme: Scheme) -> Callable[[QuantizedWeight], Array]:
-    """Return what measures (or without GPTQ estimates) how far outputs of quantized weights are off: float64 [O]."""
-    if scheme.rounding != "gptq":
-        return lambda quantized: output_error(w, quantized, scheme.groups, scheme.gain)
-    measured = MeasuredOutputs(w, scheme.hessian, scheme.groups)
-    return lambda quantized: measured.error(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
 
 
 def remaining_error(w: Array, step: Quantization, scheme: Scheme) -> float:

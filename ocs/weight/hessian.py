@@ -33,8 +33,10 @@ def blocks_of(columns: int, width: int) -> int:
 def in_blocks(rows: Tensor, width: int) -> Tensor:
     """View the columns of rows [G, R, N] in blocks of so many, zeros after the last: [G B, R, width]."""
     blocks = blocks_of(rows.shape[2], width)
+    if blocks <= 1:
+        return rows
     padded = F.pad(rows, (0, blocks * width - rows.shape[2]))
-    return padded.unflatten(2, (blocks, width)).transpose(1, 2).flatten(0, 1) if blocks else padded
+    return padded.unflatten(2, (blocks, width)).transpose(1, 2).flatten(0, 1)
 
 
 class Hessian:
@@ -56,7 +58,7 @@ class Hessian:
 
     @cached_property
     def factor(self) -> Tensor:
-        """R_ij / R_jj at [j, i], in that order, float32 [G B, L, L]; a ValueError where H is clearly negative."""
+        """R_ij / R_jj at [j, i], R_jj^2 at [j, j], float32 [G B, L, L]; a ValueError where H is clearly negative."""
         shrinkage = SHRINKAGE * self.second.shape[1] / self.count if self.count else 0.0
         factor = self.second.new_empty(self.second.shape, dtype=torch.float32)
         at_once = max(1, ELEMENTS // max(self.second[:1].numel(), 1))
@@ -74,9 +76,9 @@ class Hessian:
 
 
 def _factor(factor: Tensor, second: Tensor, backwards: Tensor, share: float) -> None:
-    """Write R_ij / R_jj at [j, i], float32 [G, N, N]: of damped H = R R^T, R upper triangular, its columns in order.
+    """Write R_ij / R_jj at [j, i], R_jj^2 at [j, j], float32 [G, N, N]: of damped H = R R^T, columns in order.
 
-    backwards: the columns, the last first. share: of the diagonal's mean, added to it. It takes 8 G N^2 bytes.
+    backwards: the columns, the last first. share: of the diagonal's mean, added to the diagonal. Needs 8 G N^2 bytes.
     """
     block, N = torch.arange(len(second), device=second.device)[:, None, None], second.shape[1]
     mean = second.diagonal(dim1=1, dim2=2).double().mean(1, keepdim=True)
@@ -96,3 +98,4 @@ def _factor(factor: Tensor, second: Tensor, backwards: Tensor, share: float) -> 
     for start in range(0, N, ROWS):
         rows, stop = slice(start, start + ROWS), N - start
         factor[:, max(stop - ROWS, 0) : stop] = (H[:, rows] / diagonal[:, rows]).flip(1, 2)
+    factor.diagonal(dim1=1, dim2=2).copy_(diagonal[..., 0].square().flip(1))

@@ -6,20 +6,21 @@ from typing import NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
-from ocs.kernels.constants import CLIP_METHODS, MAX_BINS, SMALLEST, TINY
+from ocs.kernels.constants import CLIP_METHODS, MAX_BINS, RELEASE_METHODS, SMALLEST, TINY
 from ocs.kernels.ops import kernels
 from ocs.weight.arguments import check_array, check_bits, check_choice, check_clip, check_values
-from ocs.weight.arrays import filled_like
+from ocs.weight.arrays import array_like, filled_like
 from ocs.weight.types import Array, Granularity, SplitPlan
 
-METHODS = ("none", *(method for method in CLIP_METHODS if method != "aciq-release"))  # what people compare
+METHODS = ("none", *(method for method in CLIP_METHODS if method not in RELEASE_METHODS))  # what people compare
 BINS, CHANNEL_BINS = 2048, 512  # of the histogram that a threshold is searched in: of a tensor, of an output channel
 
 
 class Clip(NamedTuple):
     """A way to find clip thresholds: a method, and the grid to come.
 
-    method: one of CLIP_METHODS, which search in a histogram; "none"; or a fraction of the largest magnitude.
+    method: one of CLIP_METHODS, which search in a histogram of |x|, or as the paper's release did in the values
+        themselves; "none"; or a fraction of the largest magnitude.
     bits: 2 to 8. signed: the grid is -qmax .. qmax, else 0 .. 2^bits - 1.
     """
 
@@ -29,8 +30,19 @@ class Clip(NamedTuple):
 
     @property
     def searches(self) -> bool:
-        """Tell whether the threshold is searched in a histogram."""
-        return self.method in CLIP_METHODS
+        """Tell whether the threshold is searched in a histogram of |x|."""
+        return self.method in CLIP_METHODS and not self.takes_values
+
+    @property
+    def takes_values(self) -> bool:
+        """Tell whether the threshold is searched in the values, by threshold_of."""
+        return self.method in RELEASE_METHODS
+
+    def threshold_of(self, x: Array, counts: Array | None = None) -> Array:
+        """Find the threshold of each row x [R, ...], float32 [R]; counts: how often each value is there, else once."""
+        counts = array_like(np.zeros(0, np.int64), x) if counts is None else counts
+        method = CLIP_METHODS.index(self.method)
+        return kernels(x).release_threshold(x, counts, self.bits, self.signed, method)
 
     def threshold(self, largest: Array | float, counts: Array | None = None) -> Array | float:
         """Find the threshold of values whose largest magnitude is `largest`, shaped like it.
@@ -40,6 +52,8 @@ class Clip(NamedTuple):
         if self.searches:
             method = CLIP_METHODS.index(self.method)
             return kernels(counts).clip_threshold(counts, largest, self.bits, self.signed, method)
+        if self.takes_values:
+            raise ValueError(f"method={self.method!r} takes the values themselves, no histogram of |x|: clip_threshold")
         if self.method == "none":
             return largest
         if isinstance(largest, float):
@@ -59,7 +73,9 @@ def split_thresholds(
 ) -> list[Array]:
     """Find the clip threshold float32 [] or [O] of the split w by each method: step 2, "OCS + clip" in the paper.
 
-    w: a weight [O, C, ...], or a batch of activations [N, C, ...]. One histogram serves all methods.
+    The paper's release takes it from w before splitting, and so do the methods that compute as it does.
+
+    w: a weight [O, C, ...], or a batch of activations [N, C, ...]. One histogram serves all other methods.
     """
     check_choice("granularity", granularity, get_args(Granularity))
     by_channel = granularity == "channel"
@@ -67,11 +83,15 @@ def split_thresholds(
         largest = kernels(w).output_max(w, plan.source, plan.depth, groups)
     else:
         largest = kernels(plan.split_max).abs_max(plan.split_max)
-    counts = None
-    if any(clip in CLIP_METHODS for clip in clips):
+    counts, found = None, [Clip(clip, bits, signed) for clip in clips]
+    if any(clip.searches for clip in found):
         bins = CHANNEL_BINS if by_channel else BINS
         counts = kernels(w).split_histogram(w, plan.source, plan.depth, groups, bins, largest)
-    return [Clip(clip, bits, signed).threshold(largest, counts) for clip in clips]
+    rows = w if by_channel else w.reshape(1, -1)
+    return [
+        clip.threshold_of(rows).reshape(largest.shape) if clip.takes_values else clip.threshold(largest, counts)
+        for clip in found
+    ]
 
 
 def scale_for(threshold: Array, largest_integer: int) -> Array:
@@ -85,7 +105,7 @@ def scale_for(threshold: Array, largest_integer: int) -> Array:
 def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True) -> float:
     """Find the clip threshold t of x: values beyond +-t saturate (sections 2.1 and 4 of the paper). At most max|x|.
 
-    It is searched in a histogram of |x| without the zeros, which are on every grid.
+    It is searched in a histogram of |x| without the zeros, which are on every grid; the release's in one of x.
 
     Args:
         x: any values; weights should be split before.
@@ -93,12 +113,14 @@ def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True
         method: "none" (max|x|), or a number in (0, 1], that fraction of max|x|, or
             "mse": the least squared error after rounding (equation 9);
             "aciq": the optimum for a Gaussian or a Laplace distribution, the likelier one, by its root mean square or
-            mean |x|; "aciq-release": as the paper's own release computes it, with the optima for about one bit less;
+            mean |x|;
             "kl": the least Kullback-Leibler divergence of the rounded from the clipped histogram, as in MXNet;
             "percentile": 99.99 % of the values are below at 8 bits, 99.9 % at 4, 1 - 10^-(2 + bits / 4) at any;
             "std": (bits + 1) / 2 root mean squares, half of one more where not signed;
             "sawb": c1 times the root mean square minus c2 times the mean |x| (Choi et al., SysML 2019), good up to 5
-            bits: a line then fits uniform and heavy-tailed values no longer both.
+            bits: a line then fits uniform and heavy-tailed values no longer both;
+            "mse-release", "aciq-release", "kl-release": as the paper's own release computes them, for its tables
+            (csrc/ocs.h has the formulas). They leave more error than ours; aciq-release may exceed max|x|.
         signed: the grid is -qmax .. qmax, else 0 .. 2^k - 1.
     """
     check_bits("bits", bits)
@@ -106,10 +128,12 @@ def clip_threshold(x: Array, bits: int, method: str | float, signed: bool = True
     x = check_values("x", check_array("x", x))
     largest = _finite_max(x)
     clip = Clip(method, bits, signed)
-    if not clip.searches:
+    if method not in CLIP_METHODS:
         return clip.threshold(float(largest))
     if largest < TINY:
         return float(largest)
+    if clip.takes_values:
+        return float(clip.threshold_of(x.reshape(1, -1))[0])
     counts = kernels(x).histogram(x, BINS, float(largest))
     counts[0] -= count_zeros(x)
     return float(clip.threshold(largest, counts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import ocs
+from ocs.calibration import gram
 from ocs.calibration.gram import LayerMoments, SecondMoments, rows_of
 from ocs.nn.registry import replacement_of
 
@@ -188,3 +190,66 @@ def test_what_attention_meets(sizes: dict[str, int]) -> None:
         y = (net["attention"](query, key, value)[0] - out.bias).flatten(0, 1)
     expected = y.mT @ y
     torch.testing.assert_close(out.weight @ of_output.products[0] @ out.weight.mT, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- No more memory than is stated ------------------------------------------------------------------------------------
+
+
+def kept(model: nn.Module, x: Tensor) -> int:
+    """Bytes of all second moments."""
+    moments = ocs.calibrate(model, x, moments=True).moments
+    return sum(each.products.nbytes for of_layer in moments.values() for each in of_layer.values())
+
+
+@pytest.mark.parametrize("widest", [1, 5, 8, 11, 12, 40])
+def test_blocks_are_those_on_the_diagonal(widest: int) -> None:
+    """Of every group; zeros where the last block ends."""
+    layer, x = nn.Conv2d(6, 4, (2, 2), groups=2), torch.randn(3, 6, 4, 4)
+    whole, cut = LayerMoments(layer)["weight"], LayerMoments(layer, widest=widest)["weight"]
+    for _, rows in rows_of(layer, {"input": x}):
+        whole.update(rows)
+        cut.update(rows)
+    assert cut.width <= widest
+    assert cut.products.shape == (2 * cut.blocks, cut.width, cut.width)
+    for g, H in enumerate(whole.products):
+        expected = torch.nn.functional.pad(H, (0, cut.blocks * cut.width - 12) * 2)
+        for b in range(cut.blocks):
+            columns = slice(b * cut.width, (b + 1) * cut.width)
+            torch.testing.assert_close(cut.products[g * cut.blocks + b], expected[columns, columns])
+
+
+@pytest.mark.parametrize("bound", [2**40, 20_000, 3000])
+def test_all_together_take_no_more_than_the_bound(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers there are; the report says what was cut, and compensation is still worth it."""
+    monkeypatch.setattr(gram, "BYTES", bound)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 8))
+    x = (torch.randn(500, 60) @ torch.randn(60, 60)).relu()
+    assert kept(model, x) <= bound
+    errors = {}
+    for rounding in ("nearest", "gptq"):
+        ours = copy.deepcopy(model)
+        given = {"calibration": [x]} if rounding == "gptq" else {}
+        report = ocs.quantize(ours, wbits=3, granularity="channel", rounding=rounding, **given)
+        errors[rounding] = float((ours(x) - model(x)).detach().square().sum())
+    reasons = [line.reason for line in report.quantized]
+    if bound == 2**40:
+        assert reasons == [""] * 3
+    else:
+        assert reasons[0].startswith("second moments in ")
+        assert reasons[0].endswith("columns: whole they take 1.44e-05 GB")
+    assert errors["gptq"] < errors["nearest"]
+
+
+def test_wide_weights_are_cut_before_memory_is_taken() -> None:
+    """A pitch tracker's convolution, whose second moments would take 17 GB, a classifier's 340 MB and a usual one."""
+    shapes = [(1024 * 64, 16), (9216, 64), (512 * 9, 512)]
+    layers = [nn.Linear(*shape, device="meta") for shape in shapes]
+    assert gram.widest_block(layers) == gram.WIDEST
+    moments = [LayerMoments(layer)["weight"] for layer in layers]
+    assert [(each.blocks, each.width) for each in moments] == [(15, 4370), (2, 4608), (1, 4608)]
+    assert all(each._sums is None for each in moments)
+    many = [nn.Linear(11008, 4096, device="meta")] * 100
+    width = gram.widest_block(many)
+    assert width < 500
+    assert sum(4 * each.blocks * each.width**2 for each in [SecondMoments(1, 11008, width)] * 100) <= gram.BYTES

@@ -352,7 +352,7 @@ def nested(levels: int) -> list:
 HEAD = ("layers", "net.head")
 LAYER = {"kind": "Linear", "bits": 5, "expand": True, "settings": {}, "weights": {}}
 FORGED = {
-    "newer": (setting("format", to=3), "wrote it in format 3, newer than 2: upgrade torch-ocs"),
+    "newer": (setting("format", to=4), "wrote it in format 4, newer than 3: upgrade torch-ocs"),
     "format of another type": (setting("format", to="1"), "header is damaged"),
     "format zero": (setting("format", to=0), "header is damaged"),
     "format of no number": (setting("format", to=True), "header is damaged"),
@@ -376,6 +376,8 @@ FORGED = {
     "unknown field": (setting(*HEAD, "code", to="import os"), "header is damaged"),
     "another kind": (setting(*HEAD, "kind", to="GRU"), "net.head: it was saved from another GRU than this Linear"),
     "another weight": (setting(*HEAD, "weights", to={"bias": [5]}), "net.head: it was saved from another Linear"),
+    "tied to another": (setting(*HEAD, "tied", to="net.stem"), "net.head: .* this one is tied to another layer"),
+    "tied to a number": (setting(*HEAD, "tied", to=3), "header is damaged"),
     "an unknown layer": (setting("layers", "net.tail", to=LAYER), "has no layer 'net.tail'"),
     "the root": (setting("layers", "", to=LAYER), "has no layer ''"),
     "a container": (setting("layers", "net", to=LAYER), "has no layer 'net'"),

@@ -11,7 +11,9 @@ from ocs.kernels import constants
 
 def test_values() -> None:
     """What files, histograms and the paper's grid rest on."""
-    assert constants.CLIP_METHODS == ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb")
+    names = ("mse", "aciq", "aciq-release", "kl", "percentile", "std", "sawb", "mse-release", "kl-release")
+    assert names == constants.CLIP_METHODS
+    assert constants.RELEASE_METHODS == ("aciq-release", "mse-release", "kl-release")
     assert (constants.MIN_BITS, constants.MAX_BITS, constants.MAX_BINS, constants.MAX_DEPTH) == (2, 8, 2**24, 22)
     assert (constants.OCTAVES, constants.BINS_PER_OCTAVE, constants.OCTAVE_BINS) == (16, 8, 128)
 
@@ -31,7 +33,11 @@ def test_limits_are_those_of_the_kernels() -> None:
         else:
             with pytest.raises(ValueError, match="bits"):
                 _C.quantize_weight(*args)
-    for number in range(len(constants.CLIP_METHODS)):
-        assert _C.clip_threshold(np.array([0, 1]), np.ones((), np.float32), 4, True, number) > 0
+    x = np.float32([[0, 1]])
+    for number, method in enumerate(constants.CLIP_METHODS):
+        if method in constants.RELEASE_METHODS:
+            assert _C.release_threshold(x, np.array([], np.int64), 4, True, number) > 0
+        else:
+            assert _C.clip_threshold(np.array([0, 1]), np.ones((), np.float32), 4, True, number) > 0
     with pytest.raises(ValueError, match="method"):
         _C.clip_threshold(np.array([0, 1]), np.ones((), np.float32), 4, True, len(constants.CLIP_METHODS))

@@ -27,6 +27,7 @@ INTS = torch.ops.ocs.quantize_weight(W, SCALE, *PLAN[:3], 3, 5, True)
 COUNTS = torch.stack([torch.ops.ocs.histogram(W, 64, 1.0), torch.ops.ocs.histogram(W, 64, 2.0)])
 ORDER = torch.arange(90).flip(0).expand(3, 90)
 FACTOR = torch.linspace(-0.1, 0.1, 3 * 90 * 90).reshape(3, 90, 90)
+OFTEN = torch.arange(W.numel()) % 5  # how often each value is there
 PACKED = torch.ops.ocs.pack(INTS, 5)
 
 CALLS = {
@@ -37,7 +38,8 @@ CALLS = {
     "split_plan": [(torch.rand(30), 3, 4), (torch.rand(5), 1, 0)],
     "output_max": [(W, PLAN[0], PLAN[1], 3)],
     "split_histogram": [(W, *PLAN[:2], 3, 32, limit) for limit in (PLAN[3].max(), W.abs().amax((1, 2, 3)))],
-    "clip_threshold": [(COUNTS, torch.tensor([1.0, 2.0]), 4, True, method) for method in range(7)],
+    "clip_threshold": [(COUNTS, torch.tensor([1.0, 2.0]), 4, True, method) for method in (0, 1, 3, 4, 5, 6)],
+    "release_threshold": [(W, counts, 4, True, method) for counts in (OFTEN, OFTEN[:0]) for method in (2, 7, 8)],
     "quantize_weight": [(W, s, *PLAN[:3], 3, 5, qa) for s in (SCALE, SCALES) for qa in (True, False)],
     "squant_weight": [(w, s, *PLAN[:3], 3, 4) for w in (W, W.flatten(2)[..., 0]) for s in (SCALE, SCALES)],
     "gptq_weight": [(W, s, *PLAN[:3], 4, ORDER, FACTOR) for s in (SCALE, SCALES)],
@@ -252,6 +254,13 @@ HOSTILE = [
     ("histogram", (W, 2**62, 1.0), "bins must be"),
     ("histogram", (W, 4, -1.0), "bins must be"),
     ("histogram", (W, 4, float("nan")), "bins must be"),
+    ("release_threshold", (W, OFTEN, 4, True, 0), "no such clip method"),
+    ("release_threshold", (W, OFTEN, 4, True, 2**40), "no such clip method"),
+    ("release_threshold", (W, OFTEN, 9, True, 7), "bits must be 2 to 8"),
+    ("release_threshold", (W, OFTEN[1:], 4, True, 7), "counts must be empty"),
+    ("release_threshold", (W, -OFTEN, 4, True, 7), "counts not negative"),
+    ("release_threshold", (W / 0, OFTEN, 4, True, 7), "NaN or Inf"),
+    ("release_threshold", (torch.tensor(1.0), OFTEN[:1], 4, True, 7), "at least 1 dimension"),
     ("quantize", (W, torch.tensor(0.0), 4, True), "positive finite"),
     ("quantize", (W, torch.ones(0), 4, True), "one number"),
     ("pack", (INTS, 4), "an integer is outside"),

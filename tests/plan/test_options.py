@@ -43,7 +43,16 @@ def test_overrides_know_the_layer_options_and_no_others(net: SmallNet) -> None:
 
 def test_report_and_file_have_the_options_by_name(net: SmallNet) -> None:
     report = ocs.quantize(net, wbits=4, r=0.1)
-    assert list(report.settings) == [*LAYER, "skip", "overrides", "fold_bn", "allocate", "budget", "recipe"]
+    assert list(report.settings) == [
+        *LAYER,
+        "skip",
+        "overrides",
+        "fold_bn",
+        "embeddings",
+        "allocate",
+        "budget",
+        "recipe",
+    ]
     assert list(net.head.settings) == list(LAYER)
     json.dumps(net.head.settings)
 

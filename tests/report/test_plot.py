@@ -90,7 +90,8 @@ def test_lines_are_at_the_thresholds(bits: int, r: float, groups: int, signed: b
     panels = figure.get_axes()
     assert len(panels) == (2 if r else 1)
     for axes, values in zip(panels, [x, split_values(x, r, groups)[0]], strict=False):
-        want = {str(method): functional.clip_threshold(values, bits, method, signed) for method in METHODS}
+        of = {method: x if method == "aciq-release" else values for method in METHODS}  # the release clips, then splits
+        want = {str(method): functional.clip_threshold(of[method], bits, method, signed) for method in METHODS}
         assert drawn(axes) == want
         assert bars(axes) == np.count_nonzero(values)
 

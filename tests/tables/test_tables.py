@@ -122,6 +122,20 @@ def test_best_clip_and_its_combination_with_ocs(tmp_path: Path) -> None:
     assert task.asked == ["float", "none, 0", "mse, 0", "kl, 0", "none, 0.02", "mse, 0.02"]
 
 
+def test_clip_columns_as_published(tmp_path: Path) -> None:
+    """--clip-as release: mse, aciq and kl are the release's, of weights and inputs; columns keep their names."""
+    arguments = [*FASHION, "--limit", "8", "--bits", "4", "--r", "0.05", "--clip", "none", "kl", "--batch-size", "4"]
+    for table, option in ((table2, "clip"), (table3, "act_clip")):
+        command.main(table.TABLE, [*arguments, "--clip-as", "release", "--calibration", "8", "--out", str(tmp_path)])
+        content = json.loads((tmp_path / f"{table.TABLE.name}.json").read_text())
+        asked = {cell["column"]: cell["options"].get(option) for cell in content["cells"]}
+        assert (asked["clip none"], asked["clip kl"]) == ("none", "kl-release")
+        assert content["settings"]["clip_as"] == "release"
+        if table is table2:
+            assert asked["OCS 0.05 + best clip"] == "kl-release"
+    assert Cell("row", "best", best_of=("clip kl",)).clipped_as_released().options is None
+
+
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     first = FakeTask(ANSWERS)
     run_of(tmp_path).measure(first, grid()[:2])

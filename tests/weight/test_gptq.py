@@ -17,7 +17,7 @@ from ocs import _C, functional
 from ocs.kernels import composite, reference
 from ocs.nn.registry import replacement_of
 from ocs.weight import hessian as hessians
-from ocs.weight.apply_plan import AUTO
+from ocs.weight.apply_plan import AUTO, FEW, RISING
 from ocs.weight.error import MeasuredOutputs, remaining_error
 from ocs.weight.hessian import Hessian
 
@@ -79,7 +79,7 @@ def test_parts_add_up(gptq_weight: Callable, bits: int) -> None:
         w = torch.stack([whole, torch.zeros_like(whole)], 1)
         nearest = torch.ops.ocs.quantize_weight(w, one, *plan, 1, bits, True)
         error = torch.ops.ocs.fold(nearest, one, plan[0], 1, 2)[:, 0] - whole
-        ints = gptq_weight(w, one, *plan, bits, torch.tensor([[0, 1]]), factor)
+        ints, _ = gptq_weight(w, one, *plan, bits, torch.tensor([[0, 1]]), factor)
         own = [0, *range(2, len(plan[0]))]
         assert torch.equal(ints[:, own], nearest[:, own])
         assert torch.equal(ints[:, 1], (0.5 - error).floor().clamp(-most, most).to(torch.int8))
@@ -98,7 +98,9 @@ def test_other_devices_round_alike(shape: tuple[int, ...], groups: int, width: i
     plan = functional.plan_splits(w, 0.3, groups)
     for scale in (w.abs().max() / 7, w.abs().flatten(1).amax(1) / 20):
         args = (w, scale, *plan[:3], 4, order, factor)
-        assert torch.equal(torch.ops.ocs.gptq_weight(*args), composite.gptq_weight(*args))
+        (ints, error), (expected, lost) = torch.ops.ocs.gptq_weight(*args), composite.gptq_weight(*args)
+        assert torch.equal(ints, expected)
+        torch.testing.assert_close(error, lost, rtol=1e-4, atol=0)
 
 
 def diagonal_blocks(H: Tensor, width: int) -> Tensor:  # noqa: N803
@@ -119,8 +121,11 @@ def test_blocks_are_rounded_as_if_they_had_nothing_in_common() -> None:
         own = apart[0, columns, columns].diagonal().mean() if b < 2 else H[0, columns, columns].diagonal().sum() / 12
         apart[0, columns, columns] += np.eye(len(apart[0, columns, columns])) * 0.03 * (own - H[0].diagonal().mean())
     order, factor = (each.numpy() for each in Hessian(blocks).factored(1))
-    ours = _C.gptq_weight(w, scale, *plan[:3], 4, order, factor)
+    ours, lost = _C.gptq_weight(w, scale, *plan[:3], 4, order, factor)
     np.testing.assert_array_equal(ours, reference.gptq_weight(w, scale, *plan[:3], 1, 4, apart))
+    d = (_C.fold(ours, scale, plan[0], 1, 10) - w).reshape(20, 30).astype(np.float64)
+    damped = apart[0] + np.eye(30) * 0.03 * H[0].diagonal().mean()
+    np.testing.assert_allclose(lost, (d @ damped * d).sum(1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -155,20 +160,20 @@ def test_what_does_not_go_together_is_rounded_to_nearest(r: float, clip: str | f
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
-    """Of all that could be chosen, after rounding; of each output channel by itself, where each has a scale."""
-    w, H = outlier_weight((6, 12, 2)), correlated(2, 24)
+def test_auto_leaves_little_error(kind, granularity: str) -> None:
+    """Less than each of the FEW by itself, hardly more than the best of all; no other integers than that clip's own."""
+    w, H = outlier_weight((24, 12, 2)), correlated(2, 24)
     measured = MeasuredOutputs(w, Hessian(torch.from_numpy(H)), 2)
-    errors = []
-    for clip in AUTO:
-        q = quantized(w, 3, 0.2, clip=clip, granularity=granularity, groups=2, moments=H)
-        errors.append(measured.error(functional.fold(q, 12, 2), 10))
+    options = {"granularity": granularity, "groups": 2, "moments": H}
+    each = {clip: quantized(w, 3, 0.2, clip=clip, **options) for clip in AUTO}
+    errors = {clip: measured.error(functional.fold(q, 12, 2), 10) for clip, q in each.items()}
     ours = quantized(kind(w), 3, 0.2, clip="auto", granularity=granularity, groups=2, moments=kind(H))
     found = np.asarray(measured.error(np.asarray(functional.fold(ours, 12, 2)), 10))
-    if granularity == "channel":
-        np.testing.assert_array_equal(found, np.min(errors, 0))
-    else:
-        assert found.sum() == np.sum(errors, 1).min()
+    few = [errors[RISING[i]].sum() for i in FEW]
+    assert found.sum() <= 1.01 * min(few)  # they are compared by damped moments
+    assert found.sum() < 1.3 * (np.min([*errors.values()], 0) if granularity == "channel" else errors["none"]).sum()
+    for o in range(24):
+        assert any((np.asarray(ours.ints)[o] == q.ints[o]).all() for q in each.values())
 
 
 def test_error_by_hand() -> None:
@@ -378,7 +383,8 @@ def test_attention_with_a_forward_of_its_own() -> None:
     given = {"rounding": "gptq", "calibration": [torch.randn(5, 7, 8)]}
     with pytest.raises(ValueError, match=r"calibration reached none of the layers 0\.out_proj"):
         ocs.quantize(model, **given)
-    report = ocs.quantize(nn.Sequential(nn.Linear(8, 8), *model), **given)
+    with pytest.warns(UserWarning, match="only 40% of the matmul weights .* Attends has a forward of its own"):
+        report = ocs.quantize(nn.Sequential(nn.Linear(8, 8), *model), **given)
     assert report.quantized[1].reason.startswith("rounded to nearest: calibration never reached it")
 
 
