@@ -1,11 +1,14 @@
 """The weight of a quantized layer as other code reads it: what the layer computes, which no write could change."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 _WAY_OUT = "is made from integers and cannot be written: change the float model (merge its adapters), then quantize it"
 
@@ -18,7 +21,7 @@ def refusal(layer: object, name: str) -> str:
 def read_only(weight: Tensor, layer: object, name: str) -> Tensor:
     """Make a tensor that shares a weight's memory and refuses writes; what is traced or compiled gets a plain one."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag
-    if traced or type(weight) is not Tensor:
+    if traced or torch._C._len_torch_dispatch_stack() or type(weight) is not Tensor:
         return weight
     return _wrapped(weight, refusal(layer, name))
 
@@ -29,23 +32,22 @@ class ReadOnlyWeight(Tensor):
     The operators' schemas say which of their arguments they write; results that are no views are plain tensors.
     """
 
-    refusal: str
+    plain: Tensor  # of the same memory
+    refusal: str  # what to say to who writes it
     __torch_function__ = torch._C._disabled_torch_function_impl  # so that torch's fast paths take it
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operator on plain tensors, if it does not write one of these."""
         kwargs = kwargs or {}
-        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        for each in tree_leaves([given.get(name) for name in written]):
-            if isinstance(each, cls):
-                raise RuntimeError(each.refusal)
-        result = func(*tree_map_only(cls, _plain, args), **tree_map_only(cls, _plain, kwargs))
-        if not any(argument.alias_info is not None for argument in func._schema.returns):
+        written, returns_views = _effects(func)
+        for each in _read_only([*(args[i] for i, _ in written if i < len(args)), *(kwargs.get(n) for _, n in written)]):
+            raise RuntimeError(each.refusal)
+        result = func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+        if not returns_views:
             return result
-        text = next(each.refusal for each in tree_leaves((args, kwargs)) if isinstance(each, cls))
-        return tree_map_only(Tensor, lambda view: _wrapped(view, text), result)
+        text = next(_read_only([*args, *kwargs.values()])).refusal
+        return [_wrapped(view, text) for view in result] if isinstance(result, list) else _wrapped(result, text)
 
     @property
     def data(self) -> Tensor:
@@ -73,7 +75,7 @@ class ReadOnlyWeight(Tensor):
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
         """Give a numpy array that shares the memory and is read-only, too."""
-        array = _plain(self).numpy(force=force)
+        array = self.plain.numpy(force=force)
         array.flags.writeable = False
         return array
 
@@ -83,27 +85,45 @@ class ReadOnlyWeight(Tensor):
 
     def tolist(self) -> Any:
         """Convert to a list of numbers."""
-        return _plain(self).tolist()
+        return self.plain.tolist()
 
     def __repr__(self, **options: Any) -> str:
         """Show the values as of any tensor."""
-        return _plain(self).__repr__(**options)
+        return self.plain.__repr__(**options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy to a plain tensor, which may be written."""
-        return _plain(self).clone()
+        return self.plain.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as a plain tensor."""
-        return _plain(self).clone().__reduce_ex__(protocol)
+        return self.plain.clone().__reduce_ex__(protocol)
 
 
 def _wrapped(weight: Tensor, text: str) -> Tensor:
     made = Tensor._make_subclass(ReadOnlyWeight, weight)
-    made.refusal = text
+    made.plain, made.refusal = weight, text
     return made
 
 
-def _plain(weight: Tensor) -> Tensor:
-    with torch._C._DisableTorchDispatch():
-        return torch.ops.aten.alias.default(weight)
+def _plain(value: Any) -> Any:
+    """Take the plain tensor of an argument that is one of these, or a list of arguments."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.plain if isinstance(value, ReadOnlyWeight) else value
+
+
+def _read_only(values: list[Any]) -> Iterator[ReadOnlyWeight]:
+    """Find these tensors among arguments, some of which are lists."""
+    for value in values:
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, ReadOnlyWeight):
+                yield each
+
+
+@lru_cache(maxsize=1024)
+def _effects(func: Any) -> tuple[list[tuple[int, str]], bool]:
+    """Tell which arguments an operator writes, by place and name, and whether its results are views."""
+    arguments, results = func._schema.arguments, func._schema.returns
+    written = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return written, any(each.alias_info is not None for each in results)

@@ -34,7 +34,7 @@ class Lora(nn.Module):
 
 
 def test_an_adapter_and_its_base_layer_stay_float_until_merged() -> None:
-    net, x = nn.Sequential(Lora(nn.Linear(6, 6)), nn.Linear(6, 6)), torch.randn(3, 6)
+    net, x = nn.Sequential(Lora(nn.Linear(6, 6)), nn.Linear(6, 40)), torch.randn(3, 6)
     before = net[0](x)
     report = ocs.quantize(net)
     reasons = {line.name: line.reason for line in report.layers if line.status == "float"}

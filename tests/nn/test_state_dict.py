@@ -149,5 +149,5 @@ class Converting(nn.Linear):
 
 @pytest.mark.parametrize("layer", [Versioned(), Converting(6, 4)])
 def test_a_layer_that_loads_its_state_by_itself_stays_float(layer: nn.Module) -> None:
-    report = ocs.quantize(nn.Sequential(layer, nn.Linear(4, 4)))
+    report = ocs.quantize(nn.Sequential(layer, nn.Linear(4, 40)))
     assert report.layers[0].reason == f"{type(layer).__name__} has a way of its own to save or load its state"
