@@ -105,3 +105,16 @@ ocs_columns ocs_columns_of_group(const ocs_rows *rows, int64_t g) {
 ocs_columns ocs_columns_of_row(const ocs_rows *rows, int64_t o) {
     return ocs_columns_of_group(rows, o / (rows->shape->O / rows->shape->G));
 }
+
+void ocs_link_parts(int32_t *next, const ocs_rows *rows, int64_t g) {
+    const ocs_columns columns = ocs_columns_of_group(rows, g);
+    const int64_t C = rows->shape->C, K = rows->shape->K, E = C + rows->shape->S;
+    for (int64_t j = 0; j < E; ++j) {
+        next[j] = -1;
+        if (j >= C) {
+            const int64_t c = columns.index[(j - C) * K] / K;
+            next[j] = next[c];
+            next[c] = (int32_t)j;
+        }
+    }
+}

@@ -57,6 +57,7 @@ const char *ocs_status_text(ocs_status status) {
     case OCS_BAD_SHAPE:
         return "sizes must not be negative, and groups must divide the output channels and be at most their number";
     case OCS_BAD_PLAN: return "source, depth and offset are no split plan of this shape";
+    case OCS_BAD_ORDER: return "order must have each column once";
     case OCS_NOT_FINITE: return "the values hold NaN or Inf";
     case OCS_TOO_LARGE: return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep";
     case OCS_BAD_CODE: return "an integer is outside -qmax .. qmax, or bits beyond the last one are not 0";

@@ -146,6 +146,9 @@ static inline float ocs_scale_of(ocs_scale scale, int64_t o) {
     return scale.value[o * scale.stride];
 }
 
+/* Output channels that gptq.c rounds side by side. */
+#define OCS_SIDE_BY_SIDE 16
+
 /* A weight's output channels, for the entries that work row by row. */
 typedef struct {
     const ocs_kernels *kernels;
@@ -161,5 +164,9 @@ void ocs_rows_end(ocs_rows *rows);
 /* The columns of group g, and of the group of output channel o. */
 ocs_columns ocs_columns_of_group(const ocs_rows *rows, int64_t g);
 ocs_columns ocs_columns_of_row(const ocs_rows *rows, int64_t o);
+
+/* next [C + S]: the next part of the same channel of group g, -1 after its last. Reads the columns, which were checked,
+   not the plan, which another thread could have changed since. */
+void ocs_link_parts(int32_t *next, const ocs_rows *rows, int64_t g);
 
 #endif

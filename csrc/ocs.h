@@ -58,6 +58,7 @@ typedef enum {
     OCS_BAD_SHAPE,  /* a negative size, G that does not divide O or exceeds it, or splits without channels */
     OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
+    OCS_BAD_ORDER,  /* an order of columns that leaves one out */
     OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than OCS_MAX_DEPTH deep */
     OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
     OCS_BAD_METHOD, /* a clip method that there is not */
@@ -195,6 +196,14 @@ ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan 
    filters too, and those of output channels end within 1/2. Saturated elements stay as they are. */
 ocs_status ocs_squant_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
                                  const ocs_shape *shape, int bits);
+
+/* ints [O, C + S, K], quantization-aware (gptq.c): column by column, what rounding one does to the outputs is
+   compensated in those of its block that follow. The N = C K columns of each group are in B = ceil(N / L) blocks of L
+   columns, of which those beyond N do not exist; order [G, B L] has each of the numbers 0 .. B L - 1 once, a block's in
+   its place; factor [G B, L, L]: where H = E[x x^T] of a block in that order is U U^T, U upper triangular, factor[j][i]
+   is U_ij / U_jj for i < j; the rest is not read. OCS_BAD_ORDER: order is not such. */
+ocs_status ocs_gptq_weight_f32(int8_t *ints, const float *w, const int64_t *order, const float *factor,
+                               const ocs_plan *plan, ocs_scale scale, const ocs_shape *shape, int64_t L, int bits);
 
 /* w_hat [O, C, K] = scale * (sum of the integers of a channel and its copies): what the expanded weight computes. */
 ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, ocs_scale scale,

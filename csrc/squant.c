@@ -193,21 +193,18 @@ typedef struct {
 } squant_job;
 
 /* The parts of each channel of group g, and the sums T that all of them can hold: part i of 2^m is floor((T + i) /
-   2^m). Reads the columns, which were checked, not the plan, which another thread could have changed since. */
+   2^m). */
 static void fill_parts(squant_job *job, int64_t g) {
     const ocs_columns columns = ocs_columns_of_group(&job->rows, g);
     const int64_t C = job->rows.shape->C, K = job->rows.shape->K, E = C + job->rows.shape->S;
-    int32_t *next = job->next + g * E, *low = job->low + g * C, *high = job->high + g * C;
+    int32_t *low = job->low + g * C, *high = job->high + g * C;
+    ocs_link_parts(job->next + g * E, &job->rows, g);
     for (int64_t j = 0; j < E; ++j) {
         const int64_t c = j < C ? j : columns.index[(j - C) * K] / K;
         const int32_t m = columns.shift[j * K] - 1, i = columns.addend[j * K] / 2;
         const int32_t lowest = -job->qmax * (1 << m) - i, highest = (job->qmax + 1) * (1 << m) - 1 - i;
         low[c] = j < C || lowest > low[c] ? lowest : low[c];
         high[c] = j < C || highest < high[c] ? highest : high[c];
-        next[j] = j < C ? -1 : next[c];
-        if (j >= C) {
-            next[c] = (int32_t)j;
-        }
     }
 }
 

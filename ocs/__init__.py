@@ -5,6 +5,7 @@ import torch  # noqa: F401 - first: ocs._C takes what it needs of libtorch from 
 from ocs import functional, nn
 from ocs.calibration.calibrate import Calibration, calibrate
 from ocs.formats.storage import load, save
+from ocs.nn.own_forward import register
 from ocs.plan.selectors import FIRST_LAYER
 from ocs.quantization import quantize
 from ocs.report.data import LayerReport, Report
@@ -14,5 +15,5 @@ from ocs.tune.synthesize import synthesize
 __version__ = "0.1.0"
 __all__ = [
     "FIRST_LAYER", "Calibration", "LayerReport", "Report", "calibrate", "functional", "load", "nn", "quantize",
-    "reestimate_batchnorm", "save", "synthesize",
+    "reestimate_batchnorm", "register", "save", "synthesize",
 ]  # fmt: skip

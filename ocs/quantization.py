@@ -10,6 +10,7 @@ from torch import nn
 
 from ocs.calibration.calibrate import Calibration
 from ocs.calibration.run import Data
+from ocs.formats.contents import sizes_of
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.model.wrappers import unwrapped
@@ -17,6 +18,7 @@ from ocs.nn.input import ActSplit
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
 from ocs.plan.choose import choose
+from ocs.plan.coverage import check_coverage
 from ocs.plan.input_facts import learn
 from ocs.plan.options import Allocate, Recipe, Request
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
@@ -57,7 +59,11 @@ def quantize(
     """Quantize a model in place by outlier channel splitting: its weights, without data, and if asked layer inputs.
 
     Every convolution (transposed ones too), nn.Linear, nn.MultiheadAttention, and every LSTM, GRU and RNN, layer or
-    cell, becomes an ocs.nn layer; whatever fails, the model is as it was. Sections 3 and 5 of the paper.
+    cell, becomes an ocs.nn layer, and so do experts that are held in one parameter, transformers' Conv1D, and what
+    ocs.register names; whatever fails, the model is as it was. Sections 3 and 5 of the paper.
+
+    The `weight` of such a layer is there to be read: writes to it are refused. Adapters (of peft, say) and their base
+    layers stay float: merge them first.
 
     Args:
         model: a float model on any device, in train or eval mode.
@@ -90,13 +96,15 @@ def quantize(
             float inputs: measured where there is calibration, else from the BatchNorms before the layer, where these
             tell it surely (not through a LayerNorm, GroupNorm or max pooling), else unknown, and the layer's bias as it
             was: the report says so. Recurrent and attention layers keep theirs.
-        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments, a callable that runs the
-            model, or what ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode
-            and without gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
+        calibration: what shows the inputs: batches, (batch, target) pairs, dicts of arguments by name, which say what
+            forward gets where a tuple does not (see ocs.calibrate's data), a callable that runs the model, or what
+            ocs.calibrate returned (with moments=True where rounding="gptq"). The model runs in eval mode and without
+            gradients. Where torch.distributed is initialized, every rank calls quantize with batches of its
             own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
-        skip: what stays float: ocs.FIRST_LAYER (the first convolution), names, glob patterns, module types, predicates
+        skip: what stays float: ocs.FIRST_LAYER (the first convolution, where it has at most four input channels and one
+            group and is no patch embedding: the one that sees an image), names, glob patterns, module types, predicates
             (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.
         overrides: options for the layers that fit a name or pattern: {"layer4.*": dict(wbits=8)}.
         expand: True for layers that really have C + n channels, False to fold the copies back (same values). Attention,
@@ -125,11 +133,15 @@ def quantize(
     Returns:
         A Report with a line for every weight, and one for every layer that was left as it is.
 
+    Warns:
+        UserWarning: less than half of the matmul weights are quantized, those that `skip` names not counted; it names
+            the reason that most weights have.
+
     Raises:
         ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
             nothing yet, calibration is missing or empty, an option has no effect (select or allocate without r, act_
             options without abits, calibration that nothing uses), the model is quantized already or has no layer to
-            quantize.
+            quantize, or every layer stays float: the error names the reason that most weights have.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin, request = time.perf_counter(), Request.of(locals())
@@ -137,14 +149,21 @@ def quantize(
     plans, settings = choose(model, request)
     check_allocation(plans, request.model)
     plans, facts, sample = learn(model, plans, request.model)
+    check_coverage(plans)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
         plans = [replace(plan, norm_folded=folding.layers.get(id(plan.target.module))) for plan in plans]
         plans = allocate_sizes(model, plans, facts, sample, request.model)
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=progress)
     lines, batch_norms = report_lines(results), folding.by_name(model)
-    exchange(module_slots(model, _replacements(folding, results)))
-    return Report(tuple(lines), settings, time.perf_counter() - begin, batch_norms)
+    replacements = _replacements(folding, results)
+    bytes_of = sizes_of(model, replacements)
+    packed = sum(line.packed_bytes or 0 for line in lines)
+    exchange(module_slots(model, replacements))
+    return Report(
+        tuple(lines), settings, time.perf_counter() - begin, batch_norms,
+        bytes_of.model, bytes_of.weights, bytes_of.float_weights, bytes_of.beside + packed,
+    )  # fmt: skip
 
 
 def _replacements(folding: Folding, results: Iterable[LayerResult]) -> dict[int, nn.Module]:

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -149,13 +150,6 @@ class LowRank(nn.Linear):
         self.adapter = nn.Linear(4, 4)
 
 
-class WithMethod(nn.Linear):
-    """A subclass that can do more."""
-
-    def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * self(x)
-
-
 def without_a_weight() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].weight = None
@@ -220,7 +214,6 @@ LEFT_ALONE = {
     "adapter": (lambda: nn.Sequential(LowRank()), "0", "LowRank has adapter of its own besides what Linear has"),
     "no weight": (without_a_weight, "0", "it has no weight"),
     "own buffer": (with_a_buffer, "0", "Linear has mask of its own besides"),
-    "own method": (lambda: nn.Sequential(WithMethod(4, 4), nn.Linear(4, 4)), "0", "WithMethod has scaled of its own"),
     "own forward": (lambda: nn.Sequential(Doubled(4, 4), nn.Linear(4, 4)), "0", "forward of its own"),
     "tied recurrent": (tied_recurrent, "0", "its weight_hh_l0 is shared with 0.weight_hh_l1"),
     "weight_norm on an LSTM": (lambda: nn.Sequential(weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), nn.Linear(4, 4)),
@@ -230,12 +223,17 @@ LEFT_ALONE = {
 }  # fmt: skip
 
 
+LESS_THAN_HALF = {"tied", "embedding", "tied recurrent", "weight_norm on an LSTM", "own attention"}
+
+
 @pytest.mark.parametrize("case", LEFT_ALONE)
 def test_left_alone_with_the_reason(case: str) -> None:
     build, name, reason = LEFT_ALONE[case]
     model = build()
     before = model.get_submodule(name)
-    layer = by_name(ocs.quantize(model, skip=None))[name]
+    warned = pytest.warns(UserWarning, match="of the matmul weights") if case in LESS_THAN_HALF else nullcontext()
+    with warned:
+        layer = by_name(ocs.quantize(model, skip=None))[name]
     assert layer.status == "float"
     assert reason in layer.reason
     assert model.get_submodule(name) is before
@@ -372,9 +370,9 @@ def test_a_failure_while_swapping_is_undone(net: SmallNet) -> None:
 
 def test_names_are_compared_before_patterns() -> None:
     shared = nn.Linear(2, 2)
-    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "b": shared, "c": shared})
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "b": shared, "c": shared, "d": nn.Linear(2, 2)})
     report = by_name(ocs.quantize(model, skip=["a[0]", "c"]))
-    assert {name: layer.status for name, layer in report.items()} == {"a[0]": "skipped", "b": "skipped"}
+    assert {name for name, layer in report.items() if layer.status == "skipped"} == {"a[0]", "b"}
 
 
 def test_an_override_of_a_skipped_layer_is_not_silent(net: SmallNet) -> None:

@@ -248,6 +248,39 @@ AVX2 static void squared_error_avx2(double error[2], const float *x, const float
     }
 }
 
+/* Four columns of sixteen output channels are what the registers hold. */
+AVX2 static inline void sums_of_sixteen(float *restrict sum, const float *error, const float *factor, int64_t J,
+                                        int64_t stride) {
+    __m256 sums[4][2];
+    for (int c = 0; c < 4; ++c) {
+        sums[c][0] = sums[c][1] = _mm256_setzero_ps();
+    }
+    for (int64_t j = 0; j < J; ++j, error += OCS_SIDE_BY_SIDE) {
+        const __m256 low = _mm256_loadu_ps(error), high = _mm256_loadu_ps(error + 8);
+        for (int c = 0; c < 4; ++c) {
+            const __m256 weight = _mm256_broadcast_ss(factor + c * stride + j);
+            sums[c][0] = _mm256_add_ps(sums[c][0], _mm256_mul_ps(low, weight));
+            sums[c][1] = _mm256_add_ps(sums[c][1], _mm256_mul_ps(high, weight));
+        }
+    }
+    for (int c = 0; c < 4; ++c) {
+        _mm256_storeu_ps(sum + c * OCS_SIDE_BY_SIDE, sums[c][0]);
+        _mm256_storeu_ps(sum + c * OCS_SIDE_BY_SIDE + 8, sums[c][1]);
+    }
+}
+
+AVX2 static void weighted_sums_avx2(float *restrict sum, const float *error, const float *factor, int64_t columns,
+                                    int64_t J, int64_t stride) {
+    if (columns < 4) {
+        ocs_weighted_sums_ref(sum, error, factor, columns, J, stride);
+        return;
+    }
+    for (int r = 0; r < OCS_SIDE_BY_SIDE; r += 16) {
+        sums_of_sixteen(sum + r, error + r, factor, J, stride);
+    }
+}
+_Static_assert(OCS_SIDE_BY_SIDE % 16 == 0, "as weighted_sums_avx2 has it");
+
 /* --- Any array -------------------------------------------------------------------------------- */
 
 /* min and max return the second operand where one is NaN, so that NaN stays; adding 0 turns -0 into +0. */
@@ -383,6 +416,7 @@ const ocs_instruction_set ocs_isa_avx2 = {
     .kernels.octave_histogram = octave_histogram_avx2,
     .kernels.quantize_row = quantize_row_avx2,
     .kernels.fold_row = fold_row_avx2,
+    .kernels.weighted_sums = weighted_sums_avx2,
     .kernels.squared_error = squared_error_avx2,
     .kernels.quantize = quantize_avx2,
     .kernels.dequantize = dequantize_avx2,

@@ -263,6 +263,22 @@ static ocs_status squant_weight(ocs_call *call) {
                        : call->status;
 }
 
+static ocs_status gptq_weight(ocs_call *call) {
+    const ocs_array *w = array(call, 0), *source = array(call, 2), *order = array(call, 6), *factor = array(call, 7);
+    const ocs_shape shape = read_split_shape(call, w, order->sizes[0], source);
+    const ocs_scale scale = read_scale(call, 1, shape.O);
+    const ocs_plan plan = read_plan(call, source, array(call, 3), array(call, 4));
+    const int bits = read_bits(call, 5);
+    const int64_t L = factor->sizes[1], N = shape.C * shape.K, B = L > 0 ? (N + L - 1) / L : 0;
+    require_shape(call, factor->sizes[2] == L && factor->numel == shape.G * B * L * L && (L > 0 || N == 0),
+                  "factor must be [groups blocks, L, L] in blocks of L of the %lld columns", (long long)N);
+    require_shape(call, order->numel == shape.G * B * L, "order must be [groups, blocks L], L as of factor");
+    result_like(call, OCS_INT8, 0)->channels = shape.C + shape.S;
+    return begin(call)
+               ? ocs_gptq_weight_f32(result(call), w->data, order->data, factor->data, &plan, scale, &shape, L, bits)
+               : call->status;
+}
+
 static ocs_status fold(ocs_call *call) {
     const ocs_array *ints = array(call, 0), *source = array(call, 2);
     ocs_shape shape = read_shape(call, ints, integer(call, 3));
@@ -392,6 +408,8 @@ const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
              INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits), BOOL(quantization_aware)),
     OPERATOR(squant_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
              INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits)),
+    OPERATOR(gptq_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
+             INT32S(depth, 1), INT32S(offset, 1), INT(bits), INT64S(order, 2), FLOATS(factor, 3)),
     OPERATOR(fold, 1, "float32 [O, C, ...]", INT8S(ints, 2), FLOATS(scale, 0), INT64S(source, 1), INT(groups),
              INT(channels)),
     OPERATOR(weight_error, 1, "float64 [2]: sums of w^2 and of (w - w_hat)^2", FLOATS(w, 2), INT8S(ints, 2),

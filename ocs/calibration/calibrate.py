@@ -12,7 +12,6 @@ from ocs.errors import error_context
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
 from ocs.model.wrappers import submodule, unwrapped
-from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
@@ -36,7 +35,10 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
 
     Args:
         model: a float model; it is run in eval mode and without gradients, and is as it was afterwards.
-        data: batches, (batch, target) pairs of which the target is not used, dicts of keyword arguments, or a callable
+        data: batches of inputs; dicts of arguments by name, the explicit way for any forward; tuples or lists, of which
+            forward gets as many parts as it requires, at least the first: (batch, target) for forward(x), both for
+            forward(ids, mask); one part more is the target, and an error where it looks like an argument that forward
+            may take, too (mask=None); a list of images where forward's first argument is a list; or a callable
             that runs the model on what it likes: data(model). Where torch.distributed is initialized, each rank gives
             its own, and all get the statistics of all.
         moments: keep second moments, too, which rounding="gptq" needs: 4 (C K)^2 bytes for each group of every weight
@@ -55,7 +57,8 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     check_flag("moments", moments)
     targets = [target for target in find_targets(model) if not target.reason_float]
     inputs = [watch_input(target) for target in targets]
-    of_weights = [watch_moments(model, target) for target in targets] if moments else []
+    seen = [target for target in targets if not replacement_of(target.module).unseen(target.module)]
+    of_weights = [watch_moments(model, target) for target in seen] if moments else []
     return collect(model, data, inputs, of_weights, progress, "data")
 
 
@@ -87,7 +90,7 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
     with error_context(target.name):
         weight = input_weight(module)
         check_weight_values(weight.tensor)
-    axis = -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
+    axis = 1 - weight.tensor.dim()
     if not (channels and kind.splits_input):
         return Watch(target.name, module, Statistics(axis))
     return Watch(target.name, module, Statistics(axis, weight.groups * weight.channels))

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ocs.calibration.ranks import reduced
 from ocs.calibration.statistics import values_of
 from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.registry import replacement_of
 from ocs.nn.weights import weights_of
 
 ELEMENTS = 2**24  # of patches that are made at once
@@ -34,7 +35,7 @@ class SecondMoments:
 
     def __init__(self, groups: int, columns: int) -> None:
         self.count = 0
-        self.products = torch.zeros(groups, columns, columns)  # sum of x x^T
+        self.products = torch.zeros(groups, columns, columns, dtype=torch.float32, device="cpu")  # sum of x x^T
 
     def update(self, rows: Tensor) -> None:
         """Take in N more, [G, N, C K]. The sums are on their device from then on."""
@@ -46,7 +47,7 @@ class SecondMoments:
 
     def reduce(self) -> None:
         """Merge what all ranks have seen."""
-        self.count = int(reduced(torch.tensor(self.count), dist.ReduceOp.SUM))
+        self.count = int(reduced(torch.tensor(self.count, device="cpu"), dist.ReduceOp.SUM))
         self.products = reduced(self.products, dist.ReduceOp.SUM)
 
 
@@ -106,7 +107,7 @@ def rows_of(layer: nn.Module, arguments: Mapping[str, Any]) -> Rows:
     """Find the vectors that the weights of a float layer meet in a call with these arguments."""
     if isinstance(layer, nn.MultiheadAttention):
         return _projections(layer, arguments)
-    x = arguments["input"]
+    x = arguments[replacement_of(layer).input_names[0]]
     if values_of(x) is None:
         return iter(())
     if isinstance(layer, nn.RNNBase):
@@ -137,8 +138,8 @@ def _attended(layer: nn.MultiheadAttention, arguments: Mapping[str, Any]) -> Row
     if any(x.is_nested or not x.numel() for name, x in arguments.items() if name in ATTENDED):
         return
     weight, size = layer.out_proj.weight, layer.embed_dim
-    identity = nn.utils.skip_init(nn.Linear, size, size, bias=False, device=weight.device, dtype=weight.dtype)
-    nn.init.eye_(identity.weight)  # skip_init, as random values would move the generator
+    identity = nn.Linear(size, size, bias=False, device="meta")  # as random values would move the generator
+    identity.weight = nn.Parameter(torch.eye(size, dtype=weight.dtype, device=weight.device), requires_grad=False)
     probe = copy.copy(layer)
     vars(probe)["_modules"] = {"out_proj": identity}
     yield "weight", _vectors(probe.forward(**arguments)[0])
@@ -210,7 +211,11 @@ def _packed(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> tuple[Ten
             x = x.unsqueeze(1)
         elif layer.batch_first:
             x = x.transpose(0, 1)
-        data, batch_sizes, order = x.reshape(-1, x.shape[-1]), torch.full(x.shape[:1], x.shape[1]), None
+        data, batch_sizes, order = (
+            x.reshape(-1, x.shape[-1]),
+            torch.full(x.shape[:1], x.shape[1], dtype=torch.int64, device="cpu"),
+            None,
+        )
     if hx is None:
         sizes = [layer.proj_size or layer.hidden_size]
         if layer.mode == "LSTM":
@@ -235,7 +240,7 @@ def _run_layer(
             weights += [own[f"weight_ih{suffix}"], hh, *biases]
             continue
         hr = own[f"weight_hr{suffix}"]  # another projection, that keeps what it is given, beside its own
-        hr = torch.cat([hr, torch.eye(layer.hidden_size).to(hr)])
+        hr = torch.cat([hr, torch.eye(layer.hidden_size, dtype=hr.dtype, device=hr.device)])
         weights += [own[f"weight_ih{suffix}"], F.pad(hh, (0, layer.hidden_size)), *biases, hr]
     if layer.proj_size:
         states = [F.pad(states[0], (0, layer.hidden_size)), states[1]]

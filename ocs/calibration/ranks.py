@@ -31,7 +31,7 @@ def sum_over_ranks(measure: Callable[[], list[float]], count: int) -> list[float
     except Exception as error:  # noqa: BLE001 - other ranks must hear of it, or they would wait for this one
         failure = error
     failed, *sums = reduced(
-        torch.tensor([float(failure is not None), *values], dtype=torch.float64), dist.ReduceOp.SUM
+        torch.tensor([float(failure is not None), *values], dtype=torch.float64, device="cpu"), dist.ReduceOp.SUM
     ).tolist()
     if failure is not None:
         raise failure

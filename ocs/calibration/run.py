@@ -7,15 +7,15 @@ from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import BaseTorchFunctionMode
 
+from ocs.calibration.batches import batch_context, call, check_data
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
 from ocs.model.rewrite import Step, attribute, eager, for_a_while
+from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.progress import with_progress
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ def with_sample(data: Data) -> tuple[Data, Data]:
     """Take one batch from data (a callable as it is); returns it, and data that still gives all batches."""
     if isinstance(data, Callable | Tensor):
         return data, data
-    _check_data(data, "calibration")
+    check_data(data, "calibration")
     batches = iter(data)
     for batch in batches:
         return [batch], data if batches is not data else chain([batch], batches)
@@ -111,9 +111,8 @@ def _hooks(watch: Watch) -> Iterator[Step]:
     """Let the observer see what the module is called with."""
 
     def take(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = signature(layer.forward).parameters
         with error_context(watch.name):
-            watch.observer.observe(layer, dict(zip(names, args, strict=False)) | kwargs)
+            watch.observer.observe(layer, _named(layer, args, kwargs))
 
     yield _added(watch.module._forward_pre_hooks_with_kwargs, key := object(), True)
     yield _added(watch.module._forward_pre_hooks, key, take)
@@ -124,22 +123,37 @@ def _added(table: dict[Any, Any], key: Any, value: Any) -> Step:
     return partial(operator.setitem, table, key, value), partial(table.pop, key, None)
 
 
+def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a layer's call as its kind does, whatever its own forward calls the first one."""
+    names = [*signature(layer.forward).parameters]
+    found = dict(zip(names, args, strict=False)) | kwargs
+    if not is_quantizable(layer):
+        return found  # a norm
+    first, *others = replacement_of(layer).input_names
+    if not others and names[0] != first and names[0] in found:
+        found[first] = found.pop(names[0])
+    elif not others and args:
+        found[first] = args[0]
+    return found
+
+
 def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calibration") -> int:
     """Run all batches; returns how many there were."""
     if isinstance(data, Callable):
         data(model)
         return 1
-    _check_data(data, what)
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    count = 0
-    for batch in with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"):
-        try:
-            _call(model, batch, device, what)
-        except Exception as error:
-            error.add_note(f"while calibrating on batch {count}")
-            raise
-        count += 1
-    return count
+    check_data(data, what)
+    batches = iter(with_progress([data] if isinstance(data, Tensor) else data, "calibrate", progress, "batch"))
+    number = 0
+    while True:
+        with batch_context(model, what, number):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            call(model, batch)
+        number += 1
+    return number
 
 
 def _float_tensors(output: Any) -> Iterator[Tensor]:
@@ -155,27 +169,3 @@ def _check_count(batches: float, what: str) -> None:
     """Refuse data that gave nothing."""
     if not batches:
         raise ValueError(f"{what} is empty: it gave no batch (was it an iterator that is used up?)")
-
-
-def _check_data(data: Any, what: str) -> None:
-    """Refuse what is no batches, and what is one of them."""
-    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
-        raise TypeError(f"{what}={data!r}: use batches, (batch, target) pairs, or a callable that runs the model")
-    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
-    if isinstance(data, Mapping | PackedSequence | np.ndarray) or (pair and data[0].dim() != data[1].dim()):
-        kind = "(batch, target) pair" if pair else type(data).__name__
-        raise TypeError(f"{what} is one {kind}: put it in a list, {what}=[...]; of arrays make tensors")
-
-
-def _call(model: nn.Module, batch: Any, device: torch.device, what: str) -> None:
-    """Call the model on a batch: of a (batch, target) pair on the batch alone, of a dict on its entries by name."""
-    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
-        if not 1 <= len(batch) <= 2:
-            raise ValueError(f"{what} gave {len(batch)} things at once: use a callable that runs the model on them")
-        batch = batch[0]
-    if isinstance(batch, np.ndarray):
-        raise TypeError(f"{what} gave a numpy array: give tensors, torch.from_numpy(batch)")
-    if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-        return
-    model(batch.to(device) if isinstance(batch, Tensor | PackedSequence) else batch)

@@ -38,13 +38,13 @@ class Statistics:
         self.axis, self.channels = axis, channels
         self.inputs = 0  # tensors seen
         self.rows = 0  # values of each channel seen
-        self.sums = torch.zeros(0, dtype=torch.float64)  # of each channel, once there is one
+        self.sums = torch.zeros(0, dtype=torch.float64, device="cpu")  # of each channel, once there is one
         self.zeros = 0
         self.largest, self.smallest = 0.0, math.inf  # max |x|, min x
         self.limit = 0.0  # a power of two above every |x|, or 0 as long as there are only zeros
-        self.counts = torch.zeros(BINS, dtype=torch.int64)  # of |x| over [0, limit], zeros left out
-        self.octaves = torch.zeros(channels or 0, OCTAVE_BINS, dtype=torch.int64)
-        self.channel_max = torch.zeros(channels or 0)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")  # of |x| over [0, limit], zeros left out
+        self.octaves = torch.zeros(channels or 0, OCTAVE_BINS, dtype=torch.int64, device="cpu")
+        self.channel_max = torch.zeros(channels or 0, dtype=torch.float32, device="cpu")
 
     # --- Growing
 
@@ -123,10 +123,12 @@ class Statistics:
 
     def reduce(self) -> None:
         """Merge what all ranks have seen, so that each has the same."""
-        bounds = reduced(torch.tensor([self.largest, -self.smallest], dtype=torch.float64), dist.ReduceOp.MAX)
+        bounds = reduced(
+            torch.tensor([self.largest, -self.smallest], dtype=torch.float64, device="cpu"), dist.ReduceOp.MAX
+        )
         self.largest, self.smallest = bounds[0].item(), -bounds[1].item()
         self._grow(self.largest)
-        sums = reduced(torch.tensor([self.inputs, self.zeros]), dist.ReduceOp.SUM)
+        sums = reduced(torch.tensor([self.inputs, self.zeros], device="cpu"), dist.ReduceOp.SUM)
         self.inputs, self.zeros = sums.tolist()
         self._reduce_sums()
         self.counts = reduced(self.counts, dist.ReduceOp.SUM)
@@ -137,10 +139,10 @@ class Statistics:
     def _reduce_sums(self) -> None:
         """Merge the sums of all ranks; those that have seen nothing have none, and do not know their number."""
         size = self.sums.numel()
-        bounds = torch.tensor([size, -size if self.rows else -(2**62)])
+        bounds = torch.tensor([size, -size if self.rows else -(2**62)], device="cpu")
         most, least = reduced(bounds, dist.ReduceOp.MAX).tolist()
         sums = self.sums if self.rows else self.sums.new_zeros(most)
-        self.rows = int(reduced(torch.tensor(self.rows), dist.ReduceOp.SUM))
+        self.rows = int(reduced(torch.tensor(self.rows, device="cpu"), dist.ReduceOp.SUM))
         self.sums = reduced(sums, dist.ReduceOp.SUM) if most == -least and most else self.sums.new_zeros(0)
 
     # --- What follows from them
@@ -159,7 +161,7 @@ class Statistics:
             return largest
         if not clip.searches:
             return float(clip.threshold(largest))
-        found = clip.threshold(torch.tensor(self.limit), self.split_counts(split))
+        found = clip.threshold(torch.tensor(self.limit, dtype=torch.float32, device="cpu"), self.split_counts(split))
         return min(float(found), largest)
 
     def _split_max(self, split: Tensor | None) -> float:
@@ -175,10 +177,10 @@ class Statistics:
         """
         if split is None or not split.numel():
             return self.counts
-        centers = (torch.arange(BINS) + 0.5) / BINS
+        centers = (torch.arange(BINS, dtype=torch.float32, device="cpu") + 0.5) / BINS
         octave = centers.log2().floor()
         eighth = (8 * (OCTAVES + octave) + 8 * (centers / 2**octave - 1)).long().clamp(min=0)
-        share = self.octaves[split].sum(0) / self.octaves.sum(0).clamp(min=1)
+        share = self.octaves[split].sum(0).float() / self.octaves.sum(0).clamp(min=1)
         below = nn.functional.pad((self.counts * share[eighth]).cumsum(0), (1, 0))  # so that rounding adds up
         whole = below.round().diff().long()
         halved = nn.functional.pad(whole.view(-1, 2).sum(1), (0, BINS // 2))
@@ -186,7 +188,7 @@ class Statistics:
 
     def most_outliers(self, splits: int, groups: int = 1) -> Tensor:
         """Choose each group's channels with most outliers, int64 [groups, splits]; the lowest first where they tie."""
-        own = torch.arange(self.channels).view(groups, -1)
+        own = torch.arange(self.channels, device="cpu").view(groups, -1)
         order = self.outliers().view(groups, -1).argsort(dim=1, descending=True, stable=True)
         return order[:, :splits] + own[:, :1]
 

@@ -1,7 +1,9 @@
 """The tensors of a model that its file holds as they are, their names there and their sums."""
 
+import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
+from ocs.nn.weights import bytes_of, is_weight
 
 
 class Entry(NamedTuple):
@@ -20,13 +23,52 @@ class Entry(NamedTuple):
     places: tuple[tuple[dict[str, Any], str], ...]  # a module's table and the key there
 
 
+class Sizes(NamedTuple):
+    """Bytes of a model before and after quantization, each tensor once; buffers that no state_dict has left out."""
+
+    model: int  # all parameters and buffers of the float model
+    weights: int  # of these the weights, that is parameters of two or more dimensions
+    float_weights: int  # those that stay float
+    beside: int  # all that a file holds beside packed weights, with its header
+
+
 def entries_of(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[Entry]:
-    """List all but what quantized weights hold, as if the replacements (by id of the old module) were in place."""
+    """List all but what quantized weights hold, as if the replacements (by id of the old module) were in place.
+
+    Raises:
+        ValueError: a module has state besides its tensors.
+    """
+    for name, module in named_modules(model):
+        if type(replacements.get(id(module), module)).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{name or 'model'}: it has extra state, which a file of tensors cannot hold")
+    return _entries(model, replacements)
+
+
+def sizes_of(model: nn.Module, replacements: Mapping[int, nn.Module]) -> Sizes:
+    """Count the bytes of a float model, and of what stays float in it once the replacements are in place."""
+    before, after = ([entry.tensor for entry in _entries(model, each)] for each in ({}, replacements))
+    weights, left = ([tensor for tensor in each if _is_weight(tensor)] for each in (before, after))
+    quantized = {name: replacements[id(m)] for name, m in named_modules(model) if id(m) in replacements}
+    header = _header_bytes({n: m for n, m in quantized.items() if isinstance(m, QuantizedLayer)}, len(after))
+    of_model, of_weights, of_left, beside = (sum(map(bytes_of, each)) for each in (before, weights, left, after))
+    return Sizes(of_model, of_weights, of_left, beside + header)
+
+
+def _header_bytes(layers: Mapping[str, QuantizedLayer], others: int) -> int:
+    """Estimate the bytes of a header: what it says of these layers, of their tensors and of so many others."""
+    tensors = others + sum(3 * len(layer.channels) + (layer.input_grid is not None) for layer in layers.values())
+    described = json.dumps({name: describe(layer) for name, layer in layers.items()})
+    return len(json.dumps(described)) + 110 * tensors
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and is_weight(tensor)
+
+
+def _entries(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[Entry]:
     found: dict[int, Entry] = {}
     for prefix, old in named_modules(model):
         module = replacements.get(id(old), old)
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise ValueError(f"{prefix or 'model'}: it has extra state, which a file of tensors cannot hold")
         packed = _packed_buffers(module)
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
@@ -46,6 +88,18 @@ def _packed_buffers(module: nn.Module) -> set[str]:
 def full_name(prefix: str, name: str) -> str:
     """Name a tensor of a module in the whole model."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def describe(layer: QuantizedLayer) -> dict[str, Any]:
+    """Describe a layer for the header of a file."""
+    return {
+        "kind": layer.float_kind.__name__,
+        "bits": layer.bits,
+        "expand": layer.expand,
+        "settings": layer.settings,
+        "input": None if layer.input_grid is None else asdict(layer.input_grid),
+        "weights": {name: list(layer.weight_state(name)[0].shape) for name in layer.channels},
+    }
 
 
 def crc32(tensor: Tensor) -> int:

@@ -13,6 +13,7 @@ from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.nn.input import InputGrid, check_grid
 
 FORMAT = 2  # 1 had neither quantized inputs nor folded batch norms
+MOST_LEVELS = 16  # of lists and dicts in a header; we write some 5
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class SavedLayer:
     def __post_init__(self) -> None:
         found = [type(each) for each in (self.kind, self.bits, self.expand, self.settings, self.weights)]
         if found != [str, int, bool, dict, dict] or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise TypeError
+        if type(self.input) not in (dict, type(None)) or not all(
+            _is_list_of(int, each) for each in self.weights.values()
+        ):
             raise TypeError
 
     def grid(self) -> InputGrid | None:
@@ -56,9 +61,9 @@ class Reader:
             self.layers = {name: SavedLayer(**saved) for name, saved in header["layers"].items()}
             self.batch_norms = header.get("batch_norms", [])
             self.sums = header["tensors"]
-            if not _is_list_of_names(self.batch_norms) or any(type(each) is not int for each in self.sums.values()):
+            if not _is_list_of(str, self.batch_norms) or not _is_list_of(int, [*self.sums.values()]):
                 raise TypeError
-        except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its header is damaged") from error
         if set(self.sums) != set(file.keys()):
             raise ValueError("its header is damaged")
@@ -84,7 +89,12 @@ class Reader:
 
 def _checked_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Parse the header; a KeyError where format or sum are wrong, a ValueError where a newer version wrote it."""
-    header = json.loads(metadata["ocs"])
+    try:
+        header = json.loads(metadata["ocs"])
+    except ValueError as error:  # no JSON, or numbers of thousands of digits
+        raise KeyError("ocs") from error
+    if _is_deep(header, MOST_LEVELS):
+        raise KeyError("levels")
     if type(header["format"]) is not int or header["format"] < 1:
         raise KeyError("format")
     if header["format"] > FORMAT:
@@ -95,5 +105,14 @@ def _checked_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _is_list_of_names(value: Any) -> bool:
-    return type(value) is list and all(type(each) is str for each in value)
+def _is_list_of(kind: type, value: Any) -> bool:
+    return type(value) is list and all(type(each) is kind for each in value)
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    """Tell whether lists and dicts are nested in more than so many levels: what copies or writes them may recurse."""
+    if not isinstance(value, list | dict):
+        return False
+    return not levels or any(
+        _is_deep(each, levels - 1) for each in (value.values() if isinstance(value, dict) else value)
+    )

@@ -88,12 +88,11 @@ def _read_layer(reader: Reader, layer: Target, saved: SavedLayer) -> QuantizedLa
     if layer.reason_float:
         raise ValueError(f"it was saved quantized, but {layer.reason_float}")
     kind = replacement_of(module)
-    names = kind.weight_names(module)
-    if saved.kind != kind.float_kind.__name__ or list(saved.weights) != list(names):
-        raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
-    if any(nn.parameter.is_lazy(module._parameters[name]) for name in names):
+    if any(nn.parameter.is_lazy(module._parameters[name]) for name in kind.weight_names(module)):
         raise ValueError(_LAZY)
     weights = weights_of(module)
+    if saved.kind != kind.float_kind.__name__ or [*saved.weights] != [weight.name for weight in weights]:
+        raise ValueError(f"it was saved from another {saved.kind[:40]} than this {type(module).__name__}")
     quantized = {weight.name: _read_weight(reader, layer.name, weight, saved) for weight in weights}
     grid = saved.grid()
     quantized_input = None if grid is None else _read_input(reader, layer, weights[0], grid)

@@ -12,19 +12,17 @@ Nothing in a file is trusted: the model decides which layers and shapes there ma
 
 import json
 import os
-import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ocs.errors import error_context
-from ocs.formats.contents import Entry, crc32, entries_of, full_name
+from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.reader import FORMAT, Reader
+from ocs.formats.replace_file import replacing
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
@@ -39,7 +37,8 @@ from ocs.progress import with_progress
 def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | None = None) -> None:
     """Write a quantized model to a safetensors file, k bits for an integer of k bits.
 
-    It is written beside `path` and renamed when complete, so that what was there survives an interruption.
+    It is written beside `path` and renamed when complete and on the disk, so that what was there survives an
+    interruption; what a killed process left there goes.
 
     Args:
         model: with layers that ocs.quantize made, on any device; everything else in it is saved as it is.
@@ -47,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: it cannot be written there: `path` is a folder, a device or a pipe, say, or a file that is read-only.
         ValueError: nothing in the model is quantized, or it holds what a file of tensors cannot: extra state, sparse
             tensors, parameters without values.
     """
@@ -64,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
     header = {
         "format": FORMAT,
         "ocs": _version(),
-        "layers": {name: _describe(layer) for name, layer in layers.items()},
+        "layers": {name: describe(layer) for name, layer in layers.items()},
         "batch_norms": [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)],
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
@@ -112,40 +111,15 @@ def _packed(name: str, layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
         yield full_name(name, buffer), tensor.to("cpu", copy=True)
 
 
-def _describe(layer: QuantizedLayer) -> dict[str, Any]:
-    """Describe a layer for the header."""
-    return {
-        "kind": layer.float_kind.__name__,
-        "bits": layer.bits,
-        "expand": layer.expand,
-        "settings": layer.settings,
-        "input": None if layer.input_grid is None else asdict(layer.input_grid),
-        "weights": {name: list(layer.weight_state(name)[0].shape) for name in layer.channels},
-    }
-
-
 def _write(tensors: dict[str, Tensor], header: str, path: str | os.PathLike[str]) -> None:
     """Write all of the file under another name, which then becomes its own."""
     safetensors = _safetensors()
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {target.parent}")
-    if target.is_dir():
-        raise IsADirectoryError(f"{path}: it is a folder")
-    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.{threading.get_ident()}.partial")
     metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
     try:
-        partial.touch()
-        mode = (target if target.exists() else partial).stat().st_mode  # safetensors would make it private
-        safetensors.torch.save_file(tensors, partial, metadata=metadata)
-        partial.chmod(mode)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(target)
+        with replacing(path) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: it cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _version() -> str:

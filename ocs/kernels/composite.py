@@ -16,6 +16,7 @@ from ocs.kernels import constants
 from ocs.kernels.constants import MAX_BINS, MAX_DEPTH, OCTAVE_BINS, SQUANT_LIMIT, SQUANT_STEP
 
 KERNELS = _C.OPERATORS  # each has a function of its name here
+GPTQ_BLOCK = 128  # columns between updates of all that follow
 GRID_LIMIT = 2.0**30  # as in csrc: grid units are computed with up to here
 
 
@@ -52,7 +53,7 @@ def source_valid(source: Tensor, groups: int, channels: int) -> bool:
     if source.dtype != torch.int64 or groups < 1 or source.numel() % groups or source.numel() < groups * channels:
         return False
     within = _within_group(source, groups, channels).cpu()
-    own = torch.arange(channels).expand(groups, channels)
+    own = torch.arange(channels, device="cpu").expand(groups, channels)
     return _all((within >= 0) & (within < max(channels, 1))) and torch.equal(within[:, :channels], own)
 
 
@@ -97,7 +98,7 @@ def abs_max(x: Tensor) -> Tensor:
 @kernel(lambda x, bins, limit: x.new_empty(bins, dtype=torch.int64))
 def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     """Count |x| over [0, limit] in bins, int64 [bins], what lies beyond in the last one."""
-    x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32)
+    x, width = _floats("histogram", x), torch.tensor(limit, dtype=torch.float32, device="cpu")
     valid = 1 <= bins <= MAX_BINS and 0 <= width < math.inf
     _require(bool(valid), "histogram", "bins must be 1 to 2^24, and the limit finite and not negative")
     if width == 0:
@@ -113,7 +114,7 @@ def octave_histogram(x: Tensor, limit: float) -> Tensor:
     valid = 2.0**-110 <= limit < 2.0**128 and math.frexp(limit)[0] == 0.5
     _require(valid, "octave_histogram", "the limit must be a power of two, 2^-110 or more")
     octave = (_floats("octave_histogram", x).abs().contiguous().view(torch.int32) >> 20).transpose(0, 1).flatten(1)
-    base = (int(torch.tensor(limit, dtype=torch.float32).view(torch.int32)) >> 20) - OCTAVE_BINS
+    base = (int(torch.tensor(limit, dtype=torch.float32, device="cpu").view(torch.int32)) >> 20) - OCTAVE_BINS
     bins = (octave - base).clamp(0, OCTAVE_BINS - 1)
     bins += OCTAVE_BINS * torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[:, None]
     return torch.bincount(bins.flatten(), minlength=OCTAVE_BINS * x.shape[1]).view(x.shape[1], OCTAVE_BINS)
@@ -222,6 +223,74 @@ def squant_weight(
     split = (moved + offset.reshape(groups, 1, -1, 1)) >> depth.reshape(groups, 1, -1, 1)
     changed = moved != _gather(total.reshape(w.shape), source, groups)
     return torch.where(changed, split, parts).to(torch.int8).reshape(nearest.shape)
+
+
+@kernel(
+    lambda w, scale, source, depth, offset, bits, order, factor: _empty_ints(
+        w, scale, source, depth, offset, order.shape[0]
+    )
+)
+def gptq_weight(
+    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
+) -> Tensor:
+    """Round column by column, each one's error compensated in those that follow (csrc/ocs.h): int8 [O, C + n, ...]."""
+    groups, L, qmax = order.shape[0], factor.shape[1], grid(bits, True)[1]
+    u = _grouped(_floats("gptq_weight", w) / _per_row(scale, w), groups).flatten(2)
+    G, rows, N = u.shape
+    _check_plan("gptq_weight", G, w.shape[1], source, depth, offset)
+    _check_scales("gptq_weight", scale, w.shape[0])
+    blocks = (N + L - 1) // L if L else 0
+    shaped = order.shape == (G, blocks * L) and (L > 0 or not N) and order.dtype == torch.int64
+    _require(shaped, "gptq_weight", "order must be int64 [groups, blocks L]")
+    _require(factor.shape == (G * blocks, L, L), "gptq_weight", "factor must be [groups blocks, L, L]")
+    columns = torch.arange(blocks * L, device=order.device).expand(G, -1)
+    _require(torch.equal(order.sort(1)[0], columns), "gptq_weight", "order must have each column once")
+    if not w.numel():
+        return _empty_ints(w, scale, source, depth, offset, groups)
+    u = torch.nn.functional.pad(u, (0, blocks * L - N)).gather(2, order[:, None].expand(-1, rows, -1))
+    u = u.double().transpose(1, 2).reshape(G * blocks, L, rows)
+    channel = order.clamp(max=N - 1) // (N // w.shape[1])
+    parts = _parts_of_columns(_within_group(source, G, w.shape[1]), depth, offset, channel, qmax)
+    whole = _compensated(u, factor.double(), parts.reshape(3, G * blocks, L, -1), (order < N).reshape(-1, L, 1))
+    whole = whole.view(G, -1, rows).gather(1, order.argsort(1)[:, :N, None].expand(-1, -1, rows))
+    own = _gather(whole.transpose(1, 2).reshape(w.shape), source, G)
+    shift, addend = (x.reshape(G, 1, -1, 1).double() for x in (depth, offset))
+    return (
+        ((own + addend) * 2**-shift)
+        .floor()
+        .clamp(-qmax, qmax)
+        .to(torch.int8)
+        .reshape(w.shape[0], source.numel() // G, *w.shape[2:])
+    )
+
+
+def _parts_of_columns(within: Tensor, depth: Tensor, offset: Tensor, channel: Tensor, qmax: int) -> Tensor:
+    """Collect 2^-depth, offset and qmax of the parts of each column's channel, zeros after the last: [3, G, N, P]."""
+    G, E = within.shape
+    counts = torch.zeros_like(within).scatter_add_(1, within, torch.ones_like(within))
+    ordered, at = within.sort(dim=1, stable=True)
+    place = torch.arange(E, device=within.device) - (counts.cumsum(1) - counts).gather(1, ordered)
+    table = within.new_full((G, E, int(counts.max())), E)
+    table[torch.arange(G, device=within.device)[:, None], ordered, place] = at
+    table = table.gather(1, channel[:, :, None].expand(-1, -1, table.shape[2]))
+    each = torch.stack([2.0**-depth, offset, torch.full_like(offset, qmax)]).double().view(3, G, E)
+    each = torch.nn.functional.pad(each, (0, 1)).gather(2, table.flatten(1).expand(3, -1, -1))
+    return each.view(3, *table.shape)
+
+
+def _compensated(u: Tensor, factor: Tensor, parts: Tensor, exists: Tensor) -> Tensor:
+    """Round u [blocks, L, rows] to the whole numbers of which each column takes its parts [3, blocks, L, P]."""
+    v, error, whole = u.clone(), torch.empty_like(u), torch.empty_like(u)
+    shrink, offset, limit = parts[..., None, :]
+    for start in range(0, u.shape[1], GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, u.shape[1])
+        for j in range(start, stop):
+            whole[:, j] = (v[:, j] + 0.5).floor_()
+            split = ((whole[:, j, :, None] + offset[:, j]) * shrink[:, j]).floor_().clamp_(-limit[:, j], limit[:, j])
+            error[:, j] = (split.sum(-1) - u[:, j]) * exists[:, j]
+            v[:, j + 1 : stop].baddbmm_(factor[:, j + 1 : stop, j, None], error[:, j, None], alpha=-1)
+        v[:, stop:].baddbmm_(factor[:, stop:, start:stop], error[:, start:stop], alpha=-1)
+    return whole
 
 
 def _moves(total: Tensor, u: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -372,7 +441,7 @@ def _within_group(source: Tensor, groups: int, channels: int) -> Tensor:
 
 def _halved(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
     """Split the weight by halving: [groups, O / groups, C + n, K]."""
-    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
+    factor = torch.exp2(-depth.float())
     return _gather(w, source, groups) * factor.reshape(groups, 1, -1, 1)
 
 

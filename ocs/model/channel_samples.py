@@ -86,9 +86,9 @@ class UnknownError(Exception):
 
 def normal(seed: int) -> Tensor:
     """Make quantiles of N(0, 1) in an order of their own, float32 [SAMPLES, 1], with mean 0 and variance 1."""
-    at = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES
+    at = (torch.arange(SAMPLES, dtype=torch.float64, device="cpu") + 0.5) / SAMPLES
     quantiles = torch.special.ndtri(at)
-    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(SAMPLES, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return (quantiles / quantiles.square().mean().sqrt())[order, None].float()
 
 

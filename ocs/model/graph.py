@@ -19,10 +19,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ocs.model.recording import record
 from ocs.model.wrappers import unwrap_children, unwrapped
 from ocs.nn.base import QuantizedLayer
-from ocs.nn.registry import REPLACEMENTS
+from ocs.nn.registry import is_quantizable
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_KINDS = (*REPLACEMENTS, QuantizedLayer, _BatchNorm)
 _MOST_OPTIONAL = 3  # arguments of a model's forward: each one doubles the number of traces
 
 
@@ -56,6 +55,11 @@ def first_line(error: Exception) -> str:
     return textwrap.shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 100, placeholder=" ...")
 
 
+def _is_node(module: nn.Module) -> bool:
+    """Tell whether a module, a layer or norm, is one node of a graph."""
+    return isinstance(module, QuantizedLayer | _BatchNorm) or is_quantizable(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether more may run than the module's forward."""
     return any(vars(module).get(hooks) for hooks in _HOOKS)
@@ -74,10 +78,11 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self.read: set[int] = set()  # ids of tensors
+        self.nodes: set[nn.Module] = set()  # layers and norms
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Do not look into layers and norms, subclasses of torch's among them, which torch.fx would look into."""
-        return isinstance(m, _KINDS) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        return m in self.nodes or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Remember which tensors the model looks up: buffers leave no other mark."""
@@ -106,7 +111,7 @@ class _OpenTracer(_Tracer):
         """Look into blocks of layers, but not into what is opaque: by name, as the traced modules are copies."""
         if module_qualified_name in self.opaque:
             return True
-        block = not (isinstance(m, _KINDS) or has_hooks(m)) and any(isinstance(part, _KINDS) for part in m.modules())
+        block = not (m in self.nodes or has_hooks(m)) and any(part in self.nodes for part in m.modules())
         return not block and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
@@ -138,6 +143,7 @@ def _trace(model: nn.Module, tracer: _Tracer) -> Trace:
     if set(copied.modules()) & set(model.modules()):
         raise ValueError("it cannot be copied: its parts remain the same")
     unwrap_children(copied)
+    tracer.nodes = {module for module in copied.modules() if _is_node(module)}  # by the classes that they still have
     graph = record(tracer, copied)
     tensors = ((name, [*m._parameters.values(), *m._buffers.values()]) for name, m in copied.named_modules())
     return Trace(graph, {name for name, own in tensors if any(id(t) in tracer.read for t in own)})
@@ -174,7 +180,7 @@ def _parts(module: nn.Module) -> tuple[Parts, list[str]]:
         return [("", found)], []
     parts, opaque = [], []
     for name, child in ((name, unwrapped(child)) for name, child in module.named_children()):
-        if isinstance(child, _KINDS) or not any(isinstance(part, _KINDS) for part in child.modules()):
+        if _is_node(child) or not any(_is_node(part) for part in child.modules()):
             continue
         of_child, opaque_in_child = _parts(child)
         parts += [(f"{name}.{part}".removesuffix("."), found) for part, found in of_child]

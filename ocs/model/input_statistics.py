@@ -24,7 +24,7 @@ from ocs.model.graph import has_hooks, traced_parts
 from ocs.model.wrappers import named_modules, submodule
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
-from ocs.nn.registry import REPLACEMENTS, replacement_of
+from ocs.nn.registry import REPLACEMENTS, is_quantizable, replacement_of
 from ocs.nn.weights import input_weight
 
 _ANY_CONVOLUTION = (*CONVOLUTIONS, *(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
@@ -45,8 +45,7 @@ def estimate_inputs(model: nn.Module) -> dict[str, InputEstimate | None]:
     Never fails and never changes the model: what torch.fx cannot trace is unknown, and so is what differs between two
     calls of a layer or between the choices of a forward's optional arguments.
     """
-    kinds = (*REPLACEMENTS, QuantizedLayer)
-    names = [name for name, module in named_modules(model) if isinstance(module, kinds)]
+    names = [name for name, module in named_modules(model) if _is_layer(module)]
     return {name: _agreed(inputs) for name, inputs in _inputs(model, names).items()}
 
 
@@ -68,6 +67,10 @@ def inputs_have_mean(model: nn.Module) -> dict[str, HasMean]:
         verb = "is guessed to have" if estimate.guessed else "has"
         found[name] = HasMean(share > MEAN_SHARE, f"its mean {verb} {share:.0%} of its input's power")
     return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLayer) or is_quantizable(module)
 
 
 def _inputs(model: nn.Module, names: list[str]) -> dict[str, list[InputEstimate | None]]:
@@ -151,7 +154,7 @@ class _Walk:
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], rank: int | None) -> Any:
         """Run a module on its input, of so many dimensions; what a layer is given is kept."""
         plain = not has_hooks(module)
-        if isinstance(module, (*REPLACEMENTS, QuantizedLayer)):
+        if _is_layer(module):
             self.inputs.append((module, None))  # whatever goes wrong below, the call counts
             if plain:
                 self.inputs[-1] = (module, _input_of(module, args, kwargs))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ocs.errors import error_context
 from ocs.model.references import held_elsewhere
+from ocs.model.subclasses import changed_methods
 from ocs.model.wrappers import named_modules, submodule
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.own_forward import PROMISED
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 
@@ -23,7 +24,6 @@ _READ_BY_PARENT = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": ("self_attn", "linear1", "linear2"),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
 }
-_METHODS = ("forward", "_conv_forward", "__call__")
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,15 @@ def _holds_weight(parameter: Tensor | None) -> bool:
 def _target(
     model: nn.Module, module: nn.Module, names: list[str], owners: Mapping[int, list[str]], elsewhere: str
 ) -> Target:
-    reason = _reason_float(module, names[0], owners) or (elsewhere and f"it {elsewhere}")
+    reason = _reason_adapted(model, names) or _reason_float(module, names[0], owners)
+    reason = reason or (elsewhere and f"it {elsewhere}")
     if reason:
         return Target(module, tuple(names), reason_float=reason)
     read = _reason_read_by_parent(model, names)
-    folded = replacement_of(module).only_folded or read
-    return Target(module, tuple(names), reason_folded=folded, reason_float_input=read)
+    kind = replacement_of(module)
+    return Target(
+        module, tuple(names), reason_folded=kind.only_folded or read, reason_float_input=read or kind.unseen(module)
+    )
 
 
 def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
@@ -120,18 +123,19 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
         own = ", ".join(name for name, parameter in module._parameters.items() if _holds_weight(parameter))
         return f"{own} of {kind}, which is not among the layers that are quantized"
     replacement = replacement_of(module)
-    if _overrides_forward(module, replacement.float_kind):
-        return f"{kind} has a forward of its own"
+    if "forward" in vars(module) or "__call__" in vars(module):
+        return f"this {kind} has a forward of its own, as wrappers give it"
     weights, others = replacement.weight_names(module), replacement.unquantized_names(module)
     for each in (*weights, *others):
         if each not in module._parameters and getattr(module, each, None) is not None:
             return "it is re-parametrized (weight_norm, pruning or parametrize): make that permanent first"
-    own = {*module._parameters, *module._buffers, *module._modules} - {*weights, *others, *replacement.kept_children}
-    if not _is_lazy(module):
-        own |= _own_methods(type(module), replacement.float_kind)
-    if own:
-        return f"{kind} has {', '.join(sorted(own))} of its own besides what {replacement.float_kind.__name__} has"
-    reasons = (_reason_of_weight(module._parameters[each], f"{name}.{each}", owners) for each in weights)
+    taken = sorted(name for name in vars(module) if name in replacement.reserved_names(weights))
+    if taken:
+        return f"{kind} has an attribute {taken[0]}, which in a quantized layer is something else"
+    reason = "" if replacement.keeps_all or _is_lazy(module) else _reason_irreplaceable(module, {*weights, *others})
+    if reason:
+        return reason
+    reasons = (_reason_of_weight(module._parameters.get(each), f"{name}.{each}", owners) for each in weights)
     return next(filter(None, reasons), "")
 
 
@@ -142,24 +146,52 @@ def _reason_of_weight(weight: Tensor | None, full_name: str, owners: Mapping[int
     tied = [owner for owner in owners[id(weight)] if owner != full_name]
     if tied:
         return f"its {name} is shared with {', '.join(tied)}"
+    unlike = _unlike_plain(weight)
+    if unlike:
+        return f"its {name} is {unlike}: make it a plain dense tensor first"
     return "" if weight.is_floating_point() else f"its {name} is {weight.dtype}"
+
+
+def _unlike_plain(weight: Tensor) -> str:
+    """Say what kind of tensor a weight is whose values cannot be read as those of a plain one, or ""."""
+    if nn.parameter.is_lazy(weight):
+        return ""
+    if weight.is_nested or weight.layout != torch.strided:
+        return "nested" if weight.is_nested else str(weight.layout)
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # DTensor, FakeTensor and their like
+        return f"a {type(weight).__name__}"
+    try:
+        weight.untyped_storage().data_ptr()
+    except RuntimeError:  # inside a transformation of functions
+        return "a tensor without memory of its own"
+    return ""
 
 
 def _is_lazy(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values())
 
 
-@lru_cache(maxsize=256)
-def _own_methods(kind: type[nn.Module], of: type[nn.Module]) -> frozenset[str]:
-    """Name what a subclass can do that its replacement could not."""
-    names = (name for name in set(dir(kind)) - set(dir(of)) if not name.startswith("_"))
-    return frozenset(n for n in names if isinstance(getattr(kind, n), property) or callable(getattr(kind, n)))
+def _reason_irreplaceable(module: nn.Module, parameters: set[str]) -> str:
+    """Say what a layer of torch's kind would not do that this module does, or ""."""
+    kind, replacement = type(module).__name__, replacement_of(module)
+    of = replacement.float_kind
+    changed = changed_methods(type(module), of)
+    if changed:
+        reason = f"{kind} has a {' and '.join(changed)} of its own"
+        return f"{reason}; ocs.register({kind}, like=nn.{of.__name__}) quantizes it" if of in PROMISED else reason
+    own = {*module._parameters, *module._buffers, *module._modules} - {*parameters, *replacement.kept_children}
+    return f"{kind} has {', '.join(sorted(own))} of its own besides what {of.__name__} has" if own else ""
 
 
-def _overrides_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether a module's class overrides a forward method, or the instance does, as wrappers do."""
-    by_class = any(getattr(type(module), method, None) is not getattr(kind, method, None) for method in _METHODS)
-    return by_class or any(method in vars(module) for method in _METHODS)
+def _reason_adapted(model: nn.Module, names: list[str]) -> str:
+    """Say which adapter (of peft, say) a module belongs to, which would be lost when it is merged later, or ""."""
+    for name in names:
+        parts = name.split(".")
+        for parent in (submodule(model, ".".join(parts[:depth])) for depth in range(len(parts))):
+            if isinstance(getattr(parent, "base_layer", None), nn.Module) and callable(getattr(parent, "merge", None)):
+                adapter = f"{type(parent).__module__}.{type(parent).__name__}"
+                return f"it is part of an adapter ({adapter}): merge that into its base layer first"
+    return ""
 
 
 def _reason_read_by_parent(model: nn.Module, names: list[str]) -> str:

@@ -29,6 +29,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             return ("in_proj_weight",)
         return ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
+    def __getattr__(self, name: str) -> Any:
+        """Give in_proj_weight and the like to whoever reads them, torch's forward too."""
+        if name in self.__dict__.get("channels", ()):
+            return self.float_weight(name)
+        return super().__getattr__(name)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attend to inputs that are rounded where they are to be; torch's fast paths need what is one tensor as one."""
         distinct = {id(x): x for x in (query, key, value)}

@@ -14,16 +14,18 @@ int64 [C + n] hold what calibration gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from inspect import getattr_static
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ocs.nn.input import InputGrid, QuantizedInput
-from ocs.nn.input_parts import InputParts, oracle_parts, round_folded
+from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, round_folded
+from ocs.nn.read_only import read_only, refusal
 from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, weight_buffers, weight_problem
-from ocs.nn.weights import weights_of
+from ocs.nn.weights import parameter_of, weights_of
 from ocs.weight.types import QuantizedWeight
 
 _HOOKS = frozenset(
@@ -52,6 +54,7 @@ class QuantizedLayer(nn.Module):
     derived_buffers: ClassVar[tuple[str, ...]] = ()  # what rebuild() fills besides forward_buffer()
     input_names: ClassVar[tuple[str, ...]] = ("input",)  # the arguments of forward that are quantized
     splits_input: ClassVar[bool] = False  # whether channels of its input may be split
+    keeps_all: ClassVar[bool] = False  # whether it has all that the float layer has, its class's forward too
     input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
 
     groups: int = 1
@@ -93,6 +96,16 @@ class QuantizedLayer(nn.Module):
             public = not name.startswith("_") and name not in own
             if public or name in _HOOKS or name in self.kept_attributes:
                 vars(self)[name] = value
+        if set(dir(type(float_layer))) - set(dir(self.float_kind)):
+            vars(self)["float_class"] = type(float_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what a subclass of the float layer's kind had beyond that: its methods, properties and constants."""
+        cls = vars(self).get("float_class")
+        if cls is not None and hasattr(cls, name) and not hasattr(self.float_kind, name):
+            found = getattr_static(cls, name)
+            return found.__get__(self, cls) if hasattr(found, "__get__") else found
+        return super().__getattr__(name)
 
     def _register_weights(self, float_layer: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> None:
         """Hold the quantized weights and, until rebuild() makes better ones, the float ones, whose dtype counts."""
@@ -101,7 +114,7 @@ class QuantizedLayer(nn.Module):
             self.channels[weight.name] = weight.channels
             for buffer, tensor in zip(weight_buffers(weight.name), (ints, scale, source), strict=True):
                 self.register_buffer(buffer, tensor)
-            float_weight = float_layer._parameters[weight.name].detach()
+            float_weight = float_layer._parameters[parameter_of(weight.name)].detach()
             self.register_buffer(self.forward_buffer(weight.name), float_weight, persistent=False)
 
     def _register_input(self, quantized_input: QuantizedInput, device: torch.device) -> None:
@@ -112,15 +125,35 @@ class QuantizedLayer(nn.Module):
 
     # --- What a kind of layer says of itself
 
+    @classmethod
+    def for_class(cls, float_class: type[nn.Module]) -> type[QuantizedLayer]:
+        """Give the class of layers that replaces a subclass of its kind."""
+        return cls
+
     @staticmethod
     def weight_names(float_layer: nn.Module) -> tuple[str, ...]:
         """Name the float layer's weights that are quantized."""
         return ("weight",)
 
+    @classmethod
+    def unseen(cls, float_layer: nn.Module) -> str:
+        """Say why the layer's calls do not show what its weights meet, or ""."""
+        return ""
+
     @staticmethod
     def unquantized_names(float_layer: nn.Module) -> tuple[str, ...]:
         """Name the float layer's parameters that stay as they are."""
         return ("bias",)
+
+    @classmethod
+    def reserved_names(cls, weights: Iterable[str]) -> set[str]:
+        """Name the attributes of a quantized layer that a float one must not have: they mean something else there."""
+        return {"bits", "expand", "settings", *INPUT_BUFFERS, *(b for name in weights for b in weight_buffers(name))}
+
+    @staticmethod
+    def parts(name: str, parameter: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """Give the weights that a parameter of the float layer holds, by name: one, or one for each expert."""
+        return ((name, parameter),)
 
     @staticmethod
     def layout(weight: Tensor, groups: int) -> Tensor:
@@ -128,12 +161,21 @@ class QuantizedLayer(nn.Module):
         return weight
 
     def forward_buffer(self, name: str) -> str:
-        """Name the buffer of the float weight that forward reads for this weight."""
-        return name
+        """Name the buffer of the float weight that forward reads for this weight: running_hh_l0 for weight_hh_l0."""
+        return name.replace("weight", "running")
 
     def forward_weight(self, name: str) -> Tensor:
         """Make the float32 weight that forward computes with from the integers."""
         return self.in_float_layout(self.dequantized(name) if self.expand else self.folded(name))
+
+    def float_weight(self, name: str) -> Tensor:
+        """Give a weight as it is computed, in the float layer's shape, copies added up, to be read."""
+        return read_only(self.whole_weight(name), self, name)
+
+    def whole_weight(self, name: str) -> Tensor:
+        """Make that weight, anew where forward does not compute with it as a whole."""
+        running = self._buffers[self.forward_buffer(name)]
+        return running if not self.expand else self.in_float_layout(self.folded(name)).to(running.dtype)
 
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape, in the float layer's layout, of the weight that an expanded layer computes with."""
@@ -173,7 +215,7 @@ class QuantizedLayer(nn.Module):
         """Give the original channel of each copy in the input that calibration chose, group by group."""
         source = self._buffers.get("input_source")
         if source is None:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         return source.view(self.groups, -1)[:, -self.input_grid.splits :].flatten()
 
     def splits_of(self, name: str) -> int:
@@ -199,11 +241,35 @@ class QuantizedLayer(nn.Module):
         """Round an input to its grid, the parts of split channels added up; a float input stays as it is."""
         if self.input_grid is None:
             return x
-        grid, axis = self.input_grid, self.input_axis
+        x, grid, axis = as_dense(x), self.input_grid, self.input_axis
         parts = oracle_parts(grid, x, axis, 1) if grid.oracle else InputParts(self.input_scale)
         return round_folded(x, grid, parts, axis)
 
     # --- As an nn.Module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but no weight: it would be read, and never computed with."""
+        self._refuse_weight(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, but no weight."""
+        self._refuse_weight(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter that is called as no weight is."""
+        self._refuse_weight(name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer that is called as no weight is."""
+        self._refuse_weight(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def _refuse_weight(self, name: str) -> None:
+        if name in self.__dict__.get("channels", ()):
+            raise RuntimeError(refusal(self, name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move and cast as nn.Module does, but keep scales in float32 and round weights once, from the integers."""

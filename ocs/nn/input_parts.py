@@ -36,8 +36,8 @@ def _parts_of_plan(
     scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, channels: int, split: Split
 ) -> InputParts:
     """Make each channel of a plan part `offset` of 2^depth equal ones; the plan has all original channels first."""
-    factor = torch.ldexp(torch.ones_like(depth, dtype=torch.float32), -depth)
-    shift = (offset + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
+    factor = torch.exp2(-depth.float())
+    shift = (offset.float() + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
     return InputParts(scale, source[channels:], factor, shift)
 
 
@@ -80,6 +80,16 @@ def _originals_first(array: Tensor, groups: int, splits: int) -> Tensor:
         return array
     own, copies = array.view(groups, -1).tensor_split([-splits], 1)
     return torch.cat([own.flatten(), copies.flatten()])
+
+
+def as_dense(x: Tensor) -> Tensor:
+    """Convert an input in a layout of its own (sparse, MKL-DNN's) to a plain one: others than F.linear know no such."""
+    return _as_dense(x)  # torch.fx looks wrapped functions up in this module
+
+
+@torch.fx.wrap
+def _as_dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
 
 
 def take_channels(x: Tensor, index: Tensor, axis: int) -> Tensor:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.copied_channels import CopiedChannels, copied_channels, copies_needed
-from ocs.nn.input_parts import InputParts, oracle_parts, round_folded, round_parts, static_parts, take_channels
+from ocs.nn.input_parts import (
+    InputParts,
+    as_dense,
+    oracle_parts,
+    round_folded,
+    round_parts,
+    static_parts,
+    take_channels,
+)
 from ocs.nn.registry import register
 
 
@@ -39,10 +47,13 @@ class QuantProduct(QuantizedLayer):
         """The float layer's weight as this one computes it, in its shape: [O, C, ...], copies added up.
 
         For whoever reads a layer's weight instead of calling it; made anew each time where the layer runs expanded.
+        Writes are refused.
         """
-        if self.copied is None:
-            return self.original
-        return self.in_float_layout(self.folded("weight")).to(self.original.dtype)
+        return self.float_weight("weight")
+
+    def whole_weight(self, name: str) -> Tensor:
+        """Make the weight as a whole, where there are copies."""
+        return self.original if self.copied is None else super().whole_weight(name)
 
     def forward_buffer(self, name: str) -> str:
         """Name the buffer that forward reads: the original channels' part stands for the whole weight."""
@@ -82,7 +93,7 @@ class QuantProduct(QuantizedLayer):
         shape[1] = channels + copies_needed(source, self._buffers.get("input_source"), self.groups, channels)
         if self.input_grid.oracle:
             shape[1] += self.input_grid.splits
-        return tuple(self.in_float_layout(torch.empty(shape, device="meta")).shape)
+        return tuple(self.in_float_layout(torch.empty(shape, dtype=torch.int8, device="meta")).shape)
 
     def _static_parts(self) -> InputParts:
         """Split the input as calibration said; there are no parts yet where each batch has its own (Oracle OCS)."""
@@ -103,6 +114,7 @@ class QuantProduct(QuantizedLayer):
 
     def operands(self, x: Tensor) -> Operands:
         """Prepare an input: rounded if it is to be, with the copies that an expanded layer multiplies besides."""
+        x = as_dense(x)
         if self.input_grid is None:
             return self._float_operands(x)
         if self.input_grid.oracle:
@@ -157,6 +169,8 @@ class QuantLinear(QuantProduct):
 
 @torch.fx.wrap  # as a whole: tracing knows no shapes
 def _expanded_linear(input: Tensor, original: Tensor, copied: Tensor, copies: Tensor, bias: Tensor | None) -> Tensor:
+    if input.layout != torch.strided:
+        return F.linear(input, original + _scattered(copied, copies, original), bias)
     if input.is_nested:
         return F.linear(input, original, bias) + F.linear(input, _scattered(copied, copies, original))
     if input.shape[-1:] != original.shape[1:]:

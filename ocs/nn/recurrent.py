@@ -52,12 +52,8 @@ class _Recurrent(QuantizedLayer):
     def __getattr__(self, name: str) -> Any:
         """Make weight_hh_l0 and the like for whoever reads them: what the layer computes, shaped as the float one."""
         if name in self.__dict__.get("channels", ()):
-            return self.folded(name).to(getattr(self, self.forward_buffer(name)).dtype)
+            return self.float_weight(name)
         return super().__getattr__(name)
-
-    def forward_buffer(self, name: str) -> str:
-        """Name the buffer that forward reads: running_hh_l0 for weight_hh_l0."""
-        return name.replace("weight", "running")
 
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape of the widened weight: the rows of all units, C + n columns."""
@@ -100,7 +96,7 @@ class _Recurrent(QuantizedLayer):
         """Check the initial states [*leading, H] that a caller gave, or make zeros where none are given."""
         sizes = [(*leading, H) for H in self.state_sizes()]
         if hx is None:
-            return tuple(x.new_zeros(size) for size in sizes)
+            return tuple(x.new_zeros(size, layout=torch.strided) for size in sizes)
         states = tuple(hx) if self.has_cell else (hx,)
         if len(states) != len(sizes):
             raise RuntimeError(f"{type(self).__name__}: expected initial states (h, c), not {len(states)} tensors")

@@ -14,7 +14,9 @@ INPUT_BUFFERS = ("input_form", "input_scale", "input_source")
 
 def weight_buffers(weight: str) -> tuple[str, str, str]:
     """Name the buffers that hold a weight: its integers, scale and source."""
-    return f"{weight}_int", weight.replace("weight", "scale"), weight.replace("weight", "source")
+    stem = weight.replace(".", "_")
+    scaled = stem if "weight" in stem else f"{stem}_weight"
+    return f"{stem}_int", scaled.replace("weight", "scale"), scaled.replace("weight", "source")
 
 
 def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
@@ -26,7 +28,7 @@ def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
 
 def encode_grid(grid: InputGrid) -> Tensor:
     """Encode a grid for a state_dict, uint8 [4]: bits, whether signed, quantization-aware, Oracle OCS."""
-    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8)
+    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8, device="cpu")
 
 
 def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:

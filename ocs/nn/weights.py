@@ -12,7 +12,7 @@ _NO_VALUES = "its weight holds no values yet: run a batch through lazy layers, f
 class Weight(NamedTuple):
     """A weight of a float layer, one that is quantized."""
 
-    name: str  # in the layer: "weight", or "weight_hh_l0"
+    name: str  # in the layer: "weight", "weight_hh_l0", or of an expert in a parameter "gate_up_proj.3"
     tensor: Tensor  # [O, C, ...], detached
     groups: int
 
@@ -43,13 +43,35 @@ def weights_of(module: nn.Module) -> list[Weight]:
     for name in kind.weight_names(module):
         if nn.parameter.is_lazy(module._parameters[name]):
             raise ValueError(_NO_VALUES)
-        found.append(Weight(name, kind.layout(module._parameters[name].detach(), groups), groups))
+        parts = kind.parts(name, module._parameters[name].detach())
+        found += [Weight(part, kind.layout(tensor, groups), groups) for part, tensor in parts]
     return found
+
+
+def parameter_of(weight: str) -> str:
+    """Name the parameter that holds a weight of this name: an expert's is a part of it."""
+    return weight.partition(".")[0]
+
+
+def float_weight(module: nn.Module, weight: str) -> Tensor:
+    """Find a weight by its name as the float layer holds it."""
+    parts = replacement_of(module).parts(parameter_of(weight), module._parameters[parameter_of(weight)])
+    return dict(parts)[weight]
 
 
 def input_weight(module: nn.Module) -> Weight:
     """Find the first weight of a float layer, which its input meets."""
     return weights_of(module)[0]
+
+
+def is_weight(tensor: Tensor | None) -> bool:
+    """Tell whether a parameter is a weight: one of two or more dimensions, or lazy, which has none yet."""
+    return tensor is not None and (nn.parameter.is_lazy(tensor) or tensor.dim() >= 2)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Count the bytes of a tensor's values; a lazy one has none."""
+    return 0 if nn.parameter.is_lazy(tensor) else tensor.numel() * tensor.element_size()
 
 
 def check_values(weight: Tensor) -> None:

@@ -14,6 +14,7 @@ from ocs.nn.base import QuantizedLayer
 from ocs.nn.product import QuantProduct
 from ocs.nn.registry import replacement_of
 from ocs.plan.options import LayerOptions
+from ocs.plan.selectors import FIRST_CONVOLUTION
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class LayerPlan:
         return self.status == "quantized"
 
     @property
+    def skipped_by_name(self) -> bool:
+        """Whether the caller left it out, not the default."""
+        return self.status == "skipped" and not self.reason.startswith(FIRST_CONVOLUTION)
+
+    @property
     def quantizes_input(self) -> bool:
         """Whether its input is to be quantized."""
         if not self.quantized or self.options.abits is None or self.target.reason_float_input:
@@ -75,7 +81,7 @@ class LayerPlan:
     @property
     def needs_second_moments(self) -> bool:
         """Whether calibration must tell the second moments of what its weights meet."""
-        return self.quantized and self.options.rounding == "gptq"
+        return self.quantized and self.options.rounding == "gptq" and not self.kind.unseen(self.module)
 
     def overrides(self, option: str) -> bool:
         """Tell whether an override names the option."""

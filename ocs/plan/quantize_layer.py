@@ -14,7 +14,7 @@ from ocs.errors import error_context
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.state import with_originals
-from ocs.nn.weights import check_values, input_weight, weights_of
+from ocs.nn.weights import check_values, input_weight, parameter_of, weights_of
 from ocs.plan.bias_correction import restore_mean
 from ocs.plan.explain import explained_steps
 from ocs.plan.input_facts import InputFacts
@@ -124,14 +124,14 @@ class LayerQuantizer:
         if options.rounding != "gptq":
             return ""
         if not self.hessians:
-            return "rounded to nearest: calibration never reached it"
+            return f"rounded to nearest: {self.plan.kind.unseen(self.plan.module) or 'calibration never reached it'}"
         seen = ((each.count, each.second.shape[1]) for each in self.hessians.values())
         count, columns = min(seen, key=lambda each: each[0] - each[1])
         return f"rounded by {count} inputs of {columns} numbers: more would be better" if count < columns else ""
 
     def weight(self, name: str) -> Tensor:
         """A weight as float32 [O, C, ...]."""
-        check_values(self.plan.module._parameters[name])
+        check_values(self.plan.module._parameters[parameter_of(name)])
         return self.weights[name].tensor.float().contiguous()
 
     def scheme(self, name: str, options: LayerOptions) -> Scheme:
@@ -226,5 +226,5 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
         split = statistics.most_outliers(grid.splits, groups).flatten()
         source = with_originals(split, groups, C).to(device)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
-    scale = scale_for(torch.tensor(threshold, dtype=torch.float32), grid.qmax)
+    scale = scale_for(torch.tensor(threshold, dtype=torch.float32, device="cpu"), grid.qmax)
     return QuantizedInput(grid, scale.to(device), source)

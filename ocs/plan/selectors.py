@@ -9,9 +9,15 @@ from torch import nn
 from ocs.model.targets import Target
 from ocs.nn.convolution import CONVOLUTIONS
 
+FIRST_CONVOLUTION = "first convolution"  # how a report says that FIRST_LAYER meant a layer
+FEW_CHANNELS = 4  # that an image has at most
+
 
 class _FirstLayer:
-    """The model's first convolution, which sees the image (section 5 of the paper)."""
+    """The model's first convolution, where it sees the image or sound (section 5 of the paper).
+
+    It has at most four input channels, in one group, and is no patch embedding, whose patches do not overlap.
+    """
 
     def __repr__(self) -> str:
         return "ocs.FIRST_LAYER"
@@ -38,7 +44,8 @@ def selected(selector: Selector, targets: Sequence[Target], argument: str = "ski
         TypeError: it is no selector.
     """
     if isinstance(selector, _FirstLayer):
-        return [target for target in targets if isinstance(target.module, CONVOLUTIONS)][:1]
+        convolutions = [target for target in targets if isinstance(target.module, CONVOLUTIONS)][:1]
+        return [target for target in convolutions if _sees_input(target.module)]
     if isinstance(selector, str):
         return fitting(selector, targets, argument)
     if isinstance(selector, type):
@@ -46,6 +53,13 @@ def selected(selector: Selector, targets: Sequence[Target], argument: str = "ski
     if callable(selector) and not isinstance(selector, nn.Module):
         return [target for target in targets if selector(target.name, target.module)]
     raise TypeError(f"{argument}={selector!r}: use ocs.FIRST_LAYER, a name or pattern, a module type, or a predicate")
+
+
+def _sees_input(convolution: nn.Module) -> bool:
+    """Tell by its sizes whether a model's first convolution sees what the model is given."""
+    size, stride = convolution.kernel_size, convolution.stride
+    embeds_patches = size == stride and max(size) > 1
+    return convolution.in_channels <= FEW_CHANNELS and convolution.groups == 1 and not embeds_patches
 
 
 def fitting(pattern: str, targets: Sequence[Target], argument: str) -> list[Target]:
@@ -73,4 +87,4 @@ def shown_selector(selector: Any) -> str:
 
 def reason_to_skip(selector: Selector) -> str:
     """Say why the layers that a selector means are left out, as reports do."""
-    return "first convolution" if isinstance(selector, _FirstLayer) else f"skip={shown_selector(selector)}"
+    return FIRST_CONVOLUTION if isinstance(selector, _FirstLayer) else f"skip={shown_selector(selector)}"

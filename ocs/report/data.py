@@ -12,7 +12,7 @@ Status = Literal["quantized", "skipped", "float"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One weight of a layer, or a layer that was left as it is.
+    """One weight of a layer, or a layer that has none of its own and was left as it is.
 
     `skipped` layers were left out on request, `float` ones could not be quantized; `reason` says why. Everything from
     `bits` on is None or empty unless the layer was quantized.
@@ -20,8 +20,8 @@ class LayerReport:
 
     name: str  # of the layer
     kind: str  # the float layer's class
-    weight: str  # the weight's name in the layer, "" where a layer left alone has several or none
-    shape: tuple[int, ...]  # of the float weight, () where a layer left alone has several or none
+    weight: str  # the weight's name in the layer, "" where it has none
+    shape: tuple[int, ...]  # of the float weight, () where there is none, or none yet (lazy layers)
     status: Status
     reason: str = ""
     float_bytes: int = 0  # of the float weight
@@ -78,18 +78,27 @@ class LayerReport:
     @property
     def label(self) -> str:
         """Give the weight's full name, or the layer's where it has but one called `weight`."""
-        several = self.status == "quantized" and self.weight != "weight"
-        return f"{self.name}.{self.weight}" if several else self.name or "(model)"
+        alone = self.weight in ("", "weight")
+        return self.name or "(model)" if alone else f"{self.name}.{self.weight}".removeprefix(".")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What quantize() did, layer by layer in the model's order, with which settings and in how many seconds."""
+    """What quantize() did, layer by layer in the model's order, with which settings and in how many seconds.
+
+    str() gives the table, in which layers that stay float for the same reason share a line; repr() the summary alone.
+    """
 
     layers: tuple[LayerReport, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     batch_norms: dict[str, str] = field(default_factory=dict)  # where fold_bn: "" if folded, else why not
+
+    # Bytes, each tensor once; 0 where nobody counted
+    model_bytes: int = 0  # parameters and buffers of the float model
+    weight_bytes: int = 0  # of these the weights, that is parameters of two or more dimensions
+    float_weight_bytes: int = 0  # the weights that stay float
+    file_bytes: int = 0  # what the model takes in a file: packed integers, and all that stays as it is
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -105,6 +114,11 @@ class Report:
         """
         before = sum(layer.weights for layer in self.quantized)
         return sum(layer.expanded_weights for layer in self.quantized) / before if before else 1.0
+
+    @property
+    def quantized_share(self) -> float:
+        """Divide the bytes of the weights that were quantized by those of all weights of the model."""
+        return 1 - self.float_weight_bytes / self.weight_bytes if self.weight_bytes else 0.0
 
     @property
     def float_bytes(self) -> int:
@@ -138,6 +152,10 @@ class Report:
             "relative_size": self.relative_size,
             "float_bytes": self.float_bytes,
             "packed_bytes": self.packed_bytes,
+            "weight_bytes": self.weight_bytes,
+            "quantized_share": self.quantized_share,
+            "model_bytes": self.model_bytes,
+            "file_bytes": self.file_bytes,
             "mean_sqnr_db": self.mean_sqnr_db,
             "seconds": self.seconds,
         }
@@ -168,6 +186,11 @@ class Report:
         from ocs.report.text import report_text
 
         return report_text(self)
+
+    def __repr__(self) -> str:
+        from ocs.report.text import summary_of
+
+        return f"<Report: {summary_of(self)}>"
 
     def _repr_html_(self) -> str:
         from ocs.report.html import report_table

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.weights import bytes_of, float_weight, is_weight
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, WeightResult, packed_bytes
 from ocs.report.data import LayerReport
@@ -13,28 +14,31 @@ from ocs.weight.error import sqnr_db
 
 
 def report_lines(results: Iterable[LayerResult]) -> list[LayerReport]:
-    """Make a line for each weight that was quantized, and one for each layer that was left as it is."""
+    """Make a line for each weight, quantized or left as it is, and one for a layer that has none of its own."""
     lines = []
     for result in results:
         if result.replacement is None:
-            lines.append(LayerReport(**_float_layer(result.plan), reason=result.plan.reason))
+            held = {name: each for name, each in result.plan.module._parameters.items() if is_weight(each)} or {
+                "": None
+            }
+            lines += [
+                LayerReport(**_float_weight(result.plan, *each), reason=result.plan.reason) for each in held.items()
+            ]
         else:
             lines += [_quantized_weight(result, weight) for weight in result.weights]
     return lines
 
 
-def _float_layer(plan: LayerPlan, name: str | None = None) -> dict[str, Any]:
-    """What does not depend on quantization: of one weight, or of all that the layer holds."""
-    parameters = plan.module._parameters if name is None else {name: plan.module._parameters[name]}
-    weights = {k: p for k, p in parameters.items() if p is not None and not nn.parameter.is_lazy(p) and p.dim() >= 2}
-    only = next(iter(weights)) if len(weights) == 1 else ""
+def _float_weight(plan: LayerPlan, name: str, weight: Tensor | None) -> dict[str, Any]:
+    """What does not depend on quantization; of a layer without weights of its own where there is none."""
+    lazy = weight is None or nn.parameter.is_lazy(weight)
     return {
         "name": plan.name,
         "kind": type(plan.module).__name__,
-        "weight": only,
-        "shape": tuple(weights[only].shape) if only else (),
+        "weight": name,
+        "shape": () if lazy else tuple(weight.shape),
         "status": plan.status,
-        "float_bytes": sum(p.numel() * p.element_size() for p in weights.values()),
+        "float_bytes": 0 if lazy else bytes_of(weight),
     }
 
 
@@ -44,7 +48,7 @@ def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
     sources, of_input = replacement.copies(weight.name).tolist(), _quantized_input(replacement)
     numbers_of_input = len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
     return LayerReport(
-        **_float_layer(plan, weight.name),
+        **_float_weight(plan, weight.name, float_weight(plan.module, weight.name)),
         bits=options.wbits,
         granularity=options.granularity,
         rounding=options.rounding,

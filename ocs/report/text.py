@@ -17,7 +17,8 @@ RIGHT_ALIGNED = (*_NUMBERS, "packed")
 def report_text(report: Report) -> str:
     """Lay out the table of a report, with its summary below."""
     columns = columns_of(report)
-    rows = [columns, *cells_of(report, columns)]
+    lines = [_line_of(group[0]) if len(group) == 1 else _line_of_all(group) for group in _groups(report)]
+    rows = [columns, *([line.get(name, "") for name in columns] for line in lines)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pads = [str.rjust if name in RIGHT_ALIGNED else str.ljust for name in columns]
     lines = ["  ".join(pad(*cell) for pad, *cell in zip(pads, row, widths, strict=True)) for row in rows]
@@ -40,11 +41,36 @@ def cells_of(report: Report, columns: list[str]) -> list[list[str]]:
     return [[line.get(name, "") for name in columns] for line in lines]
 
 
+def _groups(report: Report) -> list[list[LayerReport]]:
+    """Put weights together that were left as they are for the same reason; each that was quantized is alone."""
+    groups: dict[tuple[object, ...], list[LayerReport]] = {}
+    for i, layer in enumerate(report.layers):
+        key = (i,) if layer.status == "quantized" else (layer.status, layer.reason)
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def _line_of_all(group: list[LayerReport]) -> dict[str, str]:
+    """Write the cells of weights that were left as they are for the same reason, by column."""
+    kinds, shapes = ({line[name] for line in map(_line_of, group)} for name in ("kind", "weight"))
+    names = {layer.name: layer.name or "(model)" for layer in group}
+    first, *_, last = [*names.values()] * 2
+    verb = "skipped" if group[0].status == "skipped" else f"{'stay' if len(names) > 1 else 'stays'} float"
+    size = _size(sum(layer.float_bytes for layer in group))
+    return {
+        "layer": first if first == last else f"{first} ... {last}",
+        "kind": kinds.pop() if len(kinds) == 1 else "",
+        "weight": shapes.pop() if len(shapes) == 1 else "",
+        "": f"{len(names)} {plural(len(names), 'layer')} {verb}: {group[0].reason} ({size})",
+    }
+
+
 def _line_of(layer: LayerReport) -> dict[str, str]:
     """Write the cells of a layer, by column."""
     line = {"layer": layer.label, "kind": layer.kind, "weight": "x".join(map(str, layer.shape))}
     if layer.status != "quantized":
-        return line | {"": f"{layer.status}: {layer.reason}"}
+        size = f" ({_size(layer.float_bytes)})" if layer.float_bytes else ""
+        return line | {"": f"{layer.status}: {layer.reason}{size}"}
     if isinstance(layer.threshold, float):
         clip = f"{layer.threshold:.3g}"
     else:
@@ -68,7 +94,7 @@ def summary_of(report: Report) -> str:
     weights = len(report.quantized)
     layers = len({layer.name for layer in report.quantized})
     several = f" ({weights} weights)" if weights > layers else ""
-    left = len(report.layers) - weights
+    left = len({layer.name for layer in report.layers if layer.status != "quantized"})
     text = f"{layers} {plural(layers, 'layer')} quantized{several}, {left} left float, in {report.seconds:.2f} s"
     if report.batch_norms:
         folded = sum(not reason for reason in report.batch_norms.values())
@@ -78,11 +104,23 @@ def summary_of(report: Report) -> str:
     text += _roundings(report)
     if report.mean_steps:
         text += f"; outputs, mean dB: {_steps(report.mean_steps)}"
-    saving = report.float_bytes / report.packed_bytes if report.packed_bytes else math.inf
-    return (
-        f"{text}: weights x{report.relative_size:.3f} with their copies, {_size(report.float_bytes)} -> "
-        f"{_size(report.packed_bytes)} packed ({saving:.1f}x smaller), mean SQNR {report.mean_sqnr_db:.1f} dB"
-    )
+    return f"{text}: {_share(report)}, mean SQNR {report.mean_sqnr_db:.1f} dB"
+
+
+def _share(report: Report) -> str:
+    """Say how much of the model was quantized, and what it takes now; never more than is true."""
+    packed = f"{_size(report.float_bytes)} -> {_size(report.packed_bytes)} packed"
+    copies = f"x{report.relative_size:.3f} with their copies"
+    if not report.weight_bytes:
+        return f"weights {copies}, {packed}"
+    quantized = f"{_size(report.weight_bytes - report.float_weight_bytes)} of {_size(report.weight_bytes)}"
+    file = f"the file {_size(report.file_bytes)} of {_size(report.model_bytes)}"
+    return f"{_percent(report.quantized_share)} of the weights ({quantized}), {copies}, {packed}, {file}"
+
+
+def _percent(share: float) -> str:
+    """Write a share in percent, rounded down: 100 % is all."""
+    return f"{math.floor(100 * share)} %" if share >= 0.01 or not share else "less than 1 %"
 
 
 def plural(count: int, word: str) -> str:

@@ -41,8 +41,10 @@ class NormStatistics:
     def __init__(self, norm: _BatchNorm) -> None:
         self.norm = norm
         self.count = 0  # values of each channel
-        self.mean = torch.zeros(norm.num_features, dtype=torch.float64)
-        self.squares = torch.zeros(norm.num_features, dtype=torch.float64)  # of what is left without the mean, summed
+        self.mean = torch.zeros(norm.num_features, dtype=torch.float64, device="cpu")
+        self.squares = torch.zeros(
+            norm.num_features, dtype=torch.float64, device="cpu"
+        )  # of what is left without the mean, summed
 
     def observe(self, _: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Take in one more batch [N, C, ...]."""
@@ -74,7 +76,7 @@ class NormStatistics:
 
     def reduce(self) -> None:
         """Merge what all ranks have seen, so that each has the same."""
-        count = int(reduced(torch.tensor(self.count), dist.ReduceOp.SUM))
+        count = int(reduced(torch.tensor(self.count, device="cpu"), dist.ReduceOp.SUM))
         mean = reduced(self.mean * self.count, dist.ReduceOp.SUM) / max(count, 1)
         self.squares = reduced(self.squares + self.count * (self.mean - mean).square(), dist.ReduceOp.SUM)
         self.count, self.mean = count, mean
@@ -93,8 +95,8 @@ def reestimate_batchnorm(
 
     Args:
         model: quantized or float, with BatchNorms: without fold_bn.
-        data: batches, (batch, target) pairs of which the target is not used, dicts of keyword arguments, or a callable
-            that runs the model on what it likes: data(model).
+        data: batches, (batch, target) pairs of which the target is not used, dicts of arguments by name, or a callable
+            that runs the model on what it likes: data(model); see ocs.calibrate.
         reference: the float model that `model` was made from, of the same architecture. Its running statistics then
             count as right, and change only as those of `data` differ between the two models: so that data need not
             be like what the model is for, from ocs.synthesize, say. Channels that hardly vary on the data keep theirs.

@@ -81,20 +81,22 @@ def synthesize(
             (p for p in model.parameters() if p.is_floating_point()),
             next(iter(running_norms(model).values())).running_mean,
         )
-        noise = _smooth_noise(images, shape, torch.Generator().manual_seed(int(seed))).to(like.device)
+        noise = _smooth_noise(images, shape, torch.Generator("cpu").manual_seed(int(seed))).to(like.device)
         parts = with_progress(noise.split(batch), "synthesize", progress, "batch")
         return [_matched(frozen, part, steps).to(like.dtype) for part in parts]
 
 
 def _smooth_noise(images: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Draw [images, *shape] of mean 0 and variance 1: noise of all octaves, the coarser the stronger, as in images."""
-    spatial, x = shape[1:], torch.randn(images, *shape, generator=generator)
+    spatial, x = shape[1:], torch.randn(images, *shape, generator=generator, dtype=torch.float32, device="cpu")
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}.get(len(spatial))
     if mode is None:
         return x
     x, size = x / math.sqrt(min(spatial)), 2
     while size < min(spatial):
-        coarse = torch.randn(images, shape[0], *[size] * len(spatial), generator=generator)
+        coarse = torch.randn(
+            images, shape[0], *[size] * len(spatial), generator=generator, dtype=torch.float32, device="cpu"
+        )
         x += nn.functional.interpolate(coarse, tuple(spatial), mode=mode) / math.sqrt(size)
         size *= 2
     return (x - x.mean()) / x.std()
@@ -119,7 +121,8 @@ def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
             if not bool(loss.isfinite()):
                 raise ValueError("inputs that match the BatchNorms' statistics cannot be found: the loss is not finite")
             (x.grad,) = torch.autograd.grad(loss, x)
-            optimizer.step()
+            with torch.device("cpu"):  # where it keeps its count
+                optimizer.step()
             schedule.step()
     return x.detach()
 

@@ -1,13 +1,12 @@
 """Steps 2 and 3 of quantizing a weight: clip threshold and integers, once its splits are planned."""
 
-from collections.abc import Iterator
-
 import numpy as np
+from torch import Tensor
 
 from ocs.kernels.constants import qmax
+from ocs.kernels.ops import kernels
 from ocs.weight.arrays import array_like, as_numpy
 from ocs.weight.error import errors_of_outputs, weight_error
-from ocs.weight.gptq import Compensation
 from ocs.weight.integers import quantize_split
 from ocs.weight.threshold import scale_for, split_thresholds
 from ocs.weight.types import Array, Quantization, QuantizedWeight, Scheme, SplitPlan
@@ -17,14 +16,11 @@ AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" choo
 
 def quantize_plan(w: Array, plan: SplitPlan, scheme: Scheme) -> Quantization:
     """Take steps 2 and 3 for a weight [O, C, ...]: find its threshold, and its integers."""
-    compensation = None
-    if scheme.rounding == "gptq":
-        compensation = Compensation(w, plan.source, plan.depth, plan.offset, scheme.bits, scheme.hessian)
     if scheme.clip == "auto":
-        clip, threshold = _least_output_error(w, plan, scheme, compensation)
+        clip, quantized = _least_output_error(w, plan, scheme)
     else:
-        clip, (threshold,) = scheme.clip, _thresholds(w, plan, scheme, (scheme.clip,))
-    (quantized,) = _quantize_each(w, plan, scheme, [threshold], compensation)
+        (threshold,) = _thresholds(w, plan, scheme, (scheme.clip,))
+        clip, quantized = scheme.clip, _quantized(w, plan, scheme, threshold)
     return Quantization(quantized, clip, weight_error(w, quantized, scheme.groups))
 
 
@@ -33,28 +29,26 @@ def _thresholds(w: Array, plan: SplitPlan, scheme: Scheme, clips: tuple[str | fl
     return split_thresholds(w, plan, scheme.bits, clips, scheme.granularity, scheme.groups)
 
 
-def _quantize_each(
-    w: Array, plan: SplitPlan, scheme: Scheme, thresholds: list[Array], compensation: Compensation | None
-) -> Iterator[QuantizedWeight]:
-    """Take step 3 for each threshold."""
-    if compensation is None:
-        for threshold in thresholds:
-            yield quantize_split(w, plan, threshold, scheme.bits, scheme.split, scheme.rounding, scheme.groups)
-        return
-    scales = [scale_for(threshold, qmax(scheme.bits)) for threshold in thresholds]
-    for ints, scale, threshold in zip(compensation.integers(scales), scales, thresholds, strict=True):
-        yield QuantizedWeight(ints, scale, plan.source, threshold)
+def _quantized(w: Array, plan: SplitPlan, scheme: Scheme, threshold: Array) -> QuantizedWeight:
+    """Take step 3."""
+    if scheme.rounding != "gptq":
+        return quantize_split(w, plan, threshold, scheme.bits, scheme.split, scheme.rounding, scheme.groups)
+    scale = scale_for(threshold, qmax(scheme.bits))
+    columns, factor = (
+        each.to(w.device) if isinstance(w, Tensor) else each.numpy() for each in scheme.hessian.factored(scheme.groups)
+    )
+    ints = kernels(w).gptq_weight(w, scale, *plan[:3], scheme.bits, columns, factor)
+    return QuantizedWeight(ints, scale, plan.source, threshold)
 
 
-def _least_output_error(
-    w: Array, plan: SplitPlan, scheme: Scheme, compensation: Compensation | None
-) -> tuple[str | float, Array]:
-    """Choose the first of AUTO with the least output error, and its threshold; "auto" where channels differ."""
+def _least_output_error(w: Array, plan: SplitPlan, scheme: Scheme) -> tuple[str | float, QuantizedWeight]:
+    """Choose the first of AUTO with the least output error; "auto" where channels differ."""
     error_of, thresholds, errors = errors_of_outputs(w, scheme), _thresholds(w, plan, scheme, AUTO), []
-    for quantized in _quantize_each(w, plan, scheme, thresholds, compensation):
-        error = as_numpy(error_of(quantized))
+    for threshold in thresholds:
+        error = as_numpy(error_of(_quantized(w, plan, scheme, threshold)))
         errors.append(error if scheme.granularity == "channel" else error.sum())
     chosen = np.stack(errors).argmin(0)
     threshold = np.take_along_axis(np.stack([as_numpy(each) for each in thresholds]), chosen[None], 0)[0]
     names = {AUTO[i] for i in chosen.ravel()}
-    return names.pop() if len(names) == 1 else "auto", array_like(np.asarray(threshold), w)
+    quantized = _quantized(w, plan, scheme, array_like(np.asarray(threshold), w))
+    return names.pop() if len(names) == 1 else "auto", quantized

@@ -10,7 +10,7 @@ from torch import Tensor
 from ocs.kernels.ops import kernels
 from ocs.weight.arguments import check_array, check_groups
 from ocs.weight.arrays import array_like, as_tensor
-from ocs.weight.hessian import Hessian
+from ocs.weight.hessian import Hessian, in_blocks
 from ocs.weight.integers import fold
 from ocs.weight.types import GAIN, Array, Quantization, QuantizedWeight, Scheme
 
@@ -54,26 +54,34 @@ class MeasuredOutputs:
 
     Args:
         w: float32 [O, C, ...].
-        hessian: of what it meets.
+        hessian: of what it meets. groups: of the weight.
     """
 
-    def __init__(self, w: Array, hessian: Hessian) -> None:
+    def __init__(self, w: Array, hessian: Hessian, groups: int = 1) -> None:
         w = as_tensor(w).float()
-        self.second = hessian.second.to(w.device, torch.float32)
-        G, N = self.second.shape[:2]
-        self.rows = w.reshape(G, len(w) // G, N)
+        self.second, self.groups = hessian.second.to(w.device, torch.float32), groups
+        self.rows = self._blocks(w)
         self.product = self.rows @ self.second  # w H
-        self.power = (self.product * self.rows).sum(-1, dtype=torch.float64)  # w H w^T, float64 [G, O / G]
+        self.power = self._sum(self.product * self.rows)  # w H w^T
+
+    def _blocks(self, w: Tensor) -> Tensor:
+        """Cut the columns of w [O, C, ...] as the second moments are: [G B, O / G, L]."""
+        return in_blocks(w.reshape(self.groups, len(w) // self.groups, math.prod(w.shape[1:])), self.second.shape[1])
+
+    def _sum(self, products: Tensor) -> Tensor:
+        """Sum over the columns of all blocks, float64 [O]."""
+        of_blocks = products.sum(-1, dtype=torch.float64)
+        return of_blocks.view(self.groups, len(products) // self.groups, -1).sum(1).flatten()
 
     def error(self, w_hat: Array, gain: float) -> Array:
         """Measure how far outputs are off with w_hat instead of w, float64 [O]: d H d^T + gain (d H w^T)^2 / w H w^T.
 
         For rows d = w_hat - w and w. The second part is the change of the outputs' gain, see functional.output_error.
         """
-        d = as_tensor(w_hat).reshape(self.rows.shape) - self.rows
-        of_outputs = ((d @ self.second) * d).sum(-1, dtype=torch.float64)
-        of_gain = (self.product * d).sum(-1, dtype=torch.float64) ** 2 / (self.power + (self.power == 0))
-        error = (of_outputs + gain * of_gain).flatten()
+        d = self._blocks(as_tensor(w_hat)) - self.rows
+        error = self._sum((d @ self.second) * d) + gain * self._sum(self.product * d) ** 2 / (
+            self.power + (self.power == 0)
+        )
         return error if isinstance(w_hat, Tensor) else error.numpy()
 
 
@@ -82,7 +90,7 @@ def signal_and_noise(w: Array, quantized: QuantizedWeight, scheme: Scheme) -> tu
     if scheme.hessian is None:
         power, error = output_power(w), output_error(w, quantized, scheme.groups, scheme.gain)
     else:
-        measured = MeasuredOutputs(w, scheme.hessian)
+        measured = MeasuredOutputs(w, scheme.hessian, scheme.groups)
         power, error = measured.power, measured.error(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
     return float(power.sum()), float(error.sum())
 
@@ -91,7 +99,7 @@ def errors_of_outputs(w: Array, scheme: Scheme) -> Callable[[QuantizedWeight], A
     """Return what measures (or without GPTQ estimates) how far outputs of quantized weights are off: float64 [O]."""
     if scheme.rounding != "gptq":
         return lambda quantized: output_error(w, quantized, scheme.groups, scheme.gain)
-    measured = MeasuredOutputs(w, scheme.hessian)
+    measured = MeasuredOutputs(w, scheme.hessian, scheme.groups)
     return lambda quantized: measured.error(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
 
 

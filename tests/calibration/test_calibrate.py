@@ -303,12 +303,6 @@ class Wrapped(nn.Module):
         return self.lstm(input)
 
 
-def test_the_failing_batch_is_named(net: SmallNet) -> None:
-    with pytest.raises(ValueError, match="its input has 2 channels, it needs 3") as error:
-        ocs.calibrate(net, [x, x[:, :2]])
-    assert error.value.__notes__ == ["while calibrating on batch 1"]
-
-
 def test_fused_transformer_layers_are_looked_into() -> None:
     """In eval mode torch's own would not call its children."""
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8)).eval()

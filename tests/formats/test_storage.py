@@ -345,6 +345,10 @@ def tensor(name: str, to: Callable[[Tensor], Tensor]) -> Callable[[dict, dict], 
     return lambda header, tensors: tensors.update({name: to(tensors[name])})
 
 
+def nested(levels: int) -> list:
+    return [nested(levels - 1)] if levels else []
+
+
 HEAD = ("layers", "net.head")
 LAYER = {"kind": "Linear", "bits": 5, "expand": True, "settings": {}, "weights": {}}
 FORGED = {
@@ -358,6 +362,17 @@ FORGED = {
     "bits out of range": (setting(*HEAD, "bits", to=64), "header is damaged"),
     "bits as bool": (setting(*HEAD, "bits", to=True), "header is damaged"),
     "other bits": (setting(*HEAD, "bits", to=4), "net.head.weight_int is .* the model needs"),
+    "input of another type": (setting(*HEAD, "input", to=[4]), "header is damaged"),
+    "shapes of another type": (setting(*HEAD, "weights", to={"weight": 5}), "header is damaged"),
+    "shapes of no numbers": (setting(*HEAD, "weights", to={"weight": [[5], True]}), "header is damaged"),
+    "bits of many digits": (setting(*HEAD, "bits", to=10**4000), "header is damaged"),
+    "a norm's name of another type": (setting("batch_norms", to=[["bn"]]), "header is damaged"),
+    "norms of another type": (setting("batch_norms", to={"bn": 1}), "header is damaged"),
+    "norms of nothing": (setting("batch_norms", to=None), "header is damaged"),
+    "a norm that is none": (setting("batch_norms", to=["net.head"]), "no batch norm 'net.head' to fold"),
+    "nested in the settings": (setting(*HEAD, "settings", "clip", to=nested(900)), "header is damaged"),
+    "nested in the input": (setting(*HEAD, "input", to={"bits": nested(900)}), "header is damaged"),
+    "nested elsewhere": (setting("more", to=nested(17)), "header is damaged"),
     "unknown field": (setting(*HEAD, "code", to="import os"), "header is damaged"),
     "another kind": (setting(*HEAD, "kind", to="GRU"), "net.head: it was saved from another GRU than this Linear"),
     "another weight": (setting(*HEAD, "weights", to={"bias": [5]}), "net.head: it was saved from another Linear"),
@@ -410,6 +425,8 @@ def test_foreign_files(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, path)
     load_fails(path, "no complete safetensors file")
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"ocs": "[" * 100_000})
+    load_fails(path, "header is damaged")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"ocs": "1" * 5000})
     load_fails(path, "header is damaged")
     header = json.dumps({"a": {"dtype": "U8", "shape": [2**40], "data_offsets": [0, 2**40]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)

@@ -160,6 +160,25 @@ def test_squant_cancels_errors(w: np.ndarray, splits: int, bits: int, share: flo
         assert (np.abs(errors.sum((1, 2))) <= 0.5 + cut_off).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (17, 70), (40, 9, 3), (33, 130)])
+def test_gptq_is_the_same_by_every_instruction_set(shape: tuple[int, ...]) -> None:
+    """The plain kernel adds up products in the order of the columns; so do all others, and torch's door."""
+    w, N = outlier_weight(shape), int(np.prod(shape[1:]))
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, shape[1] // 3)[:3]
+    for width in {N, N // 2 + 1}:
+        blocks = -(-N // width)
+        rng = np.random.default_rng(0)
+        order = np.concatenate([b * width + rng.permutation(width) for b in range(blocks)])[None]
+        factor = rng.standard_normal((blocks, width, width)).astype(np.float32) / 8
+        found = []
+        for name in _C.isas():
+            ops.set_isa(name)
+            found.append(both("gptq_weight", w, np.asarray(0.1, np.float32), *plan, 4, order, factor))
+            assert_same(found[0], found[-1])
+        assert (found[0] != _C.quantize_weight(w, np.asarray(0.1, np.float32), *plan, 1, 4, True)).any() or N == 3
+    ops.set_isa("auto")
+
+
 def test_squant_by_hand() -> None:
     """The largest error of a filter moves, then that of the filter with the largest; of equal ones the first."""
     assert squant([[[0.75, -0.375, -0.4375, 3]]]) == [[[1, 0, -1, 3]]]  # errors 0.25, 0.375, 0.4375, 0: one whole step
@@ -250,6 +269,9 @@ def test_results_do_not_depend_on_threads(threads: int) -> None:
     for part in (w[:120], np.ascontiguousarray(w[..., 0])):
         args = (part, scale, *plan[:3], 1, 4)
         assert_same(_C.squant_weight(*args), reference.squant_weight(*args))
+    factor = np.random.default_rng(0).standard_normal((1, 900, 900)).astype(np.float32) / 30
+    args = (scale, *plan[:3], 5, np.arange(900)[None], factor)
+    assert_same(_C.gptq_weight(w, *args)[160:], _C.gptq_weight(w[160:], *args))
     per_row = [_C.output_error(part, q, scale, plan[0], 1, 10.0) for part, q in ((w, ints), (w[:7], ints[:7]))]
     assert_same(per_row[0][:7], per_row[1])
     error = _C.weight_error(w, ints, scale, plan[0], 1)

@@ -25,6 +25,8 @@ SCALE = torch.tensor(0.1)
 SCALES = torch.linspace(0.05, 0.2, 12)
 INTS = torch.ops.ocs.quantize_weight(W, SCALE, *PLAN[:3], 3, 5, True)
 COUNTS = torch.stack([torch.ops.ocs.histogram(W, 64, 1.0), torch.ops.ocs.histogram(W, 64, 2.0)])
+ORDER = torch.arange(90).flip(0).expand(3, 90)
+FACTOR = torch.linspace(-0.1, 0.1, 3 * 90 * 90).reshape(3, 90, 90)
 PACKED = torch.ops.ocs.pack(INTS, 5)
 
 CALLS = {
@@ -38,6 +40,7 @@ CALLS = {
     "clip_threshold": [(COUNTS, torch.tensor([1.0, 2.0]), 4, True, method) for method in range(7)],
     "quantize_weight": [(W, s, *PLAN[:3], 3, 5, qa) for s in (SCALE, SCALES) for qa in (True, False)],
     "squant_weight": [(w, s, *PLAN[:3], 3, 4) for w in (W, W.flatten(2)[..., 0]) for s in (SCALE, SCALES)],
+    "gptq_weight": [(W, s, *PLAN[:3], 4, ORDER, FACTOR) for s in (SCALE, SCALES)],
     "fold": [(INTS, s, PLAN[0], 3, 10) for s in (SCALE, SCALES)],
     "weight_error": [(W, INTS, SCALE, PLAN[0], 3)],
     "output_error": [(W, INTS, s, PLAN[0], 3, 10.0) for s in (SCALE, SCALES)],
@@ -226,6 +229,18 @@ HOSTILE = [
     ("squant_weight", (W, SCALE * 0, *PLAN[:3], 3, 5), "positive finite"),
     ("squant_weight", (W, SCALES[:5], *PLAN[:3], 3, 5), "scale must have"),
     ("squant_weight", (W, SCALE, PLAN[0].int(), *PLAN[1:3], 3, 5), "wrong dtype"),
+    ("gptq_weight", (W, SCALE, PLAN[0] + 1, *PLAN[1:3], 4, ORDER, FACTOR), "no split plan"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER.clamp(min=1), FACTOR), "order must have each column once"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER - 1, FACTOR), "order must have each column once"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER + 2**62, FACTOR), "order must have each column once"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER[:, :80], FACTOR), "order must be"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER[:2], FACTOR), "factor must be"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER, FACTOR[:2]), "factor must be"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER, FACTOR[:, :45]), "factor must be"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER, FACTOR[:, :0, :0]), "factor must be"),
+    ("gptq_weight", (W, -SCALE, *PLAN[:3], 4, ORDER, FACTOR), "positive finite"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 9, ORDER, FACTOR), "bits must be 2 to 8"),
+    ("gptq_weight", (W, SCALE, *PLAN[:3], 4, ORDER.int(), FACTOR), "wrong dtype"),
     ("fold", (INTS, SCALE, PLAN[0] + 1, 3, 10), "no split plan"),
     ("fold", (INTS, SCALE, PLAN[0], 3, 2**62), "channels must be"),
     ("fold", (INTS, SCALE, PLAN[0], 3, -1), "channels must be"),

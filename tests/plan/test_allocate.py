@@ -86,6 +86,31 @@ def test_sizes_beyond_the_units_are_spent_on_nearly_as_well(monkeypatch: pytest.
             assert all(other.error >= way.error for other in item if other.packed_bytes <= left)
 
 
+@pytest.mark.parametrize("core", [1, 8])
+def test_of_many_items_the_nearest_to_choosing_otherwise_are_chosen_together(
+    core: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All fits, nothing that would still fit is left, and at most one step's error is lost."""
+    items = random_items(60, 200, 0)
+    for budget in np.linspace(sum(min(way.packed_bytes for way in each) for each in items), 6000, 7).astype(int):
+        monkeypatch.setattr(knapsack, "CORE", 128)
+        exact = sum(way.error for way in solve_knapsack(items, int(budget)))
+        monkeypatch.setattr(knapsack, "CORE", core)
+        chosen = solve_knapsack(items, int(budget))
+        assert sum(way.packed_bytes for way in chosen) <= budget
+        assert exact - 1e-9 <= sum(way.error for way in chosen) <= exact + (0.2 if core == 1 else 0.05)
+
+
+def test_the_table_is_of_few_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that time and memory grow with the number of items, and no faster."""
+    sizes, together = [], knapsack._together
+    monkeypatch.setattr(
+        knapsack, "_together", lambda items, budget: sizes.append(len(items)) or together(items, budget)
+    )
+    assert len(solve_knapsack(random_items(1000, 2000, 0), 400_000)) == 1000
+    assert sizes == [knapsack.CORE]
+
+
 def test_nothing_to_spend_on() -> None:
     assert solve_knapsack([], 5) == []
     assert [way.what for way in solve_knapsack([ways((3, 1.0)), ways((2, 1.0), (3, 0.0))], 5)] == [0, 0]

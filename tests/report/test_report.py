@@ -137,14 +137,82 @@ def test_exact_layers_are_valid_json() -> None:
     assert json.loads(report.to_json())["layers"][0]["sqnr_db"] is None
 
 
-def test_everything_skipped(net: SmallNet) -> None:
-    report = ocs.quantize(net, skip="*")
-    assert (report.quantized, report.relative_size, report.packed_bytes) == ((), 1.0, 0)
-    assert str(report).endswith("s")
-
-
 def test_what_is_known_of_inputs_is_a_field(net: SmallNet) -> None:
     report = ocs.quantize(torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 2, 1), net), recipe="best")
     known = {layer.input_known for layer in report.quantized}
     assert known == {layer.input_mean != "nothing is known of its input" for layer in report.quantized}
     assert {layer.input_known for layer in ocs.quantize(SmallNet()).layers} == {None}
+
+
+# --- How much of the model it was -------------------------------------------------------------------------------------
+
+
+class Experts(torch.nn.Module):
+    """Several weights that stay float, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Parameter(torch.randn(4, 64, 32)), torch.nn.Parameter(torch.randn(4, 32, 64))
+        self.gain = torch.nn.Parameter(torch.ones(64))
+
+
+def test_the_share_of_the_model(tmp_path: Path) -> None:
+    """What stays float counts in full: three blocks of experts, an embedding and a head tied to it."""
+    blocks = (torch.nn.Sequential(torch.nn.Linear(64, 64), Experts()) for _ in range(3))
+    model = torch.nn.Sequential(*blocks, torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100, bias=False))
+    model[4].weight = model[3].weight
+    model.register_buffer("steps", torch.zeros(7), persistent=False)
+    quantized, experts, tied, vectors = 3 * 64 * 64 * 4, 3 * 2 * 4 * 64 * 32 * 4, 100 * 64 * 4, 3 * (64 + 64) * 4
+    report = ocs.quantize(model, wbits=4, skip=None)
+    assert (report.float_bytes, report.packed_bytes) == (quantized, quantized // 8 + 3 * 4)
+    assert report.weight_bytes == quantized + experts + tied
+    assert report.model_bytes == quantized + experts + tied + vectors
+    assert report.quantized_share == pytest.approx(quantized / (quantized + experts + tied))
+    ocs.save(model, tmp_path / "m")
+    assert report.file_bytes == pytest.approx((tmp_path / "m").stat().st_size, rel=0.01)
+    assert repr(report) == f"<Report: {str(report).splitlines()[-1]}>"
+    shown = "18 % of the weights (49.2 KB of 271 KB), x1.000 with their copies, 49.2 KB -> 6.2 KB packed, the file 2"
+    assert f": {shown}" in repr(report)
+    assert " KB of 273 KB, mean SQNR" in repr(report)
+    totals = report.to_dict()["totals"]
+    assert {name: totals[name] for name in ("weight_bytes", "model_bytes", "file_bytes")} == {
+        "weight_bytes": report.weight_bytes, "model_bytes": report.model_bytes, "file_bytes": report.file_bytes,
+    }  # fmt: skip
+
+
+def test_a_share_is_never_rounded_up() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(2, 2))
+    assert "99 % of the weights" in repr(ocs.quantize(model, skip="1"))
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(2, 2))
+    assert "less than 1 % of the weights" in repr(ocs.quantize(model, skip="0"))
+
+
+def test_a_folded_norm_and_a_new_bias_are_counted(net: SmallNet, tmp_path: Path) -> None:
+    report = ocs.quantize(net, wbits=4, r=0.1, fold_bn=True, correct_bias=True, recipe="best")
+    ocs.save(net, tmp_path / "m")
+    assert report.file_bytes == pytest.approx((tmp_path / "m").stat().st_size, rel=0.05)
+
+
+def test_equal_reasons_share_a_line_of_the_text_alone() -> None:
+    """Rows, dict and page have every weight with its shape and size."""
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), Experts()) for _ in range(12)))
+    report = ocs.quantize(model, skip=["[12].0", "3.0"])
+    left = [layer for layer in report.layers if layer.name == "3.1"]
+    assert [(layer.label, layer.shape, layer.float_bytes) for layer in left] == [
+        ("3.1.up", (4, 64, 32), 32768), ("3.1.down", (4, 32, 64), 32768),
+    ]  # fmt: skip
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + len(report.quantized) + 3 + 1
+    for shown in (
+        r"0\.1 \.\.\. 11\.1 +Experts +12 layers stay float: up, down of Experts, .* \(786 KB\)",
+        r"1\.0 \.\.\. 2\.0 +Linear +64x64 +2 layers skipped: skip='\[12\]\.0' \(32\.8 KB\)",
+        r"3\.0 +Linear +64x64 +skipped: skip='3\.0' \(16\.4 KB\)",
+    ):
+        assert any(re.fullmatch(shown, line) for line in lines), shown
+    assert report.to_html().count("<tr") == 1 + len(report.layers) == 1 + len(report.to_dict()["layers"])
+
+
+def test_repr_is_short_however_many_scales_there_are() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(30)))
+    report = ocs.quantize(model, r=0.5, granularity="channel")
+    assert len(repr(report)) < 300 < 300 * 30 < len(report.to_json())

@@ -13,13 +13,12 @@ from conftest import Everything, SmallNet, assert_unchanged, outlier_weight, sta
 from torch import Tensor, nn
 
 import ocs
-from ocs import functional
-from ocs.kernels import reference
+from ocs import _C, functional
+from ocs.kernels import composite, reference
 from ocs.nn.registry import replacement_of
 from ocs.weight import hessian as hessians
 from ocs.weight.apply_plan import AUTO
 from ocs.weight.error import MeasuredOutputs, remaining_error
-from ocs.weight.gptq import Compensation
 from ocs.weight.hessian import Hessian
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,22 +65,62 @@ def test_it_equals_its_twin(kind, granularity: str, shape: tuple[int, ...], grou
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
-def test_parts_add_up(bits: int) -> None:
-    """What compensation takes a column for is what the kernels make of it: every integer, depth and saturation."""
-    most = 2 ** (bits - 1) - 1
+@pytest.mark.parametrize("gptq_weight", [torch.ops.ocs.gptq_weight, composite.gptq_weight], ids=["C", "torch"])
+def test_parts_add_up(gptq_weight: Callable, bits: int) -> None:
+    """A column's error is that of what nearest rounding makes of it, at every integer, depth and saturation.
+
+    The next column, which is zeros, takes all of it over with the other sign.
+    """
+    most, one = 2 ** (bits - 1) - 1, torch.ones(())
+    factor = torch.tensor([[[0.0, 0], [1, 0]]])
     for splits in range(9):
-        source, depth, offset, *_ = reference.split_plan(np.float32([1, 2**-20]), 1, splits)
-        whole = torch.arange(-40 * most, 40 * most + 1, dtype=torch.float32)
+        plan = [torch.from_numpy(x) for x in reference.split_plan(np.float32([1, 2**-20]), 1, splits)[:3]]
+        whole = torch.arange(-40 * most, 40 * most + 1, dtype=torch.float32) + 0.25
         w = torch.stack([whole, torch.zeros_like(whole)], 1)
-        compensation = Compensation(
-            w, *map(torch.from_numpy, (source, depth, offset)), bits, Hessian(torch.eye(2)[None])
-        )
-        total = compensation.parts.sum(whole[None].double(), 0, splits > 0)[0]
-        q = reference.quantize_weight(w.numpy(), np.float32(1), source, depth, offset, 1, bits, True)
-        np.testing.assert_array_equal(total, reference.fold(q, np.float32(1), source, 1, 2)[:, 0])
-        unsaturated = (np.abs(q) < most).all(1)
-        np.testing.assert_array_equal(total[unsaturated], whole[unsaturated])
-    assert depth.max() == 4
+        nearest = torch.ops.ocs.quantize_weight(w, one, *plan, 1, bits, True)
+        error = torch.ops.ocs.fold(nearest, one, plan[0], 1, 2)[:, 0] - whole
+        ints = gptq_weight(w, one, *plan, bits, torch.tensor([[0, 1]]), factor)
+        own = [0, *range(2, len(plan[0]))]
+        assert torch.equal(ints[:, own], nearest[:, own])
+        assert torch.equal(ints[:, 1], (0.5 - error).floor().clamp(-most, most).to(torch.int8))
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((6, 8, 3), 1), ((36, 5, 3, 2), 2), ((3, 150), 1), ((50, 130), 1)])
+@pytest.mark.parametrize("width", [7, 1000])
+def test_other_devices_round_alike(shape: tuple[int, ...], groups: int, width: int) -> None:
+    """In blocks and whole, with splits; what is computed on any device is what the C kernel computes."""
+    w, N = torch.from_numpy(outlier_weight(shape)), int(np.prod(shape[1:]))
+    rows = torch.from_numpy(correlated(groups, N))
+    hessian = Hessian(torch.stack([torch.block_diag(*of_group) for of_group in rows[:, None]]))
+    if width < N:
+        hessian = Hessian(diagonal_blocks(rows, width))
+    order, factor = hessian.factored(groups)
+    plan = functional.plan_splits(w, 0.3, groups)
+    for scale in (w.abs().max() / 7, w.abs().flatten(1).amax(1) / 20):
+        args = (w, scale, *plan[:3], 4, order, factor)
+        assert torch.equal(torch.ops.ocs.gptq_weight(*args), composite.gptq_weight(*args))
+
+
+def diagonal_blocks(H: Tensor, width: int) -> Tensor:  # noqa: N803
+    """The blocks on the diagonals of H [G, N, N], zeros after the last, [G B, width, width]."""
+    blocks = -(-H.shape[1] // width)
+    H = torch.nn.functional.pad(H, (0, blocks * width - H.shape[1]) * 2)
+    each = [part[i : i + width, i : i + width] for part in H for i in range(0, blocks * width, width)]
+    return torch.stack(each)
+
+
+def test_blocks_are_rounded_as_if_they_had_nothing_in_common() -> None:
+    """To the bit as the twin does with zeros between them."""
+    w, H = outlier_weight((20, 10, 3)), correlated(1, 30)
+    plan, scale = functional.plan_splits(w, 0.2), np.asarray(np.abs(w).max() / 7, np.float32)
+    apart = H * (np.arange(30)[:, None] // 12 == np.arange(30) // 12)
+    blocks = diagonal_blocks(torch.from_numpy(H), 12)
+    for b, columns in enumerate((slice(0, 12), slice(12, 24), slice(24, 30))):  # damped by their own mean
+        own = apart[0, columns, columns].diagonal().mean() if b < 2 else H[0, columns, columns].diagonal().sum() / 12
+        apart[0, columns, columns] += np.eye(len(apart[0, columns, columns])) * 0.03 * (own - H[0].diagonal().mean())
+    order, factor = (each.numpy() for each in Hessian(blocks).factored(1))
+    ours = _C.gptq_weight(w, scale, *plan[:3], 4, order, factor)
+    np.testing.assert_array_equal(ours, reference.gptq_weight(w, scale, *plan[:3], 1, 4, apart))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -119,7 +158,7 @@ def test_what_does_not_go_together_is_rounded_to_nearest(r: float, clip: str | f
 def test_auto_leaves_the_least_error(kind, granularity: str) -> None:
     """Of all that could be chosen, after rounding; of each output channel by itself, where each has a scale."""
     w, H = outlier_weight((6, 12, 2)), correlated(2, 24)
-    measured = MeasuredOutputs(w, Hessian(torch.from_numpy(H)))
+    measured = MeasuredOutputs(w, Hessian(torch.from_numpy(H)), 2)
     errors = []
     for clip in AUTO:
         q = quantized(w, 3, 0.2, clip=clip, granularity=granularity, groups=2, moments=H)

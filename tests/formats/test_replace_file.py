@@ -1,0 +1,129 @@
+"""What may stand where a file is saved, and what is left when saving ends in any way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ocs
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8))
+    ocs.quantize(model)
+    return model
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as each:
+        before = Path.cwd()
+        os.chdir(path.parent)  # the path of a socket is short
+        each.bind(path.name)
+        os.chdir(before)
+
+
+def make_link_to_null(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def make_link_to_folder(path: Path) -> None:
+    path.symlink_to(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (os.mkfifo, OSError, "no regular file"),
+        (make_socket, OSError, "no regular file"),
+        (make_link_to_null, OSError, "no regular file"),
+        (make_loop, OSError, "no regular file"),
+        (make_link_to_folder, IsADirectoryError, "it is a folder"),
+        (lambda path: (path.touch(), path.chmod(0o444)), PermissionError, "it is read-only"),
+    ],
+)
+def test_what_is_not_replaced(
+    model: nn.Module, tmp_path: Path, make: Callable[[Path], object], error: type[OSError], message: str
+) -> None:
+    """As root, too, who could write all of these."""
+    path = tmp_path / "m"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(error, match=message):
+        ocs.save(model, path)
+    assert (path.lstat().st_mode, path.lstat().st_ino) == (before.st_mode, before.st_ino)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_device_stays_one(model: nn.Module) -> None:
+    with pytest.raises(OSError, match=r"/dev/null: it is no regular file"):
+        ocs.save(model, "/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+KILLED = """
+import sys, torch, ocs
+from torch import nn
+model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(30_000_000, 1))
+ocs.quantize(model, overrides={"0": dict(wbits=4)})
+print(flush=True)
+while True:
+    ocs.save(model, sys.argv[1])
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(model: nn.Module, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "other")], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    while not [*tmp_path.glob(".ocs.*/*")]:
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.002)
+        process.send_signal(signal.SIGSTOP)
+    (left,) = tmp_path.glob(".ocs.*")
+    ocs.save(model, tmp_path / "m")
+    assert left.is_dir()  # what a living process is writing
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    of_others = {
+        ".m.partial",
+        left.name.replace(f".{process.pid}.", f".{os.getppid()}."),  # a process that lives
+        left.name.replace(".ocs.", ".ocs.elsewhere-"),  # another machine's
+    }
+    for each in of_others:
+        (tmp_path / each).mkdir()
+    ocs.save(model, tmp_path / "m")
+    assert set(os.listdir(tmp_path)) - {"other"} == {"m", *of_others}
+
+
+def test_file_and_folder_are_on_the_disk(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "m").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ocs.save(model, tmp_path / "m")
+    assert synced == [((tmp_path / "m").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_long_names(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)  # 254 bytes, 255 are the most
+    ocs.save(model, path)
+    other = ocs.load(path, nn.Sequential(nn.Linear(8, 8)))
+    assert torch.equal(other[0].weight, model[0].weight)
