@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import BaseTorchFunctionMode
 
 from ocs.calibration.batches import batch_context, call, check_data
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
+from ocs.model.recording import unfused_classes
 from ocs.model.rewrite import Step, attribute, eager, for_a_while
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.progress import with_progress
@@ -95,16 +95,8 @@ def undisturbed(model: nn.Module, body: Callable[[], T], steps: Iterable[Step] =
     """
     slots = [attribute(module, "training", False) for module in model.modules()]
     no_grad = [(partial(torch._C._set_grad_enabled, flag)) for flag in (False, torch.is_grad_enabled())]
-    fused = [_overridden()] if any(isinstance(module, _FUSED) for module in model.modules()) else []
-    return for_a_while([*eager(), *fused, tuple(no_grad), *(slot.step() for slot in slots), *steps], body)
-
-
-_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
-def _overridden() -> Step:
-    """Have a mode on this thread that overrides torch's functions by themselves: then no layer takes a fused path."""
-    return partial(torch._C._push_on_torch_function_stack, BaseTorchFunctionMode()), torch._C._pop_torch_function_stack
+    slots += unfused_classes(model)
+    return for_a_while([*eager(), tuple(no_grad), *(slot.step() for slot in slots), *steps], body)
 
 
 def _hooks(watch: Watch) -> Iterator[Step]:

@@ -78,10 +78,11 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self.read: set[int] = set()  # ids of tensors
+        self.nodes: set[nn.Module] = set()  # layers and norms
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Do not look into layers and norms, subclasses of torch's among them, which torch.fx would look into."""
-        return _is_node(m) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        return m in self.nodes or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Remember which tensors the model looks up: buffers leave no other mark."""
@@ -110,7 +111,7 @@ class _OpenTracer(_Tracer):
         """Look into blocks of layers, but not into what is opaque: by name, as the traced modules are copies."""
         if module_qualified_name in self.opaque:
             return True
-        block = not (_is_node(m) or has_hooks(m)) and any(_is_node(part) for part in m.modules())
+        block = not (m in self.nodes or has_hooks(m)) and any(part in self.nodes for part in m.modules())
         return not block and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
@@ -142,6 +143,7 @@ def _trace(model: nn.Module, tracer: _Tracer) -> Trace:
     if set(copied.modules()) & set(model.modules()):
         raise ValueError("it cannot be copied: its parts remain the same")
     unwrap_children(copied)
+    tracer.nodes = {module for module in copied.modules() if _is_node(module)}  # by the classes that they still have
     graph = record(tracer, copied)
     tensors = ((name, [*m._parameters.values(), *m._buffers.values()]) for name, m in copied.named_modules())
     return Trace(graph, {name for name, own in tensors if any(id(t) in tracer.read for t in own)})

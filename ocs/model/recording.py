@@ -10,7 +10,7 @@ import operator
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as of_fx
 
-from ocs.model.rewrite import Step, eager, for_a_while
+from ocs.model.references import Place
+from ocs.model.rewrite import Slot, Step, eager, for_a_while
 
 _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
 _lock = threading.RLock()  # of what is patched below
@@ -108,7 +109,21 @@ class _Overlaid:
         return getattr(self._module, name)
 
 
-_READABLE = {kind: _unfused(kind) for kind in (nn.TransformerEncoderLayer, nn.TransformerEncoder)}
+_FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
+_READABLE = {kind: _unfused(kind) for kind in _FUSED}
+
+
+def unfused_classes(model: nn.Module) -> Iterator[Slot]:
+    """Give torch's blocks in a model, and what derives from them, classes that take no fused path."""
+    for module in model.modules():
+        if isinstance(module, _FUSED):
+            yield Slot(Place(module, "__class__", object.__setattr__, getattr), _unfused_class(type(module)))
+
+
+@lru_cache(maxsize=64)
+def _unfused_class(kind: type) -> type:
+    return _class(kind, nn.Module)
+
 
 # --- Functions that torch.fx keeps whole ------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def keeps_grad_mode(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def kept(*args: P.args, **kwargs: P.kwargs) -> T:
         back = partial(torch._C._set_grad_enabled, torch.is_grad_enabled())
-        return for_a_while([(_nothing, back)], partial(function, *args, **kwargs))
+        return _C.between(((_nothing, back),), partial(function, *args, **kwargs), False)
 
     return kept
 

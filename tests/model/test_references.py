@@ -139,7 +139,7 @@ def test_they_are_exchanged(case: str, tmp_path: Path) -> None:
 def test_they_stay_float_with_the_reason(case: str) -> None:
     model, x = Holds(case), torch.randn(2, 4, 3, 3)
     expected = model(x)
-    report = ocs.quantize(nn.Sequential(model, nn.Linear(3, 3)), wbits=2, skip=None)
+    report = ocs.quantize(nn.Sequential(model, nn.Linear(3, 64)), wbits=2, skip=None)
     reasons = {line.name: line.reason for line in report.layers if line.status == "float"}
     names = ["0.first"] if case == "own method" else ["0.first", "0.second"]
     assert reasons == dict.fromkeys(names, "it is also held by 'held' of Holds, which cannot be given another layer")
@@ -177,7 +177,7 @@ def test_batch_norms_fold_there_or_stay_with_the_reason() -> None:
     report = ocs.quantize(model, wbits=8, skip=None, fold_bn=True)
     assert report.batch_norms == {"norm": ""}
     torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
-    with_linear = nn.Sequential(fixed, nn.Linear(4, 4))
+    with_linear = nn.Sequential(fixed, nn.Linear(4, 64))
     report = ocs.quantize(with_linear, skip=None, fold_bn=True)
     assert "is also held by 'held' of FoldsInto" in report.batch_norms["0.norm"]
 

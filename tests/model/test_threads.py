@@ -100,7 +100,7 @@ def interrupt() -> None:
 def test_nothing_is_left_of_a_trace_that_is_interrupted() -> None:
     before = of_the_process()
     with pytest.raises(KeyboardInterrupt):
-        ocs.quantize(Fails(interrupt).eval(), fold_bn=True)
+        ocs.quantize(Fails(interrupt).eval(), fold_bn=True, skip=None)
     assert of_the_process() == before
     assert list(fold().values()) == [""] * 6
 
