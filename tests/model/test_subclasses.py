@@ -86,8 +86,10 @@ class OtherF:
 class CopiedInWords(nn.Linear):
     """The words of torch's forward, where F is something else."""
 
-    words: ClassVar[dict[str, object]] = {"F": OtherF}
-    exec("def forward(self, input): return F.linear(input, self.weight, self.bias)", words)
+    words: ClassVar[dict[str, object]] = {}
+    exec("from torch.nn import functional as F\ndef forward(self, input):\n"
+         "    return F.linear(input, self.weight, self.bias)", words)  # fmt: skip
+    words["F"] = OtherF
     forward = words["forward"]
 
 
