@@ -29,8 +29,8 @@ def quantize_weight(
         bits: 2 to 8.
         r: expand ratio in [0, 1]; each group's C channels get n = ceil(r C) splits (depthwise weights none).
         clip: where the split weights saturate, see clip_threshold; or "auto": of none, mse and fractions of the largest
-            |w| what leaves the least output_error, measured by `moments` where these are given (of which then a few
-            are tried); for each output channel of its own where granularity="channel".
+            |w| what leaves the least output_error, measured by `moments` where these are given (of which few are then
+            tried, coarse to fine); for each output channel of its own where granularity="channel".
         granularity: one scale per "tensor", or per output "channel".
         split: "qa" (quantization-aware: exact) or "naive" (halves).
         rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": from there, some integers move a step
