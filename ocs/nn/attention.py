@@ -34,9 +34,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         of_query = self.round_input(query)
         of_key = of_query if key is query else self.round_input(key)
         if value is query:
-            of_value = of_query
-        else:
-            of_value = of_key if value is key else self.round_input(value)
+            return super().forward(of_query, of_key, of_query, *args, **kwargs)
+        of_value = of_key if value is key else self.round_input(value)
         return super().forward(of_query, of_key, of_value, *args, **kwargs)
 
     @staticmethod
