@@ -44,3 +44,16 @@ def test_imports_go_down(path: Path) -> None:
         return
     above = {name for name in imports_of(path) - ALONE - {own} if own in ALONE or LEVEL.get(name, 99) >= LEVEL[own]}
     assert not above, f"{own} imports from {', '.join(sorted(above))}"
+
+
+TRACED = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ("kernels", "weight", "nn")]
+
+
+@pytest.mark.parametrize("path", TRACED, ids=[str(path.relative_to(PACKAGE)) for path in TRACED])
+def test_what_dynamo_traces_asks_for_no_union(path: Path) -> None:
+    """In torch 2.10 isinstance(x, A | B) is no constant; Array is such a union."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            kinds = node.args[1]
+            assert not isinstance(kinds, ast.BinOp), f"line {node.lineno}: use a tuple"
+            assert not (isinstance(kinds, ast.Name) and kinds.id == "Array"), f"line {node.lineno}: use ARRAYS"

@@ -195,7 +195,14 @@ def _empty_ints(
 
 @kernel(_empty_ints)
 def quantize_weight(
-    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, bits: int, aware: bool
+    w: Tensor,
+    scale: Tensor,
+    source: Tensor,
+    depth: Tensor,
+    offset: Tensor,
+    groups: int,
+    bits: int,
+    quantization_aware: bool,
 ) -> Tensor:
     """Quantize the split weight to int8 [O, C + n, ...], by one addition and one shift each (csrc/kernels.h)."""
     qmax = grid(bits, True)[1]
@@ -203,7 +210,7 @@ def quantize_weight(
     _check_scales("quantize_weight", scale, w.shape[0])
     u = _floats("quantize_weight", w) / _per_row(scale, w)
     u2 = torch.nan_to_num(torch.floor(2 * u), nan=GRID_LIMIT).clamp(-GRID_LIMIT, GRID_LIMIT).int()
-    addend = 2 * offset + 1 if aware else torch.ones_like(depth) << depth
+    addend = 2 * offset + 1 if quantization_aware else torch.ones_like(depth) << depth
     split = (_gather(u2, source, groups) + addend.reshape(groups, 1, -1, 1)) >> (depth + 1).reshape(groups, 1, -1, 1)
     ints = split.clamp(-qmax, qmax).to(torch.int8)
     return ints.reshape(w.shape[0], source.numel() // groups, *w.shape[2:])

@@ -37,9 +37,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attend to inputs that are rounded where they are to be; torch's fast paths need what is one tensor as one."""
-        distinct = {id(x): x for x in (query, key, value)}
-        rounded = {identity: self.round_input(x) for identity, x in distinct.items()}
-        return super().forward(*(rounded[id(x)] for x in (query, key, value)), *args, **kwargs)
+        of_query = self.round_input(query)
+        of_key = of_query if key is query else self.round_input(key)
+        if value is query:
+            return super().forward(of_query, of_key, of_query, *args, **kwargs)
+        of_value = of_key if value is key else self.round_input(value)
+        return super().forward(of_query, of_key, of_value, *args, **kwargs)
 
     @staticmethod
     def unquantized_names(float_layer: nn.Module) -> tuple[str, ...]:

@@ -210,6 +210,7 @@ class _RecurrentLayer(_Recurrent):
             x = x.index_select(-1, self.widened_input_channels(layer))
             x, *last = self.run_fused(x, batch_sizes, wide, layer, layer + 1, 0.0)
             x = x.unflatten(-1, (len(self.directions(layer)), -1))[..., : sizes[0]].flatten(-2)
+            last = (state.flatten(0, -3) for state in last)  # traced in torch 2.10, an LSTM's have one dimension more
             ends.append([state[..., :H] for state, H in zip(last, sizes, strict=True)])
             if layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)

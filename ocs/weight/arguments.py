@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ocs.kernels.constants import CLIP_METHODS, MAX_BITS, MIN_BITS
 from ocs.weight.arrays import as_tensor, dtype_name, kind_of
-from ocs.weight.types import Array, Granularity, Rounding, Scheme, Select, Split
+from ocs.weight.types import ARRAYS, Array, Granularity, Rounding, Scheme, Select, Split
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def check_array(name: str, x: Any, min_rank: int = 0, *, detach: bool = True) -> Array:
     """Check that x is a float array, and return it as the kernels take it."""
-    if not isinstance(x, Array) or dtype_name(x) not in FLOATS:
+    if not isinstance(x, ARRAYS) or dtype_name(x) not in FLOATS:
         hint = ": give its weight, layer.weight" if isinstance(x, nn.Module) else ""
         raise TypeError(f"{name} must be a numpy array or torch tensor of {', '.join(FLOATS)}, not {kind_of(x)}{hint}")
     if isinstance(x, Tensor) and x.layout != torch.strided:

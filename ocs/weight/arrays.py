@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocs.weight.types import Array
+from ocs.weight.types import ARRAYS, Array
 
 
 def dtype_name(x: Array) -> str:
@@ -16,7 +16,7 @@ def dtype_name(x: Array) -> str:
 
 def kind_of(x: Any) -> str:
     """Say what a value is, for an error message."""
-    return f"{type(x).__name__} of {x.dtype}" if isinstance(x, Array) else type(x).__name__
+    return f"{type(x).__name__} of {x.dtype}" if isinstance(x, ARRAYS) else type(x).__name__
 
 
 def as_numpy(x: Array) -> np.ndarray:

@@ -12,7 +12,7 @@ from ocs.kernels.constants import SMALLEST
 from ocs.kernels.ops import kernels
 from ocs.weight.arguments import check_array, check_bits, check_values
 from ocs.weight.arrays import array_like, dtype_name, kind_of
-from ocs.weight.types import Array
+from ocs.weight.types import ARRAYS, Array
 
 
 def fake_quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> Array:
@@ -37,7 +37,7 @@ def quantize(x: Array, scale: float | Array, bits: int, signed: bool = True) -> 
 
 def dequantize(q: Array, scale: float | Array) -> Array:
     """Compute q * scale, float32 shaped like q (int8 or uint8); one scale, or one per entry of the first axis."""
-    if not isinstance(q, Array) or dtype_name(q) not in ("int8", "uint8"):
+    if not isinstance(q, ARRAYS) or dtype_name(q) not in ("int8", "uint8"):
         raise TypeError(f"q must be an int8 or uint8 array or tensor, not {kind_of(q)}")
     scale = _as_scale(q, scale)
     if scale.ndim > 0 and (q.ndim == 0 or tuple(scale.shape) != (q.shape[0],)):

@@ -9,6 +9,7 @@ from torch import Tensor
 from ocs.weight.hessian import Hessian
 
 Array = np.ndarray | Tensor
+ARRAYS = (np.ndarray, Tensor)  # for isinstance: Dynamo of torch 2.10 takes no union
 Granularity = Literal["tensor", "channel"]
 Split = Literal["qa", "naive"]
 Rounding = Literal["nearest", "squant", "gptq"]
