@@ -110,6 +110,8 @@ def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     """Move a batch of noise until the norms see what their statistics say."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], RATE)
+    count = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+    optimizer.state[x].update(step=count, exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad(), _losses(model) as losses:
         for _ in range(steps):
@@ -125,8 +127,7 @@ def _matched(model: nn.Module, x: Tensor, steps: int) -> Tensor:
             if not bool(loss.isfinite()):
                 raise ValueError("inputs that match the BatchNorms' statistics cannot be found: the loss is not finite")
             (x.grad,) = torch.autograd.grad(loss, x)
-            with torch.device("cpu"):  # where it keeps its count
-                optimizer.step()
+            optimizer.step()
             schedule.step()
     return x.detach()
 
