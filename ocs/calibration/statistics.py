@@ -197,10 +197,10 @@ class Statistics:
         ends = {end: occupied[i] for end, i in ((self.smallest, 0), (self.highest, -1)) if abs(end) >= TINY}
         for at in ends.values():
             line[at] -= 1
-        centers = (torch.arange(2 * BINS * PARTS, dtype=torch.float64) + 0.5) / (BINS * PARTS) - 1
-        parts = (line[:, None] * torch.arange(PARTS + 1) // PARTS).diff().flatten()
-        values = torch.cat([centers * self.limit, torch.tensor([0.0, *ends], dtype=torch.float64)])
-        counts = torch.cat([parts, torch.tensor([self.zeros, *(1 for _ in ends)])])
+        centers = (torch.arange(2 * BINS * PARTS, dtype=torch.float64, device="cpu") + 0.5) / (BINS * PARTS) - 1
+        parts = (line[:, None] * torch.arange(PARTS + 1, device="cpu") // PARTS).diff().flatten()
+        values = torch.cat([centers * self.limit, torch.tensor([0.0, *ends], dtype=torch.float64, device="cpu")])
+        counts = torch.cat([parts, torch.tensor([self.zeros, *(1 for _ in ends)], device="cpu")])
         return values.clamp(self.smallest, self.highest).float()[None], counts[None]
 
     def split_counts(self, split: Tensor | None) -> Tensor:

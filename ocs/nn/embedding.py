@@ -51,8 +51,12 @@ class _QuantLookup(QuantizedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The float layer's weight as this one has it; made anew each time."""
-        return self.folded("weight").to(self.like.dtype)
+        """The float layer's weight as this one has it, to be read; made anew each time."""
+        return self.float_weight("weight")
+
+    def whole_weight(self, name: str) -> Tensor:
+        """Make that weight."""
+        return self.folded(name).to(self.like.dtype)
 
     def forward_buffer(self, name: str) -> str:
         """Name the buffer that has the dtype of the rows."""

@@ -22,6 +22,7 @@ LAYERS = {
     "expanded": (nn.Linear(6, 4), "weight", {}),
     "convolution": (nn.Conv2d(6, 4, 3), "weight", {"granularity": "channel"}),
     "recurrent": (nn.LSTM(6, 4), "weight_hh_l0", {}),
+    "embedding": (nn.Embedding(6, 4), "weight", {"embeddings": True}),
     "attention": (nn.MultiheadAttention(6, 2), "in_proj_weight", {}),
 }
 WRITES: dict[str, Callable[[Tensor], object]] = {
