@@ -239,11 +239,14 @@ def squant_weight(
     return torch.where(changed, split, parts).to(torch.int8).reshape(nearest.shape)
 
 
-@kernel(
-    lambda w, scale, source, depth, offset, bits, order, factor: _empty_ints(
-        w, scale, source, depth, offset, order.shape[0]
-    )
-)
+def _empty_ints_and_error(
+    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    ints = _empty_ints(w, scale, source, depth, offset, order.shape[0])
+    return ints, w.new_empty(w.shape[0], dtype=torch.float64)
+
+
+@kernel(_empty_ints_and_error)
 def gptq_weight(
     w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
