@@ -121,7 +121,8 @@ class QuantizedLayer(nn.Module):
             for buffer, tensor in zip(weight_buffers(weight.name), (ints, scale, source), strict=True):
                 self.register_buffer(buffer, tensor)
             float_weight = float_layer._parameters[parameter_of(weight.name)].detach()
-            self.register_buffer(self.forward_buffer(weight.name), float_weight, persistent=False)
+            self._buffers[self.forward_buffer(weight.name)] = float_weight
+            self._non_persistent_buffers_set.add(self.forward_buffer(weight.name))
 
     def _register_input(self, quantized_input: QuantizedInput, device: torch.device) -> None:
         """Hold how the input is quantized."""
@@ -280,7 +281,7 @@ class QuantizedLayer(nn.Module):
         )
 
     def _refuse_weight(self, name: str) -> None:
-        if name in self.__dict__.get("channels", ()):
+        if name in map(parameter_of, self.__dict__.get("channels", ())):
             raise RuntimeError(refusal(self, name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:

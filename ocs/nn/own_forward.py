@@ -16,6 +16,7 @@ from torch import Tensor, nn, stack
 
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
+from ocs.nn.read_only import read_only
 from ocs.nn.registry import FINDERS, REPLACEMENTS
 from ocs.nn.state import INPUT_BUFFERS
 from ocs.nn.weights import parameter_of
@@ -111,6 +112,12 @@ class QuantOwnForward(QuantizedLayer):
     def forward_buffer(self, name: str) -> str:
         """Name the buffer that stands where the parameter stood: that of all experts."""
         return parameter_of(name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Let the forward and all others read a weight as what it computes, and write it not."""
+        value = super().__getattr__(name)
+        weights = map(parameter_of, self.__dict__.get("channels", ()))
+        return read_only(value, self, name) if isinstance(value, Tensor) and name in weights else value
 
     def rebuild(self) -> None:
         """Make the weights from the integers again, those of experts together."""

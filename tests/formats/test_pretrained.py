@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import ocs
+from ocs.model.rewrite import NewEntry
 
 
 class Pretrained(nn.Module):
@@ -81,7 +82,7 @@ def test_a_failure_leaves_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyP
             def __setitem__(self, name: str, value: object) -> None:
                 raise MemoryError
 
-        return [(vars(model.inner), "save_pretrained", None), (Full(a=1), "a", 2)]
+        return [NewEntry(vars(model.inner), "save_pretrained", None), NewEntry(Full(), "a", 2)]
 
     monkeypatch.setattr("ocs.quantization.refused_slots", slots)
     with pytest.raises(MemoryError):
