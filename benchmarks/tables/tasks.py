@@ -97,6 +97,11 @@ class Evaluation(Task):
     sums: int  # how many numbers score() adds up
     _synthetic: list[Tensor] | None = None
 
+    @property
+    def left_float(self) -> dict[str, Any]:
+        """The option skip, where the network has more to leave float than its first convolution."""
+        return {}
+
     @cached_property
     def _seen(self) -> dict[bool | str, ocs.Calibration]:
         """What calibration told, by the option `calibrated`."""
@@ -133,7 +138,7 @@ class Evaluation(Task):
         """
         suffices = _suffices(options)
         norms, size_of, shown = (options.pop(name, None) for name in ("norms", "size_of", "calibrated"))
-        given: dict[str, Any] = {"expand": False, "progress": False, "explain": False}
+        given: dict[str, Any] = {"expand": False, "progress": False, "explain": False, **self.left_float}
         if size_of is not None:
             report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
@@ -220,6 +225,12 @@ class LanguageModelling(Evaluation):
     """Perplexity of a language model on streams of text, a group of streams at a time."""
 
     metric, unit, sums = PERPLEXITY, "word", 6
+
+    @property
+    def left_float(self) -> dict[str, Any]:
+        """The head that is tied to the embedding, which is looked up in floats."""
+        tied = getattr(self.model, "config", {}).get("tied", False)
+        return {"skip": "decoder"} if tied else {}
 
     def __init__(
         self, name: str, what: str, identity: list[Any], model: nn.Module, groups: list[Tensor], shown: Tensor | None

@@ -12,7 +12,7 @@ from ocs.nn.registry import is_quantizable
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import LayerOptions, Request
 from ocs.plan.recipe import RecipeRule
-from ocs.plan.selectors import fitting, reason_to_skip, selected, selectors
+from ocs.plan.selectors import fitting, is_default, reason_to_skip, selected, selectors
 
 
 def choose(model: nn.Module, request: Request) -> tuple[list[LayerPlan], dict[str, Any]]:
@@ -67,7 +67,8 @@ def _skip(plans: Sequence[LayerPlan], request: Request) -> list[LayerPlan]:
     for selector in selectors(request.model.skip):
         reason = reason_to_skip(selector)
         for target in selected(selector, [plan.target for plan in plans]):
-            plan = by_name[target.name]
+            named = by_name[target.name].skipped_by_name or not is_default(selector)
+            plan = by_name[target.name] = replace(by_name[target.name], skipped_by_name=named)
             if plan.quantized:
                 unused = "" if plan.overridden is None else "; its override was not used"
                 by_name[target.name] = plan.left("skipped", reason + unused)

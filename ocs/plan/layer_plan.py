@@ -14,7 +14,6 @@ from ocs.nn.base import QuantizedLayer
 from ocs.nn.product import QuantProduct
 from ocs.nn.registry import replacement_of
 from ocs.plan.options import LayerOptions
-from ocs.plan.selectors import FIRST_CONVOLUTION
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class LayerPlan:
     options: LayerOptions
     status: Literal["quantized", "skipped", "float"] = "quantized"
     reason: str = ""  # why it is left as it is, if so
+    skipped_by_name: bool = False  # the caller's skip means it, whatever else would leave it float
     overridden: frozenset[str] | None = None  # the options that overrides name; None where none fits
     input_mean: HasMean | None = None  # what is known of its input, where a recipe asked
     norm_folded: nn.Module | None = None  # what stands for the target's module once a BatchNorm is folded into it
@@ -49,11 +49,6 @@ class LayerPlan:
     def quantized(self) -> bool:
         """Whether it is to be quantized."""
         return self.status == "quantized"
-
-    @property
-    def skipped_by_name(self) -> bool:
-        """Whether the caller left it out, not the default."""
-        return self.status == "skipped" and not self.reason.startswith(FIRST_CONVOLUTION)
 
     @property
     def quantizes_input(self) -> bool:

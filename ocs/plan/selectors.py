@@ -9,7 +9,6 @@ from torch import nn
 from ocs.model.targets import Target
 from ocs.nn.convolution import CONVOLUTIONS
 
-FIRST_CONVOLUTION = "first convolution"  # how a report says that FIRST_LAYER meant a layer
 FEW_CHANNELS = 4  # that an image has at most
 
 
@@ -85,6 +84,11 @@ def shown_selector(selector: Any) -> str:
     return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))
 
 
+def is_default(selector: Selector) -> bool:
+    """Tell whether it is ocs.FIRST_LAYER, or a copy of that."""
+    return isinstance(selector, _FirstLayer)
+
+
 def reason_to_skip(selector: Selector) -> str:
     """Say why the layers that a selector means are left out, as reports do."""
-    return FIRST_CONVOLUTION if isinstance(selector, _FirstLayer) else f"skip={shown_selector(selector)}"
+    return "first convolution" if is_default(selector) else f"skip={shown_selector(selector)}"
