@@ -47,7 +47,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Its first name."""
+        """The first of the names."""
         return self.aliases[0]
 
     @property

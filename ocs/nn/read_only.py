@@ -51,7 +51,7 @@ class ReadOnlyWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The same tensor, as read-only."""
+        """This tensor without its gradient, read-only, too."""
         return self.detach()
 
     @data.setter

@@ -114,7 +114,7 @@ class LayerQuantizer:
 
     @cached_property
     def hessians(self) -> dict[str, Hessian]:
-        """Of what each weight meets; empty where calibration never reached the layer."""
+        """The second moments of what each weight meets; empty where calibration never reached the layer."""
         seen = self.facts.second_moments or {}
         return {name: Hessian(moments.products, moments.count) for name, moments in seen.items()}
 

@@ -74,8 +74,9 @@ def test_less_than_half_is_a_warning(case: str) -> None:
     if cause is None:  # warnings are errors here
         assert ocs.quantize(build()).quantized
     else:
-        with pytest.warns(UserWarning, match=cause):
+        with pytest.warns(UserWarning, match=cause) as caught:
             ocs.quantize(build())
+        assert caught[0].filename == __file__  # where the caller is
 
 
 def test_what_skip_names_is_no_cause() -> None:
