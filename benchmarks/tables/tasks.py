@@ -178,6 +178,12 @@ class Classification(Evaluation):
 
     metric, unit, sums = TOP1, "image", 2
 
+    @property
+    def left_float(self) -> dict[str, Any]:
+        """The first convolution, as in the paper's tables; that of patches, too, which quantize would take."""
+        first = (name for name, module in self.model.named_modules() if isinstance(module, nn.Conv2d))
+        return {"skip": next(first, None)}
+
     def __init__(
         self, name: str, what: str, identity: list[Any], model: nn.Module, batches: Any, calibration: Any,
         normalize: Callable[[Tensor], Tensor], shape: tuple[int, ...],
