@@ -13,6 +13,7 @@ identity in place of its output projection, for what that meets.
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ ELEMENTS = 2**24  # of patches that are made at once
 ATTENDED = ("query", "key", "value")  # arguments of attention
 
 Rows = Iterator[tuple[str, Tensor]]  # a weight's name, and vectors [G, N, C K] that it meets
+
+
+def _ordinary_tensors() -> AbstractContextManager[object]:
+    """Leave inference mode where it is on, and only there.
+
+    Its guard sets grad mode when it is freed, which an interrupt's traceback puts off until after the caller's own.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class SecondMoments:
@@ -58,7 +67,7 @@ class SecondMoments:
         if not bool(rows.sum(1).isfinite().all()):
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
         self.count += rows.shape[1]
-        with torch.inference_mode(False), torch.no_grad():
+        with _ordinary_tensors(), torch.no_grad():
             if self._sums is None or self._sums.device != rows.device:
                 self._sums = self.products.to(rows.device)
             sums = self._sums.unflatten(0, (self.groups, self.blocks))
