@@ -150,6 +150,7 @@ def test_a_parent_that_reads_the_weight(travel: str) -> None:
     torch.testing.assert_close(run(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_the_fast_path_of_transformers_still_runs() -> None:
     """It takes no tensors that intercept torch functions."""
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
