@@ -316,7 +316,8 @@ class _RecurrentCell(_Recurrent):
 
     def torch_kernel(self) -> Callable[..., Any]:
         """Find torch's fused kernel."""
-        raise NotImplementedError
+        kind = {4: "lstm", 3: "gru"}.get(self.gates) or f"rnn_{self.nonlinearity}"
+        return getattr(torch._VF, f"{kind}_cell")
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Compute the next states, h or (h, c) [N, H]; input [N, input_size], or unbatched [input_size]."""
@@ -349,10 +350,6 @@ class QuantLSTMCell(_RecurrentCell):
     gates = 4
     has_cell = True
 
-    def torch_kernel(self) -> Callable[..., Any]:
-        """Find torch's fused kernel."""
-        return torch._VF.lstm_cell
-
 
 @register
 class QuantGRUCell(_RecurrentCell):
@@ -361,10 +358,6 @@ class QuantGRUCell(_RecurrentCell):
     float_kind = nn.GRUCell
     gates = 3
 
-    def torch_kernel(self) -> Callable[..., Any]:
-        """Find torch's fused kernel."""
-        return torch._VF.gru_cell
-
 
 @register
 class QuantRNNCell(_RecurrentCell):
@@ -372,7 +365,3 @@ class QuantRNNCell(_RecurrentCell):
 
     float_kind = nn.RNNCell
     gates = 1
-
-    def torch_kernel(self) -> Callable[..., Any]:
-        """Find torch's fused kernel."""
-        return torch._VF.rnn_tanh_cell if self.nonlinearity == "tanh" else torch._VF.rnn_relu_cell
