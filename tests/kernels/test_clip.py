@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from test_kernels import assert_same, both
 
 from ocs import _C, functional
-from ocs.kernels import composite, reference
+from ocs.kernels import composite, reference, reference_release
 from ocs.weight.apply_plan import AUTO
 from ocs.weight.threshold import CHANNEL_BINS
 
@@ -179,8 +179,8 @@ def test_constants_of_aciq_are_those_expected() -> None:
     """About 2.5 sigma and 4.8 b at 4 bits, 3.9 and 10 at 8; the release's for one bit less."""
     assert (round(reference.GAUSS_OPTIMUM[2], 1), round(reference.LAPLACE_OPTIMUM[2], 1)) == (2.5, 4.8)
     assert (round(reference.GAUSS_OPTIMUM[6], 1), round(reference.LAPLACE_OPTIMUM[6])) == (3.9, 10)
-    assert reference.GAUSS_RELEASE[6] == pytest.approx(reference.GAUSS_OPTIMUM[5], rel=0.01)
-    assert reference.LAPLACE_RELEASE[6] == pytest.approx(reference.LAPLACE_OPTIMUM[5], rel=0.01)
+    assert reference_release.GAUSS_RELEASE[6] == pytest.approx(reference.GAUSS_OPTIMUM[5], rel=0.01)
+    assert reference_release.LAPLACE_RELEASE[6] == pytest.approx(reference.LAPLACE_OPTIMUM[5], rel=0.01)
 
 
 @pytest.mark.parametrize("bits", range(3, 10))
@@ -216,7 +216,7 @@ def test_aciq_is_within_two_percent_of_an_exhaustive_search(kind: str, bits: int
 
 def test_the_releases_constants_cost_more() -> None:
     """12 to 23 % more squared error than the optimum on the densities; of a sample of Laplace's tail up to 30 %."""
-    for kind, constants in (("gauss", reference.GAUSS_RELEASE), ("laplace", reference.LAPLACE_RELEASE)):
+    for kind, constants in (("gauss", reference_release.GAUSS_RELEASE), ("laplace", reference_release.LAPLACE_RELEASE)):
         x = samples(kind, 400_000)
         unit = x.std() if kind == "gauss" else np.abs(x).mean()
         for bits in (4, 8):
