@@ -172,9 +172,13 @@ class LayerQuantizer:
         copies = plan.source.numel() - plan.channel_max.numel()
         return Measured(
             packed_bytes(quantization, options.wbits, copies, self._numbers_of_input(options)),
-            remaining_error(self.weight(name), quantization, self.scheme(name, options)),
+            self.error(result, options),
             after / before if before else 0.0,
         )
+
+    def error(self, result: WeightResult, options: LayerOptions) -> float:
+        """Measure the error that is left in a weight that these options quantized; see remaining_error."""
+        return remaining_error(self.weight(result.name), result.quantization, self.scheme(result.name, options))
 
     def steps(
         self, result: WeightResult, options: LayerOptions, splits: Mapping[str, int] | None
@@ -233,7 +237,7 @@ def probe(plan: LayerPlan, bits: int, gain: float) -> tuple[nn.Module, float]:
     )
     plan, facts = replace(plan, options=options), InputFacts(gain=gain)
     result, quantizer = quantize_layer(plan, facts), LayerQuantizer(plan, facts)
-    return result.replacement, sum(quantizer.measure(each.name, options).error for each in result.weights)
+    return result.replacement, sum(quantizer.error(each, options) for each in result.weights)
 
 
 def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedInput:
