@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ocs.errors import error_context
-from ocs.model.wrappers import named_modules
-from ocs.nn.convolution import CONVOLUTIONS
+from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import input_weight
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SAY_WHICH = "give dicts of arguments by name, or a callable that runs the model"
 
 
@@ -81,10 +79,8 @@ def _has_parts(batch: Any) -> bool:
 
 def _parameters(model: nn.Module) -> list[Parameter]:
     """List what forward takes by position; of a wrapped model, what the model inside takes."""
-    while isinstance(model, _WRAPPERS) or "_orig_mod" in model._modules:
-        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
     by_position = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL)
-    return [each for each in signature(model.forward).parameters.values() if each.kind in by_position]
+    return [each for each in signature(unwrapped(model).forward).parameters.values() if each.kind in by_position]
 
 
 def _is_list_of_images(batch: Any, parameters: list[Parameter]) -> bool:
@@ -134,11 +130,6 @@ def _moved(value: Any, device: torch.device) -> Any:
 # --- Where it failed --------------------------------------------------------------------------------------------------
 
 
-def channel_axis(layer: nn.Module) -> int:
-    """Tell on which axis a float layer's input has its channels."""
-    return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
-
-
 def _where(model: nn.Module, error: Exception) -> tuple[str, str]:
     """Name the innermost module that was running, and say what was wrong with the width of its input, if it was."""
     names, found = {id(module): name for name, module in named_modules(model)}, ("", "")
@@ -152,8 +143,9 @@ def _where(model: nn.Module, error: Exception) -> tuple[str, str]:
 def _problem_of_width(layer: nn.Module, arguments: Mapping[str, Any]) -> str:
     """Say that a float layer's input has another number of channels than it needs, if that is so."""
     x = arguments.get(replacement_of(layer).input_names[0]) if is_quantizable(layer) else None
-    axis = channel_axis(layer)
-    if not isinstance(x, Tensor) or x.dim() < -axis:
+    if not isinstance(x, Tensor):
         return ""
-    needed = input_weight(layer).in_channels
-    return "" if x.shape[axis] == needed else f"its input has {x.shape[axis]} channels, it needs {needed}"
+    axis, needed = (weight := input_weight(layer)).input_axis, weight.in_channels
+    if x.dim() < -axis or x.shape[axis] == needed:
+        return ""
+    return f"its input has {x.shape[axis]} channels, it needs {needed}"

@@ -93,10 +93,9 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
     with error_context(target.name):
         weight = input_weight(module)
         check_weight_values(weight.tensor)
-    axis = 1 - weight.tensor.dim()
     if not (channels and kind.splits_input):
-        return Watch(target.name, module, Statistics(axis))
-    return Watch(target.name, module, Statistics(axis, weight.groups * weight.channels))
+        return Watch(target.name, module, Statistics(weight.input_axis))
+    return Watch(target.name, module, Statistics(weight.input_axis, weight.in_channels))
 
 
 def watch_moments(model: nn.Module, targets: Sequence[Target]) -> list[Watch]:

@@ -179,7 +179,7 @@ def _input_of(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         names, channels = layer.input_names, layer.groups * next(iter(layer.channels.values()))
     else:
         weight = input_weight(layer)
-        names, channels = replacement_of(layer).input_names, weight.groups * weight.channels
+        names, channels = replacement_of(layer).input_names, weight.in_channels
     convolution = isinstance(layer, _ANY_CONVOLUTION)
     given = kwargs | dict(zip(names, args, strict=False))
     inputs = [given[name] for name in names if name in given]

@@ -17,6 +17,7 @@ from ocs.nn.hooked import reason_of_forward
 from ocs.nn.own_forward import PROMISED
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
+from ocs.nn.weights import is_weight
 
 # Modules whose forward reads their children's weights without calling them. They may: a quantized layer's `weight` has
 # the float layer's shape. But it would be folded anew at every call, so that these children run folded from the start;
@@ -96,11 +97,7 @@ def _is_target(module: nn.Module, names: list[str]) -> bool:
         raise ValueError(f"{names[0] or 'model'}: already quantized; use a fresh float model (copy.deepcopy keeps one)")
     if isinstance(module, ParametrizationList):
         return False  # its layer is listed, and left float
-    return any(_holds_weight(parameter) for parameter in module._parameters.values()) or is_quantizable(module)
-
-
-def _holds_weight(parameter: Tensor | None) -> bool:
-    return parameter is not None and (nn.parameter.is_lazy(parameter) or parameter.dim() >= 2)
+    return any(is_weight(parameter) for parameter in module._parameters.values()) or is_quantizable(module)
 
 
 def _target(
@@ -137,7 +134,7 @@ def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]])
     """Say why a module cannot be quantized, or ""."""
     kind = type(module).__name__
     if not is_quantizable(module):
-        own = ", ".join(name for name, parameter in module._parameters.items() if _holds_weight(parameter))
+        own = ", ".join(name for name, parameter in module._parameters.items() if is_weight(parameter))
         return f"{own} of {kind}, which is not among the layers that are quantized"
     replacement = replacement_of(module)
     wrapped = reason_of_forward(module)

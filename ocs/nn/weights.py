@@ -31,6 +31,11 @@ class Weight(NamedTuple):
         """The input channels of all groups."""
         return self.groups * self.channels
 
+    @property
+    def input_axis(self) -> int:
+        """The axis, from the last, on which the input of the layer has its channels."""
+        return 1 - self.tensor.dim()
+
 
 def weights_of(module: nn.Module) -> list[Weight]:
     """List the weights of a float layer that are quantized, in the order in which its replacement has them.
