@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
+from ocs.calibration.additions import Additions, Range, Term
 from ocs.calibration.gram import LayerMoments, widest_block
 from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
 from ocs.errors import check_order, error_context
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
-from ocs.model.wrappers import submodule, unwrapped
+from ocs.model.wrappers import named_modules, submodule, unwrapped
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import input_weight
@@ -22,11 +23,17 @@ class Calibration(dict[str, Statistics]):
     """What calibrate() has seen, by layer name; quantize(calibration=) takes it in place of data, again and again.
 
     moments: second moments of what the layers' weights meet, by layer name, where calibrate() was asked for them.
+    terms: the ranges of outputs that are added to another tensor.
     """
 
-    def __init__(self, *statistics: Any, moments: Mapping[str, LayerMoments] | None = None) -> None:
+    def __init__(
+        self,
+        *statistics: Any,
+        moments: Mapping[str, LayerMoments] | None = None,
+        terms: Mapping[Term, Range] | None = None,
+    ) -> None:
         super().__init__(*statistics)
-        self.moments = dict(moments or {})
+        self.moments, self.terms = dict(moments or {}), dict(terms or {})
 
 
 @keeps_grad_mode
@@ -72,12 +79,13 @@ def collect(
 
     inputs, moments: what to look at, from watch_input and watch_moments. what: the argument that data is, for errors.
     """
-    watches = [*inputs, *moments]
-    observe(model, data, watches, progress, what=what)
+    watches, additions = [*inputs, *moments], Additions(dict(named_modules(model)))
+    observe(model, data, watches, progress, steps=additions.steps(), what=what)
+    additions.reduce()
     names = [*dict.fromkeys(watch.name for watch in watches)]
     if names and not any(watch.observer.inputs for watch in watches):
         raise ValueError(f"calibration reached none of the layers {', '.join(names[:3])} ...: does it run the model?")
-    return Calibration(_reached(inputs), moments=_reached(moments))
+    return Calibration(_reached(inputs), moments=_reached(moments), terms=additions.ranges)
 
 
 def _reached(watches: Sequence[Watch]) -> dict[str, Any]:

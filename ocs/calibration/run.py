@@ -1,6 +1,5 @@
 """Run batches through the float model while observers see the inputs of its layers; it is as it was afterwards."""
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -14,7 +13,7 @@ from ocs.calibration.batches import batch_context, call, check_data
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.errors import error_context
 from ocs.model.recording import unfused_classes
-from ocs.model.rewrite import Step, attribute, eager, for_a_while
+from ocs.model.rewrite import Step, added_entry, attribute, eager, for_a_while
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.progress import with_progress
 
@@ -41,17 +40,23 @@ class Watch(NamedTuple):
 
 
 def observe(
-    model: nn.Module, data: Data, watches: Sequence[Watch], progress: bool | None = None, *, what: str = "calibration"
+    model: nn.Module,
+    data: Data,
+    watches: Sequence[Watch],
+    progress: bool | None = None,
+    *,
+    steps: Iterable[Step] = (),
+    what: str = "calibration",
 ) -> None:
     """Run the batches through the model, in eval mode and without gradients, and fill the observers.
 
-    The model is as it was afterwards, whatever happens. what: the argument that data is, for errors.
+    The model is as it was afterwards, whatever happens. steps: let others see it run, too. what: the argument that data
+    is, for errors.
     """
+    steps = [*chain.from_iterable(map(_hooks, watches)), *steps]
 
     def run() -> list[float]:
-        return [
-            undisturbed(model, partial(_run, model, data, progress, what), chain.from_iterable(map(_hooks, watches)))
-        ]
+        return [undisturbed(model, partial(_run, model, data, progress, what), steps)]
 
     (batches,) = sum_over_ranks(run, 1)
     _check_count(batches, what)
@@ -63,7 +68,7 @@ def observe(
 def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
     """Collect every float tensor that the model returns for the batches, float64; in eval mode without gradients."""
     outputs: list[Tensor] = []
-    hook = _added(model._forward_hooks, object(), lambda _, args, output: outputs.extend(_float_tensors(output)))
+    hook = added_entry(model._forward_hooks, object(), lambda _, args, output: outputs.extend(_float_tensors(output)))
     batches = undisturbed(model, partial(_run, model, data, False), [hook])
     _check_count(batches, "calibration")
     if not outputs:
@@ -106,13 +111,8 @@ def _hooks(watch: Watch) -> Iterator[Step]:
         with error_context(watch.name):
             watch.observer.observe(layer, _named(layer, args, kwargs))
 
-    yield _added(watch.module._forward_pre_hooks_with_kwargs, key := object(), True)
-    yield _added(watch.module._forward_pre_hooks, key, take)
-
-
-def _added(table: dict[Any, Any], key: Any, value: Any) -> Step:
-    """Add an entry to a table, and take it out again."""
-    return partial(operator.setitem, table, key, value), partial(table.pop, key, None)
+    yield added_entry(watch.module._forward_pre_hooks_with_kwargs, key := object(), True)
+    yield added_entry(watch.module._forward_pre_hooks, key, take)
 
 
 def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Read a file that ocs.save wrote, or that claims so: nothing in it is trusted."""
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Reader:
             header = _checked_header(metadata)
             self.layers = {name: SavedLayer(**saved) for name, saved in header["layers"].items()}
             self.batch_norms = header.get("batch_norms", [])
+            self.output_ranges = _checked_ranges(header.get("output_ranges", {}))
             self.sums = header["tensors"]
             if not _is_list_of(str, self.batch_norms) or not _is_list_of(int, [*self.sums.values()]):
                 raise TypeError
@@ -104,6 +106,14 @@ def _checked_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     if metadata["crc32"] != str(zlib.crc32(metadata["ocs"].encode())):
         raise KeyError("crc32")
     return header
+
+
+def _checked_ranges(ranges: Any) -> dict[str, tuple[float, float]]:
+    """Check the ranges of layers' outputs; a TypeError where one is none."""
+    for bounds in ranges.values():
+        if not _is_list_of(float, bounds) or len(bounds) != 2 or not -math.inf < bounds[0] <= bounds[1] < math.inf:
+            raise TypeError
+    return {name: (low, high) for name, (low, high) in ranges.items()}
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

@@ -68,6 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         "ocs": _version(),
         "layers": {n: describe(layer) | ({"tied": tied[n]} if n in tied else {}) for n, layer in layers.items()},
         "batch_norms": [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)],
+        "output_ranges": {n: layer.output_range for n, layer in layers.items() if layer.output_range is not None},
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
     _write(tensors, json.dumps(header), path)

@@ -80,6 +80,11 @@ def for_a_while(steps: Iterable[Step], body: Callable[[], T]) -> T:
     return _C.between(tuple(steps), body, False)
 
 
+def added_entry(table: dict[Any, Any], key: Any, value: Any) -> Step:
+    """Add an entry to a table, and take it out again."""
+    return partial(operator.setitem, table, key, value), partial(table.pop, key, None)
+
+
 def keeps_grad_mode(function: Callable[P, T]) -> Callable[P, T]:
     """Have torch's grad mode as it was after a call of this function, wherever in torch that is interrupted."""
 

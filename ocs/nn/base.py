@@ -69,6 +69,7 @@ class QuantizedLayer(nn.Module):
     settings: dict[str, object]  # the options that it was quantized with, for people and files
     input_grid: InputGrid | None = None
     input_axis: int = -1  # where the input has its channels
+    output_range: tuple[float, float] | None = None  # of outputs that are added to others, as calibration saw them
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class QuantizedLayer(nn.Module):
 
     def _take_attributes(self, float_layer: nn.Module) -> None:
         """Take over the float layer's public attributes, its hooks, and the private attributes that are needed."""
-        own = {"input_grid", "forward", *INPUT_BUFFERS}
+        own = {"input_grid", "output_range", "forward", *INPUT_BUFFERS}
         take_hook(self, float_layer)
         for name, value in vars(float_layer).items():
             public = not name.startswith("_") and name not in own
@@ -369,6 +370,12 @@ class QuantizedLayer(nn.Module):
         shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""
         return f"{shown}bits={self.bits}, splits={self.splits} ({form}), scale per {scales}{grid}"
+
+
+def hooks_of(layer: nn.Module) -> dict[str, Any]:
+    """Give the tables of a layer's hooks by attribute, those of its state not."""
+    of_state = tuple(f"_{kind}_hooks" for kind in _STATE_HOOKS)
+    return {name: table for name, table in vars(layer).items() if name in _HOOKS and not name.startswith(of_state)}
 
 
 def state_hooks(layer: nn.Module) -> list[Callable[..., Any]]:

@@ -61,7 +61,7 @@ class QuantProduct(QuantizedLayer):
 
     def rebuild(self) -> None:
         """Make both parts of the weight from the integers again, each in one pass."""
-        parts = self._static_parts()
+        parts = self.static_parts()
         self._buffers.update(dict.fromkeys(self.derived_buffers))
         self._buffers.update(cut_source=parts.source, cut_factor=parts.factor, cut_shift=parts.shift)
         if self.expand:
@@ -95,7 +95,7 @@ class QuantProduct(QuantizedLayer):
             shape[1] += self.input_grid.splits
         return tuple(self.in_float_layout(torch.empty(shape, dtype=torch.int8, device="meta")).shape)
 
-    def _static_parts(self) -> InputParts:
+    def static_parts(self) -> InputParts:
         """Split the input as calibration said; there are no parts yet where each batch has its own (Oracle OCS)."""
         if self.input_grid is None or self.input_grid.oracle:
             return InputParts(None)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ocs.calibration.additions import Range, Term
 from ocs.calibration.calibrate import Calibration, collect, watch_input, watch_moments
 from ocs.calibration.gram import LayerMoments
 from ocs.calibration.run import Data, with_sample
@@ -31,6 +32,8 @@ class InputFacts:
     mean: InputMean | None = None  # of its input, where the bias is to be corrected
     second_moments: LayerMoments | None = None  # of what each weight meets, where these are rounded by them
     gain: float = GAIN  # see output_error
+    output_range: Range | None = None  # of its output, where that is added to another tensor
+    normed_range: Range | None = None  # of what the BatchNorm makes of its output that directly follows it, likewise
 
 
 class Learned(NamedTuple):
@@ -53,7 +56,10 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
     means = _means(model, plans, seen)
     gain = _gain(model, plans)
     facts = {
-        plan.name: InputFacts(seen.get(plan.name), means.get(plan.name), seen.moments.get(plan.name), gain)
+        plan.name: InputFacts(
+            seen.get(plan.name), means.get(plan.name), seen.moments.get(plan.name), gain,
+            *(seen.terms.get(Term(plan.name, normed)) for normed in (False, True)),
+        )
         for plan in plans
     }
     return Learned(plans, facts, sample)

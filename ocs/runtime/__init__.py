@@ -1,0 +1,1 @@
+"""Integers that run: lowered to plain torch, compiled, and compared with what they came from."""

@@ -1,0 +1,77 @@
+"""Lower a quantized model to plain torch: int8 weights, and grids that integer engines recognize."""
+
+import torch
+from torch import nn
+
+from ocs.errors import error_context
+from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
+from ocs.model.wrappers import named_modules, unwrapped
+from ocs.nn.base import QuantizedLayer, hooks_of
+from ocs.runtime.arithmetic import Arithmetic, arithmetic_of
+from ocs.runtime.lowered import OWN, lowering_of
+
+
+@keeps_grad_mode
+def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
+    """Lower a quantized model in place, for engines that compute with integers; all or nothing.
+
+    Every ocs layer becomes a torch.fx.GraphModule of plain torch operators: it needs no ocs to run, to be pickled or
+    exported. It holds int8 weights, copies of split channels added up where the sums fit (section 3.1 of the paper: the
+    function is the same), else in as few columns as they need; a scale for each output channel; and the grid of its
+    input as a pair of quantize and dequantize, in uint8, signed inputs with zero point 128. It computes what the
+    quantized layer did, to float rounding, but that an input halfway between two points of its grid may go to the other
+    one: torch multiplies by 1 / scale. Recurrent layers become torch's own, with the dequantized weights in float.
+
+        ocs.quantize(model, wbits=5, r=0.02, abits=8, calibration=batches, fold_bn=True)
+        ocs.lower(model)
+        program = torch.export.export(model.eval(), (example,))
+
+    A lowered model is for inference: it is in eval mode, ocs.save does not take it, and there is no way back.
+
+    Args:
+        model: quantized by ocs.quantize or ocs.load.
+        target: whose arithmetic the integers must fit: "this" machine's, x86 with "vnni" or only with "avx2", where
+            products of 8-bit integers saturate in silence, or "tensorrt", whose inputs are int8 with zero point 0.
+            For "avx2" weights whose products might saturate are cut into more columns.
+
+    Returns:
+        The model, or what it became where it is itself a quantized layer.
+
+    Raises:
+        ValueError: nothing in the model is quantized, or a layer cannot be lowered: Oracle OCS, whose splits are each
+            batch's own.
+        TypeError: the model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}: use a quantized nn.Module")
+    arithmetic = arithmetic_of(target)
+    layers = quantized_layers(model)
+    with torch.no_grad():
+        lowered = {}
+        for name, layer in layers.items():
+            with error_context(name):
+                lowered[id(layer)] = lower_layer(layer, arithmetic)
+    exchange(module_slots(model, lowered))
+    return lowered.get(id(unwrapped(model)), model).eval()
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Find a model's quantized layers by name, those inside others not; a ValueError where there is none."""
+    found = {name: module for name, module in named_modules(model) if isinstance(module, QuantizedLayer)}
+    inside = {id(each) for layer in found.values() for each in layer.modules() if each is not layer}
+    found = {name: layer for name, layer in found.items() if id(layer) not in inside}
+    if not found:
+        raise ValueError("no layer of the model is quantized: call ocs.quantize(model, ...) or ocs.load first")
+    return found
+
+
+def lower_layer(layer: QuantizedLayer, arithmetic: Arithmetic) -> nn.Module:
+    """Make the plain module that computes what a quantized layer does, with its hooks and public attributes."""
+    if layer.input_grid is not None and layer.input_grid.oracle:
+        raise ValueError("act_split='oracle' chooses splits and scale for each batch: quantize with 'static'")
+    lowered = lowering_of(layer)(layer, arithmetic)
+    taken = {*dir(lowered), *layer.channels, *OWN}
+    public = {name: value for name, value in vars(layer).items() if not name.startswith("_") and name not in taken}
+    vars(lowered).update(public | hooks_of(layer))
+    return lowered.eval()
+
