@@ -16,12 +16,15 @@ from ocs.nn.own_forward import register
 from ocs.plan.selectors import FIRST_LAYER
 from ocs.quantization import quantize
 from ocs.report.data import LayerReport, Report
+from ocs.runtime.compile import Compiled, compile
+from ocs.runtime.export import export
 from ocs.runtime.lower import lower
 from ocs.tune.reestimate import reestimate_batchnorm
 from ocs.tune.synthesize import synthesize
 
 __version__ = "0.1.0"
 __all__ = [
-    "FIRST_LAYER", "Calibration", "LayerReport", "Report", "calibrate", "functional", "load", "lower", "nn", "quantize",
+    "FIRST_LAYER", "Calibration", "Compiled", "LayerReport", "Report", "calibrate", "compile", "export", "functional",
+    "load", "lower", "nn", "quantize",
     "reestimate_batchnorm", "register", "save", "synthesize",
 ]  # fmt: skip

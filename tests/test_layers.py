@@ -16,6 +16,7 @@ LAYERS = (  # each may import from those before it, and all may import what stan
     ("calibration",),
     ("plan", "tune"),
     ("report", "formats"),
+    ("runtime",),
     ("quantization",),
 )
 ALONE = {"_C", "errors", "progress", "__version__"}  # these import nothing of the package

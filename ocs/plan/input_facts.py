@@ -57,7 +57,10 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
     gain = _gain(model, plans)
     facts = {
         plan.name: InputFacts(
-            seen.get(plan.name), means.get(plan.name), seen.moments.get(plan.name), gain,
+            seen.get(plan.name),
+            means.get(plan.name),
+            seen.moments.get(plan.name),
+            gain,
             *(seen.terms.get(Term(plan.name, normed)) for normed in (False, True)),
         )
         for plan in plans

@@ -45,7 +45,20 @@ def saturates_here() -> bool:
     geometry = ([1, 1], [0, 0], [1, 1], 1)
     packed = torch.ops.onednn.qconv_prepack(weight, one, 1.0, 0, *geometry, x.shape)
     y = torch.ops.onednn.qconv_pointwise(
-        x, 1.0, 0, packed, one, torch.zeros(C, dtype=torch.int64), None, *geometry, 1.0, 0, torch.float32, "none", [], ""
+        x,
+        1.0,
+        0,
+        packed,
+        one,
+        torch.zeros(C, dtype=torch.int64),
+        None,
+        *geometry,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
     )
     return bool((y != 255 * 127 * 9 * C).any())
 

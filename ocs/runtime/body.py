@@ -18,11 +18,17 @@ def operators() -> Any:
     Raises:
         ImportError: this torch has them no longer.
     """
-    try:
-        import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers them
-    except ImportError as error:
-        raise ImportError(f"torch {torch.__version__} has no quantized_decomposed operators: use 2.10 to 2.13") from error
+    _decomposed()
     return torch.ops.quantized_decomposed
+
+
+def _decomposed() -> Any:
+    """Import what registers them."""
+    try:
+        import torch.ao.quantization.fx._decomposed as registered
+    except ImportError as error:
+        raise ImportError(f"torch {torch.__version__} has no quantized_decomposed operators: use torch 2.13") from error
+    return registered
 
 
 class Grid(NamedTuple):
@@ -96,7 +102,9 @@ class Body:
         scale = scale.expand(ints.shape[axis]).contiguous()
         q = self.tensor(name, ints := narrowed(ints))
         if ints.dtype != torch.int8:
-            floats = self.call(torch.mul, q, self.tensor(f"{name}_scale", scale.view(-1, *[1] * (ints.dim() - 1 - axis))))
+            floats = self.call(
+                torch.mul, q, self.tensor(f"{name}_scale", scale.view(-1, *[1] * (ints.dim() - 1 - axis)))
+            )
             return floats if self.dtype == torch.float32 else self.call("to", floats, self.dtype)
         scales = self.tensor(f"{name}_scale", scale)
         zeros = self.tensor(f"{name}_zero_point", torch.zeros_like(scale, dtype=torch.int64))
@@ -109,4 +117,6 @@ class Body:
     def module_returning(self, *outputs: fx.Node) -> fx.GraphModule:
         """Make the module whose forward gives this value, or a tuple of several."""
         self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
-        return fx.GraphModule(self.root, self.graph)
+        made = fx.GraphModule(self.root, self.graph)
+        made.registers = _decomposed()._quant_min_max_bounds_check  # who unpickles it imports the operators by this
+        return made

@@ -1,7 +1,9 @@
 """Lower a quantized model to plain torch: int8 weights, and grids that integer engines recognize."""
 
+from operator import methodcaller
+
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ocs.errors import error_context
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
@@ -55,6 +57,14 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
     return lowered.get(id(unwrapped(model)), model).eval()
 
 
+_MARK = "lowered"  # what tells a lowered layer
+
+
+def is_lowered(model: nn.Module) -> bool:
+    """Tell whether a model, or a part of it, was lowered."""
+    return any(vars(module).get(_MARK) is True for module in model.modules())
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Find a model's quantized layers by name, those inside others not; a ValueError where there is none."""
     found = {name: module for name, module in named_modules(model) if isinstance(module, QuantizedLayer)}
@@ -72,6 +82,9 @@ def lower_layer(layer: QuantizedLayer, arithmetic: Arithmetic) -> nn.Module:
     lowered = lowering_of(layer)(layer, arithmetic)
     taken = {*dir(lowered), *layer.channels, *OWN}
     public = {name: value for name, value in vars(layer).items() if not name.startswith("_") and name not in taken}
+    public[_MARK] = True
     vars(lowered).update(public | hooks_of(layer))
+    if isinstance(lowered, fx.GraphModule):  # whose copies keep nothing else
+        for name, value in public.items():
+            lowered._register_deepcopy_hook(methodcaller("__setattr__", name, value))
     return lowered.eval()
-

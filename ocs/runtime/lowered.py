@@ -1,7 +1,7 @@
 """What each kind of quantized layer is lowered to: see ocs.lower."""
 
-import operator
 from collections.abc import Callable
+from operator import getitem, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -148,11 +148,12 @@ def _attention(layer: QuantMultiheadAttention, arithmetic: Arithmetic) -> nn.Mod
         layer.add_zero_attn, 0.0, out, body.tensor("out_proj_bias", layer.out_proj.bias), training=False,
         use_separate_proj_weight=True, **weights, **options,
     )  # fmt: skip
-    output, averaged = (body.call(operator.getitem, attended, i) for i in (0, 1))
+    output, averaged = (body.call(getitem, attended, i) for i in (0, 1))
     if layer.batch_first:
         output = body.call(torch.movedim, output, -2, 0)
     lowered = body.module_returning(output, averaged)
-    lowered._qkv_same_embed_dim, lowered.in_proj_bias = False, None  # transformer layers ask whether they can be fused
+    lowered._qkv_same_embed_dim = False  # transformer layers ask whether they can fuse it
+    lowered._register_deepcopy_hook(methodcaller("__setattr__", "_qkv_same_embed_dim", False))
     return lowered
 
 

@@ -1,0 +1,50 @@
+"""Files of exported programs: as they are, or compiled for the machine that writes them."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from ocs.formats.full_range import clip_floats
+from ocs.formats.replace_file import replacing
+
+
+def write_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Write a program for torch.export.load, and for backends that take quantized_decomposed operators."""
+    with replacing(path) as partial:
+        torch.export.save(program, partial)
+
+
+def write_package(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+    """Compile a program ahead of time (AOTInductor) and write it for torch._inductor.aoti_load_package, or C++.
+
+    Its weights are packed for oneDNN's products, which is why the shapes of its inputs should be constants: else they
+    are packed again at each call.
+    """
+    clip_floats(program)
+    _keep_transposed_in_floats(program)
+    with replacing(path) as partial, torch.no_grad():  # what needs gradients is not packed
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(partial), inductor_configs={"freezing": True}
+        )
+    return Path(path)
+
+
+def _keep_transposed_in_floats(program: ExportedProgram) -> None:
+    """Dequantize the weights of transposed convolutions by plain arithmetic: Inductor takes them for convolutions."""
+    aten, graph = torch.ops.aten, program.graph
+    transposed = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+    for node in [each for each in graph.nodes if each.target in transposed]:
+        weight = node.args[1]
+        if weight.target is not torch.ops.quantized_decomposed.dequantize_per_channel.default:
+            continue
+        ints, scale, _, axis = weight.args[:4]
+        shape = [-1, *[1] * (weight.meta["val"].dim() - 1 - axis)]
+        with graph.inserting_before(node):
+            scales = graph.call_function(aten.view.default, (scale, shape))
+            floats = graph.call_function(aten.mul.Tensor, (ints, scales))
+        scales.meta["val"], floats.meta["val"] = scale.meta["val"].view(shape), weight.meta["val"]
+        node.replace_input_with(weight, floats)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
