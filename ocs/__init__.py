@@ -15,7 +15,9 @@ from ocs.formats.storage import load, save
 from ocs.nn.own_forward import register
 from ocs.plan.selectors import FIRST_LAYER
 from ocs.quantization import quantize
+from ocs.report.comparison import Comparison
 from ocs.report.data import LayerReport, Report
+from ocs.runtime.compare import compare
 from ocs.runtime.compile import Compiled, compile
 from ocs.runtime.export import export
 from ocs.runtime.lower import lower
@@ -24,7 +26,6 @@ from ocs.tune.synthesize import synthesize
 
 __version__ = "0.1.0"
 __all__ = [
-    "FIRST_LAYER", "Calibration", "Compiled", "LayerReport", "Report", "calibrate", "compile", "export", "functional",
-    "load", "lower", "nn", "quantize",
-    "reestimate_batchnorm", "register", "save", "synthesize",
+    "FIRST_LAYER", "Calibration", "Comparison", "Compiled", "LayerReport", "Report", "calibrate", "compare", "compile",
+    "export", "functional", "load", "lower", "nn", "quantize", "reestimate_batchnorm", "register", "save", "synthesize",
 ]  # fmt: skip

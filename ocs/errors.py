@@ -1,5 +1,6 @@
 """Where in a model, or in what a user gave, an error came from."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,3 +32,11 @@ def check_order(call: str, model: Any, *others: Any) -> None:
     if any(isinstance(other, nn.Module) for other in others):
         raise TypeError(f"the arguments are in another order: {call}")
     raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what torch warns of while it exports and compiles from whoever called: nothing that they could change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,4 +1,4 @@
-"""What goes into the residual additions of a model: the range of each layer's output that is added to another tensor."""
+"""What goes into the residual additions of a model: the ranges of layers' outputs that are added to other tensors."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping

@@ -36,9 +36,15 @@ def call(model: nn.Module, batch: Any) -> None:
 
     It gets as many parts as it requires, the first at least; one more is the target, and not used.
     """
+    args, kwargs = arguments_of(model, batch)
+    model(*args, **kwargs)
+
+
+def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Find the arguments that a model is called with on a batch, on its device."""
     args, kwargs = _arguments(model, batch)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    model(*_moved(args, device), **_moved(kwargs, device))
+    return _moved(args, device), _moved(kwargs, device)
 
 
 @contextmanager

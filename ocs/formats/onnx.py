@@ -1,7 +1,6 @@
-"""ONNX files of exported programs: QuantizeLinear and DequantizeLinear, weights in the narrowest integers that hold them."""
+"""ONNX files of exported programs: QuantizeLinear and DequantizeLinear, weights in 4-bit integers where these do."""
 
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from ocs.errors import quiet
 from ocs.formats.full_range import clip_integers
 from ocs.formats.replace_file import replacing
 
@@ -29,8 +29,7 @@ def write_onnx(
     """
     onnx = _onnx()
     clip_integers(program)
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
+    with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         model = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, external_data=False, optimize=True, verbose=False
         ).model_proto

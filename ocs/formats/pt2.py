@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
+from ocs.errors import quiet
 from ocs.formats.full_range import clip_floats
 from ocs.formats.replace_file import replacing
 
 
 def write_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Write a program for torch.export.load, and for backends that take quantized_decomposed operators."""
-    with replacing(path) as partial:
+    with quiet(), replacing(path) as partial:
         torch.export.save(program, partial)
 
 
@@ -22,13 +23,18 @@ def write_package(program: ExportedProgram, path: str | os.PathLike[str]) -> Pat
     Its weights are packed for oneDNN's products, which is why the shapes of its inputs should be constants: else they
     are packed again at each call.
     """
-    clip_floats(program)
-    _keep_transposed_in_floats(program)
-    with replacing(path) as partial, torch.no_grad():  # what needs gradients is not packed
+    fit_inductor(program)
+    with quiet(), replacing(path) as partial, torch.no_grad():  # what needs gradients is not packed
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(partial), inductor_configs={"freezing": True}
         )
     return Path(path)
+
+
+def fit_inductor(program: ExportedProgram) -> None:
+    """Write a program as Inductor takes it, in place: what it would not find, or take for something else."""
+    clip_floats(program)
+    _keep_transposed_in_floats(program)
 
 
 def _keep_transposed_in_floats(program: ExportedProgram) -> None:

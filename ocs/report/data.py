@@ -162,7 +162,7 @@ class Report:
         content = {"settings": self.settings, "totals": totals, "layers": [asdict(layer) for layer in self.layers]}
         if self.mean_steps:
             content["totals"]["mean_steps_db"] = self.mean_steps
-        return _plain(content | ({"batch_norms": self.batch_norms} if self.batch_norms else {}))
+        return plain(content | ({"batch_norms": self.batch_norms} if self.batch_norms else {}))
 
     def to_json(self) -> str:
         """Write to_dict() as JSON."""
@@ -198,12 +198,12 @@ class Report:
         return report_table(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Make of a value what JSON has: lists of tuples, floats of numbers, None of inf and NaN."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Real) and not isinstance(value, int):
         return float(value) if math.isfinite(value) else None
     return value

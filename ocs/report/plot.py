@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from matplotlib.patches import StepPatch
 
+    from ocs.report.comparison import Comparison
+
 BINS = 201
 GREY, BLUE, RED = "#9aa0a6", "#1f6fb4", "#c0392b"
 PALE, DARK = "#d5d8dc", "#85898e"  # bars behind coloured lines
 LINES = ("#000000", "#e69f00", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe and Ito's but yellow
 MARKS = "os^DvPX<>ph"
+LARGEST_DB = 120  # shown: beyond it is float rounding
+LABELS = 40  # most layers that are named
 
 Methods = Sequence[str | float]
 
@@ -288,3 +292,32 @@ def _draw_bars(
     axes.set_yscale("log")
     axes.set_ylabel("count")
     return [bar for bar in bars if bar.get_label()]
+
+
+# --- A quantized model against the float one --------------------------------------------------------------------------
+
+
+def layer_agreement(comparison: Comparison) -> Figure:
+    """Draw the signal-to-noise ratio of each layer's output, in running order, and that of the model's.
+
+    Args:
+        comparison: from ocs.compare, of a model of ocs layers.
+
+    Raises:
+        ValueError: it compares no layers.
+    """
+    if not comparison.layers:
+        raise ValueError("comparison has no layers: compare a model of ocs layers, not what was lowered or exported")
+    figure, (axes,) = _new_figure(1, 0.5 * len(comparison.layers) ** 0.5 + 2, "layer", "")
+    shown = [*comparison.layers, comparison.outputs[0]]
+    decibels = [min(each.sqnr_db, LARGEST_DB) for each in shown]
+    axes.plot(range(len(decibels) - 1), decibels[:-1], "o-", color=BLUE, markersize=4, label="output of the layer")
+    axes.plot([len(decibels) - 1], decibels[-1:], "s", color=RED, label="output of the model")
+    step = -(-len(shown) // LABELS)
+    axes.set_xticks(
+        range(0, len(shown), step), [each.name for each in shown][::step], rotation=60, ha="right", fontsize=8
+    )
+    axes.set_ylabel("SQNR, dB")
+    axes.set_title(comparison.summary(), loc="left", fontsize=10)
+    axes.legend()
+    return figure

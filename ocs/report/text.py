@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,10 +20,15 @@ def report_text(report: Report) -> str:
     columns = columns_of(report)
     lines = [_line_of(group[0]) if len(group) == 1 else _line_of_all(group) for group in _groups(report)]
     rows = [columns, *([line.get(name, "") for name in columns] for line in lines)]
+    return "\n".join([*table(rows, RIGHT_ALIGNED), summary_of(report)])
+
+
+def table(rows: Sequence[Sequence[str]], right_aligned: Collection[str] = ()) -> list[str]:
+    """Lay out rows of cells, the header first, in columns that are as wide as they need."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pads = [str.rjust if name in RIGHT_ALIGNED else str.ljust for name in columns]
+    pads = [str.rjust if name in right_aligned else str.ljust for name in rows[0]]
     lines = ["  ".join(pad(*cell) for pad, *cell in zip(pads, row, widths, strict=True)) for row in rows]
-    return "\n".join([*(line.rstrip() for line in lines), summary_of(report)])
+    return [line.rstrip() for line in lines]
 
 
 def columns_of(report: Report) -> list[str]:

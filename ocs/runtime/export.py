@@ -8,7 +8,7 @@ from torch import nn
 
 from ocs.formats.onnx import write_onnx
 from ocs.formats.pt2 import write_package, write_program
-from ocs.runtime.program import Additions, as_example, program_of
+from ocs.runtime.program import Additions, as_example, check_onnx, lowered_copy, program_of
 from ocs.weight.arguments import check_choice
 
 Form = Literal["package", "program"]
@@ -33,7 +33,7 @@ def export(
 
     Args:
         model: quantized by ocs.quantize or ocs.load, or lowered. Products run in integers where inputs are quantized
-            (abits); weights are integers in any case: in ONNX int4 up to 4 bits where the sums of copies fit, else int8.
+            (abits); weights are integers in any case: in ONNX int4 up to 4 bits, where sums of copies fit, else int8.
         path: of the file. ONNX is of opset 21, with QuantizeLinear and DequantizeLinear; the batch size is open.
         example: an input: a tensor, a tuple of arguments, or a dict of arguments by name.
         target: see ocs.lower. "tensorrt" takes int8 inputs with zero point 0 and a scale per tensor, and a scale per
@@ -52,12 +52,18 @@ def export(
         raise ValueError(f"path={os.fspath(path)!r}: use a name that ends in .pt2 or .onnx")
     check_choice("form", form, get_args(Form))
     given = as_example(example)
-    program_form = ending == ".pt2" and form == "program"
-    rounds = not program_form if additions is None else additions
-    if ending == ".pt2" and form == "package":
-        kept: Additions = "one" if rounds else "float"
-        write_package(program_of(model, given, target=target, additions=kept, dynamic=False), path)
-        return
-    program = program_of(model, given, target=target, additions="all" if rounds else "float")
-    write = write_onnx if ending == ".onnx" else write_program
-    write(program, path)
+    lowered = lowered_copy(model, target)
+    if ending == ".onnx":
+        check_onnx(lowered)
+        write_onnx(program_of(lowered, given, target=target, additions=_terms(additions, "all")), path)
+    elif form == "package":
+        program = program_of(lowered, given, target=target, additions=_terms(additions, "one"), dynamic=False)
+        write_package(program, path)
+    else:
+        terms = _terms(bool(additions), "all")
+        write_program(program_of(lowered, given, target=target, additions=terms), path)
+
+
+def _terms(additions: bool | None, rounded: Additions) -> Additions:
+    """Say which terms of additions are rounded, where that is wanted."""
+    return "float" if additions is False else rounded

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from operator import getitem, methodcaller
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from ocs.runtime.arithmetic import Arithmetic
 from ocs.runtime.body import Body, Grid, narrowed
 from ocs.runtime.whole_numbers import WholeNumbers, in_columns, whole_numbers
 
-# --- Inputs ------------------------------------------------------------------------------------------------------------
+# --- Inputs -----------------------------------------------------------------------------------------------------------
 
 
 def input_grid(layer: QuantizedLayer, arithmetic: Arithmetic) -> Grid | None:
@@ -85,7 +85,7 @@ def _operand(body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns, gri
     return x if grid is None else body.dequantize(x, grid)
 
 
-# --- Products ----------------------------------------------------------------------------------------------------------
+# --- Products ---------------------------------------------------------------------------------------------------------
 
 
 def _linear(layer: QuantLinear, arithmetic: Arithmetic) -> nn.Module:
@@ -124,7 +124,7 @@ def _transposed(layer: QuantProduct, arithmetic: Arithmetic) -> nn.Module:
     return body.module_returning(body.call(type(layer).convolve, x, weight, bias, *geometry))
 
 
-# --- Attention ---------------------------------------------------------------------------------------------------------
+# --- Attention --------------------------------------------------------------------------------------------------------
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _ATTENTION_OPTIONS = {
@@ -178,7 +178,7 @@ def _whole_weight(layer: QuantizedLayer, name: str) -> tuple[Tensor, Tensor]:
     return whole_numbers(ints, source, layer.groups, layer.channels[name]), scale
 
 
-# --- Embeddings --------------------------------------------------------------------------------------------------------
+# --- Embeddings -------------------------------------------------------------------------------------------------------
 
 
 def _embedding(layer: QuantEmbedding, arithmetic: Arithmetic) -> nn.Module:
@@ -210,7 +210,7 @@ def _embedding_bag(layer: QuantEmbeddingBag, arithmetic: Arithmetic) -> nn.Modul
     return body.module_returning(bags)
 
 
-# --- Layers that keep a forward of their own, with float or parametrized weights -----------------------------------------
+# --- Layers that keep a forward of their own, with float or parametrized weights --------------------------------------
 
 
 def _recurrent(layer: QuantizedLayer, arithmetic: Arithmetic) -> nn.Module:

@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from ocs.calibration.run import undisturbed
+from ocs.errors import quiet
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.runtime.arithmetic import arithmetic_of
 from ocs.runtime.between_layers import round_between_layers
@@ -32,9 +33,7 @@ class Example(NamedTuple):
 
 
 def as_example(example: Any) -> Example:
-    """Take one input as it is, a tuple or list as several, and a dict as arguments by name; what holds no tensor is a
-    TypeError.
-    """
+    """Take one input, a tuple or list of several, or a dict of arguments by name; a TypeError where there is none."""
     if isinstance(example, Mapping):
         found = Example((), dict(example))
     else:
@@ -62,13 +61,14 @@ def program_of(
     """
     lowered = lowered_copy(model, target)
     ranges = {name: each.output_range for name, each in named_modules(lowered) if _has_range(each)}
-    given, shapes = _with_two_rows(example) if dynamic else example, ShapesCollection()
-    for tensor in _batched(given) if dynamic else ():
-        shapes[tensor] = {0: Dim.AUTO}
-    program = undisturbed(
-        lowered, lambda: torch.export.export(lowered, given.args, given.kwargs, dynamic_shapes=shapes, strict=False)
-    )
-    program = program.run_decompositions({})
+    axes, shapes = _axes(lowered) if dynamic else (), ShapesCollection()
+    given = _with_two_rows(example, axes)
+    for tensor in given.tensors:
+        shapes[tensor] = {axis: Dim.AUTO for axis in axes if any(tensor is each for each in _batched(given, axis))}
+    with quiet():
+        program = undisturbed(
+            lowered, lambda: torch.export.export(lowered, given.args, given.kwargs, dynamic_shapes=shapes, strict=False)
+        ).run_decompositions({})
     if dynamic:
         _check_dynamic(program)
     if additions != "float":
@@ -93,28 +93,48 @@ def _has_range(module: nn.Module) -> bool:
     return vars(module).get("output_range") is not None
 
 
-# --- A batch of any size -------------------------------------------------------------------------------------------------
+def check_onnx(model: nn.Module) -> None:
+    """Refuse what ONNX has no operator for."""
+    for name, module in named_modules(model):
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise ValueError(
+                f"{name}: ONNX has no LSTM with projections (proj_size={module.proj_size}): use a .pt2 file"
+            )
 
 
-def _batched(example: Example) -> list[Tensor]:
-    """Find the tensors whose first dimension is that of the first tensor."""
-    first = next((tensor for tensor in example.tensors if tensor.dim()), None)
-    return [tensor for tensor in example.tensors if tensor.dim() and len(tensor) == len(first)]
+# --- A batch of any size ----------------------------------------------------------------------------------------------
 
 
-def _with_two_rows(example: Example) -> Example:
+def _axes(model: nn.Module) -> tuple[int, ...]:
+    """Give the axes that a batch may lie on: the first, or the second where recurrent layers have time first."""
+    time_first = any(isinstance(each, nn.RNNBase) and not each.batch_first for each in model.modules())
+    return (0, 1) if time_first else (0,)
+
+
+def _batched(example: Example, axis: int) -> list[Tensor]:
+    """Find the tensors that are as long on an axis as the first one that has it."""
+    having = [tensor for tensor in example.tensors if tensor.dim() > axis]
+    return [tensor for tensor in having if tensor.shape[axis] == having[0].shape[axis]]
+
+
+def _with_two_rows(example: Example, axes: tuple[int, ...]) -> Example:
     """Give a batch of one twice: torch.export takes a size of 1 for a constant."""
-    batched = {id(tensor) for tensor in _batched(example) if len(tensor) == 1}
-    return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if id(leaf) in batched else leaf, example)
+    for axis in axes:
+        single = {id(tensor) for tensor in _batched(example, axis) if tensor.shape[axis] == 1}
+        example = pytree.tree_map(
+            lambda leaf, axis=axis, single=single: torch.cat([leaf, leaf], axis) if id(leaf) in single else leaf,
+            example,
+        )
+    return example
 
 
 def _check_dynamic(program: ExportedProgram) -> None:
-    """Warn where the program is bound to the batch size of the example."""
+    """Warn where the program is bound to the shapes of the example."""
     names = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    sizes = [each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim()]
-    if sizes and not any(isinstance(size, torch.SymInt) for size in sizes):
+    shapes = [[str(size) for size in each.shape] for each in inputs if isinstance(each, Tensor)]
+    if all(size.isdigit() for shape in shapes for size in shape):
         warnings.warn(
-            f"the model computes with its batch size as a constant: what is exported takes {sizes[0]} rows only",
+            f"the model computes with its batch size as a constant: what is exported takes shapes {shapes} only",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""The int8 weight that an integer engine multiplies: copies added up where the sums fit, in as few columns as they need.
+"""The int8 weight that an integer engine multiplies: copies added up where sums fit, in as few columns as they need.
 
 A channel of a split weight is there several times, and a product adds up what all its columns give: only their sum M
 counts, a whole number for each output. Where all of a channel's |M| fit, it is one column and costs what the float one

@@ -50,7 +50,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 
 def product(kind: str, options: str, seed: int = 0) -> tuple[QuantizedLayer, Tensor]:
-    """A quantized layer, and an input whose values, and halves of these, lie between those that rounding tells apart."""
+    """A quantized layer, and an input whose values, and halves of these, lie between ties."""
     torch.manual_seed(seed)
     make, shape = PRODUCTS[kind]
     model, unsigned = nn.Sequential(make()), OPTIONS[options].get("act_signed") == "auto"
@@ -111,7 +111,7 @@ def test_integer_sums_are_equal_bit_for_bit(options: str, target: str) -> None:
         return
     lowered = lower_layer(layer, arithmetic_of(target))
     ours = layer.operands(x)
-    ints, scale, _ = layer.weight_state("weight")
+    _, scale, _ = layer.weight_state("weight")
     sums = torch.nn.functional.linear(ours.input.double(), layer.original.double())
     if ours.copied is not None:
         sums += torch.nn.functional.linear(ours.copied_input.double(), layer.copied.double())
@@ -158,7 +158,7 @@ def test_target_without_exact_pairs_gets_no_integer_beyond_64() -> None:
     torch.testing.assert_close(careful(x), exact(x))
 
 
-# --- Whole models ------------------------------------------------------------------------------------------------------
+# --- Whole models -----------------------------------------------------------------------------------------------------
 
 
 def lowered_everything(**options: object) -> tuple[nn.Module, nn.Module]:
@@ -182,7 +182,9 @@ def test_everything() -> None:
 
 def test_everything_with_quantized_inputs() -> None:
     inputs = Everything.inputs()
-    model, lowered = lowered_everything(abits=8, calibration=[inputs], overrides={"lstm": {"abits": 8}, "cell": {"abits": 8}})
+    model, lowered = lowered_everything(
+        abits=8, calibration=[inputs], overrides={"lstm": {"abits": 8}, "cell": {"abits": 8}}
+    )
     for ours, theirs in zip(lowered(*inputs), model(*inputs), strict=True):
         assert relative(ours, theirs) < 0.03  # a tie may fall otherwise
     assert not any(type(module).__module__.startswith("ocs") for module in lowered.modules())
@@ -281,7 +283,7 @@ def test_half_precision(dtype: torch.dtype, net: SmallNet) -> None:
     assert relative(found, expected) < 0.05
 
 
-# --- As plain modules --------------------------------------------------------------------------------------------------
+# --- As plain modules -------------------------------------------------------------------------------------------------
 
 
 def test_runs_without_ocs(tmp_path: Path, net: SmallNet) -> None:
@@ -321,7 +323,7 @@ def test_public_attributes_and_hooks_stay(net: SmallNet) -> None:
     assert lowered.head.note == "kept"
 
 
-# --- What cannot be ----------------------------------------------------------------------------------------------------
+# --- What cannot be ---------------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_is_its_layer_comes_back_lowered() -> None:
