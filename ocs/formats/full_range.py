@@ -43,5 +43,14 @@ def _narrow_grids(program: ExportedProgram) -> list[tuple[fx.Node, int, int]]:
         if node.target == quantizes:
             x, scale, zero_point, low, high, dtype = node.args
             node.args = (x, scale, zero_point, torch.iinfo(dtype).min, torch.iinfo(dtype).max, dtype)
-            found += [(node, low, high)] if high - low < 254 else []
+            found += [(node, low, high)] if high - low < 254 and not _is_pooled(node) else []
     return found
+
+
+def _is_pooled(node: fx.Node) -> bool:
+    """Tell whether what is rounded is the maximum of values of the same grid, which needs no clipping."""
+    pool = node.args[0]
+    if "max_pool" not in str(pool.target):
+        return False
+    x = pool.args[0]
+    return x.target == torch.ops.quantized_decomposed.dequantize_per_tensor.default and x.args[1:3] == node.args[1:3]

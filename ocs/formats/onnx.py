@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from io import StringIO
 from typing import Any
 
@@ -11,43 +12,60 @@ import torch
 from torch.export import ExportedProgram
 
 from ocs.errors import quiet
-from ocs.formats.full_range import clip_integers
+from ocs.formats.full_range import clip_floats, clip_integers
+from ocs.formats.onnx_recurrent import RowWeight, hold_integers, quantize_dynamically
 from ocs.formats.replace_file import replacing
 
 OPSET = 21  # the first that has 4-bit integers
+_ANY = 2**31 - 1
 
 
 def write_onnx(
-    program: ExportedProgram, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
+    program: ExportedProgram,
+    path: str | os.PathLike[str],
+    *,
+    recurrent: Mapping[bytes, RowWeight] | None = None,
+    dynamic_lstm: bool = False,
+    int8_only: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a program of quantized_decomposed operators as an ONNX file of opset 21, and check it.
 
-    metadata: goes into the file's metadata_props.
+    recurrent: the integers of LSTM and GRU layers, from onnx_recurrent. dynamic_lstm: put ONNX Runtime's operator in
+    place of LSTM. int8_only: for engines that know quantization to 8 bits and nothing else of integers. metadata: goes
+    into the file's metadata_props.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
     """
-    onnx = _onnx()
-    clip_integers(program)
+    onnx, _ = onnx_module("onnx"), onnx_module("onnxscript")
+    clip = clip_floats if int8_only else clip_integers
+    clip(program)
     with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        model = torch.onnx.export(
+        exported = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, external_data=False, optimize=True, verbose=False
-        ).model_proto
-    _narrow_weights(onnx, model)
+        )
+        if recurrent:  # their weights are put together of parts, which must be done here
+            onnx_module("onnxscript.optimizer").optimize(exported.model, input_size_limit=_ANY, output_size_limit=_ANY)
+        model = exported.model_proto
+    put_weights = quantize_dynamically if dynamic_lstm else hold_integers
+    put_weights(onnx, model, recurrent or {})
+    if not int8_only:
+        _narrow_weights(onnx, model)
+    _remove_unused(model)
     _name_batch(model)
     onnx.helper.set_model_props(model, dict(metadata or {}))
     with replacing(path) as partial:
         onnx.save(model, str(partial))
-        onnx.checker.check_model(str(partial), full_check=True)
+        onnx.checker.check_model(str(partial), full_check=not dynamic_lstm)  # whose types only its engine knows
 
 
-def _onnx() -> Any:
+def onnx_module(name: str) -> Any:
+    """Import onnx, or what torch.onnx.export needs; an ImportError says what to install."""
     try:
-        import onnx
-        import onnxscript  # noqa: F401 - torch.onnx.export needs it
+        return import_module(name)
     except ImportError:
         raise ImportError("ONNX files need onnx and onnxscript: pip install torch-ocs[onnx]") from None
-    return onnx
 
 
 def _narrow_weights(onnx: Any, model: Any) -> None:
@@ -71,6 +89,13 @@ def _narrow_weights(onnx: Any, model: Any) -> None:
             graph.value_info.remove(value)
     for cast in reversed(casts):
         graph.node.insert(0, cast)
+
+
+def _remove_unused(model: Any) -> None:
+    """Remove the initializers that nothing reads."""
+    read = {name for node in model.graph.node for name in node.input} | {each.name for each in model.graph.output}
+    for tensor in [each for each in model.graph.initializer if each.name not in read]:
+        model.graph.initializer.remove(tensor)
 
 
 def _nibbles(values: np.ndarray) -> bytes:

@@ -19,6 +19,9 @@ _PRODUCTS = {f"{name}.default" for name in ("linear", "conv1d", "conv2d", "conv3
     "conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input"
 }  # fmt: skip
 _POOLS = ("max_pool1d.default", "max_pool2d.default", "max_pool3d.default")
+_AVERAGES = {f"{name}{rank}d.default" for name in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)} | {
+    "mean.dim"
+}
 
 
 def round_between_layers(
@@ -40,6 +43,9 @@ def round_between_layers(
     for node in list(program.graph.nodes):
         if _is_aten(node, ("add.Tensor",)):
             rounding.add(node, keep_a_product)
+    for node in list(program.graph.nodes) if not keep_a_product else ():
+        if _is_aten(node, _AVERAGES):
+            rounding.average(node)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -79,6 +85,27 @@ class _Rounding:
         for term, grid in grids.items():
             if grid is not None:
                 add.replace_input_with(term, self._rounded(term, grid, before=add))
+
+    def average(self, pool: fx.Node) -> None:
+        """Round what is averaged, where it is a sum whose terms have known ranges."""
+        x = pool.args[0]
+        if _is_aten(x, ("relu.default", "add.Tensor")) and x.meta["val"].dtype == torch.float32:
+            grid = self._grid_of_range(self._bounds(x))
+            if grid is not None:
+                pool.replace_input_with(x, self._rounded(x, grid, before=pool))
+
+    def _bounds(self, node: fx.Node) -> Range | None:
+        """Bound the values of sums, ReLUs of them and rounded tensors."""
+        if node.target == self.dequantizes:
+            grid = Grid(*node.args[1:6])
+            return tuple((code - grid.zero_point) * grid.scale for code in (grid.low, grid.high))
+        if _is_aten(node, ("relu.default",)):
+            bounds = self._bounds(node.args[0])
+            return bounds and (max(bounds[0], 0.0), max(bounds[1], 0.0))
+        if _is_aten(node, ("add.Tensor",)):
+            terms = [self._bounds(term) if isinstance(term, fx.Node) else None for term in node.args]
+            return None if None in terms else (sum(low for low, _ in terms), sum(high for _, high in terms))
+        return None
 
     def _grid_for(self, term: fx.Node) -> Grid | None:
         """Find the grid of a layer that reads this tensor, else of what calibration saw of it."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ocs.errors import quiet
-from ocs.formats.onnx import write_onnx
 from ocs.formats.pt2 import fit_inductor
-from ocs.runtime.program import Example, as_example, check_onnx, lowered_copy, program_of
+from ocs.runtime.export import write_lowered
+from ocs.runtime.program import Example, as_example, lowered_copy, program_of
 from ocs.weight.arguments import check_choice
 
 Engine = Literal["inductor", "onnxruntime", "openvino"]
@@ -22,7 +22,13 @@ Run = Callable[[Example], Any]
 
 
 def compile(
-    model: nn.Module, example: Any, *, engine: Engine = "inductor", target: str = "this", additions: bool = True
+    model: nn.Module,
+    example: Any,
+    *,
+    engine: Engine = "inductor",
+    target: str = "this",
+    additions: bool = True,
+    dynamic_lstm: bool = False,
 ) -> "Compiled":
     """Compile a quantized model, so that its products run in 8-bit integers.
 
@@ -43,6 +49,7 @@ def compile(
         target: see ocs.lower.
         additions: round what residual additions add to 8 bits, too, by the ranges that calibration saw: faster, and not
             quite what the quantized model computes (docs/integers.md has the cost). False leaves them in floats.
+        dynamic_lstm: with engine="onnxruntime", see ocs.export.
 
     Returns:
         A callable that takes and gives what the model does, without gradients.
@@ -52,7 +59,9 @@ def compile(
         ImportError: the engine is not installed.
     """
     check_choice("engine", engine, get_args(Engine))
-    compiled = Compiled(lowered_copy(model, target), engine, target, additions)
+    if dynamic_lstm and engine != "onnxruntime":
+        raise ValueError(f"dynamic_lstm=True: engine={engine!r} has no such operator, use 'onnxruntime'")
+    compiled = Compiled(lowered_copy(model, target), engine, target, additions, dynamic_lstm)
     compiled.prepare(as_example(example))
     return compiled
 
@@ -60,9 +69,9 @@ def compile(
 class Compiled:
     """A compiled model; see ocs.compile."""
 
-    def __init__(self, model: nn.Module, engine: Engine, target: str, additions: bool) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, target: str, additions: bool, dynamic_lstm: bool) -> None:
         self.engine = engine
-        self._model, self._target, self._additions = model, target, additions
+        self._model, self._target, self._additions, self._dynamic_lstm = model, target, additions, dynamic_lstm
         self._runs: dict[Any, Run] = {}
         self._lock = threading.Lock()
 
@@ -113,9 +122,8 @@ def _inductor(compiled: Compiled, example: Example) -> Run:
 def _onnx_of(compiled: Compiled, example: Example, path: Path) -> Callable[[Any], Any]:
     """Write an ONNX file; gives what makes the model's output of the list of the file's outputs."""
     additions = "all" if compiled._additions else "float"
-    check_onnx(compiled._model)
     program = program_of(compiled._model, example, target=compiled._target, additions=additions)
-    write_onnx(program, path)
+    write_lowered(compiled._model, program, path, dynamic_lstm=compiled._dynamic_lstm, target=compiled._target)
     spec = program.call_spec.out_spec
     return lambda outputs: pytree.tree_unflatten([torch.from_numpy(np.array(each)) for each in outputs], spec)
 

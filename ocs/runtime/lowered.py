@@ -70,7 +70,9 @@ def _columns(layer: QuantProduct, arithmetic: Arithmetic, grid: Grid | None) -> 
     return _Columns(parts, channel.flatten(), place.flatten(), in_columns(whole, groups, limit))
 
 
-def _operand(body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns, grid: Grid | None) -> fx.Node:
+def _operand(
+    body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns, grid: Grid | None, arithmetic: Arithmetic
+) -> fx.Node:
     """Round the parts of an input, and give each as often as the weight has columns for it."""
     axis, parts, per_channel = layer.input_axis, columns.parts, (-1, *[1] * (-layer.input_axis - 1))
     if parts.factor is not None:
@@ -79,9 +81,14 @@ def _operand(body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns, gri
         x = body.call(torch.index_select, x, axis, body.tensor("channel", columns.channel))
         x = body.call(torch.mul, x, body.tensor("factor", factor))
         x = body.call(torch.add, x, body.tensor("shift", shift))
+    gathers = columns.weight.source.numel() > columns.channel.numel()
+    source = body.tensor("source", columns.weight.source) if gathers else None
+    early = gathers and arithmetic.signed  # TensorRT gathers floats
+    if early:
+        x = body.call(torch.index_select, x, axis, source)
     x = x if grid is None else body.quantize(x, grid)
-    if columns.weight.source.numel() > columns.channel.numel():
-        x = body.call(torch.index_select, x, axis, body.tensor("source", columns.weight.source))
+    if gathers and not early:
+        x = body.call(torch.index_select, x, axis, source)
     return x if grid is None else body.dequantize(x, grid)
 
 
@@ -91,7 +98,7 @@ def _operand(body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns, gri
 def _linear(layer: QuantLinear, arithmetic: Arithmetic) -> nn.Module:
     body, grid = Body(layer.original.dtype), input_grid(layer, arithmetic)
     columns = _columns(layer, arithmetic, grid)
-    x = _operand(body, body.input("input"), layer, columns, grid)
+    x = _operand(body, body.input("input"), layer, columns, grid, arithmetic)
     weight = body.weight("weight", columns.weight.ints, layer.scale)
     return body.module_returning(body.call(F.linear, x, weight, body.tensor("bias", layer.bias)))
 
@@ -102,7 +109,7 @@ def _convolution(layer: QuantProduct, arithmetic: Arithmetic) -> nn.Module:
     if layer.padding_mode != "zeros":
         x = body.call(F.pad, x, tuple(layer._reversed_padding_repeated_twice), mode=layer.padding_mode)
         padding = (0,) * len(layer.kernel_size)
-    x = _operand(body, x, layer, columns, grid)
+    x = _operand(body, x, layer, columns, grid, arithmetic)
     weight = body.weight("weight", columns.weight.ints, layer.scale)
     bias = body.tensor("bias", layer.bias)
     y = body.call(type(layer).convolve, x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
@@ -113,7 +120,7 @@ def _transposed(layer: QuantProduct, arithmetic: Arithmetic) -> nn.Module:
     """Lower a transposed convolution; scales of several groups lie on no axis, so that weight is permuted as floats."""
     body, grid, groups = Body(layer.original.dtype), input_grid(layer, arithmetic), layer.groups
     columns = _columns(layer, arithmetic, grid)
-    x, ints = _operand(body, body.input("input"), layer, columns, grid), columns.weight.ints
+    x, ints = _operand(body, body.input("input"), layer, columns, grid, arithmetic), columns.weight.ints
     if groups == 1 or not layer.scale.dim():
         weight = body.weight("weight", layer.in_float_layout(ints).contiguous(), layer.scale, axis=1)
     else:
@@ -223,6 +230,7 @@ def _recurrent(layer: QuantizedLayer, arithmetic: Arithmetic) -> nn.Module:
         setattr(twin, name, nn.Parameter(layer.folded(name).to(_dtype_of(layer)), requires_grad=False))
     for name, parameter in layer._parameters.items():
         setattr(twin, name, parameter)
+    twin.weight_scales = {name: layer.weight_state(name)[1] for name in layer.channels}  # files of ONNX hold integers
     return _behind_grid(twin, layer, arithmetic, ("input", "hx"))
 
 

@@ -93,15 +93,6 @@ def _has_range(module: nn.Module) -> bool:
     return vars(module).get("output_range") is not None
 
 
-def check_onnx(model: nn.Module) -> None:
-    """Refuse what ONNX has no operator for."""
-    for name, module in named_modules(model):
-        if isinstance(module, nn.LSTM) and module.proj_size:
-            raise ValueError(
-                f"{name}: ONNX has no LSTM with projections (proj_size={module.proj_size}): use a .pt2 file"
-            )
-
-
 # --- A batch of any size ----------------------------------------------------------------------------------------------
 
 
