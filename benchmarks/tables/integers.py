@@ -1,0 +1,94 @@
+"""What integers that run are worth: top-1 of the bundled ResNet-20 in each engine, beside the simulated model's.
+
+    python benchmarks/tables/integers.py [--bits 8 6 5] [--r 0 0.05] [--limit 10000] [--out build/tables]
+
+Weights and inputs of as many bits (inputs of at least 6), thresholds from 512 training images, the first layer float,
+batch norms folded. "additions": the terms of residual additions are rounded to 8 bits, too, and what is averaged at the
+end; without it engines compute what the simulated model does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import paths
+import torch
+from bench import machine
+from fashion_mnist import count_correct, load, load_model
+from layout import aligned
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ocs
+
+Run = Callable[[Tensor], Tensor]
+BATCH = 500
+COLUMNS = (
+    "simulated", "lowered", "inductor", "package", "onnxruntime", "openvino", "inductor, additions",
+    "onnxruntime, additions", "openvino, additions", "same top-1",
+)  # fmt: skip
+
+
+def engines(model: nn.Module, example: Tensor, folder: Path) -> Iterator[tuple[str, Run]]:
+    """The model in each engine, one after the other."""
+    yield "simulated", model
+    yield "lowered", ocs.lower(copy.deepcopy(model))
+    ocs.export(model, folder / "model.pt2", example, additions=False)
+    yield "package", torch._inductor.aoti_load_package(str(folder / "model.pt2"))
+    for engine in ("inductor", "onnxruntime", "openvino"):
+        yield engine, ocs.compile(model, example, engine=engine, additions=False)
+        yield f"{engine}, additions", ocs.compile(model, example, engine=engine)
+
+
+def row(options: dict[str, Any], images: Tensor, labels: Tensor, calibration: Tensor) -> dict[str, float]:
+    """Top-1 in percent by engine, and how often ONNX Runtime's equals the simulated model's."""
+    model, found = load_model(), {}
+    ocs.quantize(model, fold_bn=True, act_signed="auto", calibration=[calibration], progress=False, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, run in engines(model, images[:BATCH], Path(folder)):
+            found[name] = 100 * count_correct(run, images, labels, BATCH) / len(labels)
+            if name == "onnxruntime":
+                compared = ocs.compare(model, run, images.split(BATCH), progress=False)
+                found["same top-1"] = 100 * compared.top1
+    return found
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", nargs="+", type=int, default=(8, 6, 5))
+    parser.add_argument("--r", nargs="+", type=float, default=(0.0, 0.05))
+    parser.add_argument("--granularity", nargs="+", default=("tensor", "channel"))
+    parser.add_argument("--limit", type=int, default=10000, help="images; a multiple of 500")
+    parser.add_argument("--out", type=Path, default=paths.OUT)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    images, labels = (each[: args.limit] for each in load("t10k"))
+    calibration, _ = load("calibration")
+    settings = [*product(args.bits, args.r, args.granularity)]
+    lines = [["", *COLUMNS]]
+    for bits, r, granularity in tqdm(settings, "settings", disable=None):
+        options = {"wbits": bits, "r": r, "granularity": granularity, "abits": max(bits, 6)}
+        found = row(options, images, labels, calibration)
+        lines.append([f"{bits} bits, r = {r:g}, {granularity}", *(f"{found[name]:.2f}" for name in COLUMNS)])
+        print(" ".join(lines[-1]), flush=True)
+    about = machine()
+    text = (
+        f"**ResNet-20**; {len(labels):,} images of Fashion-MNIST; top-1 %\n\n{aligned(lines)}\n"
+        f"`python benchmarks/tables/integers.py`; {about['cpu']}, {os.cpu_count()} cores, torch {about['torch']}, "
+        f"{about['date']}.\n"
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "integers.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
