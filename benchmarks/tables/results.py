@@ -13,7 +13,7 @@ from pathlib import Path
 
 import paths
 
-PAGES = [paths.ROOT / "docs" / name for name in ("results.md", "accuracy.md")]
+PAGES = [paths.ROOT / "docs" / name for name in ("results.md", "accuracy.md", "integers.md")]
 MARKER = re.compile(r"(<!-- ([\w/-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 

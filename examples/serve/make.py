@@ -20,9 +20,9 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from fashion_mnist import load, load_model  # noqa: E402 - lies in the folder above
+from fashion_mnist import load, load_model
 
-import ocs  # noqa: E402
+import ocs
 
 IMAGES = 100
 

@@ -42,9 +42,7 @@ def write_onnx(
     clip = clip_floats if int8_only else clip_integers
     clip(program)
     with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, external_data=False, optimize=True, verbose=False
-        )
+        exported = _exported(program)
         if recurrent:  # their weights are put together of parts, which must be done here
             onnx_module("onnxscript.optimizer").optimize(exported.model, input_size_limit=_ANY, output_size_limit=_ANY)
         model = exported.model_proto
@@ -58,6 +56,20 @@ def write_onnx(
     with replacing(path) as partial:
         onnx.save(model, str(partial))
         onnx.checker.check_model(str(partial), full_check=not dynamic_lstm)  # whose types only its engine knows
+
+
+def _exported(program: ExportedProgram) -> Any:
+    """Let torch write the file; a ValueError says in a line what it cannot."""
+    try:
+        return torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, external_data=False, optimize=True, verbose=False
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = str(cause).strip().partition("\n")[0]
+        raise ValueError(f"torch.onnx.export cannot write this model ({type(cause).__name__}: {first})") from error
 
 
 def onnx_module(name: str) -> Any:

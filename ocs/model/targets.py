@@ -111,7 +111,7 @@ def _target(
     tied_to = _tied_to(model, module, names[0], owners)
     if reason and not (tied_to and "is shared with" in reason):
         return Target(module, tuple(names), reason_float=reason)
-    read = _reason_read_by_parent(model, names)
+    read = reason_read_by_parent(model, names)
     kind = replacement_of(module)
     folded, float_input = kind.only_folded or read, read or kind.unseen(module)
     return Target(module, tuple(names), reason, folded, float_input, tied_to, permanent)
@@ -235,7 +235,7 @@ def _tied_to(model: nn.Module, module: nn.Module, name: str, owners: Mapping[int
     return others[0] if kinds == {nn.Embedding, nn.Linear} else ""
 
 
-def _reason_read_by_parent(model: nn.Module, names: list[str]) -> str:
+def reason_read_by_parent(model: nn.Module, names: list[str]) -> str:
     """Say who reads a module's weight instead of calling it, or ""."""
     for name in names:
         parent_name, _, child = name.rpartition(".")

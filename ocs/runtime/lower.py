@@ -7,10 +7,12 @@ from torch import fx, nn
 
 from ocs.errors import error_context
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
+from ocs.model.targets import reason_read_by_parent
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.base import QuantizedLayer, hooks_of
+from ocs.nn.product import QuantProduct
 from ocs.runtime.arithmetic import Arithmetic, arithmetic_of
-from ocs.runtime.lowered import OWN, lowering_of
+from ocs.runtime.lowered import OWN, lowering_of, readable
 
 
 @keeps_grad_mode
@@ -52,7 +54,8 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
         lowered = {}
         for name, layer in layers.items():
             with error_context(name):
-                lowered[id(layer)] = lower_layer(layer, arithmetic)
+                read = isinstance(layer, QuantProduct) and bool(reason_read_by_parent(model, [name]))
+                lowered[id(layer)] = lower_layer(layer, arithmetic, read=read)
     exchange(module_slots(model, lowered))
     return lowered.get(id(unwrapped(model)), model).eval()
 
@@ -75,11 +78,14 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return found
 
 
-def lower_layer(layer: QuantizedLayer, arithmetic: Arithmetic) -> nn.Module:
-    """Make the plain module that computes what a quantized layer does, with its hooks and public attributes."""
+def lower_layer(layer: QuantizedLayer, arithmetic: Arithmetic, *, read: bool = False) -> nn.Module:
+    """Make the plain module that computes what a quantized layer does, with its hooks and public attributes.
+
+    read: its parent reads its weight, which then must be one of floats.
+    """
     if layer.input_grid is not None and layer.input_grid.oracle:
         raise ValueError("act_split='oracle' chooses splits and scale for each batch: quantize with 'static'")
-    lowered = lowering_of(layer)(layer, arithmetic)
+    lowered = readable(layer) if read else lowering_of(layer)(layer, arithmetic)
     taken = {*dir(lowered), *layer.channels, *OWN}
     public = {name: value for name, value in vars(layer).items() if not name.startswith("_") and name not in taken}
     public[_MARK] = True

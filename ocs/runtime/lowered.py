@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from ocs.kernels.constants import qmax
 from ocs.nn.attention import QuantMultiheadAttention
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
@@ -55,9 +56,11 @@ class _Columns(NamedTuple):
 def _columns(layer: QuantProduct, arithmetic: Arithmetic, grid: Grid | None) -> _Columns:
     """Add the copies in the weight up, and let each part of the input meet its channel's sum."""
     ints, _, source = layer.weight_state("weight")
-    groups, C = layer.groups, layer.channels["weight"]
-    whole = whole_numbers(ints, source, groups, C)
+    groups, C, limit = layer.groups, layer.channels["weight"], 127 if grid is None else arithmetic.limit(grid.high)
     parts, own = layer.static_parts(), torch.arange(groups * C, device=ints.device).view(groups, C)
+    if parts.source is None and ints.shape[1] == C and qmax(layer.bits) <= limit:  # the very integers
+        return _Columns(parts, own.flatten(), own.flatten(), WholeNumbers(ints, own.flatten()))
+    whole = whole_numbers(ints, source, groups, C)
     channel = place = own
     if parts.source is not None:
         copies = parts.source.view(groups, -1)
@@ -66,7 +69,6 @@ def _columns(layer: QuantProduct, arithmetic: Arithmetic, grid: Grid | None) -> 
         index = (channel - own[:, :1]).view(groups, 1, -1, *[1] * (whole.dim() - 2))
         grouped = whole.unflatten(0, (groups, -1))
         whole = grouped.gather(2, index.expand(-1, grouped.shape[1], -1, *whole.shape[2:])).flatten(0, 1)
-    limit = 127 if grid is None else arithmetic.limit(grid.high)
     return _Columns(parts, channel.flatten(), place.flatten(), in_columns(whole, groups, limit))
 
 
@@ -239,21 +241,38 @@ OWN = ("input_grid", "channels", "expand", "settings", "bits", "float_class")  #
 
 def _own_forward(layer: QuantOwnForward, arithmetic: Arithmetic) -> nn.Module:
     """Lower to the float layer's class, whose weight is made of integers whenever its forward reads it."""
+    twin = _blank(layer)
+    vars(twin).update({name: value for name, value in vars(layer).items() if name not in {*vars(twin), *OWN}})
+    integers = {buffer for name in layer.channels for buffer in (*weight_buffers(name), parameter_of(name))}
+    twin._modules.update(layer._modules)
+    twin._buffers.update({k: v for k, v in layer._buffers.items() if k not in integers and k not in INPUT_BUFFERS})
+    return _behind_grid(_parametrized(twin, layer), layer, arithmetic, layer.input_names)
+
+
+def readable(layer: QuantizedLayer) -> nn.Module:
+    """Lower a layer whose parent reads its weight to torch's own, whose weight is made of integers when it is read."""
+    twin = _blank(layer)
+    vars(twin).update({name: value for name, value in vars(layer).items() if name in layer.float_kind.__constants__})
+    return _parametrized(twin, layer)
+
+
+def _blank(layer: QuantizedLayer) -> nn.Module:
     twin = layer.float_kind.__new__(layer.float_kind)
     nn.Module.__init__(twin)
-    integers = {buffer for name in layer.channels for buffer in (*weight_buffers(name), parameter_of(name))}
-    vars(twin).update({name: value for name, value in vars(layer).items() if name not in {*vars(twin), *OWN}})
-    twin._modules.update(layer._modules)
     twin._parameters.update(layer._parameters)
-    twin._buffers.update({k: v for k, v in layer._buffers.items() if k not in integers and k not in INPUT_BUFFERS})
+    return twin
+
+
+def _parametrized(twin: nn.Module, layer: QuantizedLayer) -> nn.Module:
+    """Give a module the integers of a layer's weights, and what dequantizes them."""
     for name in dict.fromkeys(map(parameter_of, layer.channels)):
         ints, scale = _stored(layer, name)
         twin.register_buffer(name, ints)
-        register_parametrization(twin, name, _dequantizer(scale, layer._buffers[name].dtype), unsafe=True)
-    return _behind_grid(twin, layer, arithmetic, layer.input_names)
+        register_parametrization(twin, name, _dequantizer(scale, _dtype_of(layer)), unsafe=True)
+    return twin
 
 
-def _stored(layer: QuantOwnForward, name: str) -> tuple[Tensor, Tensor]:
+def _stored(layer: QuantizedLayer, name: str) -> tuple[Tensor, Tensor]:
     """Give the integers of a parameter in its own layout, those of all experts together, and scales that fit."""
     parts = [_whole_weight(layer, part) for part in layer.channels if parameter_of(part) == name]
     whole = [layer.in_float_layout(narrowed(ints)) for ints, _ in parts]

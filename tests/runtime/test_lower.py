@@ -372,3 +372,41 @@ assert (wrong < 0.6 * expected).all(), wrong.flatten()[:3]
         pytest.skip("no x86")
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
+
+
+class ReadsWeights(nn.Module):
+    """Reads the weight of its linear layer instead of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 10] -> [N, 6]."""
+        return torch.nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_weight_that_its_parent_reads_is_one_of_floats(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ocs.model import targets
+
+    monkeypatch.setitem(targets._READ_BY_PARENT, f"{__name__}.ReadsWeights", ("layer",))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ReadsWeights()), torch.randn(4, 10)
+    ocs.quantize(model, wbits=5, r=0.2, granularity=granularity)
+    expected = model(x)
+    ocs.lower(model)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model[0].layer(x), expected)
+    assert model[0].layer.parametrizations.weight.original.dtype == torch.int8
+
+
+def test_a_fused_transformer_layer_with_float_attention() -> None:
+    """Its fast path reads the weights of the linear layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    model, x = nn.Sequential(layer), torch.randn(2, 5, 16)
+    ocs.quantize(model, wbits=6, skip=[nn.MultiheadAttention])
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(ocs.lower(model)(x), expected)
