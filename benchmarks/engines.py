@@ -174,6 +174,16 @@ def rows(title: str, times: dict[str, list[float]], batch: int, *, judged: bool)
     return found if judged else [Row(*list(vars(row).values())[:5], "", True) for row in found]
 
 
+def lowered_size(name: str) -> str:
+    """What a lowered network holds, relative to the float one."""
+    floats = network(name)
+    model = quantized(floats, torch.randn(1, 3, 224, 224), skip_first=False)
+    held = [
+        sum(t.numel() * t.element_size() for t in each.state_dict().values()) for each in (floats, ocs.lower(model))
+    ]
+    return f"{held[1] / held[0]:.3f}"
+
+
 def instructions() -> str:
     """What 8-bit products run on here."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -193,7 +203,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     found = [row for name in args.models for batch in args.batches for row in compare(name, batch, args)]
-    publish("engines", found, {"8-bit products": instructions(), "threads of each engine": args.threads})
+    notes = {"8-bit products": instructions(), "threads of each engine": args.threads}
+    notes |= {f"{name}, lowered: its bytes to those of the float model": lowered_size(name) for name in args.models}
+    publish("engines", found, notes)
 
 
 if __name__ == "__main__":

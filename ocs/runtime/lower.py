@@ -1,5 +1,7 @@
 """Lower a quantized model to plain torch: int8 weights, and grids that integer engines recognize."""
 
+import warnings
+from collections.abc import Mapping
 from operator import methodcaller
 
 import torch
@@ -38,6 +40,9 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
             products of 8-bit integers saturate in silence, or "tensorrt", whose inputs are int8 with zero point 0.
             For "avx2" weights whose products might saturate are cut into more columns.
 
+    Warns:
+        UserWarning: layers get more than a fifth more columns for that.
+
     Returns:
         The model, or what it became where it is itself a quantized layer.
 
@@ -56,10 +61,31 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
             with error_context(name):
                 read = isinstance(layer, QuantProduct) and bool(reason_read_by_parent(model, [name]))
                 lowered[id(layer)] = lower_layer(layer, arithmetic, read=read)
+    if arithmetic.saturates:
+        _say_what_grew({name: (layer, lowered[id(layer)]) for name, layer in layers.items()})
     exchange(module_slots(model, lowered))
     return lowered.get(id(unwrapped(model)), model).eval()
 
 
+def _say_what_grew(pairs: Mapping[str, tuple[QuantizedLayer, nn.Module]]) -> None:
+    """Warn of layers that got more columns since their products would saturate."""
+    grown = {}
+    for name, (layer, lowered) in pairs.items():
+        if isinstance(layer, QuantProduct):
+            columns = layer.weight_int[:1].numel()
+            grown |= {name: lowered.weight.numel() / len(layer.weight_int) / columns}
+    grown = {name: times for name, times in grown.items() if times > _GROWTH}
+    if grown:
+        first, *others = grown
+        more = f" and {len(others)} more" if others else ""
+        warnings.warn(
+            f"{first}{more}: {max(grown.values()):.1f} times the columns at most, as products of 8-bit weights and inputs"
+            " saturate on this kind of machine and only weights up to 64 are exact: with wbits=7 none are needed",
+            stacklevel=4,
+        )
+
+
+_GROWTH = 1.2  # beyond which more columns are worth a word
 _MARK = "lowered"  # what tells a lowered layer
 
 

@@ -352,6 +352,16 @@ def test_target_is_checked(net: SmallNet) -> None:
         ocs.lower(net, target="gpu")
 
 
+def test_layers_that_grow_for_a_machine_that_saturates_are_named(net: SmallNet) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    seven = copy.deepcopy(net)
+    ocs.quantize(net, wbits=8, abits=8, calibration=[x])
+    with pytest.warns(UserWarning, match=r"body\.3 and 1 more: 2\.0 times the columns.*wbits=7"):
+        ocs.lower(net, target="avx2")
+    ocs.quantize(seven, wbits=7, abits=8, calibration=[x])
+    ocs.lower(seven, target="avx2")  # without a word
+
+
 def test_products_that_saturate_are_found() -> None:
     """On x86 without VNNI oneDNN's convolutions saturate, as ONEDNN_MAX_CPU_ISA shows, and weights up to 64 do not."""
     code = """
