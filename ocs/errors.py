@@ -1,5 +1,6 @@
 """Where in a model, or in what a user gave, an error came from."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,16 @@ def check_order(call: str, model: Any, *others: Any) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep what torch warns of while it exports and compiles from whoever called: nothing that they could change."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in loggers.items():
+                logger.setLevel(level)
+
+
+_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx")

@@ -79,8 +79,8 @@ def _say_what_grew(pairs: Mapping[str, tuple[QuantizedLayer, nn.Module]]) -> Non
         first, *others = grown
         more = f" and {len(others)} more" if others else ""
         warnings.warn(
-            f"{first}{more}: {max(grown.values()):.1f} times the columns at most, as products of 8-bit weights and inputs"
-            " saturate on this kind of machine and only weights up to 64 are exact: with wbits=7 none are needed",
+            f"{first}{more}: {max(grown.values()):.1f} times the columns at most, as products of 8-bit weights and"
+            " inputs saturate on this kind of machine but for weights up to 64: with wbits=7 no column is added",
             stacklevel=4,
         )
 
