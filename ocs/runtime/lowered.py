@@ -146,9 +146,10 @@ def _attention(layer: QuantMultiheadAttention, arithmetic: Arithmetic) -> nn.Mod
     body, grid = Body(_dtype_of(layer)), input_grid(layer, arithmetic)
     inputs = [body.input(name) for name in layer.input_names]
     options = {name: body.input(name, default) for name, default in _ATTENTION_OPTIONS.items()}
-    inputs = [_rounded(body, x, grid) for x in inputs]
+    inputs = inputs if grid is None else [body.quantize(x, grid) for x in inputs]
     if layer.batch_first:  # of three dimensions; two have no batch, and stay
         inputs = [body.call(torch.movedim, x, 0, -2) for x in inputs]
+    inputs = inputs if grid is None else [body.dequantize(x, grid) for x in inputs]  # directly before the products
     weights = {name: body.weight(name, *each) for name, each in _projections(layer).items()}
     biases = [body.tensor(name, getattr(layer, name)) for name in ("in_proj_bias", "bias_k", "bias_v")]
     out = _output_projection(body, layer.out_proj)
