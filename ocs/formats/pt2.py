@@ -12,7 +12,11 @@ from ocs.formats.replace_file import replacing
 
 
 def write_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
-    """Write a program for torch.export.load, and for backends that take quantized_decomposed operators."""
+    """Write a program for torch.export.load, and for backends that take quantized_decomposed operators.
+
+    The example stays out of the file: it may be a small part of much data, all of which would be written.
+    """
+    program.example_inputs = None
     with quiet(), replacing(path) as partial:
         torch.export.save(program, partial)
 
