@@ -15,6 +15,7 @@ from ocs.errors import quiet
 from ocs.formats.full_range import clip_floats, clip_integers
 from ocs.formats.onnx_recurrent import RowWeight, hold_integers, quantize_dynamically
 from ocs.formats.replace_file import replacing
+from ocs.formats.wide_bias import take_wide_biases_out
 
 OPSET = 21  # the first that has 4-bit integers
 _ANY = 2**31 - 1
@@ -27,18 +28,22 @@ def write_onnx(
     recurrent: Mapping[bytes, RowWeight] | None = None,
     dynamic_lstm: bool = False,
     int8_only: bool = False,
+    fill_int8: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a program of quantized_decomposed operators as an ONNX file of opset 21, and check it.
 
     recurrent: the integers of LSTM and GRU layers, from onnx_recurrent. dynamic_lstm: put ONNX Runtime's operator in
-    place of LSTM. int8_only: for engines that know quantization to 8 bits and nothing else of integers. metadata: goes
-    into the file's metadata_props.
+    place of LSTM. int8_only: for engines that know quantization to 8 bits and nothing else of integers. fill_int8:
+    write weights of 5 to 7 bits times a power of two, with as much finer a scale: the same numbers, and engines round
+    biases to that scale. metadata: goes into the file's metadata_props.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
     """
     onnx, _ = onnx_module("onnx"), onnx_module("onnxscript")
+    _check_float32(program)
+    take_wide_biases_out(program)
     clip = clip_floats if int8_only else clip_integers
     clip(program)
     with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -50,8 +55,11 @@ def write_onnx(
     put_weights(onnx, model, recurrent or {})
     if not int8_only:
         _narrow_weights(onnx, model)
+    if fill_int8:
+        _fill_int8(onnx, model)
     _remove_unused(model)
     _name_batch(model)
+    _name_weights(model)
     onnx.helper.set_model_props(model, dict(metadata or {}))
     with replacing(path) as partial:
         onnx.save(model, str(partial))
@@ -70,6 +78,13 @@ def _exported(program: ExportedProgram) -> Any:
             cause = cause.__cause__
         first = str(cause).strip().partition("\n")[0]
         raise ValueError(f"torch.onnx.export cannot write this model ({type(cause).__name__}: {first})") from error
+
+
+def _check_float32(program: ExportedProgram) -> None:
+    """Refuse programs that compute in half precision: QuantizeLinear would need scales of that."""
+    for node in program.graph.nodes:
+        if "dequantize" in str(node.target) and node.meta["val"].dtype != torch.float32:
+            raise ValueError(f"the model computes in {node.meta['val'].dtype}: for ONNX use model.float()")
 
 
 def onnx_module(name: str) -> Any:
@@ -103,6 +118,24 @@ def _narrow_weights(onnx: Any, model: Any) -> None:
         graph.node.insert(0, cast)
 
 
+def _fill_int8(onnx: Any, model: Any) -> None:
+    """Multiply int8 weights by the power of two that they have room for, and divide their scales by it: exactly."""
+    graph, constants = model.graph, {each.name: each for each in model.graph.initializer}
+    for node in [each for each in graph.node if each.op_type == "DequantizeLinear" and each.input[0] in constants]:
+        tensor, scale = (constants.get(name) for name in node.input[:2])
+        if tensor.data_type != onnx.TensorProto.INT8 or scale is None:
+            continue
+        ints = onnx.numpy_helper.to_array(tensor)
+        factor = 2 ** int(np.log2(127 / max(1, np.abs(ints.astype(int)).max(initial=1))))
+        if factor == 1:
+            continue
+        name = f"{tensor.name}.scale"
+        finer = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) / np.float32(factor), name)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(ints * np.int8(factor), tensor.name))
+        graph.initializer.append(finer)
+        node.input[1] = name
+
+
 def _remove_unused(model: Any) -> None:
     """Remove the initializers that nothing reads."""
     read = {name for node in model.graph.node for name in node.input} | {each.name for each in model.graph.output}
@@ -115,6 +148,19 @@ def _nibbles(values: np.ndarray) -> bytes:
     codes = values.ravel().astype(np.uint8) & 15
     codes = np.pad(codes, (0, codes.size % 2))
     return (codes[::2] | codes[1::2] << 4).tobytes()
+
+
+def _name_weights(model: Any) -> None:
+    """Call weights as the float model does."""
+    names = {each.name: each.name.removesuffix("_int") for each in model.graph.initializer}
+    taken = set(names)
+    names = {old: new for old, new in names.items() if new not in taken}
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(each, each) for each in node.input]
+    for value in [each for each in model.graph.value_info if each.name in names]:
+        model.graph.value_info.remove(value)
 
 
 def _name_batch(model: Any) -> None:

@@ -17,6 +17,9 @@ FORMAT = 3  # 1 had neither quantized inputs nor folded batch norms, 2 no intege
 MOST_LEVELS = 16  # of lists and dicts in a header; we write some 5
 
 
+RANGES = ("input_range", "output_range")  # of layers, each in a table of its own
+
+
 @dataclass(frozen=True)
 class SavedLayer:
     """What a file's header says of a quantized layer."""
@@ -62,7 +65,7 @@ class Reader:
             header = _checked_header(metadata)
             self.layers = {name: SavedLayer(**saved) for name, saved in header["layers"].items()}
             self.batch_norms = header.get("batch_norms", [])
-            self.output_ranges = _checked_ranges(header.get("output_ranges", {}))
+            self.ranges = {what: _checked_ranges(header.get(f"{what}s", {})) for what in RANGES}
             self.sums = header["tensors"]
             if not _is_list_of(str, self.batch_norms) or not _is_list_of(int, [*self.sums.values()]):
                 raise TypeError

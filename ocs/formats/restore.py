@@ -82,7 +82,8 @@ def quantized_replacements(
             module = floats.get(id(old), old)
             layer = replace(layers[name], module=made_permanent(module) or module)
             replacements[id(old)] = _read_layer(reader, layer, saved)
-            replacements[id(old)].output_range = reader.output_ranges.get(name)
+            for what, ranges in reader.ranges.items():
+                setattr(replacements[id(old)], what, ranges.get(name))
     made = {name: replacements[id(layers[name].module)] for name in reader.layers}
     share_tied({name: (layer, layers[name].tied_to) for name, layer in made.items()})
     return replacements

@@ -13,7 +13,7 @@ Nothing in a file is trusted: the model decides which layers and shapes there ma
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ocs.errors import check_order, error_context
 from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.pretrained import refused_slots
-from ocs.formats.reader import FORMAT, Reader
+from ocs.formats.reader import FORMAT, RANGES, Reader
 from ocs.formats.replace_file import replacing
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
 from ocs.model.batchnorm_folding import FoldedBatchNorm
@@ -68,10 +68,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         "ocs": _version(),
         "layers": {n: describe(layer) | ({"tied": tied[n]} if n in tied else {}) for n, layer in layers.items()},
         "batch_norms": [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)],
-        "output_ranges": {n: layer.output_range for n, layer in layers.items() if layer.output_range is not None},
+        **{f"{what}s": _ranges(layers, what) for what in RANGES},
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
     _write(tensors, json.dumps(header), path)
+
+
+def _ranges(layers: Mapping[str, QuantizedLayer], what: str) -> dict[str, tuple[float, float]]:
+    """List the ranges of layers' inputs or outputs that calibration saw."""
+    return {name: found for name, layer in layers.items() if (found := getattr(layer, what)) is not None}
 
 
 def _safetensors() -> Any:

@@ -69,7 +69,8 @@ class QuantizedLayer(nn.Module):
     settings: dict[str, object]  # the options that it was quantized with, for people and files
     input_grid: InputGrid | None = None
     input_axis: int = -1  # where the input has its channels
-    output_range: tuple[float, float] | None = None  # of outputs that are added to others, as calibration saw them
+    input_range: tuple[float, float] | None = None  # of a quantized input, as calibration saw it
+    output_range: tuple[float, float] | None = None  # of outputs that are added to others, likewise
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class QuantizedLayer(nn.Module):
 
     def _take_attributes(self, float_layer: nn.Module) -> None:
         """Take over the float layer's public attributes, its hooks, and the private attributes that are needed."""
-        own = {"input_grid", "output_range", "forward", *INPUT_BUFFERS}
+        own = {"input_grid", "input_range", "output_range", "forward", *INPUT_BUFFERS}
         take_hook(self, float_layer)
         for name, value in vars(float_layer).items():
             public = not name.startswith("_") and name not in own

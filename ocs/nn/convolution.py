@@ -47,7 +47,7 @@ class _QuantConvolution(QuantProduct):
         return y if copied is None else y.add_(product(copied_input, copied, None))
 
 
-class _QuantConv(_QuantConvolution):
+class QuantConv(_QuantConvolution):
     """nn.Conv1d/2d/3d with a quantized weight, batched or not; every padding mode and groups."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class _QuantConv(_QuantConvolution):
 
 
 @register
-class QuantConv1d(_QuantConv):
+class QuantConv1d(QuantConv):
     """nn.Conv1d with a quantized weight: x [N, C, L]."""
 
     float_kind = nn.Conv1d
@@ -78,7 +78,7 @@ class QuantConv1d(_QuantConv):
 
 
 @register
-class QuantConv2d(_QuantConv):
+class QuantConv2d(QuantConv):
     """nn.Conv2d with a quantized weight: x [N, C, H, W]."""
 
     float_kind = nn.Conv2d
@@ -86,7 +86,7 @@ class QuantConv2d(_QuantConv):
 
 
 @register
-class QuantConv3d(_QuantConv):
+class QuantConv3d(QuantConv):
     """nn.Conv3d with a quantized weight: x [N, C, D, H, W]."""
 
     float_kind = nn.Conv3d

@@ -91,7 +91,8 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
     replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
     replacement.settings = options.shown
-    if grid is not None:
+    if grid is not None and facts.statistics is not None:
+        replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
         replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
     _check_range(replacement)
     if facts.mean is not None:

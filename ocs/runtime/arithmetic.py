@@ -37,11 +37,11 @@ def arithmetic_of(target: str) -> Arithmetic:
 @cache
 def saturates_here() -> bool:
     """Try whether this machine's 8-bit convolutions saturate, as oneDNN runs them."""
-    C = 32
+    C, cpu = 32, {"device": "cpu"}
     if not hasattr(torch.ops.onednn, "qconv_prepack") or "x86" not in _machine():
         return False
-    x = torch.full((1, C, 4, 4), 255, dtype=torch.uint8)
-    weight, one = torch.full((C, C, 3, 3), 127, dtype=torch.int8), torch.ones(C)
+    x = torch.full((1, C, 4, 4), 255, dtype=torch.uint8, **cpu)
+    weight, one = torch.full((C, C, 3, 3), 127, dtype=torch.int8, **cpu), torch.ones(C, **cpu)
     geometry = ([1, 1], [0, 0], [1, 1], 1)
     packed = torch.ops.onednn.qconv_prepack(weight, one, 1.0, 0, *geometry, x.shape)
     y = torch.ops.onednn.qconv_pointwise(
@@ -50,7 +50,7 @@ def saturates_here() -> bool:
         0,
         packed,
         one,
-        torch.zeros(C, dtype=torch.int64),
+        torch.zeros(C, dtype=torch.int64, **cpu),
         None,
         *geometry,
         1.0,

@@ -25,18 +25,24 @@ _AVERAGES = {f"{name}{rank}d.default" for name in ("avg_pool", "adaptive_avg_poo
 
 
 def round_between_layers(
-    program: ExportedProgram, ranges: Mapping[str, Range], *, signed: bool, keep_a_product: bool
+    program: ExportedProgram,
+    outputs: Mapping[str, Range],
+    inputs: Mapping[str, Range],
+    *,
+    signed: bool,
+    keep_a_product: bool,
 ) -> None:
     """Round the tensors between the layers of a program, in place.
 
     Args:
         program: functional, from torch.export and run_decompositions({}).
-        ranges: the least and largest value of layers' outputs, by the layer's name.
+        outputs: the least and largest value of layers' outputs, by the layer's name.
+        inputs: of their inputs, likewise.
         signed: whether grids are int8 with zero point 0, else uint8.
         keep_a_product: leave one term of an addition in floats, where it is a product that nothing else reads: for
             engines that add to it before it leaves the registers.
     """
-    rounding = _Rounding(program, ranges, signed)
+    rounding = _Rounding(program, outputs, inputs, signed)
     for node in list(program.graph.nodes):
         if _is_aten(node, _POOLS):
             rounding.pool(node)
@@ -56,11 +62,19 @@ def _is_aten(node: object, names: tuple[str, ...] | set[str]) -> bool:
     return getattr(node.target, "namespace", "") == "aten" and node.target.__name__ in names
 
 
+def _holds(grid: Grid, seen: Range) -> bool:
+    """Tell whether a grid of 8 bits reaches all of a range, to half a step."""
+    low, high = ((code - grid.zero_point) * grid.scale for code in (grid.low, grid.high))
+    return grid.high - grid.low >= 254 and low - grid.scale / 2 <= seen[0] and seen[1] <= high + grid.scale / 2
+
+
 class _Rounding:
     """Puts pairs of quantize and dequantize where they belong in a program's graph."""
 
-    def __init__(self, program: ExportedProgram, ranges: Mapping[str, Range], signed: bool) -> None:
-        self.graph, self.ranges, self.signed = program.graph, ranges, signed
+    def __init__(
+        self, program: ExportedProgram, outputs: Mapping[str, Range], inputs: Mapping[str, Range], signed: bool
+    ) -> None:
+        self.graph, self.outputs, self.inputs, self.signed = program.graph, outputs, inputs, signed
         self.buffers = program.graph_signature.inputs_to_buffers
         self.quantizes = operators().quantize_per_tensor.default
         self.dequantizes = operators().dequantize_per_tensor.default
@@ -76,7 +90,7 @@ class _Rounding:
         """Round the terms of an addition whose grids are known."""
         terms = [each for each in add.args if isinstance(each, fx.Node)]
         shapes = [list(map(str, term.meta["val"].shape)) for term in terms]  # sizes that are open are told by name
-        if len(terms) != 2 or shapes[0] != shapes[1] or add.meta["val"].dtype != torch.float32:
+        if len(terms) != 2 or shapes[0] != shapes[1] or add.kwargs or add.meta["val"].dtype != torch.float32:
             return
         grids = {term: self._grid_for(term) for term in terms}
         products = [term for term in terms if _is_aten(term, _PRODUCTS) and len(term.users) == 1]
@@ -102,32 +116,44 @@ class _Rounding:
         if _is_aten(node, ("relu.default",)):
             bounds = self._bounds(node.args[0])
             return bounds and (max(bounds[0], 0.0), max(bounds[1], 0.0))
-        if _is_aten(node, ("add.Tensor",)):
+        if _is_aten(node, ("add.Tensor",)) and not node.kwargs:
             terms = [self._bounds(term) if isinstance(term, fx.Node) else None for term in node.args]
             return None if None in terms else (sum(low for low, _ in terms), sum(high for _, high in terms))
         return None
 
     def _grid_for(self, term: fx.Node) -> Grid | None:
-        """Find the grid of a layer that reads this tensor, else of what calibration saw of it."""
-        known = next(filter(None, (self._grid_of(user) for user in term.users)), None)
-        return known or self._grid_of_range(self._range_of(term))
-
-    def _range_of(self, term: fx.Node) -> Range | None:
-        """Find the range of a layer's output by the name of its weight."""
-        if not _is_aten(term, _PRODUCTS):
+        """Find the grid of a layer that reads this tensor, if that holds all of it, else of what calibration saw."""
+        quantizers = [user for user in term.users if self._grid_of(user)]
+        readers = [found for q in quantizers if (found := self.inputs.get(self._reader_of(q))) is not None]
+        own = self.outputs.get(self._layer_of(term)) if _is_aten(term, _PRODUCTS) else None
+        seen = own or next(iter(readers), None)
+        if seen is None:
             return None
-        weight = term.args[1]
+        return next((g for g in map(self._grid_of, quantizers) if _holds(g, seen)), None) or self._grid_of_range(seen)
+
+    def _layer_of(self, product: fx.Node) -> str:
+        """Name the layer of a product by its weight."""
+        weight = product.args[1]
         while weight.op == "call_function":
             weight = weight.args[0]
-        return self.ranges.get(self.buffers.get(weight.name, "").rpartition(".")[0])
+        return self.buffers.get(weight.name, "").rpartition(".")[0]
+
+    def _reader_of(self, node: fx.Node) -> str:
+        """Name the layer that a rounded tensor goes to."""
+        for user in node.users:
+            if _is_aten(user, _PRODUCTS):
+                return self._layer_of(user)
+            if user.target == self.dequantizes or _is_aten(user, ("index_select.default",)):
+                return self._reader_of(user)
+        return ""
 
     def _grid_of_range(self, found: Range | None) -> Grid | None:
-        if found is None:
+        if found is None or found[0] == found[1]:
             return None
         low, high = min(found[0], 0.0), max(found[1], 0.0)
         if self.signed:
-            return Grid(max(-low, high) / 127 or 1.0, 0, -127, 127, torch.int8)
-        scale = (high - low) / 255 or 1.0
+            return Grid(max(-low, high) / 127, 0, -127, 127, torch.int8)
+        scale = (high - low) / 255
         return Grid(scale, round(-low / scale), 0, 255, torch.uint8)
 
     def _grid_of(self, node: fx.Node) -> Grid | None:

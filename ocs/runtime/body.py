@@ -100,7 +100,7 @@ class Body:
         Where the integers take more than 8 bits, which no operator of quantization knows, this is a product of floats.
         """
         scale = scale.expand(ints.shape[axis]).contiguous()
-        q = self.tensor(name, ints := narrowed(ints))
+        q = self.tensor(f"{name}_int", ints := narrowed(ints))
         if ints.dtype != torch.int8:
             floats = self.call(
                 torch.mul, q, self.tensor(f"{name}_scale", scale.view(-1, *[1] * (ints.dim() - 1 - axis)))

@@ -58,6 +58,9 @@ def compare(
             args, kwargs = arguments_of(inside, batch)
             theirs, float_layers = _run(float_model, args, kwargs, pairs, folded_of=model)
             ours, layers = _run(model, args, kwargs, pairs)
+            counts = len(_outputs(ours)), len(_outputs(theirs))
+            if counts[0] != counts[1]:
+                raise ValueError(f"the model returns {counts[0]} float tensors, the float model {counts[1]}")
             _add(sums, _outputs(theirs), _outputs(ours))
             _add(of_layers, float_layers, layers)
             _count_top1(top1, _outputs(theirs), _outputs(ours))

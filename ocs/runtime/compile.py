@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from ocs.errors import quiet
 from ocs.formats.pt2 import fit_inductor
 from ocs.runtime.export import write_lowered
-from ocs.runtime.program import Example, as_example, lowered_copy, program_of
-from ocs.weight.arguments import check_choice
+from ocs.runtime.program import Example, as_example, bound, lowered_copy, program_of
+from ocs.weight.arguments import check_choice, check_flag
 
 Engine = Literal["inductor", "onnxruntime", "openvino"]
 Run = Callable[[Example], Any]
@@ -61,8 +61,10 @@ def compile(
     check_choice("engine", engine, get_args(Engine))
     if dynamic_lstm and engine != "onnxruntime":
         raise ValueError(f"dynamic_lstm=True: engine={engine!r} has no such operator, use 'onnxruntime'")
-    compiled = Compiled(lowered_copy(model, target), engine, target, additions, dynamic_lstm)
-    compiled.prepare(as_example(example))
+    check_flag("additions", additions)
+    lowered = lowered_copy(model, target)
+    compiled = Compiled(lowered, engine, target, additions, dynamic_lstm)
+    compiled.prepare(as_example(lowered, example))
     return compiled
 
 
@@ -77,7 +79,7 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the model does."""
-        example = Example(args, kwargs)
+        example = bound(self._model, args, kwargs)
         return (self._runs.get(self._key(example)) or self.prepare(example))(example)
 
     def prepare(self, example: Example) -> Run:
@@ -89,33 +91,37 @@ class Compiled:
             return self._runs[key]
 
     def _key(self, example: Example) -> Any:
-        """Tell apart what must be compiled anew: for Inductor every shape."""
-        if self.engine != "inductor":
-            return None
-        leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
-        return spec, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        """Tell apart what must be compiled anew: other arguments than tensors, and for Inductor every shape."""
+        _, spec = pytree.tree_flatten((example.args, example.kwargs))
+        form = _form if self.engine == "inductor" else _kind
+        return spec, tuple(form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in example.leaves)
 
     def __repr__(self) -> str:
         """Name the engine."""
         return f"<ocs.compile: {self.engine}, {len(self._runs)} compiled>"
 
 
-def _inductor(compiled: Compiled, example: Example) -> Run:
-    import torch._inductor.config
+def _kind(tensor: Tensor) -> Any:
+    """Give what a file takes for granted."""
+    return tensor.dtype, tensor.dim()
 
+
+def _form(tensor: Tensor) -> Any:
+    """Give what compiled code takes for granted."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _inductor(compiled: Compiled, example: Example) -> Run:
     additions = "one" if compiled._additions else "float"
     program = program_of(compiled._model, example, target=compiled._target, additions=additions, dynamic=False)
     fit_inductor(program)
-    unguarded = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # shapes are told apart here
-    with quiet():
-        module = torch.compile(program.module(check_guards=False), dynamic=False, options=unguarded)
+    with quiet(), torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        module = torch._inductor.compile(program.module(check_guards=False), example.leaves)
 
     def run(given: Example) -> Any:
         with torch.no_grad():
-            return module(*given.args, **given.kwargs)
+            return module(*given.leaves)
 
-    with quiet(), torch._inductor.config.patch(freezing=True):
-        run(example)
     return run
 
 
@@ -139,8 +145,7 @@ def _onnxruntime(compiled: Compiled, example: Example) -> Run:
     names = [each.name for each in session.get_inputs()]
 
     def run(given: Example) -> Any:
-        feed = dict(zip(names, _arrays(given), strict=True))
-        return rebuilt(session.run(None, feed))
+        return rebuilt(session.run(None, dict(zip(names, _arrays(given), strict=True))))
 
     return run
 

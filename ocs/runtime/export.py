@@ -11,8 +11,9 @@ from ocs.formats.onnx import write_onnx
 from ocs.formats.onnx_recurrent import weights_of
 from ocs.formats.pt2 import write_package, write_program
 from ocs.model.wrappers import named_modules
+from ocs.runtime.arithmetic import arithmetic_of
 from ocs.runtime.program import Additions, as_example, lowered_copy, program_of
-from ocs.weight.arguments import check_choice
+from ocs.weight.arguments import check_choice, check_flag
 
 Form = Literal["package", "program"]
 
@@ -58,10 +59,14 @@ def export(
     if ending not in (".pt2", ".onnx"):
         raise ValueError(f"path={os.fspath(path)!r}: use a name that ends in .pt2 or .onnx")
     check_choice("form", form, get_args(Form))
-    given = as_example(example)
     if dynamic_lstm and ending != ".onnx":
         raise ValueError(f"dynamic_lstm=True: {os.fspath(path)!r} is no .onnx file")
+    if ending == ".onnx" and form != "package":
+        raise ValueError(f"form={form!r}: that is of a .pt2, and {os.fspath(path)!r} is none")
+    if additions is not None:
+        check_flag("additions", additions, "True, False or None")
     lowered = lowered_copy(model, target)
+    given = as_example(lowered, example)
     if ending == ".onnx":
         program = program_of(lowered, given, target=target, additions=_terms(additions, "all"))
         write_lowered(lowered, program, path, dynamic_lstm=dynamic_lstm, target=target)
@@ -82,9 +87,12 @@ def write_lowered(
             raise ValueError(
                 f"{name}: ONNX has no LSTM with projections (proj_size={module.proj_size}): use a .pt2 file"
             )
+    changed = program.graph_signature.buffers_to_mutate.values()
+    if changed:
+        raise ValueError(f"{', '.join(changed)}: forward changes it, and an ONNX file has no state: use a .pt2 file")
     write_onnx(
         program, path, recurrent=weights_of(lowered), dynamic_lstm=dynamic_lstm,
-        int8_only=target == "tensorrt", metadata={"ocs": _version()},
+        int8_only=target == "tensorrt", fill_int8=not arithmetic_of(target).saturates, metadata={"ocs": _version()},
     )  # fmt: skip
 
 

@@ -1,20 +1,23 @@
 """Lower a quantized model to plain torch: int8 weights, and grids that integer engines recognize."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from operator import methodcaller
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ocs.errors import error_context
-from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
+from ocs.model.rewrite import Slot, attribute, exchange, keeps_grad_mode, module_slots
 from ocs.model.targets import reason_read_by_parent
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.base import QuantizedLayer, hooks_of
-from ocs.nn.product import QuantProduct
+from ocs.nn.convolution import QuantConv
+from ocs.nn.product import QuantLinear, QuantProduct
 from ocs.runtime.arithmetic import Arithmetic, arithmetic_of
-from ocs.runtime.lowered import OWN, lowering_of, readable
+from ocs.runtime.lowered import OWN, dtype_of, lowering_of, readable
+from ocs.runtime.whole_numbers import whole_numbers
 
 
 @keeps_grad_mode
@@ -32,7 +35,9 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
         ocs.lower(model)
         program = torch.export.export(model.eval(), (example,))
 
-    A lowered model is for inference: it is in eval mode, ocs.save does not take it, and there is no way back.
+    A lowered model is for inference: it is in eval mode, ocs.save does not take it, and there is no way back. The grids
+    of inputs are part of its code and not of its state_dict: pickle or export it whole. Hooks survive copies, but not
+    pickling, and the float `weight` that may be read of convolutions and linear layers survives neither.
 
     Args:
         model: quantized by ocs.quantize or ocs.load.
@@ -60,20 +65,28 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
         for name, layer in layers.items():
             with error_context(name):
                 read = isinstance(layer, QuantProduct) and bool(reason_read_by_parent(model, [name]))
-                lowered[id(layer)] = lower_layer(layer, arithmetic, read=read)
+                lowered[id(layer)] = _with_all_that_layer_had(lower_layer(layer, arithmetic, read=read), layer, target)
     if arithmetic.saturates:
         _say_what_grew({name: (layer, lowered[id(layer)]) for name, layer in layers.items()})
-    exchange(module_slots(model, lowered))
-    return lowered.get(id(unwrapped(model)), model).eval()
+    exchange([*module_slots(model, lowered), *_for_inference(model)])
+    return lowered.get(id(unwrapped(model)), model)
+
+
+def _for_inference(model: nn.Module) -> Iterator[Slot]:
+    """Put a model into eval mode, and keep torch's encoders from reading weights that are not there any more."""
+    for module in model.modules():
+        yield attribute(module, "training", False)
+        if isinstance(module, nn.TransformerEncoder):
+            yield attribute(module, "use_nested_tensor", False)
 
 
 def _say_what_grew(pairs: Mapping[str, tuple[QuantizedLayer, nn.Module]]) -> None:
     """Warn of layers that got more columns since their products would saturate."""
     grown = {}
     for name, (layer, lowered) in pairs.items():
-        if isinstance(layer, QuantProduct):
+        if isinstance(layer, QuantProduct) and isinstance(lowered, fx.GraphModule):
             columns = layer.weight_int[:1].numel()
-            grown |= {name: lowered.weight.numel() / len(layer.weight_int) / columns}
+            grown |= {name: lowered.weight_int.numel() / len(layer.weight_int) / columns}
     grown = {name: times for name, times in grown.items() if times > _GROWTH}
     if grown:
         first, *others = grown
@@ -85,13 +98,22 @@ def _say_what_grew(pairs: Mapping[str, tuple[QuantizedLayer, nn.Module]]) -> Non
         )
 
 
+def _float_weight(groups: int, channels: int, dtype: torch.dtype, lowered: nn.Module) -> Tensor:
+    """Make the float layer's weight for whoever reads it, columns of one channel added up."""
+    if "channel" in lowered._buffers:
+        raise AttributeError("weight: channels of its input are split, so that it is no single tensor")
+    ints, scale, source = lowered.weight_int, lowered.weight_scale, lowered._buffers.get("source")
+    whole = ints if source is None else whole_numbers(ints, source, groups, channels)
+    return (whole * scale.view(-1, *[1] * (ints.dim() - 1))).to(dtype)
+
+
 _GROWTH = 1.2  # beyond which more columns are worth a word
-_MARK = "lowered"  # what tells a lowered layer
+_MARK = "lowered_for"  # what tells a lowered layer, and for which target
 
 
-def is_lowered(model: nn.Module) -> bool:
-    """Tell whether a model, or a part of it, was lowered."""
-    return any(vars(module).get(_MARK) is True for module in model.modules())
+def lowered_for(model: nn.Module) -> str | None:
+    """Tell for which target a model, or a part of it, was lowered; None where nothing was."""
+    return next((vars(module)[_MARK] for module in model.modules() if _MARK in vars(module)), None)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -105,18 +127,26 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def lower_layer(layer: QuantizedLayer, arithmetic: Arithmetic, *, read: bool = False) -> nn.Module:
-    """Make the plain module that computes what a quantized layer does, with its hooks and public attributes.
+    """Make the plain module that computes what a quantized layer does.
 
     read: its parent reads its weight, which then must be one of floats.
     """
     if layer.input_grid is not None and layer.input_grid.oracle:
         raise ValueError("act_split='oracle' chooses splits and scale for each batch: quantize with 'static'")
-    lowered = readable(layer) if read else lowering_of(layer)(layer, arithmetic)
+    if dtype_of(layer) == torch.float64:
+        raise ValueError("it is in float64, in which no engine quantizes: use model.float()")
+    return (readable(layer) if read else lowering_of(layer)(layer, arithmetic)).eval()
+
+
+def _with_all_that_layer_had(lowered: nn.Module, layer: QuantizedLayer, target: str) -> nn.Module:
+    """Give a lowered layer the hooks and public attributes of the quantized one."""
     taken = {*dir(lowered), *layer.channels, *OWN}
     public = {name: value for name, value in vars(layer).items() if not name.startswith("_") and name not in taken}
-    public[_MARK] = True
-    vars(lowered).update(public | hooks_of(layer))
+    kept = public | hooks_of(layer) | {_MARK: target}
+    vars(lowered).update(kept)
+    if isinstance(lowered, fx.GraphModule) and isinstance(layer, QuantLinear | QuantConv):
+        type(lowered).weight = property(partial(_float_weight, layer.groups, layer.channels["weight"], dtype_of(layer)))
     if isinstance(lowered, fx.GraphModule):  # whose copies keep nothing else
-        for name, value in public.items():
+        for name, value in kept.items():
             lowered._register_deepcopy_hook(methodcaller("__setattr__", name, value))
-    return lowered.eval()
+    return lowered

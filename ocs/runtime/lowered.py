@@ -143,7 +143,7 @@ _ATTENTION_OPTIONS = {
 
 def _attention(layer: QuantMultiheadAttention, arithmetic: Arithmetic) -> nn.Module:
     """Lower attention to torch's function of it, with a weight for each of query, key and value."""
-    body, grid = Body(_dtype_of(layer)), input_grid(layer, arithmetic)
+    body, grid = Body(dtype_of(layer)), input_grid(layer, arithmetic)
     inputs = [body.input(name) for name in layer.input_names]
     options = {name: body.input(name, default) for name, default in _ATTENTION_OPTIONS.items()}
     inputs = inputs if grid is None else [body.quantize(x, grid) for x in inputs]
@@ -228,9 +228,9 @@ def _recurrent(layer: QuantizedLayer, arithmetic: Arithmetic) -> nn.Module:
     kind, names = layer.float_kind, ("input_size", "hidden_size", "bias", "num_layers", "batch_first", "dropout")
     names += ("bidirectional", "nonlinearity") + (("proj_size",) if kind is nn.LSTM else ())
     options = {name: vars(layer)[name] for name in names if name in vars(layer)}
-    twin = kind(**options, device="meta", dtype=_dtype_of(layer))
+    twin = kind(**options, device="meta", dtype=dtype_of(layer))
     for name in layer.channels:
-        setattr(twin, name, nn.Parameter(layer.folded(name).to(_dtype_of(layer)), requires_grad=False))
+        setattr(twin, name, nn.Parameter(layer.folded(name).to(dtype_of(layer)), requires_grad=False))
     for name, parameter in layer._parameters.items():
         setattr(twin, name, parameter)
     twin.weight_scales = {name: layer.weight_state(name)[1] for name in layer.channels}  # files of ONNX hold integers
@@ -269,7 +269,7 @@ def _parametrized(twin: nn.Module, layer: QuantizedLayer) -> nn.Module:
     for name in dict.fromkeys(map(parameter_of, layer.channels)):
         ints, scale = _stored(layer, name)
         twin.register_buffer(name, ints)
-        register_parametrization(twin, name, _dequantizer(scale, _dtype_of(layer)), unsafe=True)
+        register_parametrization(twin, name, _dequantizer(scale, dtype_of(layer)), unsafe=True)
     return twin
 
 
@@ -299,7 +299,7 @@ def _behind_grid(twin: nn.Module, layer: QuantizedLayer, arithmetic: Arithmetic,
     grid = input_grid(layer, arithmetic)
     if grid is None:
         return twin
-    body = Body(_dtype_of(layer))
+    body = Body(dtype_of(layer))
     first, *others = names
     x = _rounded(body, body.input(first), grid)
     others = [body.input(name, None) for name in others]
@@ -307,7 +307,8 @@ def _behind_grid(twin: nn.Module, layer: QuantizedLayer, arithmetic: Arithmetic,
     return body.module_returning(y)
 
 
-def _dtype_of(layer: QuantizedLayer) -> torch.dtype:
+def dtype_of(layer: QuantizedLayer) -> torch.dtype:
+    """Give the dtype that a layer computes in."""
     return layer._buffers[layer.forward_buffer(next(iter(layer.channels)))].dtype
 
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from ocs.calibration.run import undisturbed
-from ocs.errors import quiet
+from ocs.errors import error_context, quiet
 from ocs.model.wrappers import named_modules, unwrapped
+from ocs.nn.base import QuantizedLayer
 from ocs.runtime.arithmetic import arithmetic_of
 from ocs.runtime.between_layers import round_between_layers
-from ocs.runtime.lower import is_lowered, lower, quantized_layers
+from ocs.runtime.lower import lower, lowered_for, quantized_layers
 
 Additions = Literal["float", "one", "all"]  # which terms of residual additions are rounded
 
@@ -27,20 +29,33 @@ class Example(NamedTuple):
     kwargs: dict[str, Any]
 
     @property
+    def leaves(self) -> list[Any]:
+        """All that is in them, in order."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The tensors in them, in order."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
 
-def as_example(example: Any) -> Example:
+def bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+    """Put the arguments of a call in the order of forward, however it gave them; a TypeError where they do not fit."""
+    try:
+        found = signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"the arguments do not fit {type(model).__name__}.forward: {error}") from None
+    return Example(found.args, found.kwargs)
+
+
+def as_example(model: nn.Module, example: Any) -> Example:
     """Take one input, a tuple or list of several, or a dict of arguments by name; a TypeError where there is none."""
-    if isinstance(example, Mapping):
-        found = Example((), dict(example))
-    else:
-        found = Example(tuple(example) if isinstance(example, tuple | list) else (example,), {})
-    if not found.tensors:
-        raise TypeError(f"example={example!r}: use a tensor, a tuple of arguments, or a dict of arguments by name")
-    return found
+    given = example if isinstance(example, tuple | list | Mapping) else (example,)
+    if not Example(tuple(given), dict(given) if isinstance(given, Mapping) else {}).tensors:
+        kind = f"a {type(example).__name__} without tensors"
+        raise TypeError(f"example is {kind}: use a tensor, a tuple of arguments, or a dict of arguments by name")
+    with error_context("example"):
+        return bound(model, (), given) if isinstance(given, Mapping) else bound(model, tuple(given), {})
 
 
 def program_of(
@@ -60,20 +75,48 @@ def program_of(
         A functional program of aten and quantized_decomposed operators.
     """
     lowered = lowered_copy(model, target)
-    ranges = {name: each.output_range for name, each in named_modules(lowered) if _has_range(each)}
-    axes, shapes = _axes(lowered) if dynamic else (), ShapesCollection()
-    given = _with_two_rows(example, axes)
-    for tensor in given.tensors:
-        shapes[tensor] = {axis: Dim.AUTO for axis in axes if any(tensor is each for each in _batched(given, axis))}
-    with quiet():
-        program = undisturbed(
-            lowered, lambda: torch.export.export(lowered, given.args, given.kwargs, dynamic_shapes=shapes, strict=False)
-        ).run_decompositions({})
-    if dynamic:
-        _check_dynamic(program)
+    program = _exported(lowered, _apart(example), dynamic)
+    if any(getattr(node.target, "namespace", "") == "ocs" for node in program.graph.nodes):
+        raise ValueError(
+            "a quantized layer is held where lowering does not find it (a closure?): make it a child module"
+        )
     if additions != "float":
+        ranges = [{n: vars(m)[what] for n, m in named_modules(lowered) if vars(m).get(what)} for what in _RANGES]
         signed = arithmetic_of(target).signed
-        round_between_layers(program, ranges, signed=signed, keep_a_product=additions == "one")
+        round_between_layers(program, *ranges, signed=signed, keep_a_product=additions == "one")
+    return program
+
+
+_RANGES = ("output_range", "input_range")
+
+
+def _apart(example: Example) -> Example:
+    """Copy the tensors, so that none stands for two arguments: torch.export would make one of these."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, example)
+
+
+def _exported(model: nn.Module, example: Example, dynamic: bool) -> ExportedProgram:
+    """Export a lowered model, with a batch of any size where that is wanted and can be."""
+
+    def export(given: Example, axes: tuple[int, ...]) -> ExportedProgram:
+        shapes = ShapesCollection()
+        for tensor in given.tensors:
+            shapes[tensor] = {axis: Dim.AUTO for axis in axes if any(tensor is each for each in _batched(given, axis))}
+        with quiet():
+            exported = torch.export.export(model, given.args, given.kwargs, dynamic_shapes=shapes, strict=False)
+            return exported.run_decompositions({})
+
+    if not dynamic:
+        return undisturbed(model, lambda: export(example, ()))
+    axes = _axes(model)
+    doubled = _with_two_rows(example, axes)
+    try:
+        program = undisturbed(model, lambda: export(doubled, axes))
+    except Exception:
+        if doubled is example:
+            raise
+        program = undisturbed(model, lambda: export(example, ()))  # what has one row may be no batch
+    _check_dynamic(program)
     return program
 
 
@@ -82,15 +125,19 @@ def lowered_copy(model: nn.Module, target: str) -> nn.Module:
     model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: use a quantized nn.Module")
-    if is_lowered(model):
+    before, simulated = lowered_for(model), any(isinstance(each, QuantizedLayer) for each in model.modules())
+    if before is not None and arithmetic_of(before) != arithmetic_of(target):
+        raise ValueError(f"target={target!r}: the model was lowered for {before!r}, lower the quantized one again")
+    if before is not None and not simulated:
         return model
-    quantized_layers(model)
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return lower(copy.deepcopy(model, tensors), target=target)
-
-
-def _has_range(module: nn.Module) -> bool:
-    return vars(module).get("output_range") is not None
+    layers = quantized_layers(model)
+    kept = [*model.parameters(), *(buffer for layer in layers.values() for buffer in layer.buffers())]
+    try:
+        copied = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    except Exception as error:
+        message = f"{type(model).__name__} cannot be copied ({error}): lower it in place first, ocs.lower(model)"
+        raise ValueError(message) from error
+    return lower(copied, target=target)
 
 
 # --- A batch of any size ----------------------------------------------------------------------------------------------
@@ -112,6 +159,8 @@ def _with_two_rows(example: Example, axes: tuple[int, ...]) -> Example:
     """Give a batch of one twice: torch.export takes a size of 1 for a constant."""
     for axis in axes:
         single = {id(tensor) for tensor in _batched(example, axis) if tensor.shape[axis] == 1}
+        if not single:
+            continue
         example = pytree.tree_map(
             lambda leaf, axis=axis, single=single: torch.cat([leaf, leaf], axis) if id(leaf) in single else leaf,
             example,

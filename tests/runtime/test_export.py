@@ -230,7 +230,7 @@ def test_program_is_of_standard_operators(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "model.pt2")
     namespaces = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
     assert namespaces == {"aten", "quantized_decomposed"}
-    assert {t.dtype for name, t in program.state_dict.items() if name.endswith(".weight")} == {torch.int8}
+    assert {t.dtype for name, t in program.state_dict.items() if name.endswith(".weight_int")} == {torch.int8}
     assert relative(program.module()(x[:3]), model(x[:3])) < 0.02  # any batch size
     sizes = {name: t.numel() * t.element_size() for name, t in program.state_dict.items()}
     assert sum(sizes.values()) < 0.4 * sum(4 * p.numel() for p in Residual().parameters())

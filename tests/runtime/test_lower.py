@@ -76,9 +76,9 @@ def test_products(kind: str, options: str, target: str) -> None:
     lowered, expected = lower_layer(layer, arithmetic_of(target)), layer(x)
     torch.testing.assert_close(lowered(x), expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
     assert isinstance(lowered, fx.GraphModule)
-    assert lowered.weight.dtype == torch.int8
+    assert lowered.weight_int.dtype == torch.int8
     largest = 127 if layer.input_grid is None else arithmetic_of(target).limit(_codes(lowered, x).abs().max().item())
-    assert int(lowered.weight.abs().max()) <= largest
+    assert int(lowered.weight_int.abs().max()) <= largest
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -116,7 +116,7 @@ def test_integer_sums_are_equal_bit_for_bit(options: str, target: str) -> None:
     if ours.copied is not None:
         sums += torch.nn.functional.linear(ours.copied_input.double(), layer.copied.double())
     sums = (sums / (scale.double() * layer.input_scale.double())).round().int()
-    assert torch.equal(torch.nn.functional.linear(_codes(lowered, x).int(), lowered.weight.int()), sums)
+    assert torch.equal(torch.nn.functional.linear(_codes(lowered, x).int(), lowered.weight_int.int()), sums)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -147,14 +147,14 @@ def test_a_5_bit_layer_needs_no_copies() -> None:
     """OCS costs an integer engine nothing where the sums of copies fit."""
     layer, _ = product("conv2d", "tensor")
     assert layer.splits > 0
-    assert lower_layer(layer, Arithmetic()).weight.shape[1] == 10
+    assert lower_layer(layer, Arithmetic()).weight_int.shape[1] == 10
 
 
 def test_target_without_exact_pairs_gets_no_integer_beyond_64() -> None:
     layer, x = product("conv2d", "8 bits, split")
     exact, careful = (lower_layer(layer, arithmetic_of(target)) for target in ("vnni", "avx2"))
-    assert int(exact.weight.abs().max()) > 64 >= int(careful.weight.abs().max())
-    assert careful.weight.shape[1] > exact.weight.shape[1]
+    assert int(exact.weight_int.abs().max()) > 64 >= int(careful.weight_int.abs().max())
+    assert careful.weight_int.shape[1] > exact.weight_int.shape[1]
     torch.testing.assert_close(careful(x), exact(x))
 
 
