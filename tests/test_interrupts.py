@@ -91,11 +91,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "calibrate": Case(lambda net: ocs.calibrate(net, BATCHES, moments=True)),
         "load": Case(lambda net: ocs.load(path, net), is_folded),
         "reestimate": Case(lambda net: ocs.reestimate_batchnorm(net, BATCHES), is_reestimated),
+        "compare": Case(lambda net: ocs.compare(net, model, BATCHES)),
         "synthesize": Case(lambda net: ocs.synthesize(net, (2, 5, 5), images=2, steps=2)),
     }
 
 
-NAMES = ["quantize", "quantize by data", "calibrate", "load", "reestimate", "synthesize"]
+NAMES = ["quantize", "quantize by data", "calibrate", "load", "reestimate", "compare", "synthesize"]
 
 
 def of_torch() -> tuple[Any, ...]:
