@@ -37,30 +37,19 @@ def arithmetic_of(target: str) -> Arithmetic:
 @cache
 def saturates_here() -> bool:
     """Try whether this machine's 8-bit convolutions saturate, as oneDNN runs them."""
-    C, cpu = 32, {"device": "cpu"}
+    C = 32
     if not hasattr(torch.ops.onednn, "qconv_prepack") or "x86" not in _machine():
         return False
-    x = torch.full((1, C, 4, 4), 255, dtype=torch.uint8, **cpu)
-    weight, one = torch.full((C, C, 3, 3), 127, dtype=torch.int8, **cpu), torch.ones(C, **cpu)
+    x = torch.full((1, C, 4, 4), 255, dtype=torch.uint8, device="cpu")
+    weight = torch.full((C, C, 3, 3), 127, dtype=torch.int8, device="cpu")
+    scales = torch.ones(C, dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(C, dtype=torch.int64, device="cpu")
     geometry = ([1, 1], [0, 0], [1, 1], 1)
-    packed = torch.ops.onednn.qconv_prepack(weight, one, 1.0, 0, *geometry, x.shape)
-    y = torch.ops.onednn.qconv_pointwise(
-        x,
-        1.0,
-        0,
-        packed,
-        one,
-        torch.zeros(C, dtype=torch.int64, **cpu),
-        None,
-        *geometry,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
+    packed = torch.ops.onednn.qconv_prepack(weight, scales, 1.0, 0, *geometry, x.shape)
+    sums = torch.ops.onednn.qconv_pointwise(
+        x, 1.0, 0, packed, scales, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
     )
-    return bool((y != 255 * 127 * 9 * C).any())
+    return bool((sums != 255 * 127 * 9 * C).any())
 
 
 def _machine() -> str:
