@@ -119,21 +119,29 @@ def _narrow_weights(onnx: Any, model: Any) -> None:
 
 
 def _fill_int8(onnx: Any, model: Any) -> None:
-    """Multiply int8 weights by the power of two that they have room for, and divide their scales by it: exactly."""
+    """Multiply int8 weights by the power of two that they have room for, and divide their scales by it: exactly.
+
+    A weight that something else than DequantizeLinear reads, too (an embedding that it is tied to), stays as it is.
+    """
     graph, constants = model.graph, {each.name: each for each in model.graph.initializer}
-    for node in [each for each in graph.node if each.op_type == "DequantizeLinear" and each.input[0] in constants]:
-        tensor, scale = (constants.get(name) for name in node.input[:2])
-        if tensor.data_type != onnx.TensorProto.INT8 or scale is None:
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for tensor in [each for each in graph.initializer if each.data_type == onnx.TensorProto.INT8]:
+        nodes = readers.get(tensor.name, [])
+        if any(
+            n.op_type != "DequantizeLinear" or n.input[0] != tensor.name or n.input[1] not in constants for n in nodes
+        ):
             continue
         ints = onnx.numpy_helper.to_array(tensor)
         factor = 2 ** int(np.log2(127 / max(1, np.abs(ints.astype(int)).max(initial=1))))
-        if factor == 1:
-            continue
-        name = f"{tensor.name}.scale"
-        finer = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) / np.float32(factor), name)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(ints * np.int8(factor), tensor.name))
-        graph.initializer.append(finer)
-        node.input[1] = name
+        if factor > 1 and nodes:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(ints * np.int8(factor), tensor.name))
+            for i, node in enumerate(nodes):
+                scale = onnx.numpy_helper.to_array(constants[node.input[1]]) / np.float32(factor)
+                node.input[1] = f"{tensor.name}.scale.{i}"
+                graph.initializer.append(onnx.numpy_helper.from_array(scale, node.input[1]))
 
 
 def _remove_unused(model: Any) -> None:

@@ -182,6 +182,28 @@ def test_inputs_next_to_nothing(small: float) -> None:
     assert relative(ocs.compile(model, x, engine="onnxruntime")(x), model(x)) < 0.02
 
 
+class Shared(nn.Module):
+    """Calls one layer twice, and looks words up in the weight of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.twice, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        """index [N, L] -> [N, L, 20]."""
+        return self.head(self.twice(self.twice(self.words(index)).relu()))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_a_weight_of_two_readers(bits: int) -> None:
+    """A layer that is called twice, and a head that is tied to an embedding, in one file."""
+    needs("onnxruntime")
+    index = torch.randint(0, 20, (3, 5))
+    model = quantized(Shared(), index, wbits=bits, embeddings=True, r=0.0)
+    assert relative(ocs.compile(model, index, engine="onnxruntime")(index), model(index)) < 0.05
+
+
 # --- What lowered models are asked ------------------------------------------------------------------------------------
 
 
