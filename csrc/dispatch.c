@@ -5,7 +5,7 @@
    list. */
 #if defined(OCS_INSTRUCTION_SETS)
 #elif defined(__x86_64__)
-#define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(avx2)
+#define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(avx2) SET(vnni)
 #else
 #define OCS_INSTRUCTION_SETS(SET) SET(ref)
 #endif

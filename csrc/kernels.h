@@ -169,4 +169,46 @@ ocs_columns ocs_columns_of_row(const ocs_rows *rows, int64_t o);
    not the plan, which another thread could have changed since. */
 void ocs_link_parts(int32_t *next, const ocs_rows *rows, int64_t g);
 
+/* --- Products (product.c) --------------------------------------------------------------------- */
+
+#define OCS_TILE_OUTPUTS 16
+#define OCS_TILE_CHANNELS 32
+#define OCS_TILE_CODES (OCS_TILE_OUTPUTS * OCS_TILE_CHANNELS)
+#define OCS_TILE_LINE 64 /* bytes: four channels of all outputs */
+#define OCS_MOST_ROWS 16 /* that share each read of the weights */
+
+/* The size of a tile of `bits` bits in bytes. */
+static inline int64_t ocs_tile_bytes(int bits) {
+    return (int64_t)OCS_TILE_LINE * bits;
+}
+
+/* ceil(a / b) for a >= 0. */
+static inline int64_t ocs_ceil_div(int64_t a, int64_t b) {
+    return a / b + (a % b != 0);
+}
+
+/* What is wrong with a weight's sizes, scales and copies, if anything is. */
+ocs_status ocs_check_packed(const ocs_packed_weight *weight);
+
+/* The scratch memory that ocs_product_rows needs for up to R rows. */
+size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R);
+
+/* ocs_product of a weight that was checked, R within what scratch is for. */
+ocs_status ocs_product_in(void *scratch, void *y, const void *x, const float *bias, const ocs_packed_weight *weight,
+                          ocs_row_grid grid, int64_t R, ocs_row_dtype dtype);
+
+/* --- Recurrent layers (recurrent.c) ----------------------------------------------------------- */
+
+/* e^x = 2^n e^r, where all variants take the same steps. */
+#define OCS_EXP_MOST 88.0f
+#define OCS_EXP_LEAST -87.0f
+#define OCS_LOG2_E 1.44269504f
+#define OCS_LN_2_HIGH 0.693359375f /* nine bits: n times it is exact */
+#define OCS_LN_2_LOW -2.12194440e-4f
+#define OCS_SHIFT 12582912.0f /* 1.5 2^23: what is added to it is rounded to an integer */
+#define OCS_EXP_DEGREE 7
+static const float OCS_EXP_TERMS[OCS_EXP_DEGREE + 1] = {
+    1.0f / 5040.0f, 1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f,
+}; /* 1 / i!, the highest first */
+
 #endif

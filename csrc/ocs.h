@@ -19,6 +19,7 @@
  *     K  elements of one filter (height x width; 1 for a linear layer)
  *     S  splits, hence copies, in one group (n = ceil(r C) in the paper)
  *     N  elements of a plain array
+ *     R  rows: vectors that a weight is multiplied with
  * An expanded weight is [O, C + S, K]: each group's own channels, then its copies. Channel numbers in `source` count
  * over all groups: group g owns channels gC .. gC + C - 1 and the expanded channels g(C + S) .. (g + 1)(C + S) - 1.
  *
@@ -63,6 +64,8 @@ typedef enum {
     OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
     OCS_BAD_METHOD, /* a clip method that there is not */
     OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
+    OCS_BAD_GROUP,  /* a group of channels that is no multiple of 32 */
+    OCS_BAD_INDEX,  /* an index of a row that there is not */
 } ocs_status;
 
 /* One sentence for a status, without a full stop. */
@@ -268,6 +271,73 @@ ocs_status ocs_pack_i8(uint8_t *packed, const int8_t *q, int64_t N, int bits);
 
 /* q [N] of the packed codes. OCS_BAD_CODE: no integers were packed so; q is then of no use. */
 ocs_status ocs_unpack_i8(int8_t *q, const uint8_t *packed, int64_t N, int bits);
+
+/* --- Products with k-bit weights (product.c) -------------------------------------------------- */
+
+/* A weight [O, C + S] of one group in the form that products read: tiles of 16 outputs and 32 channels, padded with
+   zeros, 64 k bytes each; product.c says how a tile holds them. */
+typedef struct {
+    const uint8_t *packed; /* [ocs_product_bytes(O, C + S, bits)] */
+    ocs_scale scale;       /* of all, or of each output channel; of each group and output channel, value [groups, O] */
+    const int32_t *copies; /* [S]: the original channel of each copy */
+    int64_t O, C, S;
+    int64_t group; /* expanded channels that have a scale of their own, a multiple of 32; 0: all have the same */
+    int bits;
+} ocs_packed_weight;
+
+/* How the rows of an input are rounded, as ocs_quantize_f32 does. */
+typedef struct {
+    int bits;       /* 0: they stay floats */
+    bool is_signed; /* as is each row with a scale of its own */
+    float scale;    /* 0: for each row max |x| / qmax, or 1 where that is 0 */
+} ocs_row_grid;
+
+typedef enum { OCS_ROWS_F32, OCS_ROWS_BF16 } ocs_row_dtype; /* of inputs and outputs; all else is float32 */
+
+/* ceil(O / 16) ceil(E / 32) 64 bits: of a weight [O, E]. */
+int64_t ocs_product_bytes(int64_t O, int64_t E, int bits);
+
+/* packed [ocs_product_bytes(O, E, bits)] of q [O, E], in [-qmax, qmax]; OCS_BAD_CODE: q is outside. */
+ocs_status ocs_product_pack_i8(uint8_t *packed, const int8_t *q, int64_t O, int64_t E, int bits);
+
+/* q [O, E] of a packed weight; OCS_BAD_CODE: no integers were packed so. */
+ocs_status ocs_product_unpack_i8(int8_t *q, const uint8_t *packed, int64_t O, int64_t E, int bits);
+
+/* rows [R, C]: the rows index [R] of what a packed weight stands for, copies added to their channel. */
+ocs_status ocs_product_rows_f32(float *rows, const int64_t *index, const ocs_packed_weight *weight, int64_t R);
+
+/* y [R, O] = x [R, C] w^T + bias [O], which may be NULL.
+
+   Where rows are rounded, sums of up to 32,768 products are whole numbers, exact, and the same on every instruction
+   set; (sum * scale of the weight), added up over groups, * scale of the row + bias is rounded after each step. Else
+   each sum is that of its even channels plus that of its odd ones, in order, each step of which is rounded once. A row
+   that holds NaN, or Inf where it has a scale of its own, gives NaN. */
+ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_packed_weight *weight, ocs_row_grid grid,
+                       int64_t R, ocs_row_dtype dtype);
+
+/* --- Recurrent layers with k-bit weights (recurrent.c) ---------------------------------------- */
+
+typedef enum { OCS_LSTM, OCS_GRU, OCS_RNN_TANH, OCS_RNN_RELU } ocs_cell_kind;
+
+/* Rows of a recurrent weight for each hidden unit, in torch's order: 4 (i, f, g, o), 3 (r, z, n) or 1. */
+int64_t ocs_cell_gates(ocs_cell_kind kind);
+
+/* What one layer computes with in each step, in one direction; H hidden units, a state of P numbers. */
+typedef struct {
+    ocs_packed_weight hidden;            /* [gates H, P] */
+    const float *bias;                   /* [gates H], or NULL */
+    const ocs_packed_weight *projection; /* [P, H] of an LSTM; NULL: P = H */
+    ocs_row_grid grid;                   /* of the states, which products round anew in each step */
+    ocs_cell_kind kind;
+} ocs_recurrent_layer;
+
+/* y [sum of batch_sizes, P]: the states h of all steps; h [N, P] and, of an LSTM, c [N, H]: first states in, last ones
+   out. from_x [sum of batch_sizes, gates H]: what the input gives to the gates, with its bias.
+
+   Step t has the first batch_sizes[t] sequences, the longest first, so that these sizes fall. Where reverse, the last
+   step is the first. Cells are torch's: h = o tanh(c), c = f c + i g; n = tanh(x_n + r h_n), h = n + z (h - n). */
+ocs_status ocs_recurrent_f32(float *y, float *h, float *c, const float *from_x, const ocs_recurrent_layer *layer,
+                             const int64_t *batch_sizes, int64_t T, int64_t N, bool reverse);
 
 #ifdef __cplusplus
 }

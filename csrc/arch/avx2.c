@@ -3,7 +3,7 @@
    Only the functions below are compiled for AVX2; the build needs no flags, and the table in dispatch.c keeps other
    CPUs away from them. */
 #if defined(__x86_64__)
-#include "kernels.h"
+#include "arch/product_x86.h"
 
 #include <immintrin.h>
 
@@ -403,7 +403,7 @@ AVX2 static uint8_t unpack_avx2(int8_t *restrict q, const uint8_t *packed, int64
 }
 
 static bool has_avx2(void) {
-    return __builtin_cpu_supports("avx2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 const ocs_instruction_set ocs_isa_avx2 = {
@@ -423,5 +423,9 @@ const ocs_instruction_set ocs_isa_avx2 = {
     .kernels.fake_quantize = fake_quantize_avx2,
     .kernels.pack = pack_avx2,
     .kernels.unpack = unpack_avx2,
+    .kernels.unpack_tile = ocs_unpack_tile_avx2,
+    .kernels.product_i8 = ocs_product_i8_avx2,
+    .kernels.product_f32 = ocs_product_f32_avx2,
+    .kernels.cell = ocs_cell_avx2,
 };
 #endif

@@ -231,7 +231,7 @@ static const char *operator_name(int i) {
 /* A function for each operator. */
 static bool add_operators(PyObject *module) {
     static PyMethodDef functions[OCS_MOST_OPERATORS];
-    static char help[OCS_MOST_OPERATORS][160];
+    static char help[OCS_MOST_OPERATORS][500];
     PyObject *in_module = PyModule_GetNameObject(module);
     bool added = in_module != NULL;
     for (int i = 0; operator_name(i) != NULL && added; ++i) {

@@ -2,142 +2,10 @@
 
    Whatever the arguments are, the entry must not read or write out of bounds. The first thing that is wrong is kept in
    the call, so that a function can go on as if nothing were until it begins. */
-#include "operators.h"
+#include "arguments.h"
 
-#include <float.h>
-#include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-
-/* --- Arguments -------------------------------------------------------------------------------- */
-
-static const ocs_array *array(const ocs_call *call, int i) {
-    return &call->arguments[i].array;
-}
-
-/* The elements of argument i. */
-static const void *data(const ocs_call *call, int i) {
-    return array(call, i)->data;
-}
-
-static int64_t integer(const ocs_call *call, int i) {
-    return call->arguments[i].integer;
-}
-
-/* A number as float32; beyond its range it becomes Inf, which the entries refuse. */
-static float number(const ocs_call *call, int i) {
-    const double value = call->arguments[i].number;
-    return fabs(value) > FLT_MAX ? (float)copysign(INFINITY, value) : (float)value;
-}
-
-/* --- What is wrong ---------------------------------------------------------------------------- */
-
-static void require(ocs_call *call, bool valid, ocs_status status) {
-    if (!valid && call->status == OCS_OK) {
-        call->status = status;
-    }
-}
-
-/* A bad shape, in words. */
-__attribute__((format(printf, 3, 4))) static void require_shape(ocs_call *call, bool valid, const char *words, ...) {
-    if (!valid && call->status == OCS_OK) {
-        call->status = OCS_BAD_SHAPE;
-        va_list values;
-        va_start(values, words);
-        vsnprintf(call->error, sizeof call->error, words, values);
-        va_end(values);
-    }
-}
-
-/* Bits as an int; what no grid has is refused, and is 8 from then on. */
-static int read_bits(ocs_call *call, int i) {
-    const ocs_status status = ocs_check_bits(integer(call, i));
-    require(call, status == OCS_OK, status);
-    return status == OCS_OK ? (int)integer(call, i) : OCS_MAX_BITS;
-}
-
-static int64_t read_bins(ocs_call *call, int i) {
-    const int64_t bins = integer(call, i);
-    require(call, bins >= 1 && bins <= OCS_MAX_BINS, OCS_BAD_BINS);
-    return bins;
-}
-
-/* O, C and K of a weight or of expanded integers [O, C, ...]. */
-static ocs_shape read_shape(ocs_call *call, const ocs_array *w, int64_t groups) {
-    ocs_shape shape = {.G = groups, .O = w->sizes[0], .C = w->sizes[1], .K = 1};
-    for (int64_t i = 2; i < w->rank; ++i) {
-        shape.K *= w->sizes[i];
-    }
-    const bool valid = groups == 1 || (groups > 1 && groups <= shape.O && shape.O % groups == 0);
-    require_shape(call, valid, "groups must divide the output channels: groups=%lld, %lld channels", (long long)groups,
-                  (long long)shape.O);
-    shape.G = valid ? groups : 1;
-    return shape;
-}
-
-/* The shape of a weight [O, C, ...] and, from the length of a plan's array, its splits. */
-static ocs_shape read_split_shape(ocs_call *call, const ocs_array *w, int64_t groups, const ocs_array *source) {
-    ocs_shape shape = read_shape(call, w, groups);
-    shape.S = source->numel / shape.G - shape.C;
-    require_shape(call, source->numel % shape.G == 0 && shape.S >= 0,
-                  "a source of %lld channels does not fit %lld groups of %lld", (long long)source->numel,
-                  (long long)shape.G, (long long)shape.C);
-    return shape;
-}
-
-/* A plan whose offset may be NULL. */
-static ocs_plan read_plan(ocs_call *call, const ocs_array *source, const ocs_array *depth, const ocs_array *offset) {
-    require(call, depth->numel == source->numel, OCS_BAD_PLAN);
-    require(call, offset == NULL || offset->numel == source->numel, OCS_BAD_PLAN);
-    return (ocs_plan){source->data, depth->data, offset != NULL ? offset->data : NULL};
-}
-
-/* One number for all output channels, or one for each. */
-static void require_per_row(ocs_call *call, const char *name, const ocs_array *numbers, int64_t O) {
-    const bool valid = numbers->rank == 0 || (numbers->rank == 1 && numbers->numel == O);
-    require_shape(call, valid, "%s must have no dimension, or one of the %lld output channels", name, (long long)O);
-}
-
-static ocs_scale read_scale(ocs_call *call, int i, int64_t O) {
-    require_per_row(call, "scale", array(call, i), O);
-    return (ocs_scale){array(call, i)->data, array(call, i)->rank};
-}
-
-/* --- Results ---------------------------------------------------------------------------------- */
-
-static ocs_result *add_result(ocs_call *call, ocs_dtype dtype, int64_t rank) {
-    ocs_result *result = &call->results[call->result_count++];
-    *result = (ocs_result){.dtype = dtype, .rank = rank, .like = -1, .channels = -1};
-    return result;
-}
-
-static void result_1d(ocs_call *call, ocs_dtype dtype, int64_t size) {
-    add_result(call, dtype, 1)->sizes[0] = size;
-}
-
-static void result_2d(ocs_call *call, ocs_dtype dtype, int64_t rows, int64_t columns) {
-    memcpy(add_result(call, dtype, 2)->sizes, (int64_t[]){rows, columns}, 2 * sizeof(int64_t));
-}
-
-/* A result shaped like argument i. */
-static ocs_result *result_like(ocs_call *call, ocs_dtype dtype, int i) {
-    ocs_result *result = add_result(call, dtype, array(call, i)->rank);
-    result->like = i;
-    return result;
-}
-
-/* Has the results allocated if nothing is wrong; says whether they are there. */
-static bool begin(ocs_call *call) {
-    if (call->status == OCS_OK && !call->allocate(call)) {
-        call->status = OCS_NO_MEMORY;
-    }
-    return call->status == OCS_OK;
-}
-
-static void *result(const ocs_call *call) {
-    return call->results[0].data;
-}
 
 /* --- Where the outliers are ------------------------------------------------------------------- */
 
@@ -386,6 +254,7 @@ static ocs_status unpack(ocs_call *call) {
 
 #define FLOATS(name, min_rank) {#name, OCS_FLOATS, min_rank}
 #define DENSE_FLOATS(name, min_rank) {#name, OCS_DENSE_FLOATS, min_rank}
+#define FLOAT_ROWS(name, min_rank) {#name, OCS_FLOAT_ROWS, min_rank}
 #define INT64S(name, min_rank) {#name, OCS_INT64S, min_rank}
 #define INT32S(name, min_rank) {#name, OCS_INT32S, min_rank}
 #define INT8S(name, min_rank) {#name, OCS_INT8S, min_rank}
@@ -395,6 +264,10 @@ static ocs_status unpack(ocs_call *call) {
 #define FLOAT(name) {#name, OCS_FLOAT, 0}
 #define INT(name) {#name, OCS_INT, 0}
 #define BOOL(name) {#name, OCS_BOOL, 0}
+
+/* A packed weight; of another than the first, the names begin with what it is. */
+#define PACKED(of)                                                                                                     \
+    BYTES(of##packed, 1), FLOATS(of##scale, 0), INT32S(of##copies, 1), INT(of##outputs), INT(of##group), INT(of##bits)
 
 #define OPERATOR(name, results, result, ...)                                                                           \
     {                                                                                                                  \
@@ -439,6 +312,14 @@ const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
 
     OPERATOR(pack, 1, "uint8 [ceil(N bits / 8)]", INT8S(ints, 0), INT(bits)),
     OPERATOR(unpack, 1, "int8 [numel]", BYTES(packed, 1), INT(numel), INT(bits)),
+
+    OPERATOR(product_pack, 1, "uint8 [bytes]", INT8S(q, 2), INT(bits)),
+    OPERATOR(product_unpack, 1, "int8 [outputs, channels]", BYTES(packed, 1), INT(outputs), INT(channels), INT(bits)),
+    OPERATOR(product_rows, 1, "float32 [R, channels]", INT64S(index, 1), PACKED(), INT(channels)),
+    OPERATOR(product, 1, "float32 or bfloat16 [..., outputs]", FLOAT_ROWS(x, 1), PACKED(), FLOATS(bias, 1),
+             INT(row_bits), FLOATS(row_scale, 0), BOOL(row_signed)),
+    OPERATOR(recurrent, 3, "(y, h, c)", FLOATS(from_x, 2), PACKED(hidden_), FLOATS(bias, 1), PACKED(projection_),
+             FLOATS(h, 2), FLOATS(c, 2), INT64S(batch_sizes, 1), INT(row_bits), INT(cell), BOOL(reverse)),
 };
 
 static const char *torch_type(ocs_kind kind) {

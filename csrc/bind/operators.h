@@ -15,11 +15,12 @@
 extern "C" {
 #endif
 
-typedef enum { OCS_FLOAT32, OCS_FLOAT64, OCS_INT64, OCS_INT32, OCS_INT8, OCS_UINT8 } ocs_dtype;
+typedef enum { OCS_FLOAT32, OCS_FLOAT64, OCS_INT64, OCS_INT32, OCS_INT8, OCS_UINT8, OCS_BFLOAT16 } ocs_dtype;
 
 typedef enum {
     OCS_FLOATS,       /* any float array, given as contiguous float32 */
     OCS_DENSE_FLOATS, /* float32 without gaps in any order of memory, which a result like it shares, its dtype too */
+    OCS_FLOAT_ROWS,   /* contiguous float32 or bfloat16, given as it is; any other float array as float32 */
     OCS_INT64S,       /* contiguous int64 */
     OCS_INT32S,       /* contiguous int32 */
     OCS_INT8S,        /* contiguous int8 */
@@ -31,7 +32,7 @@ typedef enum {
     OCS_BOOL,
 } ocs_kind;
 
-enum { OCS_MOST_OPERATORS = 64, OCS_MOST_ARGUMENTS = 8, OCS_MOST_RESULTS = 4 };
+enum { OCS_MOST_OPERATORS = 64, OCS_MOST_ARGUMENTS = 24, OCS_MOST_RESULTS = 4 };
 
 typedef struct {
     const char *name;
@@ -60,6 +61,7 @@ typedef struct {
     int64_t rank;
     int like;         /* the number of the argument that it is shaped like, or -1 */
     int64_t channels; /* on the second axis instead, or -1 */
+    int64_t outputs;  /* on the last axis instead, or -1 */
     int64_t sizes[2]; /* where it is like none; rank 2 at most */
     bool same;        /* in the dtype and memory order in which that argument was given, where the door has such */
 } ocs_result;
@@ -106,6 +108,9 @@ static inline ocs_dtype ocs_dtype_of(ocs_kind kind) {
 static inline int64_t ocs_result_size(const ocs_call *call, const ocs_result *result, int64_t axis) {
     if (axis == 1 && result->channels >= 0) {
         return result->channels;
+    }
+    if (axis == result->rank - 1 && result->outputs >= 0) {
+        return result->outputs;
     }
     return result->like >= 0 ? call->arguments[result->like].array.sizes[axis] : result->sizes[axis];
 }

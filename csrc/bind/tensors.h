@@ -38,12 +38,20 @@ int32_t shim_dtype(ocs_dtype dtype) {
     case OCS_INT32: return aoti_torch_dtype_int32();
     case OCS_INT8: return aoti_torch_dtype_int8();
     case OCS_UINT8: return aoti_torch_dtype_uint8();
+    case OCS_BFLOAT16: return aoti_torch_dtype_bfloat16();
     default: return aoti_torch_dtype_float32();
     }
 }
 
 size_t bytes_of(ocs_dtype dtype) {
-    return dtype == OCS_FLOAT64 || dtype == OCS_INT64 ? 8 : dtype == OCS_FLOAT32 || dtype == OCS_INT32 ? 4 : 1;
+    switch (dtype) {
+    case OCS_FLOAT64:
+    case OCS_INT64: return 8;
+    case OCS_FLOAT32:
+    case OCS_INT32: return 4;
+    case OCS_BFLOAT16: return 2;
+    default: return 1;
+    }
 }
 
 // Tensor::scalar_type() compares with every dtype that there is; this asks for the one that is nearly always there.
@@ -125,7 +133,8 @@ Tensor converted(const char *op, const ocs_argument &argument, const Tensor &t) 
         const auto rank = std::to_string(argument.min_rank);
         fail(op, std::string(argument.name) + " must have at least " + rank + " dimensions");
     }
-    const Tensor x = has_dtype(t, OCS_FLOAT32) ? t : torch::stable::to(t, ScalarType::Float);
+    const bool as_it_is = has_dtype(t, OCS_FLOAT32) || (argument.kind == OCS_FLOAT_ROWS && has_dtype(t, OCS_BFLOAT16));
+    const Tensor x = as_it_is ? t : torch::stable::to(t, ScalarType::Float);
     return argument.kind == OCS_DENSE_FLOATS ? as_dense(x) : as_contiguous(x);
 }
 
@@ -137,6 +146,9 @@ ocs_array view_of(const ocs_argument &argument, const Tensor &t) {
     array.rank = t.dim();
     array.numel = t.numel();
     array.sizes = t.sizes().data();
+    if (argument.kind == OCS_FLOAT_ROWS && has_dtype(t, OCS_BFLOAT16)) {
+        array.dtype = OCS_BFLOAT16;
+    }
     if (argument.kind == OCS_BYTE_ROWS) {
         array.dtype = has_dtype(t, OCS_UINT8) ? OCS_UINT8 : OCS_INT8;
         array.row_stride = array.rank > 0 ? t.stride(0) : 1;

@@ -30,7 +30,7 @@ bool allocate(ocs_call *call) noexcept {
         int64_t *strides = sizes.data() + result.rank, stride = 1;
         for (int64_t axis = result.rank; axis-- > 0; stride *= std::max<int64_t>(sizes[axis], 1)) {
             sizes[axis] = ocs_result_size(call, &result, axis);
-            strides[axis] = result.same ? own.read[result.like]->stride(axis) : stride;
+            strides[axis] = result.same && result.outputs < 0 ? own.read[result.like]->stride(axis) : stride;
         }
         own.made[i] = empty(result.dtype, result.rank, sizes.data(), strides);
         if (!own.made[i] || torch_get_mutable_data_ptr(own.made[i].get(), &result.data) != 0) {
@@ -116,7 +116,7 @@ void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) 
 STABLE_TORCH_LIBRARY(ocs, m) {
     ocs_set_parallel_for(run_in_torch_threads);
     for (const ocs_operator *op = ocs_operators; op->name != nullptr; ++op) {
-        char schema[200];
+        char schema[500];
         ocs_write_signature(schema, sizeof schema, op, true);
         m.def(schema);
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ocs import _C
-from ocs.kernels import composite
+from ocs.kernels import composite, composite_product  # noqa: F401 - both register kernels
 
 isa = _C.isa
 isas = _C.isas

@@ -1,0 +1,192 @@
+/* Products on AVX-512 with VNNI: a line of a tile, 16 outputs, at a time; see tiles.c for the form of a tile. */
+#if defined(__x86_64__)
+#include "arch/product_x86.h"
+
+#include <immintrin.h>
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
+#define INLINE VNNI static inline __attribute__((always_inline))
+
+/* Line v of a tile's codes: a shift and a mask for each plane. */
+INLINE __m512i line_of(const uint8_t *tile, int v, int bits) {
+    __m512i codes = _mm512_setzero_si512();
+    int place = 0;
+    for (int width = 8; width > 0; width /= 2) {
+        if ((bits & width) == 0) {
+            continue;
+        }
+        const int fields = 8 / width, right = v % fields * width - place;
+        const __m512i plane = _mm512_loadu_si512(tile + v / fields * OCS_TILE_LINE);
+        const __m512i moved =
+            right >= 0 ? _mm512_srli_epi16(plane, (unsigned)right) : _mm512_slli_epi16(plane, (unsigned)-right);
+        const __m512i mask = _mm512_set1_epi8((char)(((1 << width) - 1) << place));
+        codes = _mm512_or_si512(codes, width == 8 ? plane : _mm512_and_si512(moved, mask));
+        tile += width * OCS_TILE_LINE;
+        place += width;
+    }
+    return codes;
+}
+
+INLINE __m512i integers_of(const uint8_t *tile, int v, int bits) {
+    return _mm512_sub_epi8(line_of(tile, v, bits), _mm512_set1_epi8((char)((1 << (bits - 1)) - 1)));
+}
+
+/* --- Integers --------------------------------------------------------------------------------- */
+
+/* Adds the products of four channels in 32 bits: u8 x s8, whichever of the two has no sign. */
+INLINE __m512i add_four(__m512i sum, __m512i line, const uint8_t *x, bool is_signed) {
+    int32_t word;
+    memcpy(&word, x, sizeof word);
+    const __m512i values = _mm512_set1_epi32(word);
+    return is_signed ? _mm512_dpbusd_epi32(sum, line, values) : _mm512_dpbusd_epi32(sum, values, line);
+}
+
+INLINE void product_i8_row(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, bool is_signed,
+                           int bits) {
+    __m512i sums[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) {
+            const __m512i line = is_signed ? line_of(tiles, v, bits) : integers_of(tiles, v, bits);
+            sums[v % 4] = add_four(sums[v % 4], line, x + 4 * v, is_signed);
+        }
+    }
+    sums[0] = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+    _mm512_storeu_si512(sum, sums[0]);
+}
+
+INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                          int64_t stride, bool is_signed, int bits) {
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+        __m512i lines[8];
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) {
+            lines[v] = is_signed ? line_of(tiles, v, bits) : integers_of(tiles, v, bits);
+        }
+        for (int64_t r = 0; r < R; ++r) {
+            __m512i even = _mm512_loadu_si512(sum + r * OCS_TILE_OUTPUTS), odd = _mm512_setzero_si512();
+#pragma GCC unroll 4
+            for (int v = 0; v < 8; v += 2) {
+                even = add_four(even, lines[v], x + r * stride + 4 * v, is_signed);
+                odd = add_four(odd, lines[v + 1], x + r * stride + 4 * v + 4, is_signed);
+            }
+            _mm512_storeu_si512(sum + r * OCS_TILE_OUTPUTS, _mm512_add_epi32(even, odd));
+        }
+    }
+}
+
+VNNI static void product_i8_vnni(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                                 int64_t stride, int bits, bool is_signed) {
+    if (R == 1 && is_signed) {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_row, sum, tiles, x, T, true)
+    } else if (R == 1) {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_row, sum, tiles, x, T, false)
+    } else if (is_signed) {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
+    } else {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
+    }
+}
+
+/* --- Floats ----------------------------------------------------------------------------------- */
+
+/* Channel j of four, of 16 outputs, as floats. */
+INLINE __m512 channel_of(__m512i q, int j) {
+    const __m512i top = j == 3 ? q : _mm512_slli_epi32(q, (unsigned)(24 - 8 * j));
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
+}
+
+INLINE void product_f32_row(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int bits) {
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) {
+            const __m512i q = integers_of(tiles, v, bits);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                sums[j % 2] = _mm512_fmadd_ps(channel_of(q, j), _mm512_set1_ps(x[4 * v + j]), sums[j % 2]);
+            }
+        }
+    }
+    _mm512_storeu_ps(sum, _mm512_add_ps(sums[0], sums[1]));
+}
+
+/* sums [2] [rows, 16] += the products of a tile's even and odd channels; floats [32, 16]. */
+INLINE void add_channels(float *restrict even, float *restrict odd, const float *floats, const float *x, int64_t stride,
+                         int rows) {
+    __m512 sums[2][8];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        sums[0][r] = _mm512_loadu_ps(even + r * OCS_TILE_OUTPUTS);
+        sums[1][r] = _mm512_loadu_ps(odd + r * OCS_TILE_OUTPUTS);
+    }
+    for (int c = 0; c < OCS_TILE_CHANNELS; c += 2) {
+        const __m512 w[2] = {_mm512_load_ps(floats + c * OCS_TILE_OUTPUTS),
+                             _mm512_load_ps(floats + (c + 1) * OCS_TILE_OUTPUTS)};
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            sums[0][r] = _mm512_fmadd_ps(w[0], _mm512_set1_ps(x[r * stride + c]), sums[0][r]);
+            sums[1][r] = _mm512_fmadd_ps(w[1], _mm512_set1_ps(x[r * stride + c + 1]), sums[1][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        _mm512_storeu_ps(even + r * OCS_TILE_OUTPUTS, sums[0][r]);
+        _mm512_storeu_ps(odd + r * OCS_TILE_OUTPUTS, sums[1][r]);
+    }
+}
+
+INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+                           int64_t stride, int bits) {
+    _Alignas(64) float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
+    memset(sums, 0, sizeof sums);
+    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) {
+            const __m512i q = integers_of(tiles, v, bits);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                _mm512_store_ps(floats + (4 * v + j) * OCS_TILE_OUTPUTS, channel_of(q, j));
+            }
+        }
+        int64_t r = 0;
+        for (; r + 8 <= R; r += 8) {
+            const int64_t at = r * OCS_TILE_OUTPUTS;
+            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, 8);
+        }
+        for (; r + 4 <= R; r += 4) {
+            const int64_t at = r * OCS_TILE_OUTPUTS;
+            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, 4);
+        }
+        for (; r < R; ++r) {
+            const int64_t at = r * OCS_TILE_OUTPUTS;
+            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, 1);
+        }
+    }
+    for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
+        sum[i] = sums[0][i] + sums[1][i];
+    }
+}
+
+VNNI static void product_f32_vnni(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+                                  int64_t stride, int bits) {
+    if (R == 1) {
+        OCS_WITH_CONSTANT_BITS(bits, product_f32_row, sum, tiles, x, T)
+    } else {
+        OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, T, R, stride)
+    }
+}
+
+static bool has_vnni(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+const ocs_instruction_set ocs_isa_vnni = {
+    .name = "vnni",
+    .supported = has_vnni,
+    .kernels.product_i8 = product_i8_vnni,
+    .kernels.product_f32 = product_f32_vnni,
+};
+#endif

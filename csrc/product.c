@@ -1,0 +1,308 @@
+/* Products of rows with k-bit weights, which stay packed (tiles.c).
+
+   Rows are prepared first: their copies appended, rounded to integers where they are to be, padded to whole tiles. Then
+   every block of 16 outputs meets up to 16 rows at a time, so that they share each read of the weights. With codes
+   u = q + qmax, the sum over q x is that over u x minus qmax times that over x; where x is unsigned, so that codes
+   cannot be, qmax is taken from each code instead. A pair of products then fits 16 bits up to 7 bits. */
+#include "kernels.h"
+
+#include <stdlib.h>
+
+/* --- Plain kernels ---------------------------------------------------------------------------- */
+
+void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                        int64_t stride, int bits, bool is_signed) {
+    uint8_t codes[OCS_TILE_CODES];
+    const int32_t offset = is_signed ? 0 : ocs_qmax(bits);
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t t = 0; t < T; ++t, x += OCS_TILE_CHANNELS) {
+        ocs_unpack_tile_ref(codes, tiles + t * ocs_tile_bytes(bits), bits);
+        for (int64_t r = 0; r < R; ++r) {
+            for (int c = 0; c < OCS_TILE_CHANNELS; ++c) {
+                const uint8_t byte = x[r * stride + c];
+                const int32_t value = is_signed ? (int8_t)byte : byte;
+                for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+                    sum[r * OCS_TILE_OUTPUTS + o] += (codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4] - offset) * value;
+                }
+            }
+        }
+    }
+}
+
+void ocs_product_f32_ref(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+                         int64_t stride, int bits) {
+    uint8_t codes[OCS_TILE_CODES];
+    const int32_t qmax = ocs_qmax(bits);
+    float odd[OCS_MOST_ROWS * OCS_TILE_OUTPUTS] = {0.0f};
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t t = 0; t < T; ++t, x += OCS_TILE_CHANNELS) {
+        ocs_unpack_tile_ref(codes, tiles + t * ocs_tile_bytes(bits), bits);
+        for (int64_t r = 0; r < R; ++r) {
+            for (int c = 0; c < OCS_TILE_CHANNELS; ++c) {
+                float *part = (c % 2 == 0 ? sum : odd) + r * OCS_TILE_OUTPUTS;
+                for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+                    const int32_t q = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4] - qmax;
+                    part[o] = fmaf((float)q, x[r * stride + c], part[o]);
+                }
+            }
+        }
+    }
+    for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
+        sum[i] += odd[i];
+    }
+}
+
+/* --- Rows ------------------------------------------------------------------------------------- */
+
+enum { SEGMENT = 32768 }; /* channels whose products add up in 32 bits, 2^15 * 255 * 127 < 2^31 */
+
+/* Everything that a call has prepared. */
+typedef struct {
+    const ocs_kernels *kernels;
+    const ocs_packed_weight *weight;
+    const float *bias;
+    ocs_row_grid grid;
+    ocs_row_dtype dtype;
+    const char *x; /* as given */
+    char *y;
+    int64_t R;
+    int64_t stride;   /* of prepared rows: channels of all tiles */
+    int64_t span;     /* channels of a segment, whose sums are scaled as one */
+    int64_t segments; /* of a row */
+    uint8_t *rows;    /* [R, stride] integers, or floats */
+    float *row_scale; /* [R] */
+    int32_t *row_sum; /* [R, segments] of the integers */
+} product_job;
+
+static int64_t padded_channels(const ocs_packed_weight *w) {
+    return ocs_ceil_div(w->C + w->S, OCS_TILE_CHANNELS) * OCS_TILE_CHANNELS;
+}
+
+/* The largest part of a group that is no larger than a segment; a group is a multiple of 32. */
+static int64_t segment_channels(const ocs_packed_weight *w) {
+    if (w->group == 0 || w->group % SEGMENT == 0) {
+        return SEGMENT;
+    }
+    return w->group < SEGMENT ? w->group : w->group & -w->group;
+}
+
+static float from_bf16(uint16_t bits) {
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* Rounded half to even; NaN stays one. */
+static uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        return (uint16_t)(bits >> 16 | 0x40u);
+    }
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+static size_t size_of(ocs_row_dtype dtype) {
+    return dtype == OCS_ROWS_BF16 ? sizeof(uint16_t) : sizeof(float);
+}
+
+/* Row r [C] as floats: where it is, or converted into `room`. */
+static const float *row_as_floats(const product_job *job, int64_t r, float *room) {
+    const int64_t C = job->weight->C;
+    const char *row = job->x + (size_t)(r * C) * size_of(job->dtype);
+    if (job->dtype == OCS_ROWS_F32) {
+        return (const float *)(const void *)row;
+    }
+    for (int64_t c = 0; c < C; ++c) {
+        uint16_t bits;
+        memcpy(&bits, row + 2 * c, sizeof bits);
+        room[c] = from_bf16(bits);
+    }
+    return room;
+}
+
+static void append_copies(float *restrict row, const ocs_packed_weight *w, int64_t stride) {
+    for (int64_t i = 0; i < w->S; ++i) {
+        row[w->C + i] = row[w->copies[i]];
+    }
+    memset(row + w->C + w->S, 0, (size_t)(stride - w->C - w->S) * sizeof *row);
+}
+
+/* The scale of a row whose largest magnitude is given; NaN where it cannot have one. */
+static float scale_of_row(ocs_row_grid grid, float largest) {
+    if (isnan(largest) || (grid.scale == 0.0f && isinf(largest))) {
+        return NAN;
+    }
+    if (grid.scale != 0.0f) {
+        return grid.scale;
+    }
+    const float scale = largest / (float)ocs_qmax(grid.bits), smallest = 0x1p-149f;
+    return largest == 0.0f ? 1.0f : scale > smallest ? scale : smallest;
+}
+
+/* Integers of a row, and their sums in each segment. */
+static void round_row(const product_job *job, int64_t r, const float *row) {
+    const ocs_packed_weight *w = job->weight;
+    const ocs_row_grid grid = job->grid;
+    const float scale = scale_of_row(grid, job->kernels->abs_max(row, w->C));
+    uint8_t *q = job->rows + r * job->stride;
+    const float most = grid.is_signed ? (float)ocs_qmax(grid.bits) : (float)((1 << grid.bits) - 1);
+    job->kernels->quantize(q, row, w->C, isnan(scale) ? 1.0f : scale, grid.is_signed ? -most : 0.0f, most);
+    job->row_scale[r] = scale;
+    for (int64_t i = 0; i < w->S; ++i) {
+        q[w->C + i] = q[w->copies[i]];
+    }
+    memset(q + w->C + w->S, 0, (size_t)(job->stride - w->C - w->S));
+    for (int64_t s = 0; s < job->segments && grid.is_signed; ++s) {
+        const int64_t end = (s + 1) * job->span < job->stride ? (s + 1) * job->span : job->stride;
+        int32_t sum = 0;
+        for (int64_t e = s * job->span; e < end; ++e) {
+            sum += (int8_t)q[e];
+        }
+        job->row_sum[r * job->segments + s] = sum;
+    }
+}
+
+static void prepare_rows(ocs_range *range) {
+    const product_job *job = range->ctx;
+    for (int64_t r = range->begin; r < range->end; ++r) {
+        const float *row = row_as_floats(job, r, range->scratch);
+        if (job->grid.bits != 0) {
+            round_row(job, r, row);
+            continue;
+        }
+        float *prepared = (float *)(void *)job->rows + r * job->stride;
+        memcpy(prepared, row, (size_t)job->weight->C * sizeof *row);
+        append_copies(prepared, job->weight, job->stride);
+    }
+}
+
+/* --- Products --------------------------------------------------------------------------------- */
+
+typedef float row_of_outputs[OCS_TILE_OUTPUTS];
+
+/* total [R, 16] += the sums of one segment, scaled. */
+static void add_segment(row_of_outputs *total, const product_job *job, const uint8_t *tiles, const float *scale,
+                        int64_t first, int64_t R, int64_t segment) {
+    const ocs_packed_weight *w = job->weight;
+    const int64_t begin = segment * job->span, left = job->stride - begin;
+    const int64_t T = (left < job->span ? left : job->span) / OCS_TILE_CHANNELS;
+    int32_t whole[OCS_MOST_ROWS][OCS_TILE_OUTPUTS];
+    row_of_outputs sum[OCS_MOST_ROWS];
+    tiles += begin / OCS_TILE_CHANNELS * ocs_tile_bytes(w->bits);
+    if (job->grid.bits == 0) {
+        const float *x = (const float *)(const void *)job->rows + first * job->stride + begin;
+        job->kernels->product_f32(*sum, tiles, x, T, R, job->stride, w->bits);
+    } else {
+        const uint8_t *x = job->rows + first * job->stride + begin;
+        job->kernels->product_i8(*whole, tiles, x, T, R, job->stride, w->bits, job->grid.is_signed);
+    }
+    for (int64_t r = 0; r < R; ++r) {
+        int32_t offset = 0;
+        if (job->grid.is_signed && job->grid.bits != 0) {
+            offset = ocs_qmax(w->bits) * job->row_sum[(first + r) * job->segments + segment];
+        }
+        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+            const float value = job->grid.bits == 0 ? sum[r][o] : (float)(whole[r][o] - offset);
+            total[r][o] += value * scale[o];
+        }
+    }
+}
+
+/* The scales of a block's outputs in one segment; those beyond the weight are 0. */
+static void scales_of_block(float scale[OCS_TILE_OUTPUTS], const product_job *job, int64_t block, int64_t segment) {
+    const ocs_packed_weight *w = job->weight;
+    const int64_t group = w->group > 0 ? segment * job->span / w->group : 0;
+    for (int i = 0; i < OCS_TILE_OUTPUTS; ++i) {
+        const int64_t o = block * OCS_TILE_OUTPUTS + i;
+        scale[i] = o < w->O ? ocs_scale_of(w->scale, group * w->O + o) : 0.0f;
+    }
+}
+
+static void write_row(const product_job *job, float *restrict total, int64_t r, int64_t block) {
+    const int64_t O = job->weight->O, first = block * OCS_TILE_OUTPUTS;
+    const int outputs = O - first < OCS_TILE_OUTPUTS ? (int)(O - first) : OCS_TILE_OUTPUTS;
+    for (int o = 0; o < outputs; ++o) {
+        total[o] = job->grid.bits == 0 ? total[o] : total[o] * job->row_scale[r];
+        total[o] = job->bias == NULL ? total[o] : total[o] + job->bias[first + o];
+    }
+    char *y = job->y + (size_t)(r * O + first) * size_of(job->dtype);
+    if (job->dtype == OCS_ROWS_F32) {
+        memcpy(y, total, (size_t)outputs * sizeof *total);
+        return;
+    }
+    for (int o = 0; o < outputs; ++o) {
+        const uint16_t bits = to_bf16(total[o]);
+        memcpy(y + 2 * o, &bits, sizeof bits);
+    }
+}
+
+static void multiply_blocks(ocs_range *range) {
+    const product_job *job = range->ctx;
+    const int64_t block = job->stride / OCS_TILE_CHANNELS * ocs_tile_bytes(job->weight->bits);
+    for (int64_t b = range->begin; b < range->end; ++b) {
+        for (int64_t first = 0; first < job->R; first += OCS_MOST_ROWS) {
+            const int64_t R = job->R - first < OCS_MOST_ROWS ? job->R - first : OCS_MOST_ROWS;
+            row_of_outputs total[OCS_MOST_ROWS] = {{0.0f}}, scale;
+            for (int64_t s = 0; s < job->segments; ++s) {
+                scales_of_block(scale, job, b, s);
+                add_segment(total, job, job->weight->packed + b * block, scale, first, R, s);
+            }
+            for (int64_t r = 0; r < R; ++r) {
+                write_row(job, total[r], first + r, b);
+            }
+        }
+    }
+}
+
+/* --- Entries ---------------------------------------------------------------------------------- */
+
+size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R) {
+    const int64_t stride = padded_channels(weight), segments = ocs_ceil_div(stride, segment_channels(weight));
+    return (size_t)R * (size_t)(stride * (int64_t)sizeof(float) + (1 + segments) * 4) + 64;
+}
+
+ocs_status ocs_product_in(void *scratch, void *y, const void *x, const float *bias, const ocs_packed_weight *weight,
+                          ocs_row_grid grid, int64_t R, ocs_row_dtype dtype) {
+    product_job job = {.kernels = ocs_kernel_table(), .weight = weight, .bias = bias, .grid = grid, .dtype = dtype};
+    job.x = x, job.y = y, job.R = R;
+    job.stride = padded_channels(weight);
+    job.span = segment_channels(weight);
+    job.segments = ocs_ceil_div(job.stride, job.span);
+    job.rows = (uint8_t *)(((uintptr_t)scratch + 63) / 64 * 64);
+    job.row_scale = (float *)(void *)(job.rows + (size_t)(R * job.stride) * sizeof(float));
+    job.row_sum = (int32_t *)(void *)(job.row_scale + R);
+    const size_t room = dtype == OCS_ROWS_F32 ? 0 : (size_t)weight->C * sizeof(float) + 1;
+    OCS_TRY(ocs_parallel_for(R, ocs_grain(4 * job.stride), room, prepare_rows, &job));
+    const int64_t blocks = ocs_ceil_div(weight->O, OCS_TILE_OUTPUTS);
+    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job.stride), 0, multiply_blocks, &job);
+}
+
+/* OCS_BAD_BITS or OCS_BAD_SCALE unless rows can be rounded so. */
+static ocs_status check_grid(ocs_row_grid grid) {
+    if (grid.bits == 0) {
+        return OCS_OK;
+    }
+    OCS_TRY(ocs_check_bits(grid.bits));
+    const bool own = grid.scale == 0.0f && grid.is_signed;
+    return own || (grid.scale > 0.0f && isfinite(grid.scale)) ? OCS_OK : OCS_BAD_SCALE;
+}
+
+ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_packed_weight *weight, ocs_row_grid grid,
+                       int64_t R, ocs_row_dtype dtype) {
+    enum { ROWS_AT_ONCE = 256 }; /* that are prepared: the scratch memory stays in the cache */
+    OCS_TRY(check_grid(grid));
+    OCS_TRY(ocs_check_packed(weight));
+    const int64_t at_once = R < ROWS_AT_ONCE ? R : ROWS_AT_ONCE;
+    void *scratch = malloc(ocs_product_scratch(weight, at_once));
+    ocs_status status = scratch != NULL ? OCS_OK : OCS_NO_MEMORY;
+    for (int64_t r = 0; r < R && status == OCS_OK; r += at_once) {
+        const int64_t rows = R - r < at_once ? R - r : at_once;
+        const char *of_x = (const char *)x + (size_t)(r * weight->C) * size_of(dtype);
+        char *of_y = (char *)y + (size_t)(r * weight->O) * size_of(dtype);
+        status = ocs_product_in(scratch, of_y, of_x, bias, weight, grid, rows, dtype);
+    }
+    free(scratch);
+    return status;
+}

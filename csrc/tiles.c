@@ -1,0 +1,236 @@
+/* The form in which products read k-bit weights: tiles.
+
+   A tile has the codes q + qmax of 16 outputs and 32 channels in 64 k bytes. Its unpacked form are eight lines of 64
+   bytes: line v holds channels 4 v .. 4 v + 3, that of output o and channel 4 v + j at byte 4 o + j, so that a vector
+   of four bytes of the input meets every output, and no sum goes across a vector.
+
+   Packed, a code of k bits is cut as k is written in binary: 7 bits into fields of 4, 2 and 1, the lowest bits first.
+   The fields of one width w are a plane of w lines: byte i of a plane's line has the fields of byte i of 8 / w unpacked
+   lines, the first one lowest. So a vector of any size is unpacked by a shift and a mask for each plane.
+
+   Tiles follow each other along the channels, then along the outputs. What a tile has beyond the weight is q = 0. */
+#include "kernels.h"
+
+#include <stdlib.h>
+
+/* --- Plain kernels ---------------------------------------------------------------------------- */
+
+enum { LINES = OCS_TILE_CHANNELS / 4 };
+
+void ocs_unpack_tile_ref(uint8_t *restrict codes, const uint8_t *tile, int bits) {
+    memset(codes, 0, OCS_TILE_CODES);
+    int place = 0;
+    for (int width = 8; width > 0; width /= 2) {
+        if ((bits & width) == 0) {
+            continue;
+        }
+        const int fields = 8 / width, mask = (1 << width) - 1;
+        for (int v = 0; v < LINES; ++v) {
+            for (int i = 0; i < OCS_TILE_LINE; ++i) {
+                const int byte = tile[v / fields * OCS_TILE_LINE + i];
+                codes[v * OCS_TILE_LINE + i] |= (uint8_t)((byte >> v % fields * width & mask) << place);
+            }
+        }
+        tile += width * OCS_TILE_LINE;
+        place += width;
+    }
+}
+
+/* The way back; all other bits of the codes must be 0. */
+static void pack_tile(uint8_t *restrict tile, const uint8_t *codes, int bits) {
+    memset(tile, 0, (size_t)ocs_tile_bytes(bits));
+    int place = 0;
+    for (int width = 8; width > 0; width /= 2) {
+        if ((bits & width) == 0) {
+            continue;
+        }
+        const int fields = 8 / width, mask = (1 << width) - 1;
+        for (int v = 0; v < LINES; ++v) {
+            for (int i = 0; i < OCS_TILE_LINE; ++i) {
+                const int field = codes[v * OCS_TILE_LINE + i] >> place & mask;
+                tile[v / fields * OCS_TILE_LINE + i] |= (uint8_t)(field << v % fields * width);
+            }
+        }
+        tile += width * OCS_TILE_LINE;
+        place += width;
+    }
+}
+
+/* --- Integers to tiles and back --------------------------------------------------------------- */
+
+typedef struct {
+    const ocs_kernels *kernels;
+    uint8_t *packed_out;
+    const uint8_t *packed_in;
+    int8_t *q_out;
+    const int8_t *q_in;
+    int64_t O, E;
+    int bits;
+} tile_job;
+
+/* How many of a tile's outputs or channels a weight has that ends at `size`. */
+static int64_t within(int64_t begin, int64_t size, int64_t most) {
+    return size - begin < most ? size - begin : most;
+}
+
+/* Whether all are in [-qmax, qmax]; q is the tile's first element in the weight. */
+static bool codes_of_tile(uint8_t *restrict codes, const int8_t *q, int64_t outputs, int64_t channels, int64_t E,
+                          int bits) {
+    const int32_t qmax = ocs_qmax(bits);
+    bool valid = true;
+    memset(codes, qmax, OCS_TILE_CODES);
+    for (int64_t o = 0; o < outputs; ++o) {
+        for (int64_t e = 0; e < channels; ++e) {
+            const int32_t code = q[o * E + e] + qmax;
+            valid = valid && code >= 0 && code <= 2 * qmax;
+            codes[e / 4 * OCS_TILE_LINE + 4 * o + e % 4] = (uint8_t)code;
+        }
+    }
+    return valid;
+}
+
+static void pack_blocks(ocs_range *range) {
+    const tile_job *job = range->ctx;
+    const int64_t T = ocs_ceil_div(job->E, OCS_TILE_CHANNELS);
+    uint8_t codes[OCS_TILE_CODES];
+    for (int64_t i = range->begin * T; i < range->end * T; ++i) {
+        const int64_t o = i / T * OCS_TILE_OUTPUTS, e = i % T * OCS_TILE_CHANNELS;
+        const int64_t outputs = within(o, job->O, OCS_TILE_OUTPUTS), channels = within(e, job->E, OCS_TILE_CHANNELS);
+        if (!codes_of_tile(codes, job->q_in + o * job->E + e, outputs, channels, job->E, job->bits)) {
+            range->status = OCS_BAD_CODE;
+        }
+        pack_tile(job->packed_out + i * ocs_tile_bytes(job->bits), codes, job->bits);
+    }
+}
+
+/* Outputs of a block, each a row of `stride` integers: the first `outputs` of 16 rows. Returns the largest code. */
+static uint8_t unpack_block(int8_t *q, const uint8_t *tiles, const ocs_kernels *kernels, int64_t outputs, int64_t E,
+                            int64_t stride, int bits) {
+    const uint8_t qmax = (uint8_t)ocs_qmax(bits);
+    uint8_t codes[OCS_TILE_CODES], largest = 0;
+    for (int64_t e = 0; e < E; e += OCS_TILE_CHANNELS, tiles += ocs_tile_bytes(bits)) {
+        kernels->unpack_tile(codes, tiles, bits);
+        for (int i = 0; i < OCS_TILE_CODES; ++i) {
+            largest = codes[i] > largest ? codes[i] : largest;
+            codes[i] = (uint8_t)(codes[i] - qmax);
+        }
+        const int64_t channels = within(e, E, OCS_TILE_CHANNELS);
+        for (int64_t o = 0; o < outputs; ++o) {
+            int8_t *row = q + o * stride + e;
+            int64_t c = 0;
+            for (; c + 4 <= channels; c += 4) {
+                memcpy(row + c, codes + c / 4 * OCS_TILE_LINE + 4 * o, 4);
+            }
+            for (; c < channels; ++c) {
+                row[c] = (int8_t)codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4];
+            }
+        }
+    }
+    return largest;
+}
+
+static void unpack_blocks(ocs_range *range) {
+    const tile_job *job = range->ctx;
+    const int64_t block = ocs_ceil_div(job->E, OCS_TILE_CHANNELS) * ocs_tile_bytes(job->bits);
+    for (int64_t b = range->begin; b < range->end; ++b) {
+        const int64_t o = b * OCS_TILE_OUTPUTS, outputs = within(o, job->O, OCS_TILE_OUTPUTS);
+        const uint8_t largest = unpack_block(job->q_out + o * job->E, job->packed_in + b * block, job->kernels, outputs,
+                                             job->E, job->E, job->bits);
+        range->status = largest > 2 * ocs_qmax(job->bits) ? OCS_BAD_CODE : range->status;
+    }
+}
+
+static ocs_status run_blocks(tile_job *job, ocs_work_fn work) {
+    OCS_TRY(ocs_check_bits(job->bits));
+    if (job->O < 0 || job->E < 0) {
+        return OCS_BAD_SHAPE;
+    }
+    job->kernels = ocs_kernel_table();
+    const int64_t grain = ocs_grain(OCS_TILE_OUTPUTS * job->E);
+    return ocs_parallel_for(ocs_ceil_div(job->O, OCS_TILE_OUTPUTS), grain, 0, work, job);
+}
+
+int64_t ocs_product_bytes(int64_t O, int64_t E, int bits) {
+    return ocs_ceil_div(O, OCS_TILE_OUTPUTS) * ocs_ceil_div(E, OCS_TILE_CHANNELS) * ocs_tile_bytes(bits);
+}
+
+ocs_status ocs_product_pack_i8(uint8_t *packed, const int8_t *q, int64_t O, int64_t E, int bits) {
+    tile_job job = {.packed_out = packed, .q_in = q, .O = O, .E = E, .bits = bits};
+    return run_blocks(&job, pack_blocks);
+}
+
+ocs_status ocs_product_unpack_i8(int8_t *q, const uint8_t *packed, int64_t O, int64_t E, int bits) {
+    tile_job job = {.packed_in = packed, .q_out = q, .O = O, .E = E, .bits = bits};
+    return run_blocks(&job, unpack_blocks);
+}
+
+/* --- Rows as floats --------------------------------------------------------------------------- */
+
+ocs_status ocs_check_packed(const ocs_packed_weight *w) {
+    OCS_TRY(ocs_check_bits(w->bits));
+    if (w->O < 0 || w->C < 0 || w->S < 0) {
+        return OCS_BAD_SHAPE;
+    }
+    if (w->group < 0 || w->group % OCS_TILE_CHANNELS != 0) {
+        return OCS_BAD_GROUP;
+    }
+    for (int64_t i = 0; i < w->S; ++i) {
+        if (w->copies[i] < 0 || w->copies[i] >= w->C) {
+            return OCS_BAD_PLAN;
+        }
+    }
+    const int64_t groups = w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
+    return ocs_check_scale(w->scale, groups * w->O);
+}
+
+typedef struct {
+    const ocs_kernels *kernels;
+    const ocs_packed_weight *weight;
+    const int64_t *index;
+    float *rows;
+} row_job;
+
+/* w [C] of integers q [C + S] with a scale for each group. */
+static void fold_groups(float *restrict row, const int8_t *q, const ocs_packed_weight *w, int64_t o) {
+    for (int64_t e = 0; e < w->C + w->S; ++e) {
+        const float value = (float)q[e] * ocs_scale_of(w->scale, e / w->group * w->O + o);
+        if (e < w->C) {
+            row[e] = value;
+        } else {
+            row[w->copies[e - w->C]] += value;
+        }
+    }
+}
+
+/* Neighbours in one block are unpacked together. */
+static void fold_rows(ocs_range *range) {
+    const row_job *job = range->ctx;
+    const ocs_packed_weight *w = job->weight;
+    const int64_t E = w->C + w->S, block = ocs_ceil_div(E, OCS_TILE_CHANNELS) * ocs_tile_bytes(w->bits);
+    int8_t *q = range->scratch;
+    int64_t unpacked = -1;
+    for (int64_t r = range->begin; r < range->end; ++r) {
+        const int64_t o = job->index[r], b = o / OCS_TILE_OUTPUTS;
+        if (o < 0 || o >= w->O) {
+            range->status = OCS_BAD_INDEX;
+            return;
+        }
+        if (b != unpacked) {
+            unpack_block(q, w->packed + b * block, job->kernels, OCS_TILE_OUTPUTS, E, E, w->bits);
+            unpacked = b;
+        }
+        const int8_t *row = q + o % OCS_TILE_OUTPUTS * E;
+        if (w->group == 0) {
+            job->kernels->fold_row(job->rows + r * w->C, row, w->copies, w->C, E, ocs_scale_of(w->scale, o));
+        } else {
+            fold_groups(job->rows + r * w->C, row, w, o);
+        }
+    }
+}
+
+ocs_status ocs_product_rows_f32(float *rows, const int64_t *index, const ocs_packed_weight *weight, int64_t R) {
+    OCS_TRY(ocs_check_packed(weight));
+    const row_job job = {ocs_kernel_table(), weight, index, rows};
+    const int64_t E = weight->C + weight->S;
+    return ocs_parallel_for(R, ocs_grain(E), (size_t)(OCS_TILE_OUTPUTS * E + 1), fold_rows, (void *)&job);
+}

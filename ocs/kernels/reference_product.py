@@ -1,0 +1,148 @@
+"""The definition of products with k-bit weights, in numpy: csrc/tiles.c and csrc/product.c compute the same.
+
+A packed weight is six arguments: packed bytes, scale, copies, outputs O, group, bits. Its integers are [O, C + S].
+"""
+
+import numpy as np
+
+from ocs.kernels.constants import qmax
+
+OUTPUTS, CHANNELS = 16, 32  # of a tile
+SEGMENT = 32768  # channels whose products are added up before they are scaled
+
+
+def _codes_to_tiles(codes: np.ndarray) -> np.ndarray:
+    """Order codes [O, E], both whole tiles, as tiles do: [blocks, tiles, 8 lines, 64]."""
+    tiles = codes.reshape(codes.shape[0] // OUTPUTS, OUTPUTS, codes.shape[1] // CHANNELS, 8, 4)
+    return tiles.transpose(0, 2, 3, 1, 4).reshape(*tiles.shape[:3:2], 8, 64)
+
+
+def _tiles_to_codes(tiles: np.ndarray) -> np.ndarray:
+    """Order them the other way round."""
+    blocks, count = tiles.shape[:2]
+    codes = tiles.reshape(blocks, count, 8, OUTPUTS, 4).transpose(0, 3, 1, 2, 4)
+    return codes.reshape(blocks * OUTPUTS, count * CHANNELS)
+
+
+def product_pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """Pack q int8 [O, E] for products: uint8 [bytes]."""
+    padded = np.pad(q, [(0, -q.shape[0] % OUTPUTS), (0, -q.shape[1] % CHANNELS)])
+    codes = _codes_to_tiles((padded + qmax(bits)).astype(np.uint8))
+    planes, place = [], 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            fields = (codes >> place & (1 << width) - 1).reshape(*codes.shape[:2], width, 8 // width, 64)
+            planes.append(sum(fields[..., i, :] << i * width for i in range(8 // width)))
+            place += width
+    return np.concatenate(planes, axis=2).astype(np.uint8).ravel()
+
+
+def product_unpack(packed: np.ndarray, outputs: int, channels: int, bits: int) -> np.ndarray:
+    """Unpack to q int8 [outputs, channels]."""
+    lines = packed.reshape(-(-outputs // OUTPUTS), -(-channels // CHANNELS), bits, 64)
+    codes, place, first = np.uint8(0), 0, 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            plane = lines[:, :, first : first + width, None]
+            fields = [plane[..., 0, :] >> i * width & (1 << width) - 1 for i in range(8 // width)]
+            codes = codes | np.stack(fields, axis=3).reshape(*lines.shape[:2], 8, 64) << place
+            place, first = place + width, first + width
+    return (_tiles_to_codes(codes)[:outputs, :channels].astype(np.int16) - qmax(bits)).astype(np.int8)
+
+
+def _scales(scale: np.ndarray, outputs: int, group: int, expanded: int) -> np.ndarray:
+    """Give each integer its scale, [outputs, expanded] or what broadcasts to it."""
+    if group:
+        return np.repeat(scale, group, axis=0)[:expanded].T
+    return np.broadcast_to(scale.reshape(-1, 1), (outputs, 1))
+
+
+def product_rows(
+    index: np.ndarray,
+    packed: np.ndarray,
+    scale: np.ndarray,
+    copies: np.ndarray,
+    outputs: int,
+    group: int,
+    bits: int,
+    channels: int,
+) -> np.ndarray:
+    """Give rows of what a packed weight stands for, float32 [R, channels], copies added to their channel."""
+    q = product_unpack(packed, outputs, channels + copies.size, bits)[index].astype(np.float32)
+    scales = np.broadcast_to(_scales(scale, outputs, group, q.shape[1]), (outputs, q.shape[1]))[index]
+    w = q * scales if group else q
+    rows = w[:, :channels].copy()
+    for i, channel in enumerate(copies):
+        rows[:, channel] += w[:, channels + i]
+    return rows if group else rows * scales[:, :channels]
+
+
+def round_rows(x: np.ndarray, row_bits: int, row_scale: np.ndarray, row_signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Round rows [R, C] to integers; give them and the scale of each row, NaN where it has none."""
+    largest = np.abs(x).max(axis=1, initial=0)
+    own = row_scale.size == 0
+    scale = np.maximum(largest / np.float32(qmax(row_bits)), np.float32(2.0**-149))
+    scale = np.where(largest == 0, np.float32(1), scale) if own else np.broadcast_to(row_scale.ravel(), largest.shape)
+    scale = np.where(np.isnan(largest) | (own & np.isinf(largest)), np.float32(np.nan), scale)
+    least, most = (-qmax(row_bits), qmax(row_bits)) if row_signed else (0, 2**row_bits - 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        q = np.clip(np.rint(x / np.where(np.isnan(scale), np.float32(1), scale)[:, None]), least, most)
+    return np.nan_to_num(q).astype(np.int64), scale.astype(np.float32)
+
+
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Compute a b + c of float32, rounded once: the product is exact in double, and the sum too but for ties.
+
+    Rounding twice matters where the double sum lies halfway between two floats; that is decided by what was lost.
+    """
+    product = a.astype(np.float64) * b.astype(np.float64)
+    total = product + c
+    lost = (product - (total - (total - product))) + (c - (total - product))
+    odd = np.where(lost != 0, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+    even = (total.view(np.int64) & 1) == 0
+    return np.where(even & (lost != 0), odd, total).astype(np.float32)  # rounded to odd, then to float
+
+
+def product(
+    x: np.ndarray,
+    packed: np.ndarray,
+    scale: np.ndarray,
+    copies: np.ndarray,
+    outputs: int,
+    group: int,
+    bits: int,
+    bias: np.ndarray,
+    row_bits: int,
+    row_scale: np.ndarray,
+    row_signed: bool,
+) -> np.ndarray:
+    """Compute x w^T + bias, float32 [..., outputs]; row_bits 0 leaves rows floats, an empty row_scale measures them."""
+    rows = x.reshape(-1, x.shape[-1])
+    q = product_unpack(packed, outputs, rows.shape[1] + copies.size, bits)
+    if row_bits:
+        rows, scales = round_rows(rows, row_bits, row_scale, row_signed)
+    rows = np.concatenate([rows, rows[:, copies]], axis=1)
+    total = np.zeros((len(rows), outputs), np.float32)
+    span = SEGMENT if group == 0 or group % SEGMENT == 0 else group if group < SEGMENT else group & -group
+    for begin in range(0, rows.shape[1], span):
+        part = rows[:, begin : begin + span], q[:, begin : begin + span]
+        sums = _whole_sums(*part) if row_bits else _float_sums(*part)
+        of_segment = scale[begin // group] if group else scale
+        total += sums * np.broadcast_to(of_segment, outputs)
+    if row_bits:
+        total *= scales[:, None]
+    if bias.size:
+        total += bias
+    return total.reshape(*x.shape[:-1], outputs)
+
+
+def _whole_sums(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return (rows @ q.T.astype(np.int64)).astype(np.float32)
+
+
+def _float_sums(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Add even channels up in order, and odd ones, each product and sum rounded once; then both."""
+    parts = [np.zeros((len(rows), len(q)), np.float32) for _ in range(2)]
+    for c in range(rows.shape[1]):
+        parts[c % 2] = _fma(rows[:, c, None], q[None, :, c].astype(np.float32), parts[c % 2])
+    return parts[0] + parts[1]
