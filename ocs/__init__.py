@@ -21,11 +21,13 @@ from ocs.runtime.compare import compare
 from ocs.runtime.compile import Compiled, compile
 from ocs.runtime.export import export
 from ocs.runtime.lower import lower
+from ocs.runtime.pack import pack, unpack
 from ocs.tune.reestimate import reestimate_batchnorm
 from ocs.tune.synthesize import synthesize
 
 __version__ = "0.1.0"
 __all__ = [
     "FIRST_LAYER", "Calibration", "Comparison", "Compiled", "LayerReport", "Report", "calibrate", "compare", "compile",
-    "export", "functional", "load", "lower", "nn", "quantize", "reestimate_batchnorm", "register", "save", "synthesize",
+    "export", "functional", "load", "lower", "nn", "pack", "quantize", "reestimate_batchnorm", "register", "save",
+    "synthesize", "unpack",
 ]  # fmt: skip

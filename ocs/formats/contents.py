@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
-from ocs.nn.state import INPUT_BUFFERS, weight_buffers
+from ocs.nn.state import INPUT_BUFFERS
 from ocs.nn.weights import bytes_of, is_weight
 
 
@@ -82,7 +82,7 @@ def _packed_buffers(module: nn.Module) -> set[str]:
     """Name the buffers of a quantized layer that a file holds in a form of its own; other modules have none."""
     if not isinstance(module, QuantizedLayer):
         return set()
-    return {*INPUT_BUFFERS, *(buffer for weight in module.channels for buffer in weight_buffers(weight))}
+    return {*INPUT_BUFFERS, *(buffer for weight in module.channels for buffer in module.buffers_of(weight))}
 
 
 def full_name(prefix: str, name: str) -> str:

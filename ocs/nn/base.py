@@ -62,6 +62,8 @@ class QuantizedLayer(nn.Module):
     keeps_all: ClassVar[bool] = False  # whether it has all that the float layer has, its class's forward too
     input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
 
+    source_dtype: ClassVar[torch.dtype] = torch.int64  # of the buffers that say which channels are split
+
     groups: int = 1
     bits: int
     expand: bool
@@ -120,17 +122,28 @@ class QuantizedLayer(nn.Module):
         for weight in weights_of(float_layer):
             ints, scale, source, _ = quantized[weight.name]
             self.channels[weight.name] = weight.channels
-            for buffer, tensor in zip(weight_buffers(weight.name), (ints, scale, source), strict=True):
-                self.register_buffer(buffer, tensor)
+            self.hold(weight.name, ints, scale, source)
             float_weight = float_layer._parameters[parameter_of(weight.name)].detach()
             self._buffers[self.forward_buffer(weight.name)] = float_weight
             self._non_persistent_buffers_set.add(self.forward_buffer(weight.name))
+
+    def hold(self, name: str, ints: Tensor, scale: Tensor, source: Tensor) -> None:
+        """Hold what a weight consists of."""
+        for buffer, tensor in zip(self.buffers_of(name), (ints, scale, source), strict=True):
+            self.register_buffer(buffer, tensor)
 
     def _register_input(self, quantized_input: QuantizedInput, device: torch.device) -> None:
         """Hold how the input is quantized."""
         self.input_grid, scale, source = quantized_input
         for buffer, tensor in zip(INPUT_BUFFERS, (encode_grid(self.input_grid).to(device), scale, source), strict=True):
             self.register_buffer(buffer, tensor)
+
+    def _take_buffers(self, layer: QuantizedLayer, buffers: Mapping[str, Tensor | None]) -> None:
+        """Take over what a layer holds besides its weights, the state that is saved in its order."""
+        kept = {*(b for name in layer.channels for b in layer.buffers_of(name)), *layer.unsaved_buffers()}
+        self._buffers.update({name: tensor for name, tensor in buffers.items() if name not in kept})
+        self._non_persistent_buffers_set.update(map(self.forward_buffer, self.channels))
+        self.rebuild()
 
     # --- What a kind of layer says of itself
 
@@ -193,6 +206,10 @@ class QuantizedLayer(nn.Module):
 
     # --- Integers to weights
 
+    def buffers_of(self, name: str) -> tuple[str, str, str]:
+        """Name the buffers that hold a weight."""
+        return weight_buffers(name)
+
     def weight_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Give integers, scale and source of a weight."""
         ints, scale, source = (self._buffers[buffer] for buffer in weight_buffers(name))
@@ -200,7 +217,7 @@ class QuantizedLayer(nn.Module):
 
     def source_of(self, name: str) -> Tensor:
         """Give the original channel of each expanded channel of a weight."""
-        return getattr(self, weight_buffers(name)[2])
+        return self._buffers[weight_buffers(name)[2]]
 
     def in_float_layout(self, weight: Tensor) -> Tensor:
         """Permute a weight [O, C, ...] to the float layer's layout."""
@@ -288,7 +305,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move and cast as nn.Module does, but keep scales in float32 and round weights once, from the integers."""
-        state = [*(buffer for name in self.channels for buffer in weight_buffers(name)), *self._input_buffers()]
+        state = [*(buffer for name in self.channels for buffer in self.buffers_of(name)), *self._input_buffers()]
         before = {buffer: self._buffers[buffer] for buffer in state}
         forward_buffer = self.forward_buffer(next(iter(self.channels)))
         dtype = self._buffers[forward_buffer].dtype
@@ -332,11 +349,15 @@ class QuantizedLayer(nn.Module):
 
     def _weight_problem(self, name: str, state: Mapping[str, Tensor], prefix: str) -> str:
         """Say why a state cannot be this weight's, or "". It has all three tensors of the weight, or none."""
-        names = weight_buffers(name)
+        names = self.buffers_of(name)
         given, problem = tensors_of(state, prefix, {buffer: self._buffers[buffer] for buffer in names})
         if problem or not given:
             return problem
-        return weight_problem(names, *given.values(), self.bits, self.groups, self.channels[name])
+        return self.state_problem(name, *given.values())
+
+    def state_problem(self, name: str, *tensors: Tensor) -> str:
+        """Say why these tensors, shaped as they must be, cannot be what a weight consists of, or ""."""
+        return weight_problem(self.buffers_of(name), *tensors, self.bits, self.groups, self.channels[name])
 
     def _input_problem(self, state: Mapping[str, Tensor], prefix: str) -> str:
         """Say why a state cannot be this layer's as to its quantized input, or ""."""
@@ -352,9 +373,9 @@ class QuantizedLayer(nn.Module):
         return input_problem(given["input_scale"].float(), given.get("input_source"), self.groups, channels)
 
     def _restore_dtypes(self) -> None:
-        """Cast scales to float32 and sources to int64: a state that is assigned may have come in another dtype."""
-        for _, *names in (INPUT_BUFFERS, *map(weight_buffers, self.channels)):
-            for buffer, dtype in zip(names, (torch.float32, torch.int64), strict=True):
+        """Cast scales to float32 and sources to integers: a state that is assigned may have come in another dtype."""
+        for _, *names in (INPUT_BUFFERS, *map(self.buffers_of, self.channels)):
+            for buffer, dtype in zip(names, (torch.float32, self.source_dtype), strict=True):
                 if self._buffers.get(buffer) is not None:
                     self._buffers[buffer] = self._buffers[buffer].to(dtype)
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.registry import register
-from ocs.nn.state import weight_buffers
 
 
 def share_tied(layers: Mapping[str, tuple[QuantizedLayer | None, str]]) -> None:
@@ -21,7 +20,7 @@ def share_tied(layers: Mapping[str, tuple[QuantizedLayer | None, str]]) -> None:
         embedding, _ = layers.get(tied_to, (None, ""))
         if layer is None or not isinstance(embedding, QuantEmbedding):
             continue
-        for name in weight_buffers("weight"):
+        for name in layer.buffers_of("weight"):
             if not torch.equal(layer._buffers[name], embedding._buffers[name]):
                 raise ValueError(f"{name} is not that of {tied_to}, which it is tied to")
             layer._buffers[name] = embedding._buffers[name]
@@ -29,8 +28,9 @@ def share_tied(layers: Mapping[str, tuple[QuantizedLayer | None, str]]) -> None:
 
 def tied_layers(layers: Mapping[str, QuantizedLayer]) -> dict[str, str]:
     """Map the names of layers that hold the integers of an embedding to its name."""
-    embeddings = {id(each.weight_int): name for name, each in layers.items() if isinstance(each, QuantEmbedding)}
-    found = {name: embeddings.get(id(each._buffers.get("weight_int"))) for name, each in layers.items()}
+    held = {name: id(each._buffers.get(each.buffers_of("weight")[0])) for name, each in layers.items()}
+    embeddings = {held[name]: name for name, each in layers.items() if isinstance(each, QuantEmbedding)}
+    found = {name: embeddings.get(held[name]) for name in layers}
     return {name: embedding for name, embedding in found.items() if embedding not in (None, name)}
 
 

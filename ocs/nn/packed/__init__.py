@@ -1,0 +1,1 @@
+"""Quantized layers whose weights stay packed in k bits."""
