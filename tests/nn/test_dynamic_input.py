@@ -89,6 +89,13 @@ def test_ties_go_to_even() -> None:
     assert round_rows(x, 4).tolist() == [[7, 0, 2, 2, 0, -2]]
 
 
+def test_quotients_decide_beside_ties() -> None:
+    """Where a product with 1 / scale would often fall to the other side."""
+    largest = torch.rand(200, 1) + 0.1
+    x = torch.cat([largest, (torch.arange(127) + 0.5) * (largest / 127)], 1)
+    assert torch.equal(round_rows(x, 8), literal_rows(x, 8))
+
+
 def test_scales_are_those_of_other_grids() -> None:
     x = inputs(100, 6)
     expected = scale_for(x.abs().amax(-1, keepdim=True), 127)
