@@ -15,7 +15,7 @@ from ocs.formats.pretrained import refused_slots
 from ocs.model.batchnorm_folding import Folding, plan_folding
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.model.wrappers import unwrapped
-from ocs.nn.input import ActSplit
+from ocs.nn.input import ActScale, ActSplit
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
 from ocs.plan.call import explained_call
@@ -46,6 +46,7 @@ def quantize(
     act_r: float = 0.0,
     act_split: ActSplit = "static",
     act_signed: bool | Literal["auto"] | None = None,
+    act_scale: ActScale = "static",
     correct_bias: bool = False,
     calibration: Data | Calibration | None = None,
     fold_bn: bool = False,
@@ -98,6 +99,12 @@ def quantize(
             and can be neither compiled whole nor exported.
         act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
             nothing negative.
+        act_scale: "static": one scale for the input of a layer, from calibration. Or "dynamic": one for each row of it
+            (the vector over the channels: a token, a time step), the row's largest |x| / qmax, measured as it arrives.
+            That needs no calibration, and act_clip, act_r, act_split and act_signed as they are by default; it is for
+            inputs whose channels are the last axis, not for those of convolutions. A recurrent layer whose abits an
+            override names has its hidden states rounded so as well, at each step, as they meet their weights; other
+            recurrent layers keep float inputs as with "static", even where a model has nothing else.
         correct_bias: add to the bias of each convolution and linear layer what its errors take from the mean of its
             outputs, (w - w_hat) E[x] (Nagel et al. 2019); a layer without a bias gets one. E[x] is the mean of the
             float inputs: measured where there is calibration, else from the BatchNorms before the layer, where these
@@ -134,7 +141,8 @@ def quantize(
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
             clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
             power (after ReLU, say), and in convolutions of which nothing is known, else "nearest", as
-            for split="naive"; with abits act_clip="mse" and, but for act_split="oracle", act_signed="auto".
+            for split="naive"; with abits, but for act_scale="dynamic", act_clip="mse" and, but for act_split="oracle",
+            act_signed="auto".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
             recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate
             without data, functional.output_error, or with rounding="gptq" what calibration measured.
@@ -150,8 +158,9 @@ def quantize(
     Raises:
         ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
             nothing yet, calibration is missing or empty, an option has no effect (select or allocate without r, act_
-            options without abits, calibration that nothing uses), the model is quantized already or has no layer to
-            quantize, or every layer stays float: the error names the reason that most weights have.
+            options without abits, calibration that nothing uses) or does not go with another or with a layer
+            (act_scale="dynamic"), the model is quantized already or has no layer to quantize, or every layer stays
+            float: the error names the reason that most weights have.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin, request = time.perf_counter(), Request.of(locals())

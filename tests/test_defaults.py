@@ -88,6 +88,9 @@ RUNS: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
         abits=4, act_r=0.2, act_clip="mse", act_signed="auto", calibration=True, overrides={"lstm": {"abits": 6}}
     ),
     "inputs as released": lambda: everything(abits=4, act_clip="mse-release", calibration=True),
+    "rows": lambda: everything(
+        overrides={name: {"abits": 5, "act_scale": "dynamic"} for name in ("lstm", "cell", "attention", "decoder")}
+    ),
     "oracle": lambda: everything(abits=4, act_r=0.2, act_split="oracle"),
     "synthesized": lambda: normed(data=False),
     "reestimated": lambda: normed(data=True),

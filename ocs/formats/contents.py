@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.input import InputGrid
 from ocs.nn.state import INPUT_BUFFERS
 from ocs.nn.weights import bytes_of, is_weight
 
@@ -97,9 +98,15 @@ def describe(layer: QuantizedLayer) -> dict[str, Any]:
         "bits": layer.bits,
         "expand": layer.expand,
         "settings": layer.settings,
-        "input": None if layer.input_grid is None else asdict(layer.input_grid),
+        "input": None if layer.input_grid is None else _described_grid(layer.input_grid),
         "weights": {name: list(layer.weight_state(name)[0].shape) for name in layer.channels},
     }
+
+
+def _described_grid(grid: InputGrid) -> dict[str, Any]:
+    """Describe a grid; only one of rows says how its scale is found, as readers of older formats know no such field."""
+    described = asdict(grid)
+    return described if grid.dynamic else {name: value for name, value in described.items() if name != "act_scale"}
 
 
 def crc32(tensor: Tensor) -> int:

@@ -13,7 +13,8 @@ from ocs.formats.contents import crc32
 from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.nn.input import InputGrid, check_grid
 
-FORMAT = 3  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share
+FORMAT = 4  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
+# with a scale for each row
 MOST_LEVELS = 16  # of lists and dicts in a header; we write some 5
 
 

@@ -144,9 +144,10 @@ def _read_integers(reader: Reader, name: str, shape: list[int], bits: int) -> Te
 def _read_input(reader: Reader, layer: Target, weight: Weight, grid: InputGrid) -> QuantizedInput:
     """Read how a layer quantizes its input, which this weight meets; the model says how many channels that has."""
     possible_splits = weight.channels if replacement_of(layer.module).splits_input else 0
-    if layer.reason_float_input or grid.splits > possible_splits:
+    has_no_rows = grid.dynamic and weight.input_axis != -1
+    if layer.reason_float_input or grid.splits > possible_splits or has_no_rows:
         raise ValueError(f"it was saved with an input of {grid}, which this layer cannot have")
-    if grid.oracle:
+    if not grid.calibrated:
         return QuantizedInput(grid)
     device, source = _device_of(weight), None
     scale = reader.read(full_name(layer.name, "input_scale"), [], "F32")

@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
     for name, layer in with_progress(layers.items(), "save", progress):
         tensors.update(_packed(name, layer, [] if name in tied else [*layer.channels]))
     header = {
-        "format": FORMAT if tied else FORMAT - 1,
+        "format": _format(layers, tied),
         "ocs": _version(),
         "layers": {n: describe(layer) | ({"tied": tied[n]} if n in tied else {}) for n, layer in layers.items()},
         "batch_norms": [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)],
@@ -72,6 +72,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
     _write(tensors, json.dumps(header), path)
+
+
+def _format(layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> int:
+    """Choose the oldest format that has what these layers need, so that readers as old as that take the file."""
+    if any(layer.input_grid is not None and layer.input_grid.dynamic for layer in layers.values()):
+        return FORMAT
+    return FORMAT - 1 if tied else FORMAT - 2
 
 
 def _ranges(layers: Mapping[str, QuantizedLayer], what: str) -> dict[str, tuple[float, float]]:

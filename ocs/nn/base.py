@@ -9,7 +9,7 @@ weights that run are not saved but rebuilt whenever the integers or the layer's 
 
 A layer may quantize its input too (ocs.nn.input): `input_grid` says how, and the buffer `input_form` encodes that, lest
 a state be taken for that of another grid; `input_scale` float32 [] and, where channels of it are split, `input_source`
-int64 [C + n] hold what calibration gave.
+int64 [C + n] hold what calibration gave. Where each row of the input has its own scale there is neither.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ocs.nn.hooked import take_hook
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, round_folded
+from ocs.nn.input_rows import round_rows
 from ocs.nn.read_only import read_only, refusal
 from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, weight_buffers, weight_problem
 from ocs.nn.weights import parameter_of, weights_of
@@ -268,6 +269,8 @@ class QuantizedLayer(nn.Module):
         if self.input_grid is None:
             return x
         x, grid, axis = as_dense(x), self.input_grid, self.input_axis
+        if grid.dynamic:
+            return round_rows(x, grid.bits)
         parts = oracle_parts(grid, x, axis, 1) if grid.oracle else InputParts(self.input_scale)
         return round_folded(x, grid, parts, axis)
 

@@ -10,6 +10,7 @@ from ocs.weight.arguments import check_bits, check_choice, check_clip
 from ocs.weight.types import Split
 
 ActSplit = Literal["static", "oracle"]
+ActScale = Literal["static", "dynamic"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class InputGrid:
     split: Split = "qa"
     act_split: ActSplit = "static"
     clip: str | float = "none"  # which method gave the threshold, or gives it for each batch
+    act_scale: ActScale = "static"  # or "dynamic": each row, a vector over the channels, has a scale of its own
 
     @property
     def qmax(self) -> int:
@@ -33,7 +35,19 @@ class InputGrid:
         """Whether each batch has its own splits and scale."""
         return self.act_split == "oracle"
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether each row of an input has its own scale, measured as it arrives."""
+        return self.act_scale == "dynamic"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its scale, and which channels are split, come from calibration."""
+        return not self.oracle and not self.dynamic
+
     def __str__(self) -> str:
+        if self.dynamic:
+            return f"{self.bits} bits, a scale per row"
         sign = "" if self.signed else " unsigned"
         kind = " oracle" if self.oracle else ""
         splits = f", {self.splits}{kind} splits" if self.splits else ""
@@ -45,13 +59,16 @@ def check_grid(grid: InputGrid) -> None:
     check_bits("bits", grid.bits)
     check_choice("split", grid.split, get_args(Split))
     check_choice("act_split", grid.act_split, get_args(ActSplit))
+    check_choice("act_scale", grid.act_scale, get_args(ActScale))
     check_clip("clip", grid.clip)
     if not isinstance(grid.signed, bool) or type(grid.splits) is not int or grid.splits < 0:
         raise ValueError(f"signed={grid.signed!r}, splits={grid.splits!r}: use a bool and a number of splits")
+    if grid.dynamic and grid != InputGrid(grid.bits, split=grid.split, act_scale="dynamic"):
+        raise ValueError("act_scale='dynamic': such a grid is signed, neither split nor clipped")
 
 
 class QuantizedInput(NamedTuple):
-    """The grid of a layer's input and, unless each batch has its own (Oracle OCS), what calibration gave."""
+    """The grid of a layer's input and, unless each batch (Oracle OCS) or row has its own, what calibration gave."""
 
     grid: InputGrid
     scale: Tensor | None = None  # float32 []

@@ -92,6 +92,12 @@ def _as_dense(x: Tensor) -> Tensor:
     return x if x.layout == torch.strided or x.is_nested else x.to_dense()
 
 
+def refuse_nested(x: Tensor) -> None:
+    """Refuse a nested tensor, whose shape no rounding knows."""
+    if x.is_nested:
+        raise RuntimeError("a quantized layer input cannot be a nested tensor: pad it, torch.nested.to_padded_tensor")
+
+
 def take_channels(x: Tensor, index: Tensor, axis: int) -> Tensor:
     """Take channels of x: by indexing, as index_select is slow on channels-last inputs."""
     return x[(..., index, *[slice(None)] * (-axis - 1))]
@@ -112,8 +118,7 @@ def _round_parts(
     x: Tensor, grid: InputGrid, parts: InputParts, axis: int, channel: Tensor | None, part: Tensor | None
 ) -> Tensor:
     dtype = x.dtype
-    if x.is_nested:
-        raise RuntimeError("a quantized layer input cannot be a nested tensor: pad it, torch.nested.to_padded_tensor")
+    refuse_nested(x)
     if channel is not None:
         x = take_channels(x, channel, axis)
     if parts.factor is not None:

@@ -22,6 +22,7 @@ from ocs.nn.input_parts import (
     static_parts,
     take_channels,
 )
+from ocs.nn.input_rows import round_rows
 from ocs.nn.registry import register
 
 
@@ -96,8 +97,8 @@ class QuantProduct(QuantizedLayer):
         return tuple(self.in_float_layout(torch.empty(shape, dtype=torch.int8, device="meta")).shape)
 
     def static_parts(self) -> InputParts:
-        """Split the input as calibration said; there are no parts yet where each batch has its own (Oracle OCS)."""
-        if self.input_grid is None or self.input_grid.oracle:
+        """Split the input as calibration said; there are no parts yet where each batch or row has its own grid."""
+        if self.input_grid is None or not self.input_grid.calibrated:
             return InputParts(None)
         return static_parts(self.input_grid, self.input_scale, self._buffers.get("input_source"), self.groups)
 
@@ -116,7 +117,9 @@ class QuantProduct(QuantizedLayer):
         """Prepare an input: rounded if it is to be, with the copies that an expanded layer multiplies besides."""
         x = as_dense(x)
         if self.input_grid is None:
-            return self._float_operands(x)
+            return self._unsplit_operands(x)
+        if self.input_grid.dynamic:
+            return self._unsplit_operands(round_rows(x, self.input_grid.bits))
         if self.input_grid.oracle:
             parts = oracle_parts(self.input_grid, x, self.input_axis, self.groups)
         else:
@@ -127,8 +130,8 @@ class QuantProduct(QuantizedLayer):
             return self._oracle_operands(x, parts)
         return self._static_operands(x, parts)
 
-    def _float_operands(self, x: Tensor) -> Operands:
-        """Take the copies in the weight from a float input."""
+    def _unsplit_operands(self, x: Tensor) -> Operands:
+        """Take the copies in the weight from an input that is split nowhere."""
         if self.copied is None:
             return Operands(x)
         return Operands(x, take_channels(x, self.copied_index, self.input_axis), self.copied)

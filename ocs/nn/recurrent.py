@@ -5,9 +5,15 @@ widens: a copy of hidden unit j in W_hh [gates H, H + n] is a second unit with t
 the same state as unit j, step after step, without a gather inside the loop. Inputs and initial states are gathered by
 `source`, outputs and final states cropped to H. A stack of layers is then a chain of single-layer fused calls; dropout
 comes between crop and gather, so that copies share its mask.
+
+Where the grid of the input is dynamic, all that meets a weight is rounded, each row with a scale of its own: inputs of
+every layer, hidden states, and what a projection gets. No fused kernel does that, so that such a layer computes step by
+step (ocs.nn.recurrent_steps), with the folded weights: widening would give the same. States that come in or go out are
+not rounded themselves.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.input_parts import as_dense, refuse_nested
+from ocs.nn.input_rows import round_rows
+from ocs.nn.recurrent_steps import STEPS, States, run_sequence
 from ocs.nn.registry import register
-
-States = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
 
 
 class _Recurrent(QuantizedLayer):
@@ -75,7 +82,35 @@ class _Recurrent(QuantizedLayer):
     @property
     def widened(self) -> bool:
         """Whether it runs expanded and there is something to expand."""
-        return self.expand and self.splits > 0
+        return self.expand and self.splits > 0 and not self.rounds_states
+
+    @property
+    def rounds_states(self) -> bool:
+        """Whether all that meets its weights is rounded row by row, hidden states too, so that it runs step by step."""
+        return self.input_grid is not None and self.input_grid.dynamic
+
+    @property
+    def kernel_name(self) -> str:
+        """The name of torch's kernel: lstm, gru, rnn_tanh or rnn_relu."""
+        return {4: "lstm", 3: "gru"}.get(self.gates) or f"rnn_{self.nonlinearity}"
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """Round an input that has one scale; where each row has its own, every product rounds what it multiplies."""
+        if not self.rounds_states:
+            return super().round_input(x)
+        refuse_nested(x)
+        return as_dense(x)
+
+    def row_product(self, name: str, x: Tensor) -> Tensor:
+        """Multiply rows [N, C], each rounded with its own scale, by a weight, and add its bias, if any: [N, O]."""
+        weight, bias = getattr(self, self.forward_buffer(name)), self._parameters.get(name.replace("weight", "bias"))
+        return F.linear(round_rows(x, self.input_grid.bits), weight, bias)
+
+    def step(self, suffix: str, from_input: Tensor, states: States) -> States:
+        """Compute the next states [N, H] from what the input gives to each gate [N, gates H]."""
+        from_hidden, projection = self.row_product(f"weight_hh{suffix}", states[0]), f"weight_hr{suffix}"
+        h, *cell = STEPS[self.kernel_name](from_input, from_hidden, states)
+        return (self.row_product(projection, h) if projection in self.channels else h, *cell)
 
     def forward_bias(self, name: str, suffix: str) -> Tensor | None:
         """Give bias_ih or bias_hh of all units that forward computes."""
@@ -200,7 +235,7 @@ class _RecurrentLayer(_Recurrent):
 
     def torch_kernel(self) -> Callable[..., Any]:
         """Find torch's fused kernel."""
-        return getattr(torch._VF, self.mode.lower())
+        return getattr(torch._VF, self.kernel_name)
 
     def run_widened(self, x: Tensor, batch_sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
         """Run the widened layers one after the other, each cropped to the original units."""
@@ -226,8 +261,35 @@ class _RecurrentLayer(_Recurrent):
             for state, by_direction in zip(states, sources, strict=True)
         )
 
+    def run_steps(self, x: Tensor, batch_sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
+        """Run all layers step by step, on packed rows or on a batch in the layer's own layout."""
+        if batch_sizes is not None:
+            return self.run_rows(x, batch_sizes.tolist(), states)
+        x = x.transpose(0, 1) if self.batch_first else x
+        steps, batch, _ = x.shape
+        x, states = self.run_rows(x.flatten(0, 1), [batch] * steps, states)
+        x = x.unflatten(0, (steps, batch))
+        return x.transpose(0, 1).contiguous() if self.batch_first else x, states
+
+    def run_rows(self, x: Tensor, sizes: list[int], states: States) -> tuple[Tensor, States]:
+        """Run all layers on rows [rows, C], those of one step after those of another; sizes: how many each step has."""
+        ends: list[States] = []
+        for layer in range(self.num_layers):
+            x = F.dropout(x, self.dropout, self.training) if layer else x
+            outputs = []
+            for suffix in self.directions(layer):
+                first, reverse = tuple(state[len(ends)] for state in states), suffix.endswith("_reverse")
+                from_input = self.row_product(f"weight_ih{suffix}", x)
+                output, last = run_sequence(from_input, sizes, first, partial(self.step, suffix), reverse=reverse)
+                outputs.append(output)
+                ends.append(last)
+            x = torch.cat(outputs, -1)
+        return x, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+
     def run(self, x: Tensor, batch_sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
-        """Run all layers: one after the other where widened, else in one call."""
+        """Run all layers: step by step where states are rounded, layer by layer where widened, else in one call."""
+        if self.rounds_states:
+            return self.run_steps(x, batch_sizes, states)
         if self.widened:
             return self.run_widened(x, batch_sizes, states)
         x, *last = self.run_fused(x, batch_sizes, states, 0, self.num_layers, self.dropout)
@@ -316,8 +378,7 @@ class _RecurrentCell(_Recurrent):
 
     def torch_kernel(self) -> Callable[..., Any]:
         """Find torch's fused kernel."""
-        kind = {4: "lstm", 3: "gru"}.get(self.gates) or f"rnn_{self.nonlinearity}"
-        return getattr(torch._VF, f"{kind}_cell")
+        return getattr(torch._VF, f"{self.kernel_name}_cell")
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Compute the next states, h or (h, c) [N, H]; input [N, input_size], or unbatched [input_size]."""
@@ -332,6 +393,8 @@ class _RecurrentCell(_Recurrent):
         return self.as_torch_states(self._step(x, states))
 
     def _step(self, x: Tensor, states: Iterable[Tensor]) -> States:
+        if self.rounds_states:
+            return self.step("", self.row_product("weight_ih", x), tuple(states))
         if self.widened:
             x = x.index_select(-1, self.source_of("weight_ih"))
             sources = self.state_sources("")

@@ -22,14 +22,18 @@ def weight_buffers(weight: str) -> tuple[str, str, str]:
 
 def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
     """Name the buffers that hold what calibration gave for an input with this grid."""
-    if grid is None or grid.oracle:
+    if grid is None or not grid.calibrated:
         return ()
     return ("input_scale", "input_source") if grid.splits else ("input_scale",)
 
 
 def encode_grid(grid: InputGrid) -> Tensor:
-    """Encode a grid for a state_dict, uint8 [4]: bits, whether signed, quantization-aware, Oracle OCS."""
-    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", grid.oracle], dtype=torch.uint8, device="cpu")
+    """Encode a grid for a state_dict, uint8 [4]: bits, whether signed, whether quantization-aware, and its scale.
+
+    The scale is 0 from calibration, 1 each batch's own (Oracle OCS), 2 each row's own.
+    """
+    scale = 2 if grid.dynamic else int(grid.oracle)
+    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", scale], dtype=torch.uint8, device="cpu")
 
 
 def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:

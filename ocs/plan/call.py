@@ -20,6 +20,7 @@ _ELSEWHERE = {  # what other tools call it
     "skip": "exclude excluded ignore ignored_layers skip_modules modules_to_not_convert",
     "overrides": "config qconfig quantization_config layers",
     "act_signed": "sym symmetric",
+    "act_scale": "dynamic per_token token_scale act_granularity activation_scheme",
 }
 _MEANT = {name: option for option, names in _ELSEWHERE.items() for name in names.split()}
 

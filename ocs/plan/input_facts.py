@@ -14,6 +14,7 @@ from ocs.calibration.run import Data, with_sample
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.input_statistics import estimate_inputs
+from ocs.nn.weights import input_weight
 from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import ModelOptions
@@ -143,6 +144,19 @@ def _check_options_of_inputs(plans: Plans) -> None:
     for plan in plans:
         if plan.options.abits is None and plan.options.of_input and not plan.overrides("abits"):
             raise ValueError(f"{plan.name}: an act_ option without abits has no effect: set abits, too")
+        if plan.rounds_rows:
+            with error_context(plan.name):
+                _check_rows(plan)
+
+
+def _check_rows(plan: LayerPlan) -> None:
+    """Refuse a scale for each row of an input whose channels are not on the last axis."""
+    if input_weight(plan.module).input_axis != -1:
+        raise ValueError(
+            "act_scale='dynamic' is for inputs whose channels are the last axis, which those of a"
+            f" {type(plan.module).__name__} are not: use overrides={{{plan.name!r}: dict(act_scale='static')}} with"
+            f" calibration=, or skip={plan.name!r}"
+        )
 
 
 def _check_needs_none(plans: Plans) -> None:
@@ -154,11 +168,12 @@ def _check_needs_none(plans: Plans) -> None:
 
 
 def _check_has_effect(plans: Plans) -> None:
-    options = (plan.options for plan in plans)
-    if not any(each.abits is not None or each.correct_bias or each.rounding == "gptq" for each in options):
+    options = [plan.options for plan in plans]
+    scaled = any(each.abits is not None and each.act_scale == "static" for each in options)
+    if not scaled and not any(each.correct_bias or each.rounding == "gptq" for each in options):
         raise ValueError(
-            "calibration= has no effect on these options: add rounding='gptq', correct_bias=True or abits= to use it;"
-            " batches (no ocs.Calibration) serve allocate='error' and wbits='auto', too"
+            "calibration= has no effect on these options: add rounding='gptq', correct_bias=True or abits= with"
+            " act_scale='static' to use it; batches (no ocs.Calibration) serve allocate='error' and wbits='auto', too"
         )
 
 

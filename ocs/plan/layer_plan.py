@@ -58,10 +58,15 @@ class LayerPlan:
         return not self.kind.input_if_asked or self.overrides("abits")
 
     @property
+    def rounds_rows(self) -> bool:
+        """Whether each row of its input gets a scale of its own."""
+        return self.quantizes_input and self.options.act_scale == "dynamic"
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether calibration must tell of its input."""
-        known = self.options.act_split == "oracle" and self.options.act_signed is True
-        return self.quantizes_input and not known
+        oracle = self.options.act_split == "oracle" and self.options.act_signed is True
+        return self.quantizes_input and not oracle and not self.rounds_rows
 
     @property
     def can_correct_bias(self) -> bool:

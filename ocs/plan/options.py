@@ -13,7 +13,7 @@ from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from ocs.nn.input import ActSplit
+from ocs.nn.input import ActScale, ActSplit
 from ocs.plan.selectors import FIRST_LAYER, Selector, selectors, shown_selector
 from ocs.weight.arguments import (
     check_bits,
@@ -120,6 +120,7 @@ class LayerOptions:
     act_r: float = _option(0.0, check_ratio, "expand ratio of layer inputs, 0 to 1", of_input=True)
     act_split: ActSplit = _option("static", _one_of(ActSplit), "split inputs once, or for each batch", of_input=True)
     act_signed: bool | str = _open(True, _signed, "signed integers of inputs, or unsigned where it fits", of_input=True)
+    act_scale: ActScale = _option("static", _one_of(ActScale), "scale of inputs: once, or of each row", of_input=True)
     correct_bias: bool = _option(False, check_flag, "give the outputs back the mean that quantization takes from them")
     expand: bool = _option(True, _EXPAND, "run with C + n channels, or with the copies folded back")
     select: Select = _option("max", check_select, "which channels are split")
@@ -128,6 +129,18 @@ class LayerOptions:
         for name, check in _LAYER_CHECKS:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         check_rounding(self.rounding, self.split)
+        if self.act_scale == "dynamic":
+            self._check_dynamic()
+
+    def _check_dynamic(self) -> None:
+        """Refuse what a scale for each row of an input leaves no room for."""
+        for name in ("act_clip", "act_r", "act_split", "act_signed"):
+            value, needed = getattr(self, name), getattr(LayerOptions, name)
+            if value != needed:
+                raise ValueError(
+                    f"{name}={value!r} with act_scale='dynamic', which finds the scale of each row of an input by its"
+                    f" largest |x| alone: use {name}={needed!r}, or act_scale='static'"
+                )
 
     @property
     def automatic(self) -> bool:

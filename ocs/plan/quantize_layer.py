@@ -91,7 +91,7 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
     replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
     replacement.settings = options.shown
-    if grid is not None and facts.statistics is not None:
+    if grid is not None and facts.statistics is not None and not plan.rounds_rows:
         replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
         replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
     _check_range(replacement)
@@ -196,7 +196,7 @@ class LayerQuantizer:
 
     def _numbers_of_input(self, options: LayerOptions) -> int:
         """Count the numbers that a quantized input takes: its scale, and the sources of its copies."""
-        if not self.plan.quantizes_input or options.act_split == "oracle":
+        if not self.plan.quantizes_input or options.act_split == "oracle" or options.act_scale == "dynamic":
             return 0
         weight = input_weight(self.plan.module)
         splits = splits_for(options.act_r, weight.channels, weight.groups) if self.plan.kind.splits_input else 0
@@ -216,7 +216,7 @@ def _check_range(layer: QuantizedLayer) -> None:
 
 def _input_note(quantized: QuantizedInput | None, statistics: Statistics | None) -> str:
     """Say where calibration saw nothing that a scale could follow from."""
-    if quantized is None or quantized.grid.oracle or statistics.largest:
+    if quantized is None or not quantized.grid.calibrated or statistics.largest:
         return ""
     return "its input was all zeros in calibration: its scale is 1, which tells nothing of other inputs"
 
@@ -254,8 +254,9 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
         split=options.split,
         act_split=options.act_split,
         clip=options.act_clip,
+        act_scale=options.act_scale,
     )
-    if grid.oracle:
+    if not grid.calibrated:
         return QuantizedInput(grid)
     if splits_input and statistics.channels not in (None, groups * C):
         raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")

@@ -54,6 +54,7 @@ class LayerReport:
     act_signed: bool | None = None
     act_clip: str | float | None = None  # the method that gave the threshold
     act_split: str | None = None  # "static", or "oracle": scale and splits are made anew for each batch
+    act_dynamic: bool | None = None  # whether each row of it has a scale of its own, measured as it arrives
     act_splits: int = 0  # over all groups
     act_sources: tuple[int, ...] = ()  # the channel that each copy came from
     act_threshold: float | None = None

@@ -84,6 +84,7 @@ def _quantized_input(replacement: QuantizedLayer) -> dict[str, Any]:
         "act_signed": grid.signed,
         "act_clip": grid.clip,
         "act_split": grid.act_split,
+        "act_dynamic": grid.dynamic,
         "act_splits": grid.splits * replacement.groups,
         "act_sources": tuple(replacement.input_copies().tolist()),
     }

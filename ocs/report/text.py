@@ -165,6 +165,8 @@ def _input(layer: LayerReport) -> str:
     splits = f" +{layer.act_splits}" if layer.act_splits else ""
     if layer.act_split == "oracle":
         return f"{layer.act_bits} bits{splits} oracle"
+    if layer.act_dynamic:
+        return f"{layer.act_bits} bits, a scale per row"
     lowest = "+-" if layer.act_signed else "0 .. "
     return f"{layer.act_bits} bits{splits}, {lowest}{layer.act_threshold:.3g}{_method(layer.act_clip)}"
 

@@ -29,7 +29,8 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
     function is the same), else in as few columns as they need; a scale for each output channel; and the grid of its
     input as a pair of quantize and dequantize, in uint8, signed inputs with zero point 128. It computes what the
     quantized layer did, to float rounding, but that an input halfway between two points of its grid may go to the other
-    one: torch multiplies by 1 / scale. Recurrent layers become torch's own, with the dequantized weights in float.
+    one: torch multiplies by 1 / scale. Where each row of an input has its own scale, its rounding is written out in
+    floats. Recurrent layers become torch's own, with the dequantized weights in float.
 
         ocs.quantize(model, wbits=5, r=0.02, abits=8, calibration=batches, fold_bn=True)
         ocs.lower(model)
@@ -53,7 +54,7 @@ def lower(model: nn.Module, *, target: str = "this") -> nn.Module:
 
     Raises:
         ValueError: nothing in the model is quantized, or a layer cannot be lowered: Oracle OCS, whose splits are each
-            batch's own.
+            batch's own, and recurrent layers whose hidden states are rounded (act_scale="dynamic").
         TypeError: the model is no nn.Module.
     """
     if not isinstance(model, nn.Module):

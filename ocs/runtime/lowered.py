@@ -15,6 +15,7 @@ from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from ocs.nn.embedding import QuantEmbedding, QuantEmbeddingBag
 from ocs.nn.input_parts import InputParts
+from ocs.nn.input_rows import rows_on_grid
 from ocs.nn.own_forward import QuantOwnForward
 from ocs.nn.product import QuantLinear, QuantProduct
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
@@ -27,8 +28,8 @@ from ocs.runtime.whole_numbers import WholeNumbers, in_columns, whole_numbers
 
 
 def input_grid(layer: QuantizedLayer, arithmetic: Arithmetic) -> Grid | None:
-    """Give the 8-bit grid of a layer's input, None where it is float."""
-    if layer.input_grid is None:
+    """Give the 8-bit grid of a layer's input, None where it is float or each of its rows has its own."""
+    if layer.input_grid is None or layer.input_grid.dynamic:
         return None
     scale, largest = float(layer.input_scale), layer.input_grid.qmax
     if arithmetic.signed and largest > 127:
@@ -42,6 +43,16 @@ def input_grid(layer: QuantizedLayer, arithmetic: Arithmetic) -> Grid | None:
 
 def _rounded(body: Body, x: fx.Node, grid: Grid | None) -> fx.Node:
     return x if grid is None else body.dequantize(body.quantize(x, grid), grid)
+
+
+def _with_rounded_rows(x: fx.Node, layer: QuantizedLayer) -> fx.Node:
+    """Write out the rounding of each row, in floats, where each has its own scale: no operator common to engines is it.
+
+    A layer without such a grid gets its input as it is.
+    """
+    if layer.input_grid is None or not layer.input_grid.dynamic:
+        return x
+    return rows_on_grid(fx.Proxy(x), layer.input_grid.bits).node
 
 
 class _Columns(NamedTuple):
@@ -77,6 +88,7 @@ def _operand(
 ) -> fx.Node:
     """Round the parts of an input, and give each as often as the weight has columns for it."""
     axis, parts, per_channel = layer.input_axis, columns.parts, (-1, *[1] * (-layer.input_axis - 1))
+    x = _with_rounded_rows(x, layer)
     if parts.factor is not None:
         factor = parts.factor[columns.place].view(per_channel).to(body.dtype)
         shift = (parts.shift * parts.scale)[columns.place].view(per_channel).to(body.dtype)
@@ -144,7 +156,7 @@ _ATTENTION_OPTIONS = {
 def _attention(layer: QuantMultiheadAttention, arithmetic: Arithmetic) -> nn.Module:
     """Lower attention to torch's function of it, with a weight for each of query, key and value."""
     body, grid = Body(dtype_of(layer)), input_grid(layer, arithmetic)
-    inputs = [body.input(name) for name in layer.input_names]
+    inputs = [_with_rounded_rows(body.input(name), layer) for name in layer.input_names]
     options = {name: body.input(name, default) for name, default in _ATTENTION_OPTIONS.items()}
     inputs = inputs if grid is None else [body.quantize(x, grid) for x in inputs]
     if layer.batch_first:  # of three dimensions; two have no batch, and stay
@@ -225,6 +237,11 @@ def _embedding_bag(layer: QuantEmbeddingBag, arithmetic: Arithmetic) -> nn.Modul
 
 def _recurrent(layer: QuantizedLayer, arithmetic: Arithmetic) -> nn.Module:
     """Lower to torch's own layer, with dequantized weights: no integer form of it is common to engines."""
+    if layer.input_grid is not None and layer.input_grid.dynamic:
+        raise ValueError(
+            "act_scale='dynamic' rounds its hidden states at each step, which torch's own layers do not: quantize with"
+            " act_scale='static' or without abits for it, by overrides"
+        )
     kind, names = layer.float_kind, ("input_size", "hidden_size", "bias", "num_layers", "batch_first", "dropout")
     names += ("bidirectional", "nonlinearity") + (("proj_size",) if kind is nn.LSTM else ())
     options = {name: vars(layer)[name] for name in names if name in vars(layer)}
@@ -297,11 +314,11 @@ def _dequantizer(scale: Tensor, dtype: torch.dtype) -> nn.Module:
 def _behind_grid(twin: nn.Module, layer: QuantizedLayer, arithmetic: Arithmetic, names: tuple[str, ...]) -> nn.Module:
     """Put the rounding of its first argument before a module, if it has one."""
     grid = input_grid(layer, arithmetic)
-    if grid is None:
+    if layer.input_grid is None:
         return twin
     body = Body(dtype_of(layer))
     first, *others = names
-    x = _rounded(body, body.input(first), grid)
+    x = _rounded(body, _with_rounded_rows(body.input(first), layer), grid)
     others = [body.input(name, None) for name in others]
     y = body.module("layer", twin, x, *others)
     return body.module_returning(y)

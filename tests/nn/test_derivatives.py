@@ -20,13 +20,14 @@ CASES = {
     "split": {"act_r": 0.3, "r": 0.3},
     "folded": {"act_r": 0.3, "expand": False},
     "oracle": {"act_r": 0.3, "act_split": "oracle"},
+    "a scale per row": {"act_scale": "dynamic", "r": 0.3},
 }
 
 
 def quantized(case: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(4, 6)
-    calibration = None if case == "oracle" else lambda model: model(x)
+    calibration = None if case in ("oracle", "a scale per row") else lambda model: model(x)
     ocs.quantize(net, wbits=6, abits=4, calibration=calibration, **CASES[case])
     return net, x
 

@@ -20,6 +20,7 @@ QUANTIZED = {
     "expanded": {"r": 0.3},
     "inputs": {"r": 0.3, "abits": 4, "act_r": 0.3},
     "oracle": {"abits": 4, "act_r": 0.3, "act_split": "oracle"},
+    "rows": {"r": 0.3, "abits": 4, "act_scale": "dynamic"},
 }
 
 

@@ -106,6 +106,17 @@ def test_inductor_passes_8_bit_tensors_on(compiled_residual: tuple[nn.Module, Te
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_scale_for_each_row(engine: str) -> None:
+    needs(engine)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+    ocs.quantize(model, wbits=5, r=0.1, abits=8, act_scale="dynamic")
+    x = torch.randn(4, 12) * torch.tensor([1.0, 100.0, 0.0, 0.01]).view(4, 1)
+    compiled = ocs.compile(model, x, engine=engine)
+    assert all(relative(ours, theirs) < 1e-4 for ours, theirs in zip(compiled(x), model(x), strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_residual_network(engine: str, compiled_residual: tuple[nn.Module, Tensor, ocs.Compiled]) -> None:
     needs(engine)
     model, x, compiled = compiled_residual

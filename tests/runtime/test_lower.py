@@ -271,6 +271,55 @@ def test_layers_with_a_forward_of_their_own(make: Callable[[], nn.Module], granu
     assert any(b.dtype == torch.int8 and b.numel() >= 60 for b in model.buffers())
 
 
+class Rows(nn.Module):
+    """Each kind of layer whose inputs may have a scale for each row, but for recurrent ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own = nn.Linear(10, 12), Own(12, 12)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.cross = nn.MultiheadAttention(12, 3, kdim=10, vdim=10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 10] -> [N, T, 12]."""
+        y = self.own(self.first(x).relu())
+        y = y + self.attention(y, y, y)[0]
+        return y + self.cross(y, x, x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"wbits": 5, "r": 0.2}, {"wbits": 8, "r": 0.5, "granularity": "channel"}])
+def test_a_scale_for_each_row(options: dict[str, object], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Rows().eval(), torch.randn(2, 5, 10) * torch.tensor([1.0, 4.0]).view(2, 1, 1)
+    x[1, 2] = 0
+    ocs.quantize(model, abits=8, act_scale="dynamic", **options)
+    model, x = model.to(dtype), x.to(dtype)
+    expected = model(x)
+    lowered = ocs.lower(copy.deepcopy(model))
+    assert not any(type(module).__module__.startswith("ocs") for module in lowered.modules())
+    assert lowered(x).dtype == dtype
+    assert relative(lowered(x), expected) < (1e-5 if dtype == torch.float32 else 0.03)
+    lowered = ocs.lower(nn.Sequential(model.first))
+    code = lowered[0].code
+    assert all(each in code for each in ("amax", "torch.round", "truediv", "weight_int"))
+    assert "quantize_per_tensor" not in code
+    assert torch.equal(pickle.loads(pickle.dumps(lowered))(x), lowered(x))
+    assert torch.equal(lowered(x[1:]), lowered(x)[1:])
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(6, 5), nn.GRUCell(6, 5)])
+def test_rounded_hidden_states_are_refused_and_the_model_stays(layer: nn.Module) -> None:
+    model = nn.ModuleDict({"recurrent": copy.deepcopy(layer)})
+    ocs.quantize(model, abits=8, act_scale="dynamic", overrides={"recurrent": {"abits": 8}})
+    with pytest.raises(ValueError, match=r"recurrent: act_scale='dynamic' rounds its hidden states.*'static'"):
+        ocs.lower(model)
+    assert isinstance(model["recurrent"], QuantizedLayer)
+    model = nn.ModuleDict({"recurrent": copy.deepcopy(layer)})
+    ocs.quantize(model, abits=8, act_scale="dynamic")
+    assert type(ocs.lower(model)["recurrent"]) is type(layer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, net: SmallNet) -> None:
     x = torch.randn(2, 3, 8, 8)

@@ -1,0 +1,569 @@
+"""act_scale="dynamic": each row of an input has its own scale, also each hidden state that meets a recurrent weight."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+import torch.nn.functional as F
+from conftest import SmallNet, assert_unchanged, folded_twin, outlier_weight, state
+from test_own_forward import Conv1D, OtherLinear, SamePadded
+from test_recurrent import CASES, CELLS, HIDDEN, INPUT, flat, heavy, make, states_for
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import ocs
+from ocs.formats import reader
+from ocs.nn import QuantizedLayer
+from ocs.nn.input import InputGrid, check_grid
+from ocs.nn.input_rows import round_rows, row_scales
+from ocs.weight.threshold import scale_for
+
+DYNAMIC = {"abits": 8, "act_scale": "dynamic"}
+
+
+def quantized(layer: nn.Module, bits: int = 8, **options: Any) -> QuantizedLayer:
+    """The layer after quantize(), without calibration."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    options = {"wbits": 5, "r": 0.2, "abits": bits, "act_scale": "dynamic", **options}
+    ocs.quantize(model, overrides={"0": {"abits": bits}}, **options)
+    return model[0]
+
+
+def literal_rows(x: Tensor, bits: int) -> Tensor:
+    """Round row by row in numpy's float32, in the dtype of x."""
+    qmax = 2 ** (bits - 1) - 1
+    rows = x.detach().float().numpy().reshape(-1, x.shape[-1])
+    found = np.zeros_like(rows)
+    for row, out in zip(rows, found, strict=True):
+        largest = np.abs(row).max()
+        scale = largest / np.float32(qmax) if largest != 0 else np.float32(1)
+        out[:] = scale * np.clip(np.rint(row / scale), -qmax, qmax) if np.isfinite(largest) else np.nan
+    return torch.from_numpy(found).view(x.shape).to(x.dtype)
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    """Rows of very different sizes, one of zeros."""
+    x = torch.from_numpy(outlier_weight(shape, seed))
+    x.view(-1, shape[-1])[:: max(1, x[..., 0].numel() // 3)] *= 50
+    x.view(-1, shape[-1])[-1] *= shape[:-1] == ()
+    return x
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(10,), (7, 10), (2, 3, 4, 10), (5, 1)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rows_are_rounded_as_defined(bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = inputs(*shape).to(dtype)
+    ours = round_rows(x, bits)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, literal_rows(x, bits))
+
+
+def test_rows_that_are_odd() -> None:
+    x = torch.tensor([[0.0, -0.0, 0.0], [1.0, torch.nan, 2.0], [1.0, 3.0, -torch.inf], [2.5, -0.1, 0.0], [1e-45, 0, 0]])
+    ours = round_rows(x, 3)
+    assert ours[0].tolist() == [0, 0, 0]
+    assert not ours[0].signbit().any()
+    assert ours[1:3].isnan().all()
+    assert torch.equal(ours[3], torch.tensor([3.0, 0.0, 0.0]) * (torch.tensor(2.5) / 3))
+    assert ours[4, 0] == x[4, 0]
+    assert row_scales(x, 3)[0] == 1
+    for shape in ((0, 5), (3, 0)):
+        assert round_rows(torch.zeros(shape), 4).shape == shape
+
+
+def test_ties_go_to_even() -> None:
+    x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert round_rows(x, 4).tolist() == [[7, 0, 2, 2, 0, -2]]
+
+
+def test_quotients_decide_beside_ties() -> None:
+    """Where a product with 1 / scale would often fall to the other side."""
+    largest = torch.rand(200, 1) + 0.1
+    x = torch.cat([largest, (torch.arange(127) + 0.5) * (largest / 127)], 1)
+    assert torch.equal(round_rows(x, 8), literal_rows(x, 8))
+
+
+def test_scales_are_those_of_other_grids() -> None:
+    x = inputs(100, 6)
+    expected = scale_for(x.abs().amax(-1, keepdim=True), 127)
+    assert torch.equal(row_scales(x, 8), expected)
+
+
+# --- Layers that multiply by one weight -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12)])
+@pytest.mark.parametrize("make_layer", [lambda: nn.Linear(12, 6), lambda: OtherLinear(12, 6)])
+def test_linear(make_layer: Callable[[], nn.Module], shape: tuple[int, ...], expand: bool) -> None:
+    if make_layer().__class__ is OtherLinear:
+        ocs.register(OtherLinear)
+    ours, x = quantized(make_layer(), 4, expand=expand), inputs(*shape)
+    assert ours.splits
+    expected = F.linear(literal_rows(x, 4), ours.folded("weight"), ours.bias)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_is_not_finite_spoils_no_other() -> None:
+    ours, x = quantized(nn.Linear(12, 6)), inputs(5, 12)
+    expected = ours(x)
+    x[1, 3], x[2, 0] = torch.nan, torch.inf
+    found = ours(x)
+    assert found[1:3].isnan().all()
+    assert torch.equal(found[[0, 3, 4]], expected[[0, 3, 4]])
+    assert torch.equal(expected[4], ours.bias)
+
+
+def test_bfloat16() -> None:
+    ours, x = quantized(nn.Linear(12, 6)).bfloat16(), inputs(5, 12).bfloat16()
+    expected = F.linear(literal_rows(x, 8), ours.weight, ours.bias)
+    assert ours(x).dtype == torch.bfloat16
+    torch.testing.assert_close(ours(x), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+
+
+def test_conv1d_of_transformers() -> None:
+    ours, x = quantized(Conv1D()), inputs(2, 5, 8)
+    expected = literal_rows(x, 8) @ ours.folded("weight").T + ours.bias
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 8, "vdim": 10}])
+def test_attention(sizes: dict[str, int]) -> None:
+    layer = nn.MultiheadAttention(12, 3, **sizes).eval()
+    ours = quantized(layer, r=0.0)
+    twin = folded_twin(nn.Sequential(layer), nn.Sequential(ours))[0]
+    given = [inputs(4, 2, size, seed=i) for i, size in enumerate((12, sizes.get("kdim", 12), sizes.get("vdim", 12)))]
+    expected = twin(*(literal_rows(x, 8) for x in given))
+    for found, wanted in zip(ours(*given), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    if not sizes:
+        rounded = literal_rows(given[0], 8)
+        torch.testing.assert_close(ours(*[given[0]] * 3)[0], twin(*[rounded] * 3)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_one_everywhere() -> None:
+    ours, x = quantized(nn.Linear(12, 6), 2), inputs(5, 12).requires_grad_()
+    ours(x).sum().backward()
+    torch.testing.assert_close(x.grad, ours.weight.sum(0).expand(5, -1))
+    assert torch.equal(ours(x), ours(x.detach()))
+
+
+# --- Recurrent layers, literally --------------------------------------------------------------------------------------
+
+
+class Literal:
+    """What a recurrent layer computes for one sequence, step by step, unit by unit as torch's documentation has it."""
+
+    def __init__(self, ours: QuantizedLayer, bits: int) -> None:
+        self.ours, self.bits = ours, bits
+
+    def product(self, kind: str, suffix: str, v: Tensor) -> Tensor:
+        w = self.ours.folded(f"weight_{kind}{suffix}").to(v.dtype)
+        b = getattr(self.ours, f"bias_{kind}{suffix}", None) if kind != "hr" else None
+        return w @ literal_rows(v, self.bits) + (0 if b is None else b.detach())
+
+    def step(self, suffix: str, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ours, H = self.ours, HIDDEN
+        i, j = self.product("ih", suffix, x), self.product("hh", suffix, h)
+        name = ours.float_kind.__name__
+        if name.startswith("LSTM"):
+            a = i + j
+            c = torch.sigmoid(a[H : 2 * H]) * c + torch.sigmoid(a[:H]) * torch.tanh(a[2 * H : 3 * H])
+            h = torch.sigmoid(a[3 * H :]) * torch.tanh(c)
+            return (self.product("hr", suffix, h) if getattr(ours, "proj_size", 0) else h), c
+        if name.startswith("GRU"):
+            r, z = torch.sigmoid(i[:H] + j[:H]), torch.sigmoid(i[H : 2 * H] + j[H : 2 * H])
+            return z * h + (1 - z) * torch.tanh(i[2 * H :] + r * j[2 * H :]), None
+        return (torch.tanh if ours.nonlinearity == "tanh" else torch.relu)(i + j), None
+
+    def sequence(self, x: Tensor, states: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, list[list[Tensor]]]:
+        """x [T, C], states [rows, H] each, a dropout mask [T, ...] for each layer but the last."""
+        ends: list[list[Tensor]] = []
+        for layer in range(self.ours.num_layers):
+            outputs = []
+            for suffix in [f"_l{layer}", f"_l{layer}_reverse"][: 1 + self.ours.bidirectional]:
+                h, c = states[0][len(ends)], states[1][len(ends)] if len(states) > 1 else None
+                found = {}
+                steps = range(len(x))
+                for t in reversed(steps) if suffix.endswith("reverse") else steps:
+                    h, c = self.step(suffix, x[t], h, c)
+                    found[t] = h
+                outputs.append(torch.stack([found[t] for t in steps]))
+                ends.append([h] if c is None else [h, c])
+            x = torch.cat(outputs, -1)
+            if masks and layer + 1 < self.ours.num_layers:
+                x = x * masks[layer]
+        return x, ends
+
+
+def literal_outputs(ours: QuantizedLayer, bits: int, sequences: list[Tensor], states: Any, masks: Any = ()) -> Any:
+    """Outputs of each sequence, and final states [rows, N, H]; states [rows, N, H] or zeros; masks of sequences."""
+    rows = ours.num_layers * (1 + ours.bidirectional)
+    sizes = [ours.proj_size or HIDDEN, HIDDEN] if isinstance(ours.float_kind(1, 1), nn.LSTM) else [HIDDEN]
+    if states is None:
+        states = [torch.zeros(rows, len(sequences), size, dtype=torch.float64) for size in sizes]
+    states = states if isinstance(states, tuple | list) else [states]
+    found = [
+        Literal(ours, bits).sequence(x, [each[:, n] for each in states], masks[n] if masks else [])
+        for n, x in enumerate(sequences)
+    ]
+    ends = [torch.stack([torch.stack([row[k] for row in e]) for _, e in found], 1) for k in range(len(sizes))]
+    return [output for output, _ in found], ends
+
+
+def doubled(states: Any) -> Any:
+    return tuple(map(doubled, states)) if isinstance(states, tuple) else states.double()
+
+
+def assert_close(found: Any, *expected: Tensor) -> None:
+    """In double precision, where no value falls on the other side of a tie."""
+    for ours, theirs in zip(flat(found), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def recurrent(kind: str, name: str, **options: Any) -> QuantizedLayer:
+    return quantized(make(kind, name), 5, **options).double().eval()
+
+
+@pytest.mark.parametrize("with_states", [True, False])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_recurrent_layers(kind: str, name: str, with_states: bool) -> None:
+    ours, x = recurrent(kind, name), torch.randn(6, 3, INPUT, dtype=torch.float64)
+    states = doubled(states_for(make(kind, name), 3)) if with_states else None
+    outputs, ends = literal_outputs(ours, 5, list(x.unbind(1)), states)
+    expected = torch.stack(outputs, 0 if ours.batch_first else 1)
+    given = x.transpose(0, 1) if ours.batch_first else x
+    assert_close(ours(given) if states is None else ours(given, states), expected, *ends)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_unbatched(kind: str, name: str) -> None:
+    ours, x = recurrent(kind, name), torch.randn(6, INPUT, dtype=torch.float64)
+    states = doubled(states_for(make(kind, name)))
+    several = [each[:, None] for each in (states if isinstance(states, tuple) else [states])]
+    (output,), ends = literal_outputs(ours, 5, [x], several)
+    assert_close(ours(x, states), output, *(end[:, 0] for end in ends))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_packed_sequences(kind: str, name: str, in_order: bool) -> None:
+    ours, lengths = recurrent(kind, name), (7, 5, 5, 2) if in_order else (2, 7, 5, 5)
+    sequences = [torch.randn(n, INPUT, dtype=torch.float64) for n in lengths]
+    states = doubled(states_for(make(kind, name), 4))
+    outputs, ends = literal_outputs(ours, 5, sequences, states)
+    found, last = ours(pack_sequence(sequences, enforce_sorted=in_order), states)
+    assert isinstance(found, PackedSequence)
+    assert_close((found, last), pack_sequence(outputs, enforce_sorted=in_order).data, *ends)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_dropout_between_layers(kind: str) -> None:
+    """What is dropped and grown is rounded again; the seed gives the same masks to tensors of ones."""
+    ours, x = recurrent(kind, "dropout").train(), torch.randn(6, 3, INPUT, dtype=torch.float64)
+    torch.manual_seed(3)
+    found = ours(x)
+    torch.manual_seed(3)
+    masks = [F.dropout(torch.ones(18, HIDDEN, dtype=torch.float64), 0.4).view(6, 3, HIDDEN) for _ in range(2)]
+    assert 0 < int((masks[0] == 0).sum()) < masks[0].numel()
+    outputs, ends = literal_outputs(ours, 5, list(x.unbind(1)), None, [[m[:, n] for m in masks] for n in range(3)])
+    assert_close(found, torch.stack(outputs, 1), *ends)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells(name: str) -> None:
+    kind, options = CELLS[name]
+    torch.manual_seed(0)
+    ours = quantized(heavy(kind(INPUT, HIDDEN, **options)), 5).double()
+    x = torch.randn(3, INPUT).double()
+    states = tuple(torch.randn(3, HIDDEN).double() for _ in range(2 if kind is nn.LSTMCell else 1))
+    literal = Literal(ours, 5)
+    ends = [literal.step("", *row, *[None] * (3 - len(row))) for row in zip(x, *states, strict=True)]
+    expected = [torch.stack(each) for each in zip(*ends, strict=True) if each[0] is not None]
+    hx = states if kind is nn.LSTMCell else states[0]
+    assert_close(ours(x, hx), *expected)
+    unbatched = ours(x[0], tuple(each[0] for each in states) if kind is nn.LSTMCell else states[0][0])
+    assert_close(unbatched, *(each[0] for each in expected))
+    zeros = tuple(torch.zeros_like(each) for each in states)
+    assert_close(ours(x), *flat(ours(x, zeros if kind is nn.LSTMCell else zeros[0])))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_expanded_and_folded_compute_the_same_and_hold_the_same(kind: str) -> None:
+    a, b = (recurrent(kind, "both directions", expand=expand) for expand in (True, False))
+    x = torch.randn(6, 3, INPUT, dtype=torch.float64)
+    assert_close(a(x), *flat(b(x)))
+    assert a.expand
+    assert not b.expand
+    assert a.splits
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, b.state_dict()[name]), name
+    static = quantized(make(kind, "both directions"), act_scale="static", expand=True, calibration=x.float())
+    assert all(torch.equal(a.weight_state(name)[0], static.weight_state(name)[0]) for name in a.channels)
+    assert a.expanded_shape("weight_hh_l0") == static.expanded_shape("weight_hh_l0")
+
+
+def test_close_to_float_at_8_bits() -> None:
+    layer, x = make("lstm", "two layers"), torch.randn(20, 3, INPUT)
+    ours = quantized(layer, 8, wbits=8)
+    for found, expected in zip(flat(ours(x)), flat(layer(x)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+    assert ours.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_gradients_reach_inputs_biases_and_initial_states() -> None:
+    ours = quantized(make("gru", "both directions"))
+    x, h = torch.randn(4, 2, INPUT, requires_grad=True), torch.randn(4, 2, HIDDEN, requires_grad=True)
+    ours(x, h)[0].square().sum().backward()
+    assert all(each.grad.abs().sum() > 0 for each in (x, h, *ours.parameters()))
+
+
+def test_recurrent_inputs_stay_float_unless_an_override_names_their_abits() -> None:
+    model = nn.Sequential(nn.LSTM(4, 5))
+    report = ocs.quantize(model, **DYNAMIC)
+    assert model[0].input_grid is None
+    assert "input stays float: name it in overrides" in report.layers[0].reason
+
+
+def test_wrong_inputs_have_clear_errors() -> None:
+    ours = quantized(make("lstm", "two layers"))
+    with pytest.raises(RuntimeError, match="QuantLSTM: expected 10 input channels, not 9"):
+        ours(torch.randn(4, 2, 9))
+    with pytest.raises(RuntimeError, match="input has no steps"):
+        ours(torch.randn(0, 2, 10))
+    words = torch.nested.nested_tensor([torch.randn(2, 12), torch.randn(3, 12)], layout=torch.jagged)
+    for layer in (ours, quantized(nn.Linear(12, 6))):
+        with pytest.raises(RuntimeError, match="a quantized layer input cannot be a nested tensor: pad it"):
+            layer(words)
+
+
+# --- What quantize() says ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"act_scale": "row"}, "act_scale='row': use 'static' or 'dynamic'"),
+        ({"abits": None}, "0: an act_ option without abits has no effect: set abits, too"),
+        ({"act_clip": "mse"}, "act_clip='mse' with act_scale='dynamic'.*use act_clip='none', or act_scale='static'"),
+        ({"act_r": 0.1}, "act_r=0.1 with act_scale='dynamic'.*use act_r=0.0, or act_scale='static'"),
+        ({"act_split": "oracle"}, "act_split='oracle' with act_scale='dynamic'.*use act_split='static', or"),
+        ({"act_signed": "auto"}, "act_signed='auto' with act_scale='dynamic'.*use act_signed=True, or"),
+        ({"calibration": torch.randn(2, 3)}, "calibration= has no effect.*abits= with act_scale='static'"),
+        ({"act_scale": "static"}, "0: abits=8 needs calibration"),
+        (
+            {"act_scale": "static", "act_clip": "mse", "overrides": {"0": {"act_scale": "dynamic"}}},
+            r"0: overrides\['0'\]: act_clip='mse' with act_scale='dynamic'",
+        ),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        ocs.quantize(model, **DYNAMIC | options)
+    assert_unchanged(model, before)
+
+
+def test_convolutions_have_no_rows(net: SmallNet) -> None:
+    before = state(net)
+    message = (
+        r"body\.0: act_scale='dynamic' is for inputs whose channels are the last axis, which those of a Conv2d are not:"
+        r" use overrides=\{'body\.0': dict\(act_scale='static'\)\} with calibration=, or skip='body\.0'"
+    )
+    with pytest.raises(ValueError, match=message):
+        ocs.quantize(net, **DYNAMIC)
+    assert_unchanged(net, before)
+    ocs.register(SamePadded, like=nn.Conv2d)
+    with pytest.raises(ValueError, match="which those of a SamePadded are not"):
+        ocs.quantize(nn.Sequential(SamePadded(3, 4, 3)), skip=None, **DYNAMIC)
+    x, overrides = torch.randn(4, 3, 8, 8), {"body.*": {"act_scale": "static"}}
+    ocs.quantize(net, calibration=x, overrides=overrides, **DYNAMIC)
+    assert [net.body[0].input_grid.dynamic, net.head.input_grid.dynamic] == [False, True]
+    assert net.head._buffers["input_scale"] is None
+    assert net.head.input_range is None
+    assert net(x).isfinite().all()
+
+
+def test_the_best_recipe_neither_clips_nor_asks_for_signs() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    report = ocs.quantize(model, recipe="best", **DYNAMIC)
+    assert (report.settings["act_clip"], report.settings["act_signed"]) == ("none", True)
+    assert model[2].input_grid == InputGrid(8, act_scale="dynamic")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"allocate": "error", "r": 0.2, "wbits": 4},
+        {"wbits": "auto", "budget": 130, "r": 0.1},
+        {"correct_bias": True},
+        {"rounding": "gptq", "wbits": 4},
+    ],
+)
+def test_with_other_options(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)), inputs(30, 12)
+    ocs.quantize(model, calibration=[x], **DYNAMIC, **options)
+    expected = x
+    for layer in (model[0], model[2]):
+        assert layer.input_grid.dynamic
+        expected = F.linear(literal_rows(expected, 8), layer.folded("weight"), layer.bias)
+        expected = expected.relu() if layer is model[0] else expected
+    torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)  # a tie may fall otherwise
+
+
+def test_reports_and_repr_show_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    report = ocs.quantize(model, **DYNAMIC)
+    (line,) = report.quantized
+    assert (line.act_bits, line.act_dynamic, line.act_scale, line.act_threshold) == (8, True, None, None)
+    assert "8 bits, a scale per row" in str(report)
+    assert "8 bits, a scale per row" in report.to_html()
+    assert "input of 8 bits, a scale per row" in repr(model)
+    assert json.loads(report.to_json())["settings"]["act_scale"] == "dynamic"
+    assert line.packed_bytes == 30 + 4
+
+
+# --- They travel ------------------------------------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """Every kind of layer whose inputs have rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.cell = heavy(nn.LSTM(10, 12, 2, bidirectional=True)), heavy(nn.GRUCell(24, 12))
+        self.attention, self.head = nn.MultiheadAttention(12, 3), nn.Linear(12, 5)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """[T, N, 10] -> [1, N, 5]."""
+        query = self.cell(self.lstm(words)[0][-1])[None]
+        return self.head(self.attention(query, query, query)[0])
+
+
+OVERRIDES = {"lstm": {"abits": 6}, "cell": {"abits": 7}}
+WORDS = torch.randn(5, 2, 10, generator=torch.Generator().manual_seed(0))
+
+
+def rows(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    model = Rows().eval()
+    ocs.quantize(model, **{"wbits": 5, "r": 0.1, "overrides": OVERRIDES, **DYNAMIC, **options})
+    return model
+
+
+def test_copies_states_and_files(tmp_path: Path) -> None:
+    model, other = rows(), rows(1)
+    expected = model(WORDS)
+    assert not torch.equal(other(WORDS), expected)
+    other.load_state_dict(model.state_dict())
+    path = tmp_path / "rows.safetensors"
+    ocs.save(model, path)
+    loaded = [ocs.load(path, Rows().eval()), ocs.load(path, Rows().eval().to("meta"))]
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other, *loaded):
+        assert torch.equal(each(WORDS), expected)
+        assert repr(each) == repr(model)
+        assert each.lstm.input_grid == InputGrid(6, act_scale="dynamic")
+    names = {name.rpartition(".")[2] for name in model.state_dict()}
+    assert "input_form" in names
+    assert not names & {"input_scale", "input_source"}
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(path, framework="np") as file:
+        return json.loads(file.metadata()["ocs"])
+
+
+def test_older_readers_are_told_by_files_with_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {"dynamic": tmp_path / "dynamic", "static": tmp_path / "static"}
+    for act_scale, path in paths.items():
+        calibration = [WORDS] if act_scale == "static" else None
+        ocs.save(rows(act_scale=act_scale, calibration=calibration), path)
+    headers = {name: header_of(path) for name, path in paths.items()}
+    assert {name: header["format"] for name, header in headers.items()} == {"dynamic": 4, "static": 2}
+    assert headers["dynamic"]["layers"]["head"]["input"]["act_scale"] == "dynamic"
+    assert "act_scale" not in headers["static"]["layers"]["head"]["input"]
+    monkeypatch.setattr(reader, "FORMAT", 3)
+    ocs.load(paths["static"], Rows())
+    with pytest.raises(ValueError, match="wrote it in format 4, newer than 3: upgrade torch-ocs"):
+        ocs.load(paths["dynamic"], Rows())
+
+
+def test_states_of_the_other_kind_are_refused() -> None:
+    dynamic, static = rows(), rows(act_scale="static", calibration=[WORDS])
+    for model, other, message in (
+        (
+            dynamic,
+            static,
+            r"head: input_form is \[8, 1, 1, 0\]: the state is of another input than one of 8 b",
+        ),
+        (static, dynamic, "head: input_scale is missing"),
+        (dynamic, rows(abits=7), r"head: input_form is \[7, 1, 1, 2\]"),
+    ):
+        before = state(model)
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(other.state_dict())
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act_scale": "row"}, "act_scale='row'"),
+        ({"act_scale": ["dynamic"]}, "act_scale="),
+        ({"act_scale": "dynamic", "splits": 1}, "act_scale='dynamic'"),
+        ({"act_scale": "dynamic", "act_split": "oracle"}, "act_scale='dynamic'"),
+        ({"act_scale": "dynamic", "signed": False}, "act_scale='dynamic'"),
+        ({"act_scale": "dynamic", "clip": "mse"}, "act_scale='dynamic'"),
+    ],
+)
+def test_grids_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_grid(InputGrid(**{"bits": 8, **change}))
+
+
+def test_a_file_cannot_give_rows_to_a_convolution(tmp_path: Path, net: SmallNet) -> None:
+    ocs.quantize(net, abits=8, act_split="oracle")
+    net.body[0].input_grid = InputGrid(8, act_scale="dynamic")
+    ocs.save(net, tmp_path / "net")
+    with pytest.raises(ValueError, match=r"body\.0: it was saved with an input of 8 bits, a scale per row, which this"):
+        ocs.load(tmp_path / "net", SmallNet())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracer
+def test_compile_export_and_trace() -> None:
+    model, x = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), inputs(6, 12)
+    ocs.quantize(model, wbits=5, r=0.2, **DYNAMIC)
+    expected = model(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+
+
+@pytest.mark.parametrize("part", ["attention", "lstm", "cell"])
+def test_compile_and_export_of(part: str) -> None:
+    layer, x = getattr(rows(), part), torch.randn(4, 2, {"attention": 12, "lstm": 10, "cell": 24}[part])
+    given = {"attention": (x, x, x), "lstm": (x,), "cell": (x[0],)}[part]
+    expected = flat(layer(*given))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*given)
+    exported = torch.export.export(layer, given).module()(*given)
+    for found in (compiled, exported):
+        for a, b in zip(flat(found), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
