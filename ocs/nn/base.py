@@ -141,8 +141,9 @@ class QuantizedLayer(nn.Module):
 
     def _take_buffers(self, layer: QuantizedLayer, buffers: Mapping[str, Tensor | None]) -> None:
         """Take over what a layer holds besides its weights, the state that is saved in its order."""
-        kept = {*(b for name in layer.channels for b in layer.buffers_of(name)), *layer.unsaved_buffers()}
-        self._buffers.update({name: tensor for name, tensor in buffers.items() if name not in kept})
+        left = {*(b for name in layer.channels for b in layer.buffers_of(name)), *layer.derived_names()}
+        self._buffers.update({name: tensor for name, tensor in buffers.items() if name not in left})
+        self._non_persistent_buffers_set.difference_update(layer.derived_names())
         self._non_persistent_buffers_set.update(map(self.forward_buffer, self.channels))
         self.rebuild()
 
@@ -199,6 +200,10 @@ class QuantizedLayer(nn.Module):
         """Make that weight, anew where forward does not compute with it as a whole."""
         running = self._buffers[self.forward_buffer(name)]
         return running if not self.expand else self.in_float_layout(self.folded(name)).to(running.dtype)
+
+    def derived_names(self) -> Iterable[str]:
+        """Name the buffers that rebuild() fills besides those of weights."""
+        return self.derived_buffers
 
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape, in the float layer's layout, of the weight that an expanded layer computes with."""

@@ -62,6 +62,10 @@ class _Recurrent(QuantizedLayer):
             return self.float_weight(name)
         return super().__getattr__(name)
 
+    def derived_names(self) -> Iterable[str]:
+        """Name the rows of the widened biases."""
+        return [f"gate_rows{suffix}" for suffix in self.suffixes()]
+
     def expanded_shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape of the widened weight: the rows of all units, C + n columns."""
         return self.widened_rows(name).numel(), self.source_of(name).numel()
@@ -278,13 +282,16 @@ class _RecurrentLayer(_Recurrent):
             x = F.dropout(x, self.dropout, self.training) if layer else x
             outputs = []
             for suffix in self.directions(layer):
-                first, reverse = tuple(state[len(ends)] for state in states), suffix.endswith("_reverse")
-                from_input = self.row_product(f"weight_ih{suffix}", x)
-                output, last = run_sequence(from_input, sizes, first, partial(self.step, suffix), reverse=reverse)
+                output, last = self.run_direction(suffix, x, sizes, tuple(state[len(ends)] for state in states))
                 outputs.append(output)
                 ends.append(last)
             x = torch.cat(outputs, -1)
         return x, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+
+    def run_direction(self, suffix: str, x: Tensor, sizes: list[int], states: States) -> tuple[Tensor, States]:
+        """Run one layer in one direction on rows [rows, C]: (hidden states [rows, H], final states)."""
+        from_input, step = self.row_product(f"weight_ih{suffix}", x), partial(self.step, suffix)
+        return run_sequence(from_input, sizes, states, step, reverse=suffix.endswith("_reverse"))
 
     def run(self, x: Tensor, batch_sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
         """Run all layers: step by step where states are rounded, layer by layer where widened, else in one call."""

@@ -41,8 +41,8 @@ class PackedProduct(PackedLayer):
     def rounded(self, x: Tensor) -> Tensor:
         """Round an input to its grid, if it has one."""
         x, grid = as_dense(x), self.input_grid
-        if grid is None:
-            return x
+        if grid is None or grid.dynamic:
+            return self.round_input(x)
         parts = oracle_parts(grid, x, self.input_axis, self.groups) if grid.oracle else self.static_parts()
         return round_folded(x, grid, parts, self.input_axis)
 

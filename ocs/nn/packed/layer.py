@@ -107,6 +107,10 @@ class PackedLayer(QuantizedLayer):
         """Tell the shape, in the float layer's layout, of the expanded weight."""
         return tuple(self.in_float_layout(torch.empty(self.forms[name].shape, dtype=torch.int8, device="meta")).shape)
 
+    def derived_names(self) -> tuple[str, ...]:
+        """Name no buffer: none is derived."""
+        return ()
+
     def rebuild(self) -> None:
         """Keep the dtype of the weights and none of their values."""
         for buffer in {self.forward_buffer(name) for name in self.channels}:
@@ -133,9 +137,9 @@ class PackedLayer(QuantizedLayer):
         grid = self.input_grid
         if grid is None:
             return FLOAT_ROWS
-        if grid.splits or grid.oracle:
-            return None
-        return RowGrid(grid.bits, self.input_scale, grid.signed)
+        if grid.dynamic:
+            return RowGrid(grid.bits)
+        return None if grid.splits or grid.oracle else RowGrid(grid.bits, self.input_scale, grid.signed)
 
     def asks_for_gradient(self, *inputs: Tensor | None) -> bool:
         """Tell whether a gradient is to reach these inputs or, in training, the biases."""
@@ -167,7 +171,3 @@ def _with_attributes(kind: type[QuantizedLayer], layer: QuantizedLayer) -> Quant
     vars(made).update(made.__getstate__())  # hooks that know the layer know this one
     take_hook(made, layer)
     return made
-
-
-def _gate_rows(layer: QuantizedLayer) -> list[str]:
-    return [name for name in layer._buffers if name.startswith("gate_rows")]
