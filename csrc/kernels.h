@@ -193,9 +193,9 @@ ocs_status ocs_check_packed(const ocs_packed_weight *weight);
 /* The scratch memory that ocs_product_rows needs for up to R rows. */
 size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R);
 
-/* ocs_product of a weight that was checked, R within what scratch is for. */
-ocs_status ocs_product_in(void *scratch, void *y, const void *x, const float *bias, const ocs_packed_weight *weight,
-                          ocs_row_grid grid, int64_t R, ocs_row_dtype dtype);
+/* ocs_product of float32 rows and a weight that was checked, R being within what the scratch memory is for. */
+ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
+                          ocs_row_grid grid, int64_t R);
 
 /* --- Recurrent layers (recurrent.c) ----------------------------------------------------------- */
 

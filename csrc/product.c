@@ -52,9 +52,26 @@ void ocs_product_f32_ref(float *restrict sum, const uint8_t *tiles, const float 
     }
 }
 
+void ocs_cut_row_ref(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step) {
+    for (int64_t i = 0; i < N; ++i) {
+        int32_t left = (int32_t)nearbyintf(x[i] / step);
+        for (int place = 2; place > 0; --place) {
+            const int8_t byte = (int8_t)left;
+            bytes[place * stride + i] = byte;
+            left = (left - byte) / 256;
+        }
+        bytes[i] = (int8_t)left;
+    }
+}
+
 /* --- Rows ------------------------------------------------------------------------------------- */
 
-enum { SEGMENT = 32768 }; /* channels whose products add up in 32 bits, 2^15 * 255 * 127 < 2^31 */
+enum {
+    SEGMENT = 32768, /* channels whose products add up in 32 bits, 2^15 * 255 * 128 < 2^31 */
+    FEW_ROWS = 4,    /* floats that are multiplied as whole numbers */
+    PLACES = 3,      /* bytes of such a number */
+};
+#define MOST_STEPS 8323072.0f /* 2^23 - 2^16, the largest such number whose first byte is 127 */
 
 /* Everything that a call has prepared. */
 typedef struct {
@@ -69,9 +86,10 @@ typedef struct {
     int64_t stride;   /* of prepared rows: channels of all tiles */
     int64_t span;     /* channels of a segment, whose sums are scaled as one */
     int64_t segments; /* of a row */
-    uint8_t *rows;    /* [R, stride] integers, or floats */
+    int64_t places;   /* rows of integers for each row: PLACES of whole numbers, 1 of rounded ones, 0 of floats */
+    uint8_t *rows;    /* [R, places, stride] integers, or [R, stride] floats */
     float *row_scale; /* [R] */
-    int32_t *row_sum; /* [R, segments] of the integers */
+    int32_t *row_sum; /* [R, places, segments] of the integers */
 } product_job;
 
 static int64_t padded_channels(const ocs_packed_weight *w) {
@@ -130,37 +148,53 @@ static void append_copies(float *restrict row, const ocs_packed_weight *w, int64
 }
 
 /* The scale of a row whose largest magnitude is given; NaN where it cannot have one. */
-static float scale_of_row(ocs_row_grid grid, float largest) {
-    if (isnan(largest) || (grid.scale == 0.0f && isinf(largest))) {
+static float scale_of_row(const product_job *job, float largest) {
+    const bool fixed = job->grid.bits != 0 && job->grid.scale != 0.0f;
+    if (isnan(largest) || (!fixed && isinf(largest))) {
         return NAN;
     }
-    if (grid.scale != 0.0f) {
-        return grid.scale;
+    if (fixed) {
+        return job->grid.scale;
     }
-    const float scale = largest / (float)ocs_qmax(grid.bits), smallest = 0x1p-149f;
+    const float scale = largest / (job->grid.bits == 0 ? MOST_STEPS : (float)ocs_qmax(job->grid.bits));
+    const float smallest = 0x1p-149f;
     return largest == 0.0f ? 1.0f : scale > smallest ? scale : smallest;
 }
 
-/* Integers of a row, and their sums in each segment. */
-static void round_row(const product_job *job, int64_t r, const float *row) {
+/* Appends the copies to a row of integers, and sums up each segment. */
+static void finish_integers(const product_job *job, uint8_t *q, int32_t *sums) {
     const ocs_packed_weight *w = job->weight;
-    const ocs_row_grid grid = job->grid;
-    const float scale = scale_of_row(grid, job->kernels->abs_max(row, w->C));
-    uint8_t *q = job->rows + r * job->stride;
-    const float most = grid.is_signed ? (float)ocs_qmax(grid.bits) : (float)((1 << grid.bits) - 1);
-    job->kernels->quantize(q, row, w->C, isnan(scale) ? 1.0f : scale, grid.is_signed ? -most : 0.0f, most);
-    job->row_scale[r] = scale;
     for (int64_t i = 0; i < w->S; ++i) {
         q[w->C + i] = q[w->copies[i]];
     }
     memset(q + w->C + w->S, 0, (size_t)(job->stride - w->C - w->S));
-    for (int64_t s = 0; s < job->segments && grid.is_signed; ++s) {
+    for (int64_t s = 0; s < job->segments; ++s) {
         const int64_t end = (s + 1) * job->span < job->stride ? (s + 1) * job->span : job->stride;
-        int32_t sum = 0;
+        sums[s] = 0;
         for (int64_t e = s * job->span; e < end; ++e) {
-            sum += (int8_t)q[e];
+            sums[s] += (int8_t)q[e];
         }
-        job->row_sum[r * job->segments + s] = sum;
+    }
+}
+
+/* Integers of a row: its rounded values, or the bytes of whole numbers. */
+static void make_integers(const product_job *job, int64_t r, const float *row) {
+    const int64_t C = job->weight->C;
+    const ocs_row_grid grid = job->grid;
+    const float scale = scale_of_row(job, job->kernels->abs_max(row, C));
+    uint8_t *q = job->rows + r * job->places * job->stride;
+    job->row_scale[r] = scale;
+    if (isnan(scale)) {
+        memset(q, 0, (size_t)(job->places * job->stride));
+    } else if (grid.bits == 0) {
+        job->kernels->cut_row((int8_t *)q, row, C, job->stride, scale);
+    } else {
+        const float most = grid.is_signed ? (float)ocs_qmax(grid.bits) : (float)((1 << grid.bits) - 1);
+        job->kernels->quantize(q, row, C, scale, grid.is_signed ? -most : 0.0f, most);
+    }
+    for (int64_t place = 0; place < job->places; ++place) {
+        const int64_t i = r * job->places + place;
+        finish_integers(job, q + place * job->stride, job->row_sum + i * job->segments);
     }
 }
 
@@ -168,8 +202,8 @@ static void prepare_rows(ocs_range *range) {
     const product_job *job = range->ctx;
     for (int64_t r = range->begin; r < range->end; ++r) {
         const float *row = row_as_floats(job, r, range->scratch);
-        if (job->grid.bits != 0) {
-            round_row(job, r, row);
+        if (job->places > 0) {
+            make_integers(job, r, row);
             continue;
         }
         float *prepared = (float *)(void *)job->rows + r * job->stride;
@@ -182,30 +216,46 @@ static void prepare_rows(ocs_range *range) {
 
 typedef float row_of_outputs[OCS_TILE_OUTPUTS];
 
+/* The part of a row that one segment gives, in whole numbers: sum [places, 16], with codes that are qmax too large. */
+static void whole_numbers(float *restrict part, const int32_t *sum, const product_job *job, int64_t r,
+                          int64_t segment) {
+    double total[OCS_TILE_OUTPUTS] = {0.0}; /* exact: below 2^53 */
+    for (int64_t place = 0; place < job->places; ++place, sum += OCS_TILE_OUTPUTS) {
+        const bool is_signed = job->grid.bits == 0 || job->grid.is_signed;
+        const int32_t of_row = job->row_sum[(r * job->places + place) * job->segments + segment];
+        const int32_t offset = is_signed ? ocs_qmax(job->weight->bits) * of_row : 0;
+        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+            total[o] = 256.0 * total[o] + (double)(sum[o] - offset);
+        }
+    }
+    for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+        part[o] = (float)total[o];
+    }
+}
+
 /* total [R, 16] += the sums of one segment, scaled. */
 static void add_segment(row_of_outputs *total, const product_job *job, const uint8_t *tiles, const float *scale,
                         int64_t first, int64_t R, int64_t segment) {
     const ocs_packed_weight *w = job->weight;
     const int64_t begin = segment * job->span, left = job->stride - begin;
     const int64_t T = (left < job->span ? left : job->span) / OCS_TILE_CHANNELS;
-    int32_t whole[OCS_MOST_ROWS][OCS_TILE_OUTPUTS];
-    row_of_outputs sum[OCS_MOST_ROWS];
+    int32_t whole[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
+    row_of_outputs part[OCS_MOST_ROWS];
     tiles += begin / OCS_TILE_CHANNELS * ocs_tile_bytes(w->bits);
-    if (job->grid.bits == 0) {
+    if (job->places == 0) {
         const float *x = (const float *)(const void *)job->rows + first * job->stride + begin;
-        job->kernels->product_f32(*sum, tiles, x, T, R, job->stride, w->bits);
+        job->kernels->product_f32(*part, tiles, x, T, R, job->stride, w->bits);
     } else {
-        const uint8_t *x = job->rows + first * job->stride + begin;
-        job->kernels->product_i8(*whole, tiles, x, T, R, job->stride, w->bits, job->grid.is_signed);
+        const uint8_t *x = job->rows + first * job->places * job->stride + begin;
+        const bool is_signed = job->grid.bits == 0 || job->grid.is_signed;
+        job->kernels->product_i8(whole, tiles, x, T, R * job->places, job->stride, w->bits, is_signed);
+        for (int64_t r = 0; r < R; ++r) {
+            whole_numbers(part[r], whole + r * job->places * OCS_TILE_OUTPUTS, job, first + r, segment);
+        }
     }
     for (int64_t r = 0; r < R; ++r) {
-        int32_t offset = 0;
-        if (job->grid.is_signed && job->grid.bits != 0) {
-            offset = ocs_qmax(w->bits) * job->row_sum[(first + r) * job->segments + segment];
-        }
         for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-            const float value = job->grid.bits == 0 ? sum[r][o] : (float)(whole[r][o] - offset);
-            total[r][o] += value * scale[o];
+            total[r][o] += part[r][o] * scale[o];
         }
     }
 }
@@ -214,18 +264,21 @@ static void add_segment(row_of_outputs *total, const product_job *job, const uin
 static void scales_of_block(float scale[OCS_TILE_OUTPUTS], const product_job *job, int64_t block, int64_t segment) {
     const ocs_packed_weight *w = job->weight;
     const int64_t group = w->group > 0 ? segment * job->span / w->group : 0;
-    for (int i = 0; i < OCS_TILE_OUTPUTS; ++i) {
-        const int64_t o = block * OCS_TILE_OUTPUTS + i;
-        scale[i] = o < w->O ? ocs_scale_of(w->scale, group * w->O + o) : 0.0f;
+    const int64_t first = block * OCS_TILE_OUTPUTS, left = w->O - first;
+    for (int64_t i = 0; i < OCS_TILE_OUTPUTS; ++i) {
+        scale[i] = i < left ? ocs_scale_of(w->scale, group * w->O + first + i) : 0.0f;
     }
 }
 
 static void write_row(const product_job *job, float *restrict total, int64_t r, int64_t block) {
     const int64_t O = job->weight->O, first = block * OCS_TILE_OUTPUTS;
     const int outputs = O - first < OCS_TILE_OUTPUTS ? (int)(O - first) : OCS_TILE_OUTPUTS;
-    for (int o = 0; o < outputs; ++o) {
-        total[o] = job->grid.bits == 0 ? total[o] : total[o] * job->row_scale[r];
-        total[o] = job->bias == NULL ? total[o] : total[o] + job->bias[first + o];
+    const float scale = job->places > 0 ? job->row_scale[r] : 1.0f;
+    for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+        total[o] *= scale;
+    }
+    for (int o = 0; o < outputs && job->bias != NULL; ++o) {
+        total[o] += job->bias[first + o];
     }
     char *y = job->y + (size_t)(r * O + first) * size_of(job->dtype);
     if (job->dtype == OCS_ROWS_F32) {
@@ -244,7 +297,8 @@ static void multiply_blocks(ocs_range *range) {
     for (int64_t b = range->begin; b < range->end; ++b) {
         for (int64_t first = 0; first < job->R; first += OCS_MOST_ROWS) {
             const int64_t R = job->R - first < OCS_MOST_ROWS ? job->R - first : OCS_MOST_ROWS;
-            row_of_outputs total[OCS_MOST_ROWS] = {{0.0f}}, scale;
+            row_of_outputs total[OCS_MOST_ROWS], scale;
+            memset(total, 0, (size_t)R * sizeof *total);
             for (int64_t s = 0; s < job->segments; ++s) {
                 scales_of_block(scale, job, b, s);
                 add_segment(total, job, job->weight->packed + b * block, scale, first, R, s);
@@ -260,23 +314,39 @@ static void multiply_blocks(ocs_range *range) {
 
 size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R) {
     const int64_t stride = padded_channels(weight), segments = ocs_ceil_div(stride, segment_channels(weight));
-    return (size_t)R * (size_t)(stride * (int64_t)sizeof(float) + (1 + segments) * 4) + 64;
+    return (size_t)R * (size_t)(stride + 1 + PLACES * segments) * sizeof(float) + 64;
 }
 
-ocs_status ocs_product_in(void *scratch, void *y, const void *x, const float *bias, const ocs_packed_weight *weight,
-                          ocs_row_grid grid, int64_t R, ocs_row_dtype dtype) {
-    product_job job = {.kernels = ocs_kernel_table(), .weight = weight, .bias = bias, .grid = grid, .dtype = dtype};
-    job.x = x, job.y = y, job.R = R;
-    job.stride = padded_channels(weight);
-    job.span = segment_channels(weight);
-    job.segments = ocs_ceil_div(job.stride, job.span);
-    job.rows = (uint8_t *)(((uintptr_t)scratch + 63) / 64 * 64);
-    job.row_scale = (float *)(void *)(job.rows + (size_t)(R * job.stride) * sizeof(float));
-    job.row_sum = (int32_t *)(void *)(job.row_scale + R);
-    const size_t room = dtype == OCS_ROWS_F32 ? 0 : (size_t)weight->C * sizeof(float) + 1;
-    OCS_TRY(ocs_parallel_for(R, ocs_grain(4 * job.stride), room, prepare_rows, &job));
+/* How many rows of integers each of R rows becomes. */
+static int64_t places_of(ocs_row_grid grid, int64_t R) {
+    if (grid.bits != 0) {
+        return 1;
+    }
+    return R <= FEW_ROWS ? PLACES : 0;
+}
+
+/* Multiplies R rows, for which there is scratch memory. */
+static ocs_status run_rows(product_job *job, void *scratch, int64_t R) {
+    const ocs_packed_weight *weight = job->weight;
+    job->R = R;
+    job->stride = padded_channels(weight);
+    job->span = segment_channels(weight);
+    job->segments = ocs_ceil_div(job->stride, job->span);
+    job->rows = (uint8_t *)(((uintptr_t)scratch + 63) / 64 * 64);
+    job->row_scale = (float *)(void *)(job->rows + (size_t)(R * job->stride) * sizeof(float));
+    job->row_sum = (int32_t *)(void *)(job->row_scale + R);
+    const size_t room = job->dtype == OCS_ROWS_F32 ? 0 : (size_t)weight->C * sizeof(float) + 1;
+    OCS_TRY(ocs_parallel_for(R, ocs_grain(4 * job->stride), room, prepare_rows, job));
     const int64_t blocks = ocs_ceil_div(weight->O, OCS_TILE_OUTPUTS);
-    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job.stride), 0, multiply_blocks, &job);
+    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job->stride), 0, multiply_blocks, job);
+}
+
+ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
+                          ocs_row_grid grid, int64_t R) {
+    product_job job = {.kernels = ocs_kernel_table(), .weight = weight, .bias = bias, .grid = grid};
+    job.dtype = OCS_ROWS_F32, job.places = places_of(grid, R);
+    job.x = (const char *)x, job.y = (char *)y;
+    return run_rows(&job, scratch, R);
 }
 
 /* OCS_BAD_BITS or OCS_BAD_SCALE unless rows can be rounded so. */
@@ -297,11 +367,12 @@ ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_pack
     const int64_t at_once = R < ROWS_AT_ONCE ? R : ROWS_AT_ONCE;
     void *scratch = malloc(ocs_product_scratch(weight, at_once));
     ocs_status status = scratch != NULL ? OCS_OK : OCS_NO_MEMORY;
+    product_job job = {.kernels = ocs_kernel_table(), .weight = weight, .bias = bias, .grid = grid};
+    job.dtype = dtype, job.places = places_of(grid, R);
     for (int64_t r = 0; r < R && status == OCS_OK; r += at_once) {
-        const int64_t rows = R - r < at_once ? R - r : at_once;
-        const char *of_x = (const char *)x + (size_t)(r * weight->C) * size_of(dtype);
-        char *of_y = (char *)y + (size_t)(r * weight->O) * size_of(dtype);
-        status = ocs_product_in(scratch, of_y, of_x, bias, weight, grid, rows, dtype);
+        job.x = (const char *)x + (size_t)(r * weight->C) * size_of(dtype);
+        job.y = (char *)y + (size_t)(r * weight->O) * size_of(dtype);
+        status = run_rows(&job, scratch, R - r < at_once ? R - r : at_once);
     }
     free(scratch);
     return status;

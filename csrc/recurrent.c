@@ -92,12 +92,12 @@ static void run_cells(ocs_range *range) {
 static ocs_status run_step(const step_job *job, float *h, void *scratch, int64_t batch) {
     const ocs_recurrent_layer *layer = job->layer;
     const int64_t work = 16 * ocs_cell_gates(layer->kind) * job->H; /* a cell costs some 16 plain elements */
-    OCS_TRY(ocs_product_in(scratch, job->from_h, h, layer->bias, &layer->hidden, layer->grid, batch, OCS_ROWS_F32));
+    OCS_TRY(ocs_product_in(scratch, job->from_h, h, layer->bias, &layer->hidden, layer->grid, batch));
     OCS_TRY(ocs_parallel_for(batch, ocs_grain(work), 0, run_cells, (void *)job));
     if (layer->projection == NULL) {
         return OCS_OK;
     }
-    return ocs_product_in(scratch, h, job->unit, NULL, layer->projection, layer->grid, batch, OCS_ROWS_F32);
+    return ocs_product_in(scratch, h, job->unit, NULL, layer->projection, layer->grid, batch);
 }
 
 static ocs_status run_steps(step_job *job, float *y, float *h, void *scratch, const float *from_x,

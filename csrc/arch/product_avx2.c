@@ -66,55 +66,154 @@ INLINE __m256i add_widened(__m256i sum, __m256i codes, __m256i x, bool is_signed
     return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd)));
 }
 
-/* sum [16] += one row's products with a tile's codes; of k < 8 bits 2^(7 - k) lines fit 16 bits. */
-INLINE void add_tile(int32_t *sum, const __m256i codes[8][2], const uint8_t *x, int bits, bool is_signed) {
+/* Adds what the pairs of some lines gave in 16 bits to sums of 32. */
+INLINE __m256i add_wide(__m256i sum, __m256i pairs) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+/* sum [rows, 16] of up to 3 rows; of k < 8 bits the pairs of 2^(7 - k) lines fit 16 bits. */
+INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
+                     bool is_signed, int rows, int bits) {
     const int lines = bits >= 7 ? 1 : bits <= 4 ? 8 : 1 << (7 - bits);
-    for (int half = 0; half < 2; ++half) {
-        __m256i total = _mm256_loadu_si256((const __m256i *)(sum + 8 * half));
+    __m256i sums[3][2], pairs[3][2];
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; ++r) {
+        sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    }
+    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
 #pragma GCC unroll 8
-        for (int v = 0; v < 8; v += lines) {
-            __m256i pairs = _mm256_setzero_si256();
-#pragma GCC unroll 8
-            for (int i = v; i < v + lines; ++i) {
-                if (bits == 8) {
-                    total = add_widened(total, codes[i][half], four_bytes(x + 4 * i), is_signed);
-                } else {
-                    pairs = add_pairs(pairs, codes[i][half], four_bytes(x + 4 * i), bits, is_signed);
+        for (int v = 0; v < 8; ++v) {
+            const __m256i codes[2] = {half_line(tiles, v, 0, bits), half_line(tiles, v, 1, bits)};
+#pragma GCC unroll 3
+            for (int r = 0; r < rows; ++r) {
+                const __m256i values = four_bytes(x + r * stride + 4 * v);
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half) {
+                    if (bits == 8) {
+                        sums[r][half] = add_widened(sums[r][half], codes[half], values, is_signed);
+                        continue;
+                    }
+                    pairs[r][half] = v % lines == 0 ? _mm256_setzero_si256() : pairs[r][half];
+                    pairs[r][half] = add_pairs(pairs[r][half], codes[half], values, bits, is_signed);
+                    if (v % lines == lines - 1) {
+                        sums[r][half] = add_wide(sums[r][half], pairs[r][half]);
+                    }
                 }
             }
-            if (bits < 8) {
-                total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; ++r) {
+        _mm256_storeu_si256((__m256i *)(sum + r * OCS_TILE_OUTPUTS), sums[r][0]);
+        _mm256_storeu_si256((__m256i *)(sum + r * OCS_TILE_OUTPUTS + 8), sums[r][1]);
+    }
+}
+
+/* sum [rows, 16] of up to 3 signed rows and codes of 8 bits: the products of their upper four bits and of their lower.
+ */
+INLINE void few_rows_8(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
+                       int rows) {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int half = 0; half < 2; ++half) {
+        __m256i upper_sums[3], lower_sums[3];
+#pragma GCC unroll 3
+        for (int r = 0; r < rows; ++r) {
+            upper_sums[r] = lower_sums[r] = _mm256_setzero_si256();
+        }
+        for (int64_t t = 0; t < T; ++t) {
+            __m256i upper[3], lower[3];
+#pragma GCC unroll 3
+            for (int r = 0; r < rows; ++r) {
+                upper[r] = lower[r] = _mm256_setzero_si256();
+            }
+#pragma GCC unroll 8
+            for (int v = 0; v < 8; ++v) {
+                const __m256i codes = half_line(tiles + t * OCS_TILE_LINE * 8, v, half, 8);
+                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
+#pragma GCC unroll 3
+                for (int r = 0; r < rows; ++r) {
+                    const __m256i values = four_bytes(x + r * stride + t * OCS_TILE_CHANNELS + 4 * v);
+                    upper[r] = _mm256_add_epi16(upper[r], _mm256_maddubs_epi16(high, values));
+                    lower[r] = _mm256_add_epi16(lower[r], _mm256_maddubs_epi16(_mm256_and_si256(codes, low), values));
+                }
+            }
+#pragma GCC unroll 3
+            for (int r = 0; r < rows; ++r) {
+                upper_sums[r] = add_wide(upper_sums[r], upper[r]);
+                lower_sums[r] = add_wide(lower_sums[r], lower[r]);
             }
         }
-        _mm256_storeu_si256((__m256i *)(sum + 8 * half), total);
+#pragma GCC unroll 3
+        for (int r = 0; r < rows; ++r) {
+            const __m256i total = _mm256_add_epi32(_mm256_slli_epi32(upper_sums[r], 4), lower_sums[r]);
+            _mm256_storeu_si256((__m256i *)(sum + r * OCS_TILE_OUTPUTS + 8 * half), total);
+        }
+    }
+}
+
+/* As many rows as registers hold, which are also the bytes of one float row. */
+INLINE void some_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
+                      bool is_signed, int rows, int bits) {
+    if (bits == 8 && is_signed) {
+        few_rows_8(sum, tiles, x, T, stride, rows);
+    } else {
+        few_rows(sum, tiles, x, T, stride, is_signed, rows, bits);
     }
 }
 
 INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
                           int64_t stride, bool is_signed, int bits) {
-    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-        __m256i codes[8][2];
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-            codes[v][0] = half_line(tiles, v, 0, bits);
-            codes[v][1] = half_line(tiles, v, 1, bits);
-        }
-        for (int64_t r = 0; r < R; ++r) {
-            add_tile(sum + r * OCS_TILE_OUTPUTS, codes, x + r * stride, bits, is_signed);
-        }
+    for (; R >= 3; R -= 3, sum += 3 * OCS_TILE_OUTPUTS, x += 3 * stride) {
+        some_rows(sum, tiles, x, T, stride, is_signed, 3, bits);
+    }
+    if (R == 2) {
+        some_rows(sum, tiles, x, T, stride, is_signed, 2, bits);
+    } else if (R == 1) {
+        some_rows(sum, tiles, x, T, stride, is_signed, 1, bits);
     }
 }
 
 AVX2 void ocs_product_i8_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
                               int64_t stride, int bits, bool is_signed) {
-    if (R == 1 && is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, 1, stride, true)
-    } else if (is_signed) {
+    if (is_signed) {
         OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
     } else {
         OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
     }
+}
+
+/* --- Floats in three bytes -------------------------------------------------------------------- */
+
+/* The lowest byte of each integer, and what is left of it once that is taken away. */
+INLINE __m256i take_byte(__m256i *left) {
+    const __m256i byte = _mm256_srai_epi32(_mm256_slli_epi32(*left, 24), 24);
+    *left = _mm256_srai_epi32(_mm256_sub_epi32(*left, byte), 8);
+    return byte;
+}
+
+/* 32 integers that fit 8 bits, in order. */
+INLINE void store_bytes(int8_t *bytes, const __m256i x[4]) {
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *)bytes, _mm256_permutevar8x32_epi32(packed, order));
+}
+
+AVX2 void ocs_cut_row_avx2(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step) {
+    const __m256 steps = _mm256_set1_ps(step);
+    __m256i places[3][4];
+    int64_t i = 0;
+    for (; i + 32 <= N; i += 32) {
+        for (int j = 0; j < 4; ++j) {
+            __m256i left = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + i + 8 * j), steps));
+            places[2][j] = take_byte(&left);
+            places[1][j] = take_byte(&left);
+            places[0][j] = left;
+        }
+        for (int place = 0; place < 3; ++place) {
+            store_bytes(bytes + place * stride + i, places[place]);
+        }
+    }
+    ocs_cut_row_ref(bytes + i, x + i, N - i, stride, step);
 }
 
 /* --- Floats ----------------------------------------------------------------------------------- */
@@ -127,24 +226,6 @@ INLINE __m256 channel_of(__m256i q, int j) {
 
 INLINE __m256i integers_of(const uint8_t *tile, int v, int half, int bits) {
     return _mm256_sub_epi8(half_line(tile, v, half, bits), _mm256_set1_epi8((char)((1 << (bits - 1)) - 1)));
-}
-
-INLINE void product_f32_row(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int bits) {
-    __m256 sums[2][2] = {{_mm256_setzero_ps(), _mm256_setzero_ps()}, {_mm256_setzero_ps(), _mm256_setzero_ps()}};
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-            const __m256i low = integers_of(tiles, v, 0, bits), high = integers_of(tiles, v, 1, bits);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                const __m256 value = _mm256_broadcast_ss(x + 4 * v + j);
-                sums[j % 2][0] = _mm256_fmadd_ps(channel_of(low, j), value, sums[j % 2][0]);
-                sums[j % 2][1] = _mm256_fmadd_ps(channel_of(high, j), value, sums[j % 2][1]);
-            }
-        }
-    }
-    _mm256_storeu_ps(sum, _mm256_add_ps(sums[0][0], sums[1][0]));
-    _mm256_storeu_ps(sum + 8, _mm256_add_ps(sums[0][1], sums[1][1]));
 }
 
 /* sum [rows, 16] += the products of a tile's even channels, or of its odd ones; floats [32, 16]. */
@@ -203,10 +284,6 @@ INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const floa
 
 AVX2 void ocs_product_f32_avx2(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
                                int64_t stride, int bits) {
-    if (R == 1) {
-        OCS_WITH_CONSTANT_BITS(bits, product_f32_row, sum, tiles, x, T)
-    } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, T, R, stride)
-    }
+    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, T, R, stride)
 }
 #endif

@@ -41,22 +41,39 @@ INLINE __m512i add_four(__m512i sum, __m512i line, const uint8_t *x, bool is_sig
     return is_signed ? _mm512_dpbusd_epi32(sum, line, values) : _mm512_dpbusd_epi32(sum, values, line);
 }
 
-INLINE void product_i8_row(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, bool is_signed,
-                           int bits) {
-    __m512i sums[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+/* sum [rows, 16] of up to 4 rows, whose sums stay in registers: at least four of them, as a product waits for the sum
+   that it is added to. */
+INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
+                     bool is_signed, int rows, int bits) {
+    const int parts = rows == 1 ? 4 : 2;
+    __m512i sums[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows * parts; ++i) {
+        sums[i] = _mm512_setzero_si512();
+    }
     for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
 #pragma GCC unroll 8
         for (int v = 0; v < 8; ++v) {
             const __m512i line = is_signed ? line_of(tiles, v, bits) : integers_of(tiles, v, bits);
-            sums[v % 4] = add_four(sums[v % 4], line, x + 4 * v, is_signed);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) {
+                __m512i *const of_row = &sums[r * parts + v % parts];
+                *of_row = add_four(*of_row, line, x + r * stride + 4 * v, is_signed);
+            }
         }
     }
-    sums[0] = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
-    _mm512_storeu_si512(sum, sums[0]);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+        for (int i = 1; i < parts; ++i) {
+            sums[r * parts] = _mm512_add_epi32(sums[r * parts], sums[r * parts + i]);
+        }
+        _mm512_storeu_si512(sum + r * OCS_TILE_OUTPUTS, sums[r * parts]);
+    }
 }
 
-INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
-                          int64_t stride, bool is_signed, int bits) {
+/* sum [R, 16] of more rows, tile by tile, whose lines stay in registers. */
+INLINE void many_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                      int64_t stride, bool is_signed, int bits) {
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
     for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
         __m512i lines[8];
@@ -76,13 +93,20 @@ INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uin
     }
 }
 
+INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                          int64_t stride, bool is_signed, int bits) {
+    switch (R) {
+    case 1: few_rows(sum, tiles, x, T, stride, is_signed, 1, bits); break;
+    case 2: few_rows(sum, tiles, x, T, stride, is_signed, 2, bits); break;
+    case 3: few_rows(sum, tiles, x, T, stride, is_signed, 3, bits); break;
+    case 4: few_rows(sum, tiles, x, T, stride, is_signed, 4, bits); break;
+    default: many_rows(sum, tiles, x, T, R, stride, is_signed, bits);
+    }
+}
+
 VNNI static void product_i8_vnni(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
                                  int64_t stride, int bits, bool is_signed) {
-    if (R == 1 && is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_row, sum, tiles, x, T, true)
-    } else if (R == 1) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_row, sum, tiles, x, T, false)
-    } else if (is_signed) {
+    if (is_signed) {
         OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
     } else {
         OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
@@ -95,21 +119,6 @@ VNNI static void product_i8_vnni(int32_t *restrict sum, const uint8_t *tiles, co
 INLINE __m512 channel_of(__m512i q, int j) {
     const __m512i top = j == 3 ? q : _mm512_slli_epi32(q, (unsigned)(24 - 8 * j));
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
-}
-
-INLINE void product_f32_row(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int bits) {
-    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-            const __m512i q = integers_of(tiles, v, bits);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                sums[j % 2] = _mm512_fmadd_ps(channel_of(q, j), _mm512_set1_ps(x[4 * v + j]), sums[j % 2]);
-            }
-        }
-    }
-    _mm512_storeu_ps(sum, _mm512_add_ps(sums[0], sums[1]));
 }
 
 /* sums [2] [rows, 16] += the products of a tile's even and odd channels; floats [32, 16]. */
@@ -171,11 +180,7 @@ INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const floa
 
 VNNI static void product_f32_vnni(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
                                   int64_t stride, int bits) {
-    if (R == 1) {
-        OCS_WITH_CONSTANT_BITS(bits, product_f32_row, sum, tiles, x, T)
-    } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, T, R, stride)
-    }
+    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, T, R, stride)
 }
 
 static bool has_vnni(void) {

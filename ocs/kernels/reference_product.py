@@ -9,6 +9,8 @@ from ocs.kernels.constants import qmax
 
 OUTPUTS, CHANNELS = 16, 32  # of a tile
 SEGMENT = 32768  # channels whose products are added up before they are scaled
+FEW_ROWS = 4  # floats that are multiplied as whole numbers
+MOST_STEPS = np.float32(2**23 - 2**16)  # the largest such number
 
 
 def _codes_to_tiles(codes: np.ndarray) -> np.ndarray:
@@ -77,17 +79,19 @@ def product_rows(
     return rows if group else rows * scales[:, :channels]
 
 
-def round_rows(x: np.ndarray, row_bits: int, row_scale: np.ndarray, row_signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Round rows [R, C] to integers; give them and the scale of each row, NaN where it has none."""
-    largest = np.abs(x).max(axis=1, initial=0)
-    own = row_scale.size == 0
-    scale = np.maximum(largest / np.float32(qmax(row_bits)), np.float32(2.0**-149))
-    scale = np.where(largest == 0, np.float32(1), scale) if own else np.broadcast_to(row_scale.ravel(), largest.shape)
-    scale = np.where(np.isnan(largest) | (own & np.isinf(largest)), np.float32(np.nan), scale)
-    least, most = (-qmax(row_bits), qmax(row_bits)) if row_signed else (0, 2**row_bits - 1)
+def _scale_of_rows(x: np.ndarray, most: np.float32, given: np.ndarray) -> np.ndarray:
+    """Give each row [R, C] its scale, max |x| / most where none is given; NaN where it cannot have one."""
+    largest, own = np.abs(x).max(axis=1, initial=0), given.size == 0
+    scale = np.maximum(largest / most, np.float32(2.0**-149))
+    scale = np.where(largest == 0, np.float32(1), scale) if own else np.broadcast_to(given.ravel(), largest.shape)
+    return np.where(np.isnan(largest) | (own & np.isinf(largest)), np.nan, scale).astype(np.float32)
+
+
+def round_rows(x: np.ndarray, scale: np.ndarray, least: int, most: int) -> np.ndarray:
+    """Round rows [R, C] to whole numbers in steps of their scales [R]; 0 where that is NaN."""
     with np.errstate(invalid="ignore", over="ignore"):
         q = np.clip(np.rint(x / np.where(np.isnan(scale), np.float32(1), scale)[:, None]), least, most)
-    return np.nan_to_num(q).astype(np.int64), scale.astype(np.float32)
+    return np.where(np.isnan(scale)[:, None], 0, np.nan_to_num(q)).astype(np.int64)
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -116,20 +120,29 @@ def product(
     row_scale: np.ndarray,
     row_signed: bool,
 ) -> np.ndarray:
-    """Compute x w^T + bias, float32 [..., outputs]; row_bits 0 leaves rows floats, an empty row_scale measures them."""
+    """Compute x w^T + bias, float32 [..., outputs]; an empty row_scale is each row's own.
+
+    row_bits 0 leaves rows floats, but that up to four are whole numbers in steps of max |row| / (2^23 - 2^16).
+    """
     rows = x.reshape(-1, x.shape[-1])
     q = product_unpack(packed, outputs, rows.shape[1] + copies.size, bits)
+    scales = None
     if row_bits:
-        rows, scales = round_rows(rows, row_bits, row_scale, row_signed)
+        least, most = (-qmax(row_bits), qmax(row_bits)) if row_signed else (0, 2**row_bits - 1)
+        scales = _scale_of_rows(rows, np.float32(most), row_scale)
+        rows = round_rows(rows, scales, least, most)
+    elif len(rows) <= FEW_ROWS:
+        scales = _scale_of_rows(rows, MOST_STEPS, np.zeros(0))
+        rows = round_rows(rows, scales, -int(MOST_STEPS), int(MOST_STEPS))
     rows = np.concatenate([rows, rows[:, copies]], axis=1)
     total = np.zeros((len(rows), outputs), np.float32)
     span = SEGMENT if group == 0 or group % SEGMENT == 0 else group if group < SEGMENT else group & -group
     for begin in range(0, rows.shape[1], span):
         part = rows[:, begin : begin + span], q[:, begin : begin + span]
-        sums = _whole_sums(*part) if row_bits else _float_sums(*part)
+        sums = _float_sums(*part) if scales is None else _whole_sums(*part)
         of_segment = scale[begin // group] if group else scale
         total += sums * np.broadcast_to(of_segment, outputs)
-    if row_bits:
+    if scales is not None:
         total *= scales[:, None]
     if bias.size:
         total += bias
