@@ -23,6 +23,7 @@ from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.embedding import share_tied
 from ocs.nn.input import InputGrid, QuantizedInput
+from ocs.nn.packed.kinds import packed_kind
 from ocs.nn.registry import replacement_of
 from ocs.nn.state import calibrated_buffers, input_problem, weight_buffers, weight_problem, with_originals
 from ocs.nn.weights import Weight, weights_of
@@ -69,9 +70,12 @@ def _with_bias(layer: nn.Module) -> nn.Module:
 
 
 def quantized_replacements(
-    reader: Reader, model: nn.Module, floats: Mapping[int, nn.Module], progress: bool | None
+    reader: Reader, model: nn.Module, floats: Mapping[int, nn.Module], packed: bool, progress: bool | None
 ) -> dict[int, QuantizedLayer]:
-    """Make the quantized layers of the file, by id of the old ones, of which `floats` replaces some."""
+    """Make the quantized layers of the file, by id of the old ones, of which `floats` replaces some.
+
+    packed: those that hold no floats.
+    """
     layers = {layer.name: layer for layer in find_targets(model)}
     replacements = {}
     for name, saved in with_progress(reader.layers.items(), "load", progress):
@@ -81,7 +85,7 @@ def quantized_replacements(
         with error_context(name):
             module = floats.get(id(old), old)
             layer = replace(layers[name], module=made_permanent(module) or module)
-            replacements[id(old)] = _read_layer(reader, layer, saved)
+            replacements[id(old)] = _read_layer(reader, layer, saved, packed)
             for what, ranges in reader.ranges.items():
                 setattr(replacements[id(old)], what, ranges.get(name))
     made = {name: replacements[id(layers[name].module)] for name in reader.layers}
@@ -89,7 +93,7 @@ def quantized_replacements(
     return replacements
 
 
-def _read_layer(reader: Reader, layer: Target, saved: SavedLayer) -> QuantizedLayer:
+def _read_layer(reader: Reader, layer: Target, saved: SavedLayer, packed: bool) -> QuantizedLayer:
     """Make the quantized layer that replaces this one."""
     module = layer.module
     if layer.reason_float and layer.tied_to not in reader.layers:
@@ -106,6 +110,7 @@ def _read_layer(reader: Reader, layer: Target, saved: SavedLayer) -> QuantizedLa
     quantized = {weight.name: _read_weight(reader, owner, weight, saved) for weight in weights}
     grid = saved.grid()
     quantized_input = None if grid is None else _read_input(reader, layer, weights[0], grid)
+    kind = packed_kind(kind) if packed else kind
     replacement = kind(module, quantized, saved.bits, saved.expand and not layer.reason_folded, quantized_input)
     replacement.settings = saved.settings
     return replacement

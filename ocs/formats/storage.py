@@ -143,7 +143,9 @@ def _version() -> str:
 
 
 @keeps_grad_mode
-def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, packed: bool = False, progress: bool | None = None
+) -> nn.Module:
     """Turn a float model into the quantized one that was saved to `path`, in place, and return it.
 
     Args:
@@ -151,6 +153,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
         model: the float architecture; its weights may be random, or on the meta device. Parameters keep their dtype and
             device, quantized layers those of the layer that they replace; meta tensors become CPU tensors, but for
             non-persistent buffers, which no file holds.
+        packed: its layers become those of ocs.pack, without float weights on the way.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Raises:
@@ -167,7 +170,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, progress: bool | Non
             with safetensors.safe_open(path, framework="pt") as file:
                 reader, inside = Reader(file), unwrapped(model)
                 floats = float_replacements(reader, inside)
-                replacements = floats | quantized_replacements(reader, inside, floats, progress)
+                replacements = floats | quantized_replacements(reader, inside, floats, packed, progress)
                 slots, values = plan_floats(reader, inside, replacements)
         except safetensors.SafetensorError as error:
             raise ValueError(f"it is no complete safetensors file ({error})") from error

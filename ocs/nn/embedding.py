@@ -64,7 +64,7 @@ class _QuantLookup(QuantizedLayer):
 
     def rebuild(self) -> None:
         """Keep the dtype of the rows and none of them."""
-        self._buffers["like"] = self.like.new_empty(0)
+        self._buffers["like"] = self.weight_int.new_empty(0, dtype=self.like.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Dequantize the rows [..., embedding_dim] that an index asks for."""

@@ -113,8 +113,10 @@ class PackedLayer(QuantizedLayer):
 
     def rebuild(self) -> None:
         """Keep the dtype of the weights and none of their values."""
-        for buffer in {self.forward_buffer(name) for name in self.channels}:
-            self._buffers[buffer] = self._buffers[buffer].new_empty(0)
+        for name in self.channels:
+            buffer = self.forward_buffer(name)
+            codes = self._buffers[self.buffers_of(name)[0]]
+            self._buffers[buffer] = codes.new_empty(0, dtype=self._buffers[buffer].dtype)
 
     def state_problem(self, name: str, *tensors: Tensor) -> str:
         """Say why these tensors cannot be what a weight consists of, or ""."""

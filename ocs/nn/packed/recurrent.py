@@ -37,7 +37,7 @@ class _PackedRecurrent(PackedLayer):
         projected = self.packed_weight(projection).operands() if projection in self.channels else no_weight(none)
         h, c = (*(state.float() for state in states), none.view(0, 0))[:2]
         y, h, c = torch.ops.ocs.recurrent.default(
-            from_x, *self.packed_weight(f"weight_hh{suffix}").operands(), none if of_state is None else of_state,
+            from_x, *self.packed_weight(f"weight_hh{suffix}").operands(), none if of_state is None else of_state.detach(),
             *projected, h, c, torch.tensor(sizes, device=x.device), self.input_grid.bits if self.rounds_states else 0,
             _CELLS.index(self.kernel_name), suffix.endswith("_reverse"),
         )  # fmt: skip

@@ -101,7 +101,7 @@ class PackedWeight(NamedTuple):
     def multiply(self, x: Tensor, bias: Tensor | None, grid: RowGrid = FLOAT_ROWS) -> Tensor:
         """Compute x w^T + bias, x [..., C], in x's dtype."""
         none = self.scale.new_empty(0)
-        bias, scale = (none if each is None else each for each in (bias, grid.scale))
+        bias, scale = (none if each is None else each.detach() for each in (bias, grid.scale))
         return torch.ops.ocs.product.default(x, *self.operands(), bias, grid.bits, scale, grid.signed)
 
     def part(self, begin: int, end: int) -> PackedWeight | None:
