@@ -68,7 +68,7 @@ void ocs_cut_row_ref(int8_t *restrict bytes, const float *x, int64_t N, int64_t 
 
 enum {
     SEGMENT = 32768, /* channels whose products add up in 32 bits, 2^15 * 255 * 128 < 2^31 */
-    FEW_ROWS = 4,    /* floats that are multiplied as whole numbers */
+    FEW_ROWS = 16,   /* floats that are multiplied as whole numbers */
     PLACES = 3,      /* bytes of such a number */
 };
 #define MOST_STEPS 8323072.0f /* 2^23 - 2^16, the largest such number whose first byte is 127 */
@@ -216,14 +216,19 @@ static void prepare_rows(ocs_range *range) {
 
 typedef float row_of_outputs[OCS_TILE_OUTPUTS];
 
-/* The part of a row that one segment gives, in whole numbers: sum [places, 16], with codes that are qmax too large. */
-static void whole_numbers(float *restrict part, const int32_t *sum, const product_job *job, int64_t r,
-                          int64_t segment) {
+/* The sums of one row's segment as floats; sum [places, 16] of products with codes that are qmax too large. */
+static inline void sums_as_floats(row_of_outputs part, const int32_t *sum, const int32_t *of_row, int64_t row_stride,
+                                  int64_t places, int32_t qmax) {
+    if (places == 1) {
+        const int32_t offset = qmax * of_row[0];
+        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+            part[o] = (float)(sum[o] - offset);
+        }
+        return;
+    }
     double total[OCS_TILE_OUTPUTS] = {0.0}; /* exact: below 2^53 */
-    for (int64_t place = 0; place < job->places; ++place, sum += OCS_TILE_OUTPUTS) {
-        const bool is_signed = job->grid.bits == 0 || job->grid.is_signed;
-        const int32_t of_row = job->row_sum[(r * job->places + place) * job->segments + segment];
-        const int32_t offset = is_signed ? ocs_qmax(job->weight->bits) * of_row : 0;
+    for (int64_t place = 0; place < places; ++place, sum += OCS_TILE_OUTPUTS) {
+        const int32_t offset = qmax * of_row[place * row_stride];
         for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
             total[o] = 256.0 * total[o] + (double)(sum[o] - offset);
         }
@@ -233,41 +238,45 @@ static void whole_numbers(float *restrict part, const int32_t *sum, const produc
     }
 }
 
-/* total [R, 16] += the sums of one segment, scaled. */
-static void add_segment(row_of_outputs *total, const product_job *job, const uint8_t *tiles, const float *scale,
-                        int64_t first, int64_t R, int64_t segment) {
-    const ocs_packed_weight *w = job->weight;
+/* part [R, 16]: the sums of one segment, not yet scaled. */
+static void sum_segment(row_of_outputs *part, const product_job *job, const uint8_t *tiles, int64_t first, int64_t R,
+                        int64_t segment) {
+    const int bits = job->weight->bits;
     const int64_t begin = segment * job->span, left = job->stride - begin;
-    const int64_t T = (left < job->span ? left : job->span) / OCS_TILE_CHANNELS;
-    int32_t whole[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
-    row_of_outputs part[OCS_MOST_ROWS];
-    tiles += begin / OCS_TILE_CHANNELS * ocs_tile_bytes(w->bits);
-    if (job->places == 0) {
+    const int64_t T = (left < job->span ? left : job->span) / OCS_TILE_CHANNELS, places = job->places;
+    tiles += begin / OCS_TILE_CHANNELS * ocs_tile_bytes(bits);
+    if (places == 0) {
         const float *x = (const float *)(const void *)job->rows + first * job->stride + begin;
-        job->kernels->product_f32(*part, tiles, x, T, R, job->stride, w->bits);
-    } else {
-        const uint8_t *x = job->rows + first * job->places * job->stride + begin;
-        const bool is_signed = job->grid.bits == 0 || job->grid.is_signed;
-        job->kernels->product_i8(whole, tiles, x, T, R * job->places, job->stride, w->bits, is_signed);
-        for (int64_t r = 0; r < R; ++r) {
-            whole_numbers(part[r], whole + r * job->places * OCS_TILE_OUTPUTS, job, first + r, segment);
-        }
+        job->kernels->product_f32(*part, tiles, x, T, R, job->stride, bits);
+        return;
     }
+    int32_t whole[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
+    const uint8_t *x = job->rows + first * places * job->stride + begin;
+    const bool is_signed = job->grid.bits == 0 || job->grid.is_signed;
+    job->kernels->product_i8(whole, tiles, x, T, R * places, job->stride, bits, is_signed);
     for (int64_t r = 0; r < R; ++r) {
-        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-            total[r][o] += part[r][o] * scale[o];
-        }
+        const int32_t *of_row = job->row_sum + (first + r) * places * job->segments + segment;
+        sums_as_floats(part[r], whole + r * places * OCS_TILE_OUTPUTS, of_row, job->segments, places,
+                       is_signed ? ocs_qmax(bits) : 0);
     }
 }
 
-/* The scales of a block's outputs in one segment; those beyond the weight are 0. */
-static void scales_of_block(float scale[OCS_TILE_OUTPUTS], const product_job *job, int64_t block, int64_t segment) {
+/* The scales of a block's outputs in one segment: where they are, or in `room`; those beyond the weight are any. */
+static const float *scales_of_block(row_of_outputs room, const product_job *job, int64_t block, int64_t segment) {
     const ocs_packed_weight *w = job->weight;
     const int64_t group = w->group > 0 ? segment * job->span / w->group : 0;
     const int64_t first = block * OCS_TILE_OUTPUTS, left = w->O - first;
-    for (int64_t i = 0; i < OCS_TILE_OUTPUTS; ++i) {
-        scale[i] = i < left ? ocs_scale_of(w->scale, group * w->O + first + i) : 0.0f;
+    const ocs_scale scale = {w->scale.value + (group * w->O + first) * w->scale.stride, w->scale.stride};
+    if (scale.stride == 1 && left >= OCS_TILE_OUTPUTS) {
+        return scale.value;
     }
+    for (int64_t i = 0; i < OCS_TILE_OUTPUTS; ++i) {
+        room[i] = scale.value[0];
+    }
+    for (int64_t i = 1; scale.stride == 1 && i < left; ++i) {
+        room[i] = scale.value[i];
+    }
+    return room;
 }
 
 static void write_row(const product_job *job, float *restrict total, int64_t r, int64_t block) {
@@ -277,10 +286,18 @@ static void write_row(const product_job *job, float *restrict total, int64_t r, 
     for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
         total[o] *= scale;
     }
-    for (int o = 0; o < outputs && job->bias != NULL; ++o) {
-        total[o] += job->bias[first + o];
+    const float *bias = job->bias != NULL ? job->bias + first : NULL;
+    for (int o = 0; bias != NULL && outputs == OCS_TILE_OUTPUTS && o < OCS_TILE_OUTPUTS; ++o) {
+        total[o] += bias[o];
+    }
+    for (int o = 0; bias != NULL && outputs < OCS_TILE_OUTPUTS && o < outputs; ++o) {
+        total[o] += bias[o];
     }
     char *y = job->y + (size_t)(r * O + first) * size_of(job->dtype);
+    if (job->dtype == OCS_ROWS_F32 && outputs == OCS_TILE_OUTPUTS) {
+        memcpy(y, total, sizeof(row_of_outputs)); /* of a size that the compiler knows */
+        return;
+    }
     if (job->dtype == OCS_ROWS_F32) {
         memcpy(y, total, (size_t)outputs * sizeof *total);
         return;
@@ -291,21 +308,32 @@ static void write_row(const product_job *job, float *restrict total, int64_t r, 
     }
 }
 
+/* A block of outputs of up to OCS_MOST_ROWS rows. */
+static void multiply_block(const product_job *job, int64_t block, int64_t first, int64_t R) {
+    const int64_t T = job->stride / OCS_TILE_CHANNELS;
+    const uint8_t *tiles = job->weight->packed + block * T * ocs_tile_bytes(job->weight->bits);
+    row_of_outputs total[OCS_MOST_ROWS], part[OCS_MOST_ROWS], room;
+    for (int64_t segment = 0; segment < job->segments; ++segment) {
+        const float *scale = scales_of_block(room, job, block, segment);
+        sum_segment(part, job, tiles, first, R, segment);
+        for (int64_t r = 0; r < R; ++r) {
+            for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+                total[r][o] = (segment > 0 ? total[r][o] : 0.0f) + part[r][o] * scale[o];
+            }
+        }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+        write_row(job, total[r], first + r, block);
+    }
+}
+
 static void multiply_blocks(ocs_range *range) {
     const product_job *job = range->ctx;
-    const int64_t block = job->stride / OCS_TILE_CHANNELS * ocs_tile_bytes(job->weight->bits);
-    for (int64_t b = range->begin; b < range->end; ++b) {
-        for (int64_t first = 0; first < job->R; first += OCS_MOST_ROWS) {
-            const int64_t R = job->R - first < OCS_MOST_ROWS ? job->R - first : OCS_MOST_ROWS;
-            row_of_outputs total[OCS_MOST_ROWS], scale;
-            memset(total, 0, (size_t)R * sizeof *total);
-            for (int64_t s = 0; s < job->segments; ++s) {
-                scales_of_block(scale, job, b, s);
-                add_segment(total, job, job->weight->packed + b * block, scale, first, R, s);
-            }
-            for (int64_t r = 0; r < R; ++r) {
-                write_row(job, total[r], first + r, b);
-            }
+    const int64_t at_once = job->places > 0 ? OCS_MOST_ROWS / job->places : OCS_MOST_ROWS;
+    for (int64_t block = range->begin; block < range->end; ++block) {
+        for (int64_t first = 0; first < job->R; first += at_once) {
+            const int64_t left = job->R - first;
+            multiply_block(job, block, first, left < at_once ? left : at_once);
         }
     }
 }

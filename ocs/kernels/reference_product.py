@@ -9,7 +9,7 @@ from ocs.kernels.constants import qmax
 
 OUTPUTS, CHANNELS = 16, 32  # of a tile
 SEGMENT = 32768  # channels whose products are added up before they are scaled
-FEW_ROWS = 4  # floats that are multiplied as whole numbers
+FEW_ROWS = 16  # floats that are multiplied as whole numbers
 MOST_STEPS = np.float32(2**23 - 2**16)  # the largest such number
 
 
@@ -122,7 +122,7 @@ def product(
 ) -> np.ndarray:
     """Compute x w^T + bias, float32 [..., outputs]; an empty row_scale is each row's own.
 
-    row_bits 0 leaves rows floats, but that up to four are whole numbers in steps of max |row| / (2^23 - 2^16).
+    row_bits 0 leaves rows floats, but that up to 16 are whole numbers in steps of max |row| / (2^23 - 2^16).
     """
     rows = x.reshape(-1, x.shape[-1])
     q = product_unpack(packed, outputs, rows.shape[1] + copies.size, bits)

@@ -36,10 +36,11 @@ class _PackedRecurrent(PackedLayer):
         projection = f"weight_hr{suffix}"
         projected = self.packed_weight(projection).operands() if projection in self.channels else no_weight(none)
         h, c = (*(state.float() for state in states), none.view(0, 0))[:2]
+        bits = self.input_grid.bits if self.rounds_states else 0
         y, h, c = torch.ops.ocs.recurrent.default(
-            from_x, *self.packed_weight(f"weight_hh{suffix}").operands(), none if of_state is None else of_state.detach(),
-            *projected, h, c, torch.tensor(sizes, device=x.device), self.input_grid.bits if self.rounds_states else 0,
-            _CELLS.index(self.kernel_name), suffix.endswith("_reverse"),
+            from_x, *self.packed_weight(f"weight_hh{suffix}").operands(),
+            none if of_state is None else of_state.detach(), *projected, h, c,
+            torch.tensor(sizes, device=x.device), bits, _CELLS.index(self.kernel_name), suffix.endswith("_reverse"),
         )  # fmt: skip
         last = (h, c) if self.has_cell else (h,)
         return y.to(x.dtype), tuple(state.to(x.dtype) for state in last)
