@@ -309,7 +309,7 @@ ocs_status ocs_product_rows_f32(float *rows, const int64_t *index, const ocs_pac
 /* y [R, O] = x [R, C] w^T + bias [O], which may be NULL.
 
    Where rows are rounded, sums of up to 32,768 products are whole numbers, exact; (sum * scale of the weight), added up
-   over groups, * scale of the row + bias is rounded after each step. Up to four float rows are rounded, too, to 2^-24
+   over groups, * scale of the row + bias is rounded after each step. Up to 16 float rows are rounded, too, to 2^-24
    of their largest magnitude, and their sums are exact. Of more, each sum is that of its even channels plus that of its
    odd ones, in order, each step of which is rounded once. A row that holds NaN gives NaN, as does one with Inf unless
    its scale is given, or there are more than 16 of floats. */
