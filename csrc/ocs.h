@@ -311,7 +311,8 @@ ocs_status ocs_product_rows_f32(float *rows, const int64_t *index, const ocs_pac
    Where rows are rounded, sums of up to 32,768 products are whole numbers, exact, and the same on every instruction
    set; (sum * scale of the weight), added up over groups, * scale of the row + bias is rounded after each step. Else
    each sum is that of its even channels plus that of its odd ones, in order, each step of which is rounded once. A row
-   that holds NaN, or Inf where it has a scale of its own, gives NaN. */
+   that holds NaN, or Inf where it has a scale of its own, gives NaN. Packed bytes are not checked: those of no integers
+   give numbers that mean nothing. */
 ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_packed_weight *weight, ocs_row_grid grid,
                        int64_t R, ocs_row_dtype dtype);
 

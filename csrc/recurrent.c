@@ -126,7 +126,8 @@ static ocs_status check_layer(const ocs_recurrent_layer *layer, const int64_t *b
         OCS_TRY(ocs_check_packed(projection));
     }
     const int64_t gates = ocs_cell_gates(layer->kind), H = projection != NULL ? projection->C : hidden->C;
-    if (hidden->O != gates * H || (projection != NULL && projection->O != hidden->C)) {
+    const bool projects = projection != NULL && layer->kind == OCS_LSTM && projection->O == hidden->C;
+    if (hidden->O != gates * H || (projection != NULL && !projects)) {
         return OCS_BAD_SHAPE;
     }
     for (int64_t t = 0; t < T; ++t) { /* they fall, and all are there in the first step */

@@ -4,6 +4,7 @@ Where rows are rounded, sums are whole numbers and exact, so that all devices gi
 sums is the device's own. A packed weight is six arguments: packed bytes, scale, copies, outputs O, group, bits.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def product(
     channels = x.shape[-1]
     _check_packed("product", scale, copies, outputs, group, channels)
     _require(row_scale.numel() == 1 or row_signed or not row_bits, "product", "rows that are measured are signed")
-    rows = _floats("product", x).reshape(-1, channels)
+    rows = _floats("product", x).reshape(math.prod(x.shape[:-1]), channels)
     q = product_unpack(packed, outputs, channels + copies.numel(), bits).double()
     of_rows = None
     if row_bits:

@@ -3,6 +3,8 @@
 A packed weight is six arguments: packed bytes, scale, copies, outputs O, group, bits. Its integers are [O, C + S].
 """
 
+import math
+
 import numpy as np
 
 from ocs.kernels.constants import qmax
@@ -117,7 +119,7 @@ def product(
     row_signed: bool,
 ) -> np.ndarray:
     """Compute x w^T + bias, float32 [..., outputs]; row_bits 0 leaves rows floats, an empty row_scale measures them."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     q = product_unpack(packed, outputs, rows.shape[1] + copies.size, bits)
     if row_bits:
         rows, scales = round_rows(rows, row_bits, row_scale, row_signed)
