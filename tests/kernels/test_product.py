@@ -10,7 +10,7 @@ import torch
 from test_kernels import assert_same, both
 
 from ocs import _C
-from ocs.kernels import ops
+from ocs.kernels import composite_product, ops
 from ocs.kernels import reference_product as reference
 from ocs.kernels.constants import qmax
 
@@ -167,7 +167,11 @@ def test_many_channels_are_added_up_in_segments(isa: str, grid: str, channels: i
     x = np.abs(rows(2, channels))
     for group in (0, 32800, 65536) if grid != "floats" else (0,):  # the twin adds floats one by one
         scale = (-(-(channels + 2) // group), 3) if group else (3,)
-        check(x, packed_weight(3, channels, (7, channels - 1), 8, group, scale), GRIDS[grid])
+        args = (x, *packed_weight(3, channels, (7, channels - 1), 8, group, scale), NONE, *GRIDS[grid])
+        y = check(x, args[1:7], GRIDS[grid])
+        if grid != "floats":
+            tensors = [torch.from_numpy(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+            assert_same(composite_product.product(*tensors).numpy(), y)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
