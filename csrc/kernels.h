@@ -87,6 +87,13 @@ static inline int8_t ocs_split_column(int32_t half_steps, int32_t addend, int32_
     return (int8_t)(q < -qmax ? -qmax : q);
 }
 
+/* memcpy, also of no bytes at NULL. */
+static inline void ocs_copy(void *restrict to, const void *restrict from, int64_t bytes) {
+    if (bytes > 0) {
+        memcpy(to, from, (size_t)bytes);
+    }
+}
+
 /* --- Status ----------------------------------------------------------------------------------- */
 
 /* Returns from the function if the status that an expression has is a bad one. */

@@ -177,7 +177,7 @@ static void prepare_rows(ocs_range *range) {
             continue;
         }
         float *prepared = (float *)(void *)job->rows + r * job->stride;
-        memcpy(prepared, row, (size_t)job->weight->C * sizeof *row);
+        ocs_copy(prepared, row, job->weight->C * (int64_t)sizeof *row);
         append_copies(prepared, job->weight, job->stride);
     }
 }

@@ -112,7 +112,7 @@ static ocs_status run_steps(step_job *job, float *y, float *h, void *scratch, co
         row -= reverse ? batch : 0;
         job->from_x = from_x + row * gates;
         OCS_TRY(run_step(job, h, scratch, batch));
-        memcpy(y + row * P, h, (size_t)(batch * P) * sizeof *y);
+        ocs_copy(y + row * P, h, batch * P * (int64_t)sizeof *y);
         row += reverse ? 0 : batch;
     }
     return OCS_OK;
