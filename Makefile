@@ -77,6 +77,15 @@ sanitize:
 	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover $(KERNEL_TEST) -o build/sanitize -lm
 	build/sanitize 5000
 
+ARM := aarch64-linux-gnu
+
+arm:
+	@command -v $(ARM)-gcc > /dev/null && command -v qemu-aarch64 > /dev/null || { echo "make arm needs $(ARM)-gcc" \
+	  "and qemu-aarch64: on Debian, apt-get install gcc-$(ARM) libc6-dev-arm64-cross qemu-user" >&2; exit 1; }
+	@mkdir -p build
+	$(ARM)-gcc -O2 $(KERNEL_TEST) -o build/arm -lm
+	qemu-aarch64 -L /usr/$(ARM) build/arm 2000
+
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/calibration.py

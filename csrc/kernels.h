@@ -204,6 +204,18 @@ size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R);
 ocs_status ocs_product_in(void *scratch, void *y, const void *x, const float *bias, const ocs_packed_weight *weight,
                           ocs_row_grid grid, int64_t R, ocs_row_dtype dtype);
 
+/* Calls an inline function with `bits` as a constant last argument, so that shifts and masks are constants, too. */
+#define OCS_WITH_CONSTANT_BITS(bits, function, ...)                                                                    \
+    switch (bits) {                                                                                                    \
+    case 2: function(__VA_ARGS__, 2); break;                                                                           \
+    case 3: function(__VA_ARGS__, 3); break;                                                                           \
+    case 4: function(__VA_ARGS__, 4); break;                                                                           \
+    case 5: function(__VA_ARGS__, 5); break;                                                                           \
+    case 6: function(__VA_ARGS__, 6); break;                                                                           \
+    case 7: function(__VA_ARGS__, 7); break;                                                                           \
+    default: function(__VA_ARGS__, 8);                                                                                 \
+    }
+
 /* --- Recurrent layers (recurrent.c) ----------------------------------------------------------- */
 
 /* e^x = 2^n e^r, where all variants take the same steps. */

@@ -244,6 +244,15 @@ def test_other_dtypes_are_rounded_at_the_end(isa: str, dtype: torch.dtype, grid:
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_bfloat16_rounds_half_to_even() -> None:
+    """Sums of two channels that lie between two of its numbers, 2 apart from 256 on."""
+    x = torch.tensor([[256, 1], [256, 3], [-256, -1], [-256, -3]], dtype=torch.bfloat16)
+    weight = (_C.product_pack(np.ones((1, 2), np.int8), 2), np.asarray(1, np.float32), np.int32([]))
+    none = torch.zeros(0)
+    y = torch.ops.ocs.product(x, *(torch.from_numpy(part) for part in weight), 1, 0, 2, none, 0, none, True)
+    assert y.flatten().tolist() == [256, 260, -256, -260]
+
+
 def test_results_do_not_depend_on_threads(isa: str, threads: int) -> None:
     weight = packed_weight(500, 300, (1, 2), 5, 0, (500,))
     for grid in ("floats", "own scale"):
