@@ -1,6 +1,8 @@
 # make demo     set up, then OCS on a trained ResNet-20 and real images
 # make tables   the paper's tables and those beyond it, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
+# make sanitize the C kernels of packed weights under GCC's sanitizers, over random shapes and bytes: half a minute
+# make arm      the same for 64-bit ARM, in an emulator
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
 # make compat   the tests against that wheel under another torch, TORCH=2.10.0 say: 7 GB and two minutes to install
@@ -16,14 +18,16 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export OCS_WERROR ?= $(CI)
 
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
-C_FILES := $(wildcard $(foreach ending,c h def cpp,csrc/*.$(ending) csrc/*/*.$(ending)))
+C_FILES := $(wildcard $(foreach ending,c h def cpp,csrc/*.$(ending) csrc/*/*.$(ending) tests/c/*.$(ending)))
+KERNELS := $(wildcard csrc/*.c csrc/arch/*.c)
+KERNEL_TEST := -std=c11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc tests/c/products.c $(KERNELS)
 
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist
 TEXT := --dataset bible --limit 8000 --out build/tables/lstm
 VIT := --models ViT --out build/tables/vit
 
-.PHONY: demo tables test lint format bench wheel compat clean
+.PHONY: demo tables test lint format sanitize arm bench wheel compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/tables/table1.py $(IMAGES) --bits 5 4 3 2 --limit 2000 --out build/demo
@@ -66,6 +70,21 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
 	$(BIN)/clang-format -i $(C_FILES)
+
+# The kernels alone, without Python and torch.
+sanitize:
+	@mkdir -p build
+	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover $(KERNEL_TEST) -o build/sanitize -lm
+	build/sanitize 5000
+
+ARM := aarch64-linux-gnu
+
+arm:
+	@command -v $(ARM)-gcc > /dev/null && command -v qemu-aarch64 > /dev/null || { echo "make arm needs $(ARM)-gcc" \
+	  "and qemu-aarch64: on Debian, apt-get install gcc-$(ARM) libc6-dev-arm64-cross qemu-user" >&2; exit 1; }
+	@mkdir -p build
+	$(ARM)-gcc -O2 $(KERNEL_TEST) -o build/arm -lm
+	qemu-aarch64 -L /usr/$(ARM) build/arm 2000
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py

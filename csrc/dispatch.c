@@ -6,6 +6,8 @@
 #if defined(OCS_INSTRUCTION_SETS)
 #elif defined(__x86_64__)
 #define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(avx2) SET(vnni)
+#elif defined(__aarch64__)
+#define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(neon) SET(dotprod)
 #else
 #define OCS_INSTRUCTION_SETS(SET) SET(ref)
 #endif

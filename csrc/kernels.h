@@ -87,6 +87,13 @@ static inline int8_t ocs_split_column(int32_t half_steps, int32_t addend, int32_
     return (int8_t)(q < -qmax ? -qmax : q);
 }
 
+/* memcpy, also of no bytes at NULL. */
+static inline void ocs_copy(void *restrict to, const void *restrict from, int64_t bytes) {
+    if (bytes > 0) {
+        memcpy(to, from, (size_t)bytes);
+    }
+}
+
 /* --- Status ----------------------------------------------------------------------------------- */
 
 /* Returns from the function if the status that an expression has is a bad one. */
@@ -196,6 +203,18 @@ size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R);
 /* ocs_product of float32 rows and a weight that was checked, R being within what the scratch memory is for. */
 ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
                           ocs_row_grid grid, int64_t R);
+
+/* Calls an inline function with `bits` as a constant last argument, so that shifts and masks are constants, too. */
+#define OCS_WITH_CONSTANT_BITS(bits, function, ...)                                                                    \
+    switch (bits) {                                                                                                    \
+    case 2: function(__VA_ARGS__, 2); break;                                                                           \
+    case 3: function(__VA_ARGS__, 3); break;                                                                           \
+    case 4: function(__VA_ARGS__, 4); break;                                                                           \
+    case 5: function(__VA_ARGS__, 5); break;                                                                           \
+    case 6: function(__VA_ARGS__, 6); break;                                                                           \
+    case 7: function(__VA_ARGS__, 7); break;                                                                           \
+    default: function(__VA_ARGS__, 8);                                                                                 \
+    }
 
 /* --- Recurrent layers (recurrent.c) ----------------------------------------------------------- */
 

@@ -10,10 +10,14 @@
 
 /* --- Plain kernels ---------------------------------------------------------------------------- */
 
+/* In 8 bits: 255, which stands for no integer, wraps around, as it does in vectors of bytes. */
+static int8_t integer_of(uint8_t code, int bits) {
+    return (int8_t)(code - ocs_qmax(bits));
+}
+
 void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
                         int64_t stride, int bits, bool is_signed) {
     uint8_t codes[OCS_TILE_CODES];
-    const int32_t offset = is_signed ? 0 : ocs_qmax(bits);
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
     for (int64_t t = 0; t < T; ++t, x += OCS_TILE_CHANNELS) {
         ocs_unpack_tile_ref(codes, tiles + t * ocs_tile_bytes(bits), bits);
@@ -22,7 +26,8 @@ void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8
                 const uint8_t byte = x[r * stride + c];
                 const int32_t value = is_signed ? (int8_t)byte : byte;
                 for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-                    sum[r * OCS_TILE_OUTPUTS + o] += (codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4] - offset) * value;
+                    const uint8_t code = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4];
+                    sum[r * OCS_TILE_OUTPUTS + o] += (is_signed ? code : integer_of(code, bits)) * value;
                 }
             }
         }
@@ -32,7 +37,6 @@ void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8
 void ocs_product_f32_ref(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
                          int64_t stride, int bits) {
     uint8_t codes[OCS_TILE_CODES];
-    const int32_t qmax = ocs_qmax(bits);
     float odd[OCS_MOST_ROWS * OCS_TILE_OUTPUTS] = {0.0f};
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
     for (int64_t t = 0; t < T; ++t, x += OCS_TILE_CHANNELS) {
@@ -41,8 +45,8 @@ void ocs_product_f32_ref(float *restrict sum, const uint8_t *tiles, const float 
             for (int c = 0; c < OCS_TILE_CHANNELS; ++c) {
                 float *part = (c % 2 == 0 ? sum : odd) + r * OCS_TILE_OUTPUTS;
                 for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-                    const int32_t q = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4] - qmax;
-                    part[o] = fmaf((float)q, x[r * stride + c], part[o]);
+                    const uint8_t code = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4];
+                    part[o] = fmaf((float)integer_of(code, bits), x[r * stride + c], part[o]);
                 }
             }
         }
@@ -207,7 +211,7 @@ static void prepare_rows(ocs_range *range) {
             continue;
         }
         float *prepared = (float *)(void *)job->rows + r * job->stride;
-        memcpy(prepared, row, (size_t)job->weight->C * sizeof *row);
+        ocs_copy(prepared, row, job->weight->C * (int64_t)sizeof *row);
         append_copies(prepared, job->weight, job->stride);
     }
 }
@@ -313,6 +317,9 @@ static void multiply_block(const product_job *job, int64_t block, int64_t first,
     const int64_t T = job->stride / OCS_TILE_CHANNELS;
     const uint8_t *tiles = job->weight->packed + block * T * ocs_tile_bytes(job->weight->bits);
     row_of_outputs total[OCS_MOST_ROWS], part[OCS_MOST_ROWS], room;
+    if (job->segments == 0) { /* no channels */
+        memset(total, 0, sizeof total);
+    }
     for (int64_t segment = 0; segment < job->segments; ++segment) {
         const float *scale = scales_of_block(room, job, block, segment);
         sum_segment(part, job, tiles, first, R, segment);
@@ -392,6 +399,9 @@ ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_pack
     enum { ROWS_AT_ONCE = 256 }; /* that are prepared: the scratch memory stays in the cache */
     OCS_TRY(check_grid(grid));
     OCS_TRY(ocs_check_packed(weight));
+    if (R == 0 || weight->O == 0) { /* and there can be any number of the other */
+        return OCS_OK;
+    }
     const int64_t at_once = R < ROWS_AT_ONCE ? R : ROWS_AT_ONCE;
     void *scratch = malloc(ocs_product_scratch(weight, at_once));
     ocs_status status = scratch != NULL ? OCS_OK : OCS_NO_MEMORY;

@@ -112,7 +112,7 @@ static ocs_status run_steps(step_job *job, float *y, float *h, void *scratch, co
         row -= reverse ? batch : 0;
         job->from_x = from_x + row * gates;
         OCS_TRY(run_step(job, h, scratch, batch));
-        memcpy(y + row * P, h, (size_t)(batch * P) * sizeof *y);
+        ocs_copy(y + row * P, h, batch * P * (int64_t)sizeof *y);
         row += reverse ? 0 : batch;
     }
     return OCS_OK;
@@ -126,7 +126,8 @@ static ocs_status check_layer(const ocs_recurrent_layer *layer, const int64_t *b
         OCS_TRY(ocs_check_packed(projection));
     }
     const int64_t gates = ocs_cell_gates(layer->kind), H = projection != NULL ? projection->C : hidden->C;
-    if (hidden->O != gates * H || (projection != NULL && projection->O != hidden->C)) {
+    const bool projects = projection != NULL && layer->kind == OCS_LSTM && projection->O == hidden->C;
+    if (hidden->O != gates * H || (projection != NULL && !projects)) {
         return OCS_BAD_SHAPE;
     }
     for (int64_t t = 0; t < T; ++t) { /* they fall, and all are there in the first step */

@@ -145,6 +145,9 @@ static ocs_status run_blocks(tile_job *job, ocs_work_fn work) {
     if (job->O < 0 || job->E < 0) {
         return OCS_BAD_SHAPE;
     }
+    if (job->E == 0) { /* and there can be any number of outputs */
+        return OCS_OK;
+    }
     job->kernels = ocs_kernel_table();
     const int64_t grain = ocs_grain(OCS_TILE_OUTPUTS * job->E);
     return ocs_parallel_for(ocs_ceil_div(job->O, OCS_TILE_OUTPUTS), grain, 0, work, job);

@@ -57,13 +57,14 @@ INLINE __m256i add_pairs(__m256i sum, __m256i codes, __m256i x, int bits, bool i
 
 /* Adds them in 32 bits, widened first: of 8 bits a pair does not fit 16. */
 INLINE __m256i add_widened(__m256i sum, __m256i codes, __m256i x, bool is_signed) {
-    const __m256i low = _mm256_set1_epi16(0xff), offset = _mm256_set1_epi16(is_signed ? 0 : 127);
-    const __m256i even = _mm256_sub_epi16(_mm256_and_si256(codes, low), offset);
-    const __m256i odd = _mm256_sub_epi16(_mm256_srli_epi16(codes, 8), offset);
-    const __m256i shifted = _mm256_slli_epi16(x, 8);
-    const __m256i x_even = is_signed ? _mm256_srai_epi16(shifted, 8) : _mm256_and_si256(x, low);
-    const __m256i x_odd = is_signed ? _mm256_srai_epi16(x, 8) : _mm256_srli_epi16(x, 8);
-    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd)));
+    const __m256i unsigned_one = is_signed ? codes : x;
+    const __m256i signed_one = is_signed ? x : _mm256_sub_epi8(codes, _mm256_set1_epi8(127));
+    const __m256i even = _mm256_and_si256(unsigned_one, _mm256_set1_epi16(0xff));
+    const __m256i odd = _mm256_srli_epi16(unsigned_one, 8);
+    const __m256i signed_even = _mm256_srai_epi16(_mm256_slli_epi16(signed_one, 8), 8);
+    const __m256i signed_odd = _mm256_srai_epi16(signed_one, 8);
+    const __m256i evens = _mm256_madd_epi16(even, signed_even), odds = _mm256_madd_epi16(odd, signed_odd);
+    return _mm256_add_epi32(sum, _mm256_add_epi32(evens, odds));
 }
 
 /* Adds what the pairs of some lines gave in 16 bits to sums of 32. */

@@ -13,16 +13,4 @@ void ocs_cut_row_avx2(int8_t *restrict bytes, const float *x, int64_t N, int64_t
 void ocs_cell_avx2(float *restrict h, float *restrict c, const float *from_x, const float *from_h, int64_t H,
                    int64_t first, ocs_cell_kind kind);
 
-/* Calls an inline function with `bits` as a constant last argument, so that shifts and masks are constants, too. */
-#define OCS_WITH_CONSTANT_BITS(bits, function, ...)                                                                    \
-    switch (bits) {                                                                                                    \
-    case 2: function(__VA_ARGS__, 2); break;                                                                           \
-    case 3: function(__VA_ARGS__, 3); break;                                                                           \
-    case 4: function(__VA_ARGS__, 4); break;                                                                           \
-    case 5: function(__VA_ARGS__, 5); break;                                                                           \
-    case 6: function(__VA_ARGS__, 6); break;                                                                           \
-    case 7: function(__VA_ARGS__, 7); break;                                                                           \
-    default: function(__VA_ARGS__, 8);                                                                                 \
-    }
-
 #endif

@@ -83,7 +83,7 @@ ocs_status product(ocs_call *call) {
     const int64_t C = x->sizes[x->rank - 1];
     int64_t R = 1;
     for (int64_t i = 0; i + 1 < x->rank; ++i) {
-        R *= x->sizes[i];
+        require_shape(call, !__builtin_mul_overflow(R, x->sizes[i], &R), "x has too many rows");
     }
     const ocs_packed_weight w = read_packed(call, 1, C);
     const float *bias = read_bias(call, 7, w.O);
@@ -111,7 +111,8 @@ ocs_status recurrent(ocs_call *call) {
     layer.hidden = read_packed(call, HIDDEN, P);
     layer.bias = read_bias(call, BIAS, layer.hidden.O);
     const int64_t units = layer.hidden.O / gates;
-    const bool projects = integer(call, PROJECTION + 3) > 0;
+    const bool projects = integer(call, PROJECTION + 3) != 0;
+    require_shape(call, !projects || layer.kind == OCS_LSTM, "only an LSTM has a projection");
     const ocs_packed_weight projection = projects ? read_packed(call, PROJECTION, units) : (ocs_packed_weight){0};
     layer.projection = projects ? &projection : NULL;
     const bool has_c = layer.kind == OCS_LSTM;
@@ -120,6 +121,7 @@ ocs_status recurrent(ocs_call *call) {
     for (int64_t t = 0; t < sizes->numel; ++t) {
         const int64_t size = ((const int64_t *)sizes->data)[t];
         require_shape(call, size >= 0 && size <= N, "batch_sizes must be those of N sequences, and fall");
+        require_shape(call, size <= from_x->sizes[0] - steps, "from_x must be [steps, gates H]");
         steps += call->status == OCS_OK ? size : 0;
     }
     require_shape(call, from_x->sizes[0] == steps && from_x->sizes[1] == layer.hidden.O,

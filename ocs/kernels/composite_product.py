@@ -4,6 +4,7 @@ Where rows are rounded, sums are whole numbers and exact, so that all devices gi
 sums is the device's own. A packed weight is six arguments: packed bytes, scale, copies, outputs O, group, bits.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,11 +14,19 @@ from ocs.kernels.composite import _all, _check_scales, _floats, _require, kernel
 from ocs.kernels.constants import MAX_BITS, MIN_BITS, qmax
 
 OUTPUTS, CHANNELS = 16, 32  # of a tile
+SEGMENT = 32768  # channels whose products add up in 32 bits
 
 
 def packed_bytes(outputs: int, channels: int, bits: int) -> int:
     """Count the bytes of a packed weight [outputs, channels]."""
     return -(-outputs // OUTPUTS) * -(-channels // CHANNELS) * 64 * bits
+
+
+def segment_channels(group: int) -> int:
+    """Count the channels whose products are added up before they are scaled: the largest part of a group that fits."""
+    if group == 0 or group % SEGMENT == 0:
+        return SEGMENT
+    return group if group < SEGMENT else group & -group
 
 
 def _check_bits(op: str, bits: int) -> None:
@@ -91,7 +100,8 @@ def product_rows(
 ) -> Tensor:
     """Give rows of what a packed weight stands for, float32 [R, channels], copies added to their channel."""
     _check_packed("product_rows", scale, copies, outputs, group, channels)
-    _require(_all((index >= 0) & (index < outputs)), "product_rows", "an index is outside the rows of the weight")
+    valid = index.dtype == torch.int64 and _all((index >= 0) & (index < outputs))
+    _require(valid, "product_rows", "an index is outside the rows of the weight")
     q = product_unpack(packed, outputs, channels + copies.numel(), bits)[index].float()
     scales = _scales(scale, outputs, group, q.shape[1])[index]
     w = q * scales if group else q
@@ -112,6 +122,17 @@ def _round(x: Tensor, bits: int, scale: Tensor, signed: bool) -> tuple[Tensor, T
     return torch.nan_to_num(q).double(), scale
 
 
+def _check_rows(bias: Tensor, outputs: int, row_bits: int, row_scale: Tensor, row_signed: bool) -> None:
+    """Check what a product has besides its weight."""
+    fits = not bias.numel() or bias.shape == (outputs,)
+    _require(fits, "product", "bias must be empty, or hold one number for each output")
+    _require(row_scale.numel() <= 1, "product", "the scale of rows must be one number, or empty")
+    if row_bits:
+        _check_bits("product", row_bits)
+        _require(row_scale.numel() == 1 or row_signed, "product", "rows that are measured are signed")
+        _check_scales("product", row_scale.flatten(), row_scale.numel())
+
+
 def _empty_product(x: Tensor, packed: Tensor, scale: Tensor, copies: Tensor, outputs: int, *others: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
 
@@ -122,17 +143,17 @@ def product(
     row_bits: int, row_scale: Tensor, row_signed: bool,
 ) -> Tensor:  # fmt: skip
     """Compute x w^T + bias in x's dtype; row_bits 0 leaves rows floats, an empty row_scale measures each."""
+    _require(x.dim() > 0, "product", "x must have at least 1 dimension")
     channels = x.shape[-1]
     _check_packed("product", scale, copies, outputs, group, channels)
-    _require(row_scale.numel() == 1 or row_signed or not row_bits, "product", "rows that are measured are signed")
-    rows = _floats("product", x).reshape(-1, channels)
+    _check_rows(bias, outputs, row_bits, row_scale, row_signed)
+    rows = _floats("product", x).reshape(math.prod(x.shape[:-1]), channels)
     q = product_unpack(packed, outputs, channels + copies.numel(), bits).double()
     of_rows = None
     if row_bits:
-        _check_bits("product", row_bits)
         rows, of_rows = _round(rows, row_bits, row_scale, row_signed)
     rows = torch.cat([rows.double(), rows.double()[:, copies.long()]], 1)
-    span = group or max(rows.shape[1], 1)
+    span = segment_channels(group)
     total = rows.new_zeros((rows.shape[0], outputs), dtype=torch.float32)
     for begin in range(0, rows.shape[1], span):
         sums = rows[:, begin : begin + span] @ q[:, begin : begin + span].t()
@@ -167,6 +188,9 @@ def recurrent(
     """Run all steps of a layer: (y [steps, P], h [N, P], c [N, H])."""
     hidden = (hidden_packed, hidden_scale, hidden_copies, hidden_outputs, hidden_group, hidden_bits)
     projection = (projection_packed, projection_scale, projection_copies, projection_outputs, projection_group)
+    _require(0 <= cell < len(_STEPS), "recurrent", "there is no such cell")
+    _require(cell == 0 or not projection_outputs, "recurrent", "only an LSTM has a projection")
+    _require(batch_sizes.dtype == torch.int64, "recurrent", "batch_sizes must be int64")
     none, sizes = from_x.new_empty(0), batch_sizes.tolist()
     falls = all(0 <= b <= a for a, b in zip([len(h), *sizes], sizes, strict=False)) and sum(sizes) == len(from_x)
     _require(falls, "recurrent", "batch_sizes must be those of N sequences, and fall")

@@ -3,6 +3,8 @@
 A packed weight is six arguments: packed bytes, scale, copies, outputs O, group, bits. Its integers are [O, C + S].
 """
 
+import math
+
 import numpy as np
 
 from ocs.kernels.constants import qmax
@@ -124,7 +126,7 @@ def product(
 
     row_bits 0 leaves rows floats, but that up to 16 are whole numbers in steps of max |row| / (2^23 - 2^16).
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     q = product_unpack(packed, outputs, rows.shape[1] + copies.size, bits)
     scales = None
     if row_bits:

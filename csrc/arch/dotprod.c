@@ -1,0 +1,83 @@
+/* Products of integers on 64-bit ARM with dot products of four bytes, which most CPUs since 2018 have. */
+#if defined(__aarch64__)
+#include "arch/tile_neon.h"
+
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+
+/* sum [rows, 16] += u [8, 16, 4] * x of a tile's channels, modulo 2^32. */
+DOTPROD INLINE void add_tile(int32_t *sum, const uint8_t *u, const uint8_t *x, int64_t stride, bool is_signed,
+                             int rows) {
+    uint32x4_t sums[4][4];
+    for (int r = 0; r < rows; ++r) {
+        for (int part = 0; part < 4; ++part) {
+            sums[r][part] = vreinterpretq_u32_s32(vld1q_s32(sum + r * OCS_TILE_OUTPUTS + 4 * part));
+        }
+    }
+    for (int v = 0; v < 8; ++v) {
+        for (int r = 0; r < rows; ++r) {
+            const uint8x16_t four = four_bytes(x + r * stride + 4 * v);
+            for (int part = 0; part < 4; ++part) {
+                const uint8x16_t line = vld1q_u8(u + v * OCS_TILE_LINE + 16 * part);
+                const int32x4_t with_sign = vdotq_s32(vreinterpretq_s32_u32(sums[r][part]), vreinterpretq_s8_u8(line),
+                                                      vreinterpretq_s8_u8(four));
+                sums[r][part] = is_signed ? vreinterpretq_u32_s32(with_sign) : vdotq_u32(sums[r][part], line, four);
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int part = 0; part < 4; ++part) {
+            vst1q_s32(sum + r * OCS_TILE_OUTPUTS + 4 * part, vreinterpretq_s32_u32(sums[r][part]));
+        }
+    }
+}
+
+DOTPROD INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                                  int64_t stride, bool is_signed, int bits) {
+    uint8_t u[OCS_TILE_CODES];
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t t = 0; t < T; ++t, tiles += ocs_tile_bytes(bits)) {
+        const uint8_t *row = x + t * OCS_TILE_CHANNELS;
+        int64_t r = 0;
+        factors_of_tile(u, tiles, is_signed, bits);
+        for (; r + 4 <= R; r += 4) {
+            add_tile(sum + r * OCS_TILE_OUTPUTS, u, row + r * stride, stride, is_signed, 4);
+        }
+        for (; r < R; ++r) {
+            add_tile(sum + r * OCS_TILE_OUTPUTS, u, row + r * stride, stride, is_signed, 1);
+        }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+        add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, T, is_signed, bits);
+    }
+}
+
+DOTPROD static void product_i8_dotprod(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T,
+                                       int64_t R, int64_t stride, int bits, bool is_signed) {
+    if (is_signed) {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
+    } else {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
+    }
+}
+
+static bool has_dotprod(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+    return true;
+#else
+    return false;
+#endif
+}
+
+const ocs_instruction_set ocs_isa_dotprod = {
+    .name = "dotprod",
+    .supported = has_dotprod,
+    .kernels.product_i8 = product_i8_dotprod,
+};
+#endif

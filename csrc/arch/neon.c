@@ -1,0 +1,207 @@
+/* Products and cells of recurrent layers on NEON, which every 64-bit ARM CPU has. */
+#if defined(__aarch64__)
+#include "arch/tile_neon.h"
+
+static void unpack_tile_neon(uint8_t *restrict codes, const uint8_t *tile, int bits) {
+    for (int v = 0; v < 8; ++v) {
+        for (int part = 0; part < 4; ++part) {
+            vst1q_u8(codes + v * OCS_TILE_LINE + 16 * part, codes_of(tile, v, part, bits));
+        }
+    }
+}
+
+/* --- Integers --------------------------------------------------------------------------------- */
+
+/* sum [4] += u * x of a tile's channels, modulo 2^32; two lanes have the pairs of one output. */
+INLINE void add_tile(int32_t *sum, const uint8_t *u, const uint8_t *x, bool is_signed) {
+    int32x4_t with_sign[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+    uint32x4_t without[2] = {vdupq_n_u32(0), vdupq_n_u32(0)};
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+        const uint8x16_t line = vld1q_u8(u + v * OCS_TILE_LINE), four = four_bytes(x + 4 * v);
+        if (is_signed) {
+            const int8x16_t a = vreinterpretq_s8_u8(line), b = vreinterpretq_s8_u8(four);
+            with_sign[0] = vpadalq_s16(with_sign[0], vmull_s8(vget_low_s8(a), vget_low_s8(b)));
+            with_sign[1] = vpadalq_s16(with_sign[1], vmull_high_s8(a, b));
+        } else {
+            without[0] = vpadalq_u16(without[0], vmull_u8(vget_low_u8(line), vget_low_u8(four)));
+            without[1] = vpadalq_u16(without[1], vmull_high_u8(line, four));
+        }
+    }
+    const uint32x4_t signed_pairs = vreinterpretq_u32_s32(vpaddq_s32(with_sign[0], with_sign[1]));
+    const uint32x4_t pairs = is_signed ? signed_pairs : vpaddq_u32(without[0], without[1]);
+    vst1q_s32(sum, vreinterpretq_s32_u32(vaddq_u32(vreinterpretq_u32_s32(vld1q_s32(sum)), pairs)));
+}
+
+INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                          int64_t stride, bool is_signed, int bits) {
+    uint8_t u[OCS_TILE_CODES];
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t t = 0; t < T; ++t, tiles += ocs_tile_bytes(bits)) {
+        factors_of_tile(u, tiles, is_signed, bits);
+        for (int64_t r = 0; r < R; ++r) {
+            for (int part = 0; part < 4; ++part) {
+                int32_t *of_part = sum + r * OCS_TILE_OUTPUTS + 4 * part;
+                add_tile(of_part, u + 16 * part, x + r * stride + t * OCS_TILE_CHANNELS, is_signed);
+            }
+        }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+        add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, T, is_signed, bits);
+    }
+}
+
+static void product_i8_neon(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+                            int64_t stride, int bits, bool is_signed) {
+    if (is_signed) {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
+    } else {
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
+    }
+}
+
+/* --- Floats ----------------------------------------------------------------------------------- */
+
+/* floats [32, 16] of a tile's integers. */
+INLINE void floats_of_tile(float *restrict floats, const uint8_t *tile, int bits) {
+    const uint8x16_t qmax = vdupq_n_u8((uint8_t)((1 << (bits - 1)) - 1));
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+        for (int part = 0; part < 4; ++part) {
+            const int32x4_t q = vreinterpretq_s32_u8(vsubq_u8(codes_of(tile, v, part, bits), qmax));
+            float *at = floats + 4 * v * OCS_TILE_OUTPUTS + 4 * part;
+            vst1q_f32(at, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 24), 24)));
+            vst1q_f32(at + OCS_TILE_OUTPUTS, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 16), 24)));
+            vst1q_f32(at + 2 * OCS_TILE_OUTPUTS, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 8), 24)));
+            vst1q_f32(at + 3 * OCS_TILE_OUTPUTS, vcvtq_f32_s32(vshrq_n_s32(q, 24)));
+        }
+    }
+}
+
+/* sum [rows, 16] += the products of a tile's even channels, or of its odd ones. */
+INLINE void add_channels(float *restrict sum, const float *floats, const float *x, int64_t stride, int odd, int rows) {
+    float32x4_t sums[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+        for (int part = 0; part < 4; ++part) {
+            sums[r][part] = vld1q_f32(sum + r * OCS_TILE_OUTPUTS + 4 * part);
+        }
+    }
+    for (int c = odd; c < OCS_TILE_CHANNELS; c += 2) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+            for (int part = 0; part < 4; ++part) {
+                const float32x4_t w = vld1q_f32(floats + c * OCS_TILE_OUTPUTS + 4 * part);
+                sums[r][part] = vfmaq_f32(sums[r][part], w, vdupq_n_f32(x[r * stride + c]));
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+        for (int part = 0; part < 4; ++part) {
+            vst1q_f32(sum + r * OCS_TILE_OUTPUTS + 4 * part, sums[r][part]);
+        }
+    }
+}
+
+static void product_f32_neon(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+                             int64_t stride, int bits) {
+    float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
+    memset(sums, 0, sizeof sums);
+    for (int64_t t = 0; t < T; ++t, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
+        OCS_WITH_CONSTANT_BITS(bits, floats_of_tile, floats, tiles)
+        for (int odd = 0; odd < 2; ++odd) {
+            int64_t r = 0;
+            for (; r + 4 <= R; r += 4) {
+                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, 4);
+            }
+            for (; r < R; ++r) {
+                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, 1);
+            }
+        }
+    }
+    for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
+        sum[i] = sums[0][i] + sums[1][i];
+    }
+}
+
+/* --- Cells, four hidden units at a time; see recurrent.c --------------------------------------- */
+
+/* Comparisons rather than min and max, of which NEON's own give NaN where either is one. */
+INLINE float32x4_t exponential(float32x4_t x) {
+    const float32x4_t most = vdupq_n_f32(OCS_EXP_MOST), least = vdupq_n_f32(OCS_EXP_LEAST);
+    const float32x4_t shift = vdupq_n_f32(OCS_SHIFT);
+    x = vbslq_f32(vcltq_f32(most, x), most, x);
+    x = vbslq_f32(vcgtq_f32(least, x), least, x);
+    const float32x4_t shifted = vfmaq_f32(shift, x, vdupq_n_f32(OCS_LOG2_E)), n = vsubq_f32(shifted, shift);
+    const float32x4_t high = vfmaq_f32(x, n, vdupq_n_f32(-OCS_LN_2_HIGH));
+    const float32x4_t r = vfmaq_f32(high, n, vdupq_n_f32(-OCS_LN_2_LOW));
+    float32x4_t sum = vdupq_n_f32(OCS_EXP_TERMS[0]);
+    for (int i = 1; i < OCS_EXP_DEGREE + 1; ++i) {
+        sum = vfmaq_f32(vdupq_n_f32(OCS_EXP_TERMS[i]), sum, r);
+    }
+    const uint32x4_t power = vshlq_n_u32(vaddq_u32(vreinterpretq_u32_f32(shifted), vdupq_n_u32(127)), 23);
+    return vmulq_f32(sum, vreinterpretq_f32_u32(power));
+}
+
+INLINE float32x4_t sigmoid(float32x4_t x) {
+    const float32x4_t one = vdupq_n_f32(1.0f);
+    return vdivq_f32(one, vaddq_f32(one, exponential(vnegq_f32(x))));
+}
+
+INLINE float32x4_t hyperbolic_tangent(float32x4_t x) {
+    const float32x4_t one = vdupq_n_f32(1.0f), two = vdupq_n_f32(2.0f);
+    return vsubq_f32(one, vdivq_f32(two, vaddq_f32(one, exponential(vmulq_f32(two, x)))));
+}
+
+INLINE float32x4_t gate(const float *from_x, const float *from_h) {
+    return vaddq_f32(vld1q_f32(from_x), vld1q_f32(from_h));
+}
+
+INLINE void lstm_cells(float *h, float *c, const float *from_x, const float *from_h, int64_t H) {
+    const float32x4_t i = sigmoid(gate(from_x, from_h)), f = sigmoid(gate(from_x + H, from_h + H));
+    const float32x4_t g = hyperbolic_tangent(gate(from_x + 2 * H, from_h + 2 * H));
+    const float32x4_t o = sigmoid(gate(from_x + 3 * H, from_h + 3 * H));
+    const float32x4_t next = vfmaq_f32(vmulq_f32(i, g), f, vld1q_f32(c));
+    vst1q_f32(c, next);
+    vst1q_f32(h, vmulq_f32(o, hyperbolic_tangent(next)));
+}
+
+INLINE void gru_cells(float *h, const float *from_x, const float *from_h, int64_t H) {
+    const float32x4_t r = sigmoid(gate(from_x, from_h)), z = sigmoid(gate(from_x + H, from_h + H));
+    const float32x4_t n = hyperbolic_tangent(vfmaq_f32(vld1q_f32(from_x + 2 * H), r, vld1q_f32(from_h + 2 * H)));
+    vst1q_f32(h, vfmaq_f32(n, z, vsubq_f32(vld1q_f32(h), n)));
+}
+
+INLINE float32x4_t rectified(float32x4_t x) {
+    const float32x4_t zero = vdupq_n_f32(0.0f);
+    return vbslq_f32(vcltq_f32(x, zero), zero, x);
+}
+
+static void cell_neon(float *restrict h, float *restrict c, const float *from_x, const float *from_h, int64_t H,
+                      int64_t first, ocs_cell_kind kind) {
+    int64_t u = first;
+    for (; u + 4 <= H; u += 4) {
+        switch (kind) {
+        case OCS_LSTM: lstm_cells(h + u, c + u, from_x + u, from_h + u, H); break;
+        case OCS_GRU: gru_cells(h + u, from_x + u, from_h + u, H); break;
+        case OCS_RNN_TANH: vst1q_f32(h + u, hyperbolic_tangent(gate(from_x + u, from_h + u))); break;
+        default: vst1q_f32(h + u, rectified(gate(from_x + u, from_h + u)));
+        }
+    }
+    ocs_cell_ref(h, c, from_x, from_h, H, u, kind);
+}
+
+static bool always(void) {
+    return true;
+}
+
+const ocs_instruction_set ocs_isa_neon = {
+    .name = "neon",
+    .supported = always,
+    .kernels.unpack_tile = unpack_tile_neon,
+    .kernels.product_i8 = product_i8_neon,
+    .kernels.product_f32 = product_f32_neon,
+    .kernels.cell = cell_neon,
+};
+#endif
