@@ -2,9 +2,9 @@
 
     python benchmarks/packed.py [--threads 1] [--rounds 21] [--only linear lstm generate] [--json]
 
-All run in one process, in turns. "memory": the weights that one call reads come after others that together exceed every
-cache; "cache": the same ones again and again. Inputs of 8 bits have a scale for each row, measured as it arrives, as the
-rivals' have. The language model is a Llama of random weights (pip install transformers; left out without it).
+All run in one process, in turns. "memory": the weights that one call reads come after others that together exceed all
+caches; "cache": the same ones again and again. Inputs of 8 bits have a scale for each row, measured as it arrives, as
+the rivals' have. The language model is a Llama of random weights (pip install transformers; left out without it).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from bench import Row, at_most, faster, in_turns, publish
 from torch import Tensor, nn
+from zoo import torchvision_models
 
 import ocs
 from ocs.nn.packed.weight import PackedWeight, RowGrid
@@ -181,6 +182,7 @@ def lstm(batch: int, rounds: int, threads: int) -> list[Row]:
 
 def llama() -> nn.Module | None:
     """A Llama of some 100 million random weights, None without transformers."""
+    torchvision_models()  # transformers imports torchvision where it is installed
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
