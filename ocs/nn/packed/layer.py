@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ class PackedLayer(QuantizedLayer):
 
     def buffers_of(self, name: str) -> tuple[str, str, str]:
         """Name the buffers that hold a weight: its codes, scale and copies."""
-        ints, scale, source = weight_buffers(name)
-        return f"{ints.removesuffix('int')}packed", scale, source.replace("source", "copies")
+        return _buffers(name)
 
     def hold(self, name: str, ints: Tensor, scale: Tensor, source: Tensor) -> None:
         """Pack what a weight consists of, and hold that."""
@@ -124,7 +124,8 @@ class PackedLayer(QuantizedLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Unpack what a quantized layer has under another name: weight_int, source."""
-        for weight in self.__dict__.get("channels", ()):
+        held = self.__dict__.get("channels", ()) if name.endswith("_int") or "source" in name else ()
+        for weight in held:
             ints, _, source = weight_buffers(weight)
             if name == ints:
                 return self.packed_weight(weight).integers()
@@ -161,6 +162,12 @@ class PackedLayer(QuantizedLayer):
         size = sum(form.packed_bytes() for form in self.forms.values())
         scales = "channel" if weight.scale.dim() else "tensor"
         return f"{shown}bits={self.bits}, splits={self.splits}, packed in {size:,} bytes, scale per {scales}{grid}"
+
+
+@cache
+def _buffers(weight: str) -> tuple[str, str, str]:
+    ints, scale, source = weight_buffers(weight)
+    return f"{ints.removesuffix('int')}packed", scale, source.replace("source", "copies")
 
 
 def _with_attributes(kind: type[QuantizedLayer], layer: QuantizedLayer) -> QuantizedLayer:
