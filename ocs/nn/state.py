@@ -20,6 +20,12 @@ def weight_buffers(weight: str) -> tuple[str, str, str]:
     return f"{stem}_int", scaled.replace("weight", "scale"), scaled.replace("weight", "source")
 
 
+def packed_buffers(weight: str) -> tuple[str, str, str]:
+    """Name the buffers that hold a packed weight: its codes, scale and copies."""
+    ints, scale, source = weight_buffers(weight)
+    return f"{ints.removesuffix('int')}packed", scale, source.replace("source", "copies")
+
+
 def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
     """Name the buffers that hold what calibration gave for an input with this grid."""
     if grid is None or not grid.calibrated:
