@@ -65,6 +65,8 @@ class PackedWeight(NamedTuple):
     @staticmethod
     def of(ints: Tensor, scale: Tensor, source: Tensor, bits: int, groups: int, channels: int) -> PackedWeight:
         """Pack integers int8 [O, C + n, ...]; source [groups (C + n)] is the original channel of each column."""
+        if ints.is_meta:
+            raise ValueError("its weight holds no values yet: load them first (it is on the meta device)")
         copies = source.view(groups, -1)[:, channels:].flatten().int()
         form = Form(tuple(ints.shape), groups, channels, bits)
         if not form.tiled:
