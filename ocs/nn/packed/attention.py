@@ -53,15 +53,17 @@ class PackedAttention(PackedLayer):
         each = (query, key, value)
         if any(x.is_nested for x in each):
             raise RuntimeError("packed attention takes no nested tensor: pad it, torch.nested.to_padded_tensor")
-        given = f"not {', '.join(str(list(x.shape)) for x in each)}"
-        batched, widths = query.dim() == 3, (self.embed_dim, self.kdim, self.vdim)
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        batched, batch = query.dim() == 3, 0 if self.batch_first else 1
+        problem = ""
         if query.dim() not in (2, 3) or {x.dim() for x in each} != {query.dim()}:
-            raise RuntimeError(f"{type(self).__name__}: expected three inputs of 2 or of 3 dimensions, {given}")
-        if tuple(x.shape[-1] for x in each) != widths:
-            raise RuntimeError(f"{type(self).__name__}: expected {widths} input channels, {given}")
-        batch = 0 if self.batch_first else 1
-        if key.shape[:-1] != value.shape[:-1] or (batched and query.shape[batch] != key.shape[batch]):
-            raise RuntimeError(f"{type(self).__name__}: expected one batch, key and value of one length, {given}")
+            problem = "three inputs of 2 or of 3 dimensions"
+        elif tuple(x.shape[-1] for x in each) != widths:
+            problem = f"{widths} input channels"
+        elif key.shape[:-1] != value.shape[:-1] or (batched and query.shape[batch] != key.shape[batch]):
+            problem = "one batch, key and value of one length"
+        if problem:
+            raise RuntimeError(f"{type(self).__name__}: expected {problem}, not {[list(x.shape) for x in each]}")
 
     # --- Projections
 

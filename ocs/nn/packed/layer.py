@@ -152,7 +152,7 @@ class PackedLayer(QuantizedLayer):
         """Tell whether a derivative is to reach these inputs, forward-mode too, or, in training, the biases."""
         if forward_ad._current_level >= 0:
             return True
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace is for inference
             return False
         trained = self._parameters.values() if self.training else ()
         return any(tensor is not None and tensor.requires_grad for tensor in (*inputs, *trained))
