@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 import ocs
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.packed.layer import PackedLayer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(params=["expanded", "folded"])
+@pytest.fixture(params=["expanded", "folded", "packed"])
 def model(request: pytest.FixtureRequest) -> Everything:
     torch.manual_seed(0)
     model = Everything().eval()
     ocs.quantize(model, wbits=5, r=0.2, expand=request.param == "expanded")
-    return model
+    return ocs.pack(model) if request.param == "packed" else model
 
 
 @pytest.fixture
@@ -54,6 +55,8 @@ def through_a_state_dict(model: nn.Module) -> nn.Module:
     """The state alone, into a model with other weights, quantized with the same settings."""
     other = Everything().eval()
     ocs.quantize(other, wbits=5, r=0.2, expand=model.lstm.expand)
+    if isinstance(model.lstm, PackedLayer):
+        ocs.pack(other)
     other.load_state_dict(model.state_dict())
     return other
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ocs
 from ocs.nn.base import QuantizedLayer
+from ocs.nn.packed.layer import PackedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REPEATS = 12  # of each case; by hand 300, which takes some minutes
@@ -47,6 +48,7 @@ class Case(NamedTuple):
 
     call: Callable[[nn.Module], Any]
     is_done: Callable[[nn.Module], bool] = lambda model: False  # it never changes
+    model: Callable[[], nn.Module] = lambda: fresh()
 
 
 def images(seed: int) -> Tensor:
@@ -69,6 +71,21 @@ def is_folded(model: Net) -> bool:
     return is_quantized(model) and isinstance(model.norm, nn.Identity)
 
 
+def quantized() -> Net:
+    net = fresh()
+    ocs.quantize(net, **ALL, fold_bn=True)
+    return net
+
+
+def is_packed(model: Net) -> bool:
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    return is_quantized(model) and all(isinstance(layer, PackedLayer) for layer in layers)
+
+
+def is_unpacked(model: Net) -> bool:
+    return is_quantized(model) and not any(isinstance(module, PackedLayer) for module in model.modules())
+
+
 def is_reestimated(model: Net) -> bool:
     twin = fresh()
     ocs.reestimate_batchnorm(twin, BATCHES)
@@ -82,21 +99,26 @@ OPTIONS = {"recipe": "best", "allocate": "error", "abits": 8, "calibration": BAT
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    path, model = tmp_path_factory.mktemp("interrupts") / "model", fresh()
-    ocs.quantize(model, **ALL, fold_bn=True)
+    path, model = tmp_path_factory.mktemp("interrupts") / "model", quantized()
     ocs.save(model, path)
     return {
         "quantize": Case(lambda net: ocs.quantize(net, **ALL, fold_bn=True), is_folded),
         "quantize by data": Case(lambda net: ocs.quantize(net, **ALL, **OPTIONS), is_quantized),
         "calibrate": Case(lambda net: ocs.calibrate(net, BATCHES, moments=True)),
         "load": Case(lambda net: ocs.load(path, net), is_folded),
+        "load packed": Case(lambda net: ocs.load(path, net, packed=True), is_packed),
+        "pack": Case(ocs.pack, is_packed, quantized),
+        "unpack": Case(ocs.unpack, is_unpacked, lambda: ocs.pack(quantized())),
         "reestimate": Case(lambda net: ocs.reestimate_batchnorm(net, BATCHES), is_reestimated),
         "compare": Case(lambda net: ocs.compare(net, model, BATCHES)),
         "synthesize": Case(lambda net: ocs.synthesize(net, (2, 5, 5), images=2, steps=2)),
     }
 
 
-NAMES = ["quantize", "quantize by data", "calibrate", "load", "reestimate", "compare", "synthesize"]
+NAMES = [
+    "quantize", "quantize by data", "calibrate", "load", "load packed", "pack", "unpack",
+    "reestimate", "compare", "synthesize",
+]  # fmt: skip
 
 
 def of_torch() -> tuple[Any, ...]:
@@ -145,7 +167,7 @@ def _identity(value: Any) -> Any:
 
 def interrupted(case: Case, call: Callable[[Callable[[], Any]], Any]) -> bool:
     """Run the case on a fresh model, interrupted by `call`: the model is as it was, or done."""
-    model = fresh()
+    model = case.model()
     before, globals_before = state(model), of_torch()
     try:
         call(lambda: case.call(model))

@@ -28,7 +28,15 @@ from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, round_folded
 from ocs.nn.input_rows import round_rows
 from ocs.nn.read_only import read_only, refusal
-from ocs.nn.state import INPUT_BUFFERS, encode_grid, input_problem, tensors_of, weight_buffers, weight_problem
+from ocs.nn.state import (
+    INPUT_BUFFERS,
+    encode_grid,
+    input_problem,
+    packed_buffers,
+    tensors_of,
+    weight_buffers,
+    weight_problem,
+)
 from ocs.nn.weights import parameter_of, weights_of
 from ocs.weight.types import QuantizedWeight
 
@@ -63,6 +71,7 @@ class QuantizedLayer(nn.Module):
     keeps_all: ClassVar[bool] = False  # whether it has all that the float layer has, its class's forward too
     input_if_asked: ClassVar[bool] = False  # whether its input stays float but where an override says otherwise
 
+    of_other_form: ClassVar[str] = "the state is of a packed model: load it into one, call ocs.pack on this one first"
     source_dtype: ClassVar[torch.dtype] = torch.int64  # of the buffers that say which channels are split
 
     groups: int = 1
@@ -353,15 +362,23 @@ class QuantizedLayer(nn.Module):
         """Copy and pickle the float layer's hooks as this layer's: each knows the layer that it is called with."""
         hooks = self._load_state_dict_pre_hooks
         own = {key: type(each)(each.hook, self if each.with_module else None) for key, each in hooks.items()}
-        return {**vars(self), "_load_state_dict_pre_hooks": OrderedDict(own)}
+        made = {**vars(self), "_load_state_dict_pre_hooks": OrderedDict(own)}
+        made.pop("_compiled_call_impl", None)  # as nn.Module does
+        return made
 
     def _weight_problem(self, name: str, state: Mapping[str, Tensor], prefix: str) -> str:
         """Say why a state cannot be this weight's, or "". It has all three tensors of the weight, or none."""
         names = self.buffers_of(name)
+        if prefix + names[0] not in state and prefix + self.other_codes(name) in state:
+            return self.of_other_form
         given, problem = tensors_of(state, prefix, {buffer: self._buffers[buffer] for buffer in names})
         if problem or not given:
             return problem
         return self.state_problem(name, *given.values())
+
+    def other_codes(self, name: str) -> str:
+        """Name the buffer that a packed layer has of a weight, which this one has not."""
+        return packed_buffers(name)[0]
 
     def state_problem(self, name: str, *tensors: Tensor) -> str:
         """Say why these tensors, shaped as they must be, cannot be what a weight consists of, or ""."""

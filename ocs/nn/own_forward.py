@@ -147,7 +147,7 @@ class QuantOwnForward(QuantizedLayer):
 
     def __reduce_ex__(self, protocol: int) -> Any:
         """Name what the class is made of, as it has no name in a module."""
-        return _blank, (self.float_kind, self.like, self.transposed_weight), vars(self).copy()
+        return _blank, (self.float_kind, self.like, self.transposed_weight), self.__getstate__()
 
 
 def _blank(cls: type[nn.Module], like: type[nn.Module], transposed: bool) -> QuantizedLayer:

@@ -100,8 +100,23 @@ class ReadOnlyWeight(Tensor):
         return self.plain.clone().__reduce_ex__(protocol)
 
 
-def _wrapped(weight: Tensor, text: str) -> Tensor:
-    made = Tensor._make_subclass(ReadOnlyWeight, weight)
+class _UnfusedWeight(ReadOnlyWeight):
+    """One that torch's fused layers do not take, as they ask for tensors without a function of their own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Do what is asked for as with any other."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def unfused(weight: ReadOnlyWeight) -> Tensor:
+    """Make of such a tensor one that torch's fused layers do not take."""
+    return _wrapped(weight.plain, weight.refusal, _UnfusedWeight)
+
+
+def _wrapped(weight: Tensor, text: str, kind: type[ReadOnlyWeight] = ReadOnlyWeight) -> Tensor:
+    made = Tensor._make_subclass(kind, weight)
     made.plain, made.refusal = weight, text
     return made
 

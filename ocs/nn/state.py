@@ -1,6 +1,7 @@
 """The buffers of a quantized layer: their names, and what may stand in them, as a state may come from a stranger."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,11 +14,19 @@ from ocs.nn.input import InputGrid
 INPUT_BUFFERS = ("input_form", "input_scale", "input_source")
 
 
+@cache
 def weight_buffers(weight: str) -> tuple[str, str, str]:
     """Name the buffers that hold a weight: its integers, scale and source."""
     stem = weight.replace(".", "_")
     scaled = stem if "weight" in stem else f"{stem}_weight"
     return f"{stem}_int", scaled.replace("weight", "scale"), scaled.replace("weight", "source")
+
+
+@cache
+def packed_buffers(weight: str) -> tuple[str, str, str]:
+    """Name the buffers that hold a packed weight: its codes, scale and copies."""
+    ints, scale, source = weight_buffers(weight)
+    return f"{ints.removesuffix('int')}packed", scale, source.replace("source", "copies")
 
 
 def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:

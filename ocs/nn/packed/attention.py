@@ -8,12 +8,18 @@ from torch import Tensor
 
 from ocs.nn.packed.layer import PackedLayer
 from ocs.nn.packed.weight import FLOAT_ROWS, PackedWeight
+from ocs.nn.read_only import ReadOnlyWeight, unfused
 
 
 class PackedAttention(PackedLayer):
     """nn.MultiheadAttention: packed projections, then torch's function of attention."""
 
     _qkv_same_embed_dim = property(lambda self: False)  # torch's fused encoder layers would read float weights
+
+    def __getattr__(self, name: str) -> Any:
+        """Give in_proj_weight and the like, whose mere sight keeps torch's fused layers from nested tensors."""
+        value = super().__getattr__(name)
+        return unfused(value) if isinstance(value, ReadOnlyWeight) else value
 
     def forward(
         self,
@@ -27,10 +33,9 @@ class PackedAttention(PackedLayer):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to [L, N, E], or [N, L, E] where batch_first, or [L, E]: (output, weights or None)."""
-        if any(x.is_nested for x in (query, key, value)):
-            raise RuntimeError("packed attention takes no nested tensor: pad it, torch.nested.to_padded_tensor")
+        self._check_inputs(query, key, value)
         if is_causal and attn_mask is None:
-            raise RuntimeError("MultiheadAttention: is_causal needs the attn_mask that it is a hint of")
+            raise RuntimeError(f"{type(self).__name__}: is_causal needs the attn_mask that it is a hint of")
         batched, first = query.dim() == 3, self.batch_first
         q, k, v = (_in_batch(x, batched, first) for x in self._projected(query, key, value))
         mask = self._mask(q, k, key_padding_mask, attn_mask)
@@ -42,6 +47,23 @@ class PackedAttention(PackedLayer):
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if first else output.transpose(0, 1), weights
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Refuse what is not of the sizes that the projections take."""
+        each = (query, key, value)
+        if any(x.is_nested for x in each):
+            raise RuntimeError("packed attention takes no nested tensor: pad it, torch.nested.to_padded_tensor")
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        batched, batch = query.dim() == 3, 0 if self.batch_first else 1
+        problem = ""
+        if query.dim() not in (2, 3) or {x.dim() for x in each} != {query.dim()}:
+            problem = "three inputs of 2 or of 3 dimensions"
+        elif tuple(x.shape[-1] for x in each) != widths:
+            problem = f"{widths} input channels"
+        elif key.shape[:-1] != value.shape[:-1] or (batched and query.shape[batch] != key.shape[batch]):
+            problem = "one batch, key and value of one length"
+        if problem:
+            raise RuntimeError(f"{type(self).__name__}: expected {problem}, not {[list(x.shape) for x in each]}")
 
     # --- Projections
 
@@ -85,12 +107,12 @@ class PackedAttention(PackedLayer):
         if mask is not None:
             shapes = {(L, S): (1, 1, L, S), (N * self.num_heads, L, S): (N, self.num_heads, L, S)}
             if tuple(mask.shape) not in shapes:
-                raise RuntimeError(f"MultiheadAttention: attn_mask is {list(mask.shape)}, not one of {list(shapes)}")
+                raise RuntimeError(f"{type(self).__name__}: attn_mask is {list(mask.shape)}, not one of {list(shapes)}")
             mask = _added(mask, q.dtype).reshape(shapes[tuple(mask.shape)])
         if padding is not None:
             padding = padding if padding.dim() == 2 else padding[None]
             if tuple(padding.shape) != (N, S):
-                raise RuntimeError(f"MultiheadAttention: key_padding_mask is {list(padding.shape)}, not {[N, S]}")
+                raise RuntimeError(f"{type(self).__name__}: key_padding_mask is {list(padding.shape)}, not {[N, S]}")
             padding = _added(padding, q.dtype)[:, None, None]
             mask = padding if mask is None else mask + padding
         return mask
@@ -130,6 +152,8 @@ def _in_heads(x: Tensor, heads: int) -> Tensor:
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Make of a mask, True where nothing is seen, one that is added to scores."""
-    if mask.dtype != torch.bool:
+    if mask.is_floating_point():
         return mask.to(dtype)
+    if mask.dtype != torch.bool:
+        raise RuntimeError(f"PackedMultiheadAttention: a mask must be of bool or floats, not {mask.dtype}")
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)

@@ -68,6 +68,8 @@ class PackedLookup(PackedLayer):
 
     def rows(self, index: Tensor) -> Tensor:
         """Dequantize the rows [..., embedding_dim] that an index asks for."""
+        if index.is_floating_point():
+            raise RuntimeError(f"{type(self).__name__}: expected indices of integers, not {index.dtype}")
         return self.packed_weight("weight").rows(index).to(self.dtype)
 
 

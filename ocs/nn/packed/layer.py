@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ocs.nn.base import QuantizedLayer
-from ocs.nn.hooked import take_hook
+from ocs.nn.hooked import reason_of_forward, take_hook
 from ocs.nn.packed.weight import FLOAT_ROWS, Form, PackedWeight, RowGrid
-from ocs.nn.state import weight_buffers
+from ocs.nn.state import packed_buffers, weight_buffers
 
 
 class PackedLayer(QuantizedLayer):
     """What packed layers have in common."""
 
+    of_other_form = "the state is of a model that is not packed: load it into one, call ocs.unpack on this one first"
     source_dtype = torch.int32
     derived_buffers = ()
     forms: dict[str, Form]  # of each weight
@@ -66,7 +68,11 @@ class PackedLayer(QuantizedLayer):
 
     def buffers_of(self, name: str) -> tuple[str, str, str]:
         """Name the buffers that hold a weight: its codes, scale and copies."""
-        return _buffers(name)
+        return packed_buffers(name)
+
+    def other_codes(self, name: str) -> str:
+        """Name the buffer that the quantized layer has of a weight, which this one has not."""
+        return weight_buffers(name)[0]
 
     def hold(self, name: str, ints: Tensor, scale: Tensor, source: Tensor) -> None:
         """Pack what a weight consists of, and hold that."""
@@ -79,6 +85,9 @@ class PackedLayer(QuantizedLayer):
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Give a weight as it is held."""
+        if torch.fx._symbolic_trace.is_fx_tracing():
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: torch.fx.symbolic_trace cannot take it: use torch.export, or ocs.unpack first")
         codes, scale, copies = self.buffers_of(name)
         return PackedWeight(self._buffers[codes], self._buffers[scale], self._buffers[copies], self.forms[name])
 
@@ -145,8 +154,10 @@ class PackedLayer(QuantizedLayer):
         return None if grid.splits or grid.oracle else RowGrid(grid.bits, self.input_scale, grid.signed)
 
     def asks_for_gradient(self, *inputs: Tensor | None) -> bool:
-        """Tell whether a gradient is to reach these inputs or, in training, the biases."""
-        if not torch.is_grad_enabled():
+        """Tell whether a derivative is to reach these inputs, forward-mode too, or, in training, the biases."""
+        if forward_ad._current_level >= 0:
+            return True
+        if not torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace is for inference
             return False
         trained = self._parameters.values() if self.training else ()
         return any(tensor is not None and tensor.requires_grad for tensor in (*inputs, *trained))
@@ -164,18 +175,15 @@ class PackedLayer(QuantizedLayer):
         return f"{shown}bits={self.bits}, splits={self.splits}, packed in {size:,} bytes, scale per {scales}{grid}"
 
 
-@cache
-def _buffers(weight: str) -> tuple[str, str, str]:
-    ints, scale, source = weight_buffers(weight)
-    return f"{ints.removesuffix('int')}packed", scale, source.replace("source", "copies")
-
-
 def _with_attributes(kind: type[QuantizedLayer], layer: QuantizedLayer) -> QuantizedLayer:
     """Make a layer of another kind that has all that a layer has, in tables of its own."""
+    reason = reason_of_forward(layer)
+    if reason:
+        raise ValueError(f"{reason}, which its replacement would lack: remove that first")
     made = kind.__new__(kind)
     vars(made).update({key: copy.copy(value) if type(value) is dict else value for key, value in vars(layer).items()})
-    for hook in ("forward", "_old_forward", "_hf_hook"):
-        vars(made).pop(hook, None)
+    for own in ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl"):  # which call that layer
+        vars(made).pop(own, None)
     vars(made)["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
     vars(made).update(made.__getstate__())  # hooks that know the layer know this one
     take_hook(made, layer)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocs.nn.packed.weight import PackedWeight
+from ocs.nn.packed.weight import PackedWeight, is_autocast
 
 
 class ReadWeight(Tensor):
@@ -98,9 +98,10 @@ def _product(x: Any, weight: Any, bias: Any, *, transposed: bool) -> Tensor | No
     """Compute x w^T + bias, where w is packed, one matrix, and no gradient is asked for."""
     if not isinstance(weight, ReadWeight) or isinstance(x, ReadWeight) or weight.stacked:
         return None
-    plain = x.layout == torch.strided and not x.is_nested and x.dim() and x.dtype == weight.dtype
-    if not plain or weight.transposed != transposed or (torch.is_grad_enabled() and x.requires_grad):
+    part, fits = weight.parts[0], x.dtype == weight.dtype or (is_autocast(x) and x.is_floating_point())
+    plain = x.layout == torch.strided and not x.is_nested and x.shape[-1:] == (part.form.channels,)
+    if not (plain and fits) or weight.transposed != transposed or (torch.is_grad_enabled() and x.requires_grad):
         return None
-    if bias is not None and (bias.dim() != 1 or bias.numel() != weight.parts[0].form.shape[0]):
+    if bias is not None and (bias.dim() != 1 or bias.numel() != part.form.shape[0]):
         return None
-    return weight.parts[0].multiply(x, bias)
+    return part.multiply(x, bias)

@@ -30,17 +30,22 @@ class _PackedRecurrent(PackedLayer):
 
     def run_packed(self, suffix: str, x: Tensor, sizes: list[int], states: States) -> tuple[Tensor, States]:
         """Run one layer in one direction on rows [rows, C]: (hidden states [rows, H], final states), in x's dtype."""
-        none, grid = x.new_empty(0, dtype=torch.float32), self.row_grid() or FLOAT_ROWS
+        if not sizes:
+            raise RuntimeError(f"{type(self).__name__}: expected a sequence of one step or more, not of none")
+        none = x.new_empty(0, dtype=torch.float32)
+        grid = self.row_grid() or FLOAT_ROWS
+        if not self.rounds_states and suffix not in ("", "_l0", "_l0_reverse"):
+            grid = FLOAT_ROWS  # the scale is that of the layer's input, not of hidden states
         of_input, of_state = (self.forward_bias(name, suffix) for name in ("bias_ih", "bias_hh"))
-        from_x = self.packed_weight(f"weight_ih{suffix}").multiply(x.float(), of_input, grid)
+        from_x = self.packed_weight(f"weight_ih{suffix}").product(x.float(), of_input, grid)
         projection = f"weight_hr{suffix}"
         projected = self.packed_weight(projection).operands() if projection in self.channels else no_weight(none)
         h, c = (*(state.float() for state in states), none.view(0, 0))[:2]
-        bits = self.input_grid.bits if self.rounds_states else 0
+        of_state = none if of_state is None else of_state.detach()
         y, h, c = torch.ops.ocs.recurrent.default(
-            from_x, *self.packed_weight(f"weight_hh{suffix}").operands(),
-            none if of_state is None else of_state.detach(), *projected, h, c,
-            torch.tensor(sizes, device=x.device), bits, _CELLS.index(self.kernel_name), suffix.endswith("_reverse"),
+            from_x, *self.packed_weight(f"weight_hh{suffix}").operands(), of_state, *projected,
+            h, c, torch.tensor(sizes, device=x.device), self.input_grid.bits if self.rounds_states else 0,
+            _CELLS.index(self.kernel_name), suffix.endswith("_reverse"),
         )  # fmt: skip
         last = (h, c) if self.has_cell else (h,)
         return y.to(x.dtype), tuple(state.to(x.dtype) for state in last)

@@ -65,6 +65,8 @@ class PackedWeight(NamedTuple):
     @staticmethod
     def of(ints: Tensor, scale: Tensor, source: Tensor, bits: int, groups: int, channels: int) -> PackedWeight:
         """Pack integers int8 [O, C + n, ...]; source [groups (C + n)] is the original channel of each column."""
+        if ints.is_meta:
+            raise ValueError("its weight holds no values yet: load them first (it is on the meta device)")
         copies = source.view(groups, -1)[:, channels:].flatten().int()
         form = Form(tuple(ints.shape), groups, channels, bits)
         if not form.tiled:
@@ -99,7 +101,14 @@ class PackedWeight(NamedTuple):
         return self.codes, self.scale, copies, self.form.shape[0], 0, self.form.bits
 
     def multiply(self, x: Tensor, bias: Tensor | None, grid: RowGrid = FLOAT_ROWS) -> Tensor:
+        """Compute x w^T + bias, x [..., C], in the dtype that torch's products have: x's, or that of autocast."""
+        y = self.product(x, bias, grid)
+        return y.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) else y
+
+    def product(self, x: Tensor, bias: Tensor | None, grid: RowGrid = FLOAT_ROWS) -> Tensor:
         """Compute x w^T + bias, x [..., C], in x's dtype."""
+        if x.shape[-1:] != (self.form.channels,):  # the codes are padded: they fit other numbers of channels, too
+            raise RuntimeError(f"a packed weight expects {self.form.channels} input channels, not {list(x.shape)}")
         none = self.scale.new_empty(0)
         bias, scale = (none if each is None else each.detach() for each in (bias, grid.scale))
         return torch.ops.ocs.product.default(x, *self.operands(), bias, grid.bits, scale, grid.signed)
@@ -139,6 +148,12 @@ class PackedWeight(NamedTuple):
         if copies.is_floating_point() or not bool(((within >= 0) & (within < channels)).all()):
             return f"{codes} has copies that are none of its channels"
         return ""
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Tell whether autocast is on for products of such a tensor."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def no_weight(none: Tensor) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
