@@ -357,3 +357,11 @@ def test_channels_last_and_no_float_buffers() -> None:
         if isinstance(layer, QuantizedLayer):
             floats = [b for b in layer.buffers(recurse=False) if b.is_floating_point() and b is not layer.scale]
             assert not any(buffer.numel() for buffer in floats)
+
+
+@pytest.mark.parametrize("float_layer", [nn.Linear(8, 4), nn.Conv2d(8, 4, 1), nn.Embedding(8, 4)], ids=str)
+def test_symbolic_traces_are_refused(float_layer: nn.Module) -> None:
+    model = nn.Sequential(float_layer)
+    ocs.quantize(model, wbits=4, embeddings=True, skip=None, progress=False)
+    with pytest.raises(RuntimeError, match="symbolic_trace cannot take it: use torch.export"):
+        torch.fx.symbolic_trace(ocs.pack(model))

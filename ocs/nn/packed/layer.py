@@ -85,7 +85,7 @@ class PackedLayer(QuantizedLayer):
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Give a weight as it is held."""
-        if torch.fx._symbolic_trace.is_fx_tracing():
+        if not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag:
             name = type(self).__name__
             raise RuntimeError(f"{name}: torch.fx.symbolic_trace cannot take it: use torch.export, or ocs.unpack first")
         codes, scale, copies = self.buffers_of(name)
