@@ -1,7 +1,6 @@
 """The buffers of a quantized layer: their names, and what may stand in them, as a state may come from a stranger."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from ocs.nn.input import InputGrid
 INPUT_BUFFERS = ("input_form", "input_scale", "input_source")
 
 
-@cache
 def weight_buffers(weight: str) -> tuple[str, str, str]:
     """Name the buffers that hold a weight: its integers, scale and source."""
     stem = weight.replace(".", "_")
@@ -22,7 +20,6 @@ def weight_buffers(weight: str) -> tuple[str, str, str]:
     return f"{stem}_int", scaled.replace("weight", "scale"), scaled.replace("weight", "source")
 
 
-@cache
 def packed_buffers(weight: str) -> tuple[str, str, str]:
     """Name the buffers that hold a packed weight: its codes, scale and copies."""
     ints, scale, source = weight_buffers(weight)
