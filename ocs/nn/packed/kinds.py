@@ -52,6 +52,7 @@ class PackedLinear(PackedProduct):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute input W^T + bias."""
+        self.refuse_tracing()
         x = as_dense(input)
         if x.is_nested or self.asks_for_gradient(x):
             return F.linear(self.rounded(x), self.original.to(x.dtype), self.bias)
@@ -68,6 +69,7 @@ class PackedLookup(PackedLayer):
 
     def rows(self, index: Tensor) -> Tensor:
         """Dequantize the rows [..., embedding_dim] that an index asks for."""
+        self.refuse_tracing()
         if index.is_floating_point():
             raise RuntimeError(f"{type(self).__name__}: expected indices of integers, not {index.dtype}")
         return self.packed_weight("weight").rows(index).to(self.dtype)

@@ -85,9 +85,7 @@ class PackedLayer(QuantizedLayer):
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Give a weight as it is held."""
-        if not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag:
-            name = type(self).__name__
-            raise RuntimeError(f"{name}: torch.fx.symbolic_trace cannot take it: use torch.export, or ocs.unpack first")
+        self.refuse_tracing()
         codes, scale, copies = self.buffers_of(name)
         return PackedWeight(self._buffers[codes], self._buffers[scale], self._buffers[copies], self.forms[name])
 
@@ -141,6 +139,12 @@ class PackedLayer(QuantizedLayer):
             if name == source:
                 return self.source_of(weight)
         return super().__getattr__(name)
+
+    def refuse_tracing(self) -> None:
+        """Refuse torch.fx.symbolic_trace, which would keep a float weight where a packed one is."""
+        if not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: torch.fx.symbolic_trace cannot take it: use torch.export, or ocs.unpack first")
 
     # --- How its input is rounded
 
