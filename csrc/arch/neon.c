@@ -68,6 +68,40 @@ static void product_i8_neon(int32_t *restrict sum, const uint8_t *tiles, const u
     }
 }
 
+/* --- Floats in three bytes -------------------------------------------------------------------- */
+
+/* The lowest byte of each integer, and what is left of it once that is taken away. */
+INLINE int32x4_t take_byte(int32x4_t *left) {
+    const int32x4_t byte = vshrq_n_s32(vshlq_n_s32(*left, 24), 24);
+    *left = vshrq_n_s32(vsubq_s32(*left, byte), 8);
+    return byte;
+}
+
+/* 16 integers that fit 8 bits, in order. */
+INLINE void store_bytes(int8_t *bytes, const int32x4_t x[4]) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(x[0]), vmovn_s32(x[1]));
+    const int16x8_t high = vcombine_s16(vmovn_s32(x[2]), vmovn_s32(x[3]));
+    vst1q_s8(bytes, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
+
+static void cut_row_neon(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step) {
+    const float32x4_t steps = vdupq_n_f32(step);
+    int32x4_t places[3][4];
+    int64_t i = 0;
+    for (; i + 16 <= N; i += 16) {
+        for (int j = 0; j < 4; ++j) {
+            int32x4_t left = vcvtnq_s32_f32(vdivq_f32(vld1q_f32(x + i + 4 * j), steps));
+            places[2][j] = take_byte(&left);
+            places[1][j] = take_byte(&left);
+            places[0][j] = left;
+        }
+        for (int place = 0; place < 3; ++place) {
+            store_bytes(bytes + place * stride + i, places[place]);
+        }
+    }
+    ocs_cut_row_ref(bytes + i, x + i, N - i, stride, step);
+}
+
 /* --- Floats ----------------------------------------------------------------------------------- */
 
 /* floats [4 lines, 16] of a tile's integers. */
@@ -211,6 +245,7 @@ const ocs_instruction_set ocs_isa_neon = {
     .supported = always,
     .kernels.unpack_tile = unpack_tile_neon,
     .kernels.product_i8 = product_i8_neon,
+    .kernels.cut_row = cut_row_neon,
     .kernels.product_f32 = product_f32_neon,
     .kernels.cell = cell_neon,
 };
