@@ -181,17 +181,32 @@ void ocs_link_parts(int32_t *next, const ocs_rows *rows, int64_t g);
 #define OCS_TILE_OUTPUTS 16
 #define OCS_TILE_CHANNELS 32
 #define OCS_TILE_CODES (OCS_TILE_OUTPUTS * OCS_TILE_CHANNELS)
+#define OCS_LINE_CHANNELS 4
 #define OCS_TILE_LINE 64 /* bytes: four channels of all outputs */
+#define OCS_TILE_LINES (OCS_TILE_CHANNELS / OCS_LINE_CHANNELS)
 #define OCS_MOST_ROWS 16 /* that share each read of the weights */
 
-/* The size of a tile of `bits` bits in bytes. */
+/* The size of a whole tile of `bits` bits in bytes. */
 static inline int64_t ocs_tile_bytes(int bits) {
     return (int64_t)OCS_TILE_LINE * bits;
 }
 
+/* The size of the fields of `width` bits of so many lines: of a tile's plane, say. */
+static inline int64_t ocs_plane_bytes(int64_t lines, int width) {
+    return (lines * width + 7) / 8 * OCS_TILE_LINE;
+}
+
+/* The size of all tiles of 16 outputs. */
+int64_t ocs_block_bytes(int64_t E, int bits);
+
 /* ceil(a / b) for a >= 0. */
 static inline int64_t ocs_ceil_div(int64_t a, int64_t b) {
     return a / b + (a % b != 0);
+}
+
+/* Lines of the next tile where V are left. */
+static inline int ocs_tile_lines(int64_t V) {
+    return V < OCS_TILE_LINES ? (int)V : OCS_TILE_LINES;
 }
 
 /* What is wrong with a weight's sizes, scales and copies, if anything is. */

@@ -274,8 +274,8 @@ ocs_status ocs_unpack_i8(int8_t *q, const uint8_t *packed, int64_t N, int bits);
 
 /* --- Products with k-bit weights (product.c) -------------------------------------------------- */
 
-/* A weight [O, C + S] of one group in the form that products read: tiles of 16 outputs and 32 channels, padded with
-   zeros, 64 k bytes each; product.c says how a tile holds them. */
+/* A weight [O, C + S] of one group in the form that products read: tiles of 16 outputs and 32 channels, of 64 k
+   bytes or, the last of 16 outputs, less; tiles.c says how they hold it. */
 typedef struct {
     const uint8_t *packed; /* [ocs_product_bytes(O, C + S, bits)] */
     ocs_scale scale;       /* of all, or of each output channel; of each group and output channel, value [groups, O] */
@@ -294,7 +294,8 @@ typedef struct {
 
 typedef enum { OCS_ROWS_F32, OCS_ROWS_BF16 } ocs_row_dtype; /* of inputs and outputs; all else is float32 */
 
-/* ceil(O / 16) ceil(E / 32) 64 bits: of a weight [O, E]. */
+/* Of a weight [O, E]: 64 ceil(O / 16) times the sum of ceil(ceil(E / 4) w / 8) over the powers of two w that add up to
+   bits, so bits / 8 for each element but for what is padded. */
 int64_t ocs_product_bytes(int64_t O, int64_t E, int bits);
 
 /* packed [ocs_product_bytes(O, E, bits)] of q [O, E], in [-qmax, qmax]; OCS_BAD_CODE: q is outside. */

@@ -15,14 +15,15 @@ static int8_t integer_of(uint8_t code, int bits) {
     return (int8_t)(code - ocs_qmax(bits));
 }
 
-void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                         int64_t stride, int bits, bool is_signed) {
     uint8_t codes[OCS_TILE_CODES];
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (int64_t t = 0; t < T; ++t, x += OCS_TILE_CHANNELS) {
-        ocs_unpack_tile_ref(codes, tiles + t * ocs_tile_bytes(bits), bits);
+    for (; V > 0; V -= OCS_TILE_LINES, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
+        const int lines = ocs_tile_lines(V);
+        ocs_unpack_tile_ref(codes, tiles, lines, bits);
         for (int64_t r = 0; r < R; ++r) {
-            for (int c = 0; c < OCS_TILE_CHANNELS; ++c) {
+            for (int c = 0; c < lines * OCS_LINE_CHANNELS; ++c) {
                 const uint8_t byte = x[r * stride + c];
                 const int32_t value = is_signed ? (int8_t)byte : byte;
                 for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
@@ -34,15 +35,16 @@ void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8
     }
 }
 
-void ocs_product_f32_ref(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+void ocs_product_f32_ref(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
                          int64_t stride, int bits) {
     uint8_t codes[OCS_TILE_CODES];
     float odd[OCS_MOST_ROWS * OCS_TILE_OUTPUTS] = {0.0f};
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (int64_t t = 0; t < T; ++t, x += OCS_TILE_CHANNELS) {
-        ocs_unpack_tile_ref(codes, tiles + t * ocs_tile_bytes(bits), bits);
+    for (; V > 0; V -= OCS_TILE_LINES, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
+        const int lines = ocs_tile_lines(V);
+        ocs_unpack_tile_ref(codes, tiles, lines, bits);
         for (int64_t r = 0; r < R; ++r) {
-            for (int c = 0; c < OCS_TILE_CHANNELS; ++c) {
+            for (int c = 0; c < lines * OCS_LINE_CHANNELS; ++c) {
                 float *part = (c % 2 == 0 ? sum : odd) + r * OCS_TILE_OUTPUTS;
                 for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
                     const uint8_t code = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4];
@@ -246,18 +248,18 @@ static inline void sums_as_floats(row_of_outputs part, const int32_t *sum, const
 static void sum_segment(row_of_outputs *part, const product_job *job, const uint8_t *tiles, int64_t first, int64_t R,
                         int64_t segment) {
     const int bits = job->weight->bits;
-    const int64_t begin = segment * job->span, left = job->stride - begin;
-    const int64_t T = (left < job->span ? left : job->span) / OCS_TILE_CHANNELS, places = job->places;
+    const int64_t begin = segment * job->span, left = job->weight->C + job->weight->S - begin;
+    const int64_t V = ocs_ceil_div(left < job->span ? left : job->span, OCS_LINE_CHANNELS), places = job->places;
     tiles += begin / OCS_TILE_CHANNELS * ocs_tile_bytes(bits);
     if (places == 0) {
         const float *x = (const float *)(const void *)job->rows + first * job->stride + begin;
-        job->kernels->product_f32(*part, tiles, x, T, R, job->stride, bits);
+        job->kernels->product_f32(*part, tiles, x, V, R, job->stride, bits);
         return;
     }
     int32_t whole[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
     const uint8_t *x = job->rows + first * places * job->stride + begin;
     const bool is_signed = job->grid.bits == 0 || job->grid.is_signed;
-    job->kernels->product_i8(whole, tiles, x, T, R * places, job->stride, bits, is_signed);
+    job->kernels->product_i8(whole, tiles, x, V, R * places, job->stride, bits, is_signed);
     for (int64_t r = 0; r < R; ++r) {
         const int32_t *of_row = job->row_sum + (first + r) * places * job->segments + segment;
         sums_as_floats(part[r], whole + r * places * OCS_TILE_OUTPUTS, of_row, job->segments, places,
@@ -314,8 +316,8 @@ static void write_row(const product_job *job, float *restrict total, int64_t r, 
 
 /* A block of outputs of up to OCS_MOST_ROWS rows. */
 static void multiply_block(const product_job *job, int64_t block, int64_t first, int64_t R) {
-    const int64_t T = job->stride / OCS_TILE_CHANNELS;
-    const uint8_t *tiles = job->weight->packed + block * T * ocs_tile_bytes(job->weight->bits);
+    const ocs_packed_weight *w = job->weight;
+    const uint8_t *tiles = w->packed + block * ocs_block_bytes(w->C + w->S, w->bits);
     row_of_outputs total[OCS_MOST_ROWS], part[OCS_MOST_ROWS], room;
     if (job->segments == 0) { /* no channels */
         memset(total, 0, sizeof total);

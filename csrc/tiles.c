@@ -8,50 +8,65 @@
    The fields of one width w are a plane of w lines: byte i of a plane's line has the fields of byte i of 8 / w unpacked
    lines, the first one lowest. So a vector of any size is unpacked by a shift and a mask for each plane.
 
-   Tiles follow each other along the channels, then along the outputs. What a tile has beyond the weight is q = 0. */
+   Tiles follow each other along the channels, then along the outputs. What a tile has beyond the weight is q = 0. The
+   last tile of a block of outputs is short where its channels take L < 8 lines: of each plane it has only the first
+   ceil(L w / 8) lines. */
 #include "kernels.h"
 
 #include <stdlib.h>
 
+/* --- Sizes ------------------------------------------------------------------------------------ */
+
+int64_t ocs_block_bytes(int64_t E, int bits) {
+    int64_t bytes = 0;
+    for (int width = 8; width > 0; width /= 2) {
+        bytes += (bits & width) != 0 ? ocs_plane_bytes(ocs_ceil_div(E, OCS_LINE_CHANNELS), width) : 0;
+    }
+    return bytes;
+}
+
+int64_t ocs_product_bytes(int64_t O, int64_t E, int bits) {
+    return O == 0 ? 0 : ocs_ceil_div(O, OCS_TILE_OUTPUTS) * ocs_block_bytes(E, bits);
+}
+
 /* --- Plain kernels ---------------------------------------------------------------------------- */
 
-enum { LINES = OCS_TILE_CHANNELS / 4 };
-
-void ocs_unpack_tile_ref(uint8_t *restrict codes, const uint8_t *tile, int bits) {
-    memset(codes, 0, OCS_TILE_CODES);
+void ocs_unpack_tile_ref(uint8_t *restrict codes, const uint8_t *tile, int lines, int bits) {
+    memset(codes, 0, (size_t)(lines * OCS_TILE_LINE));
     int place = 0;
     for (int width = 8; width > 0; width /= 2) {
         if ((bits & width) == 0) {
             continue;
         }
         const int fields = 8 / width, mask = (1 << width) - 1;
-        for (int v = 0; v < LINES; ++v) {
+        for (int v = 0; v < lines; ++v) {
             for (int i = 0; i < OCS_TILE_LINE; ++i) {
                 const int byte = tile[v / fields * OCS_TILE_LINE + i];
                 codes[v * OCS_TILE_LINE + i] |= (uint8_t)((byte >> v % fields * width & mask) << place);
             }
         }
-        tile += width * OCS_TILE_LINE;
+        tile += ocs_plane_bytes(lines, width);
         place += width;
     }
 }
 
-/* The way back; all other bits of the codes must be 0. */
-static void pack_tile(uint8_t *restrict tile, const uint8_t *codes, int bits) {
-    memset(tile, 0, (size_t)ocs_tile_bytes(bits));
+/* The way back, from all lines, of which some may be beyond the tile's; all other bits of the codes must be 0. */
+static void pack_tile(uint8_t *restrict tile, const uint8_t *codes, int lines, int bits) {
     int place = 0;
     for (int width = 8; width > 0; width /= 2) {
         if ((bits & width) == 0) {
             continue;
         }
         const int fields = 8 / width, mask = (1 << width) - 1;
-        for (int v = 0; v < LINES; ++v) {
+        const int64_t bytes = ocs_plane_bytes(lines, width);
+        memset(tile, 0, (size_t)bytes);
+        for (int v = 0; v < bytes / OCS_TILE_LINE * fields; ++v) {
             for (int i = 0; i < OCS_TILE_LINE; ++i) {
                 const int field = codes[v * OCS_TILE_LINE + i] >> place & mask;
                 tile[v / fields * OCS_TILE_LINE + i] |= (uint8_t)(field << v % fields * width);
             }
         }
-        tile += width * OCS_TILE_LINE;
+        tile += bytes;
         place += width;
     }
 }
@@ -73,6 +88,11 @@ static int64_t within(int64_t begin, int64_t size, int64_t most) {
     return size - begin < most ? size - begin : most;
 }
 
+/* How many lines so many channels of a tile take. */
+static int lines_of(int64_t channels) {
+    return (int)ocs_ceil_div(channels, OCS_LINE_CHANNELS);
+}
+
 /* Whether all are in [-qmax, qmax]; q is the tile's first element in the weight. */
 static bool codes_of_tile(uint8_t *restrict codes, const int8_t *q, int64_t outputs, int64_t channels, int64_t E,
                           int bits) {
@@ -91,7 +111,7 @@ static bool codes_of_tile(uint8_t *restrict codes, const int8_t *q, int64_t outp
 
 static void pack_blocks(ocs_range *range) {
     const tile_job *job = range->ctx;
-    const int64_t T = ocs_ceil_div(job->E, OCS_TILE_CHANNELS);
+    const int64_t T = ocs_ceil_div(job->E, OCS_TILE_CHANNELS), block = ocs_block_bytes(job->E, job->bits);
     uint8_t codes[OCS_TILE_CODES];
     for (int64_t i = range->begin * T; i < range->end * T; ++i) {
         const int64_t o = i / T * OCS_TILE_OUTPUTS, e = i % T * OCS_TILE_CHANNELS;
@@ -99,7 +119,8 @@ static void pack_blocks(ocs_range *range) {
         if (!codes_of_tile(codes, job->q_in + o * job->E + e, outputs, channels, job->E, job->bits)) {
             range->status = OCS_BAD_CODE;
         }
-        pack_tile(job->packed_out + i * ocs_tile_bytes(job->bits), codes, job->bits);
+        uint8_t *tile = job->packed_out + i / T * block + i % T * ocs_tile_bytes(job->bits);
+        pack_tile(tile, codes, lines_of(channels), job->bits);
     }
 }
 
@@ -109,12 +130,13 @@ static uint8_t unpack_block(int8_t *q, const uint8_t *tiles, const ocs_kernels *
     const uint8_t qmax = (uint8_t)ocs_qmax(bits);
     uint8_t codes[OCS_TILE_CODES], largest = 0;
     for (int64_t e = 0; e < E; e += OCS_TILE_CHANNELS, tiles += ocs_tile_bytes(bits)) {
-        kernels->unpack_tile(codes, tiles, bits);
-        for (int i = 0; i < OCS_TILE_CODES; ++i) {
+        const int64_t channels = within(e, E, OCS_TILE_CHANNELS);
+        const int lines = lines_of(channels);
+        kernels->unpack_tile(codes, tiles, lines, bits);
+        for (int i = 0; i < lines * OCS_TILE_LINE; ++i) {
             largest = codes[i] > largest ? codes[i] : largest;
             codes[i] = (uint8_t)(codes[i] - qmax);
         }
-        const int64_t channels = within(e, E, OCS_TILE_CHANNELS);
         for (int64_t o = 0; o < outputs; ++o) {
             int8_t *row = q + o * stride + e;
             int64_t c = 0;
@@ -131,7 +153,7 @@ static uint8_t unpack_block(int8_t *q, const uint8_t *tiles, const ocs_kernels *
 
 static void unpack_blocks(ocs_range *range) {
     const tile_job *job = range->ctx;
-    const int64_t block = ocs_ceil_div(job->E, OCS_TILE_CHANNELS) * ocs_tile_bytes(job->bits);
+    const int64_t block = ocs_block_bytes(job->E, job->bits);
     for (int64_t b = range->begin; b < range->end; ++b) {
         const int64_t o = b * OCS_TILE_OUTPUTS, outputs = within(o, job->O, OCS_TILE_OUTPUTS);
         const uint8_t largest = unpack_block(job->q_out + o * job->E, job->packed_in + b * block, job->kernels, outputs,
@@ -151,10 +173,6 @@ static ocs_status run_blocks(tile_job *job, ocs_work_fn work) {
     job->kernels = ocs_kernel_table();
     const int64_t grain = ocs_grain(OCS_TILE_OUTPUTS * job->E);
     return ocs_parallel_for(ocs_ceil_div(job->O, OCS_TILE_OUTPUTS), grain, 0, work, job);
-}
-
-int64_t ocs_product_bytes(int64_t O, int64_t E, int bits) {
-    return ocs_ceil_div(O, OCS_TILE_OUTPUTS) * ocs_ceil_div(E, OCS_TILE_CHANNELS) * ocs_tile_bytes(bits);
 }
 
 ocs_status ocs_product_pack_i8(uint8_t *packed, const int8_t *q, int64_t O, int64_t E, int bits) {
@@ -209,7 +227,7 @@ static void fold_groups(float *restrict row, const int8_t *q, const ocs_packed_w
 static void fold_rows(ocs_range *range) {
     const row_job *job = range->ctx;
     const ocs_packed_weight *w = job->weight;
-    const int64_t E = w->C + w->S, block = ocs_ceil_div(E, OCS_TILE_CHANNELS) * ocs_tile_bytes(w->bits);
+    const int64_t E = w->C + w->S, block = ocs_block_bytes(E, w->bits);
     int8_t *q = range->scratch;
     int64_t unpacked = -1;
     for (int64_t r = range->begin; r < range->end; ++r) {

@@ -9,16 +9,16 @@
 
 #define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
 
-/* sum [rows, 16] += u [8, 16, 4] * x of a tile's channels, modulo 2^32. */
-DOTPROD INLINE void add_tile(int32_t *sum, const uint8_t *u, const uint8_t *x, int64_t stride, bool is_signed,
-                             int rows) {
+/* sum [rows, 16] += u [lines, 16, 4] * x of a tile's channels, modulo 2^32. */
+DOTPROD INLINE void add_rows(int32_t *sum, const uint8_t *u, const uint8_t *x, int64_t stride, int lines,
+                             bool is_signed, int rows) {
     uint32x4_t sums[4][4];
     for (int r = 0; r < rows; ++r) {
         for (int part = 0; part < 4; ++part) {
             sums[r][part] = vreinterpretq_u32_s32(vld1q_s32(sum + r * OCS_TILE_OUTPUTS + 4 * part));
         }
     }
-    for (int v = 0; v < 8; ++v) {
+    for (int v = 0; v < lines; ++v) {
         for (int r = 0; r < rows; ++r) {
             const uint8x16_t four = four_bytes(x + r * stride + 4 * v);
             for (int part = 0; part < 4; ++part) {
@@ -36,32 +36,40 @@ DOTPROD INLINE void add_tile(int32_t *sum, const uint8_t *u, const uint8_t *x, i
     }
 }
 
-DOTPROD INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
-                                  int64_t stride, bool is_signed, int bits) {
+/* sum [R, 16] += u * x of a tile. */
+DOTPROD INLINE void add_tile(int32_t *restrict sum, const uint8_t *tile, const uint8_t *x, int64_t R, int64_t stride,
+                             int lines, bool is_signed, int bits) {
     uint8_t u[OCS_TILE_CODES];
-    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (int64_t t = 0; t < T; ++t, tiles += ocs_tile_bytes(bits)) {
-        const uint8_t *row = x + t * OCS_TILE_CHANNELS;
-        int64_t r = 0;
-        factors_of_tile(u, tiles, is_signed, bits);
-        for (; r + 4 <= R; r += 4) {
-            add_tile(sum + r * OCS_TILE_OUTPUTS, u, row + r * stride, stride, is_signed, 4);
-        }
-        for (; r < R; ++r) {
-            add_tile(sum + r * OCS_TILE_OUTPUTS, u, row + r * stride, stride, is_signed, 1);
-        }
+    int64_t r = 0;
+    factors_of_tile(u, tile, lines, is_signed, bits);
+    for (; r + 4 <= R; r += 4) {
+        add_rows(sum + r * OCS_TILE_OUTPUTS, u, x + r * stride, stride, lines, is_signed, 4);
     }
-    for (int64_t r = 0; r < R; ++r) {
-        add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, T, is_signed, bits);
+    for (; r < R; ++r) {
+        add_rows(sum + r * OCS_TILE_OUTPUTS, u, x + r * stride, stride, lines, is_signed, 1);
     }
 }
 
-DOTPROD static void product_i8_dotprod(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T,
+DOTPROD INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
+                                  int64_t stride, bool is_signed, int bits) {
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t r = 0; r < R; ++r) {
+        add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, V, is_signed, bits);
+    }
+    for (; V >= 8; V -= 8, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
+        add_tile(sum, tiles, x, R, stride, 8, is_signed, bits);
+    }
+    if (V > 0) {
+        add_tile(sum, tiles, x, R, stride, (int)V, is_signed, bits);
+    }
+}
+
+DOTPROD static void product_i8_dotprod(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V,
                                        int64_t R, int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
     }
 }
 

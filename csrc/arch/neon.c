@@ -2,10 +2,10 @@
 #if defined(__aarch64__)
 #include "arch/tile_neon.h"
 
-static void unpack_tile_neon(uint8_t *restrict codes, const uint8_t *tile, int bits) {
-    for (int v = 0; v < 8; ++v) {
+static void unpack_tile_neon(uint8_t *restrict codes, const uint8_t *tile, int lines, int bits) {
+    for (int v = 0; v < lines; ++v) {
         for (int part = 0; part < 4; ++part) {
-            vst1q_u8(codes + v * OCS_TILE_LINE + 16 * part, codes_of(tile, v, part, bits));
+            vst1q_u8(codes + v * OCS_TILE_LINE + 16 * part, codes_of(tile, v, part, lines, bits));
         }
     }
 }
@@ -13,11 +13,11 @@ static void unpack_tile_neon(uint8_t *restrict codes, const uint8_t *tile, int b
 /* --- Integers --------------------------------------------------------------------------------- */
 
 /* sum [4] += u * x of a tile's channels, modulo 2^32; two lanes have the pairs of one output. */
-INLINE void add_tile(int32_t *sum, const uint8_t *u, const uint8_t *x, bool is_signed) {
+INLINE void add_part(int32_t *sum, const uint8_t *u, const uint8_t *x, int lines, bool is_signed) {
     int32x4_t with_sign[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
     uint32x4_t without[2] = {vdupq_n_u32(0), vdupq_n_u32(0)};
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; ++v) {
+    for (int v = 0; v < lines; ++v) {
         const uint8x16_t line = vld1q_u8(u + v * OCS_TILE_LINE), four = four_bytes(x + 4 * v);
         if (is_signed) {
             const int8x16_t a = vreinterpretq_s8_u8(line), b = vreinterpretq_s8_u8(four);
@@ -33,42 +33,84 @@ INLINE void add_tile(int32_t *sum, const uint8_t *u, const uint8_t *x, bool is_s
     vst1q_s32(sum, vreinterpretq_s32_u32(vaddq_u32(vreinterpretq_u32_s32(vld1q_s32(sum)), pairs)));
 }
 
-INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
-                          int64_t stride, bool is_signed, int bits) {
+/* sum [R, 16] += u * x of a tile. */
+INLINE void add_tile(int32_t *restrict sum, const uint8_t *tile, const uint8_t *x, int64_t R, int64_t stride, int lines,
+                     bool is_signed, int bits) {
     uint8_t u[OCS_TILE_CODES];
-    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (int64_t t = 0; t < T; ++t, tiles += ocs_tile_bytes(bits)) {
-        factors_of_tile(u, tiles, is_signed, bits);
-        for (int64_t r = 0; r < R; ++r) {
-            for (int part = 0; part < 4; ++part) {
-                int32_t *of_part = sum + r * OCS_TILE_OUTPUTS + 4 * part;
-                add_tile(of_part, u + 16 * part, x + r * stride + t * OCS_TILE_CHANNELS, is_signed);
-            }
-        }
-    }
+    factors_of_tile(u, tile, lines, is_signed, bits);
     for (int64_t r = 0; r < R; ++r) {
-        add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, T, is_signed, bits);
+        for (int part = 0; part < 4; ++part) {
+            add_part(sum + r * OCS_TILE_OUTPUTS + 4 * part, u + 16 * part, x + r * stride, lines, is_signed);
+        }
     }
 }
 
-static void product_i8_neon(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
+                          int64_t stride, bool is_signed, int bits) {
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t r = 0; r < R; ++r) {
+        add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, V, is_signed, bits);
+    }
+    for (; V >= 8; V -= 8, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
+        add_tile(sum, tiles, x, R, stride, 8, is_signed, bits);
+    }
+    if (V > 0) {
+        add_tile(sum, tiles, x, R, stride, (int)V, is_signed, bits);
+    }
+}
+
+static void product_i8_neon(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                             int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
     }
+}
+
+/* --- Floats in three bytes -------------------------------------------------------------------- */
+
+/* The lowest byte of each integer, and what is left of it once that is taken away. */
+INLINE int32x4_t take_byte(int32x4_t *left) {
+    const int32x4_t byte = vshrq_n_s32(vshlq_n_s32(*left, 24), 24);
+    *left = vshrq_n_s32(vsubq_s32(*left, byte), 8);
+    return byte;
+}
+
+/* 16 integers that fit 8 bits, in order. */
+INLINE void store_bytes(int8_t *bytes, const int32x4_t x[4]) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(x[0]), vmovn_s32(x[1]));
+    const int16x8_t high = vcombine_s16(vmovn_s32(x[2]), vmovn_s32(x[3]));
+    vst1q_s8(bytes, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
+
+static void cut_row_neon(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step) {
+    const float32x4_t steps = vdupq_n_f32(step);
+    int32x4_t places[3][4];
+    int64_t i = 0;
+    for (; i + 16 <= N; i += 16) {
+        for (int j = 0; j < 4; ++j) {
+            int32x4_t left = vcvtnq_s32_f32(vdivq_f32(vld1q_f32(x + i + 4 * j), steps));
+            places[2][j] = take_byte(&left);
+            places[1][j] = take_byte(&left);
+            places[0][j] = left;
+        }
+        for (int place = 0; place < 3; ++place) {
+            store_bytes(bytes + place * stride + i, places[place]);
+        }
+    }
+    ocs_cut_row_ref(bytes + i, x + i, N - i, stride, step);
 }
 
 /* --- Floats ----------------------------------------------------------------------------------- */
 
-/* floats [32, 16] of a tile's integers. */
-INLINE void floats_of_tile(float *restrict floats, const uint8_t *tile, int bits) {
+/* floats [4 lines, 16] of a tile's integers. */
+INLINE void floats_of_tile(float *restrict floats, const uint8_t *tile, int lines, int bits) {
     const uint8x16_t qmax = vdupq_n_u8((uint8_t)((1 << (bits - 1)) - 1));
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
-        for (int part = 0; part < 4; ++part) {
-            const int32x4_t q = vreinterpretq_s32_u8(vsubq_u8(codes_of(tile, v, part, bits), qmax));
+        for (int part = 0; part < 4 && v < lines; ++part) {
+            const int32x4_t q = vreinterpretq_s32_u8(vsubq_u8(codes_of(tile, v, part, lines, bits), qmax));
             float *at = floats + 4 * v * OCS_TILE_OUTPUTS + 4 * part;
             vst1q_f32(at, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 24), 24)));
             vst1q_f32(at + OCS_TILE_OUTPUTS, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 16), 24)));
@@ -79,7 +121,8 @@ INLINE void floats_of_tile(float *restrict floats, const uint8_t *tile, int bits
 }
 
 /* sum [rows, 16] += the products of a tile's even channels, or of its odd ones. */
-INLINE void add_channels(float *restrict sum, const float *floats, const float *x, int64_t stride, int odd, int rows) {
+INLINE void add_channels(float *restrict sum, const float *floats, const float *x, int64_t stride, int odd, int lines,
+                         int rows) {
     float32x4_t sums[4][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
@@ -87,7 +130,7 @@ INLINE void add_channels(float *restrict sum, const float *floats, const float *
             sums[r][part] = vld1q_f32(sum + r * OCS_TILE_OUTPUTS + 4 * part);
         }
     }
-    for (int c = odd; c < OCS_TILE_CHANNELS; c += 2) {
+    for (int c = odd; c < lines * OCS_LINE_CHANNELS; c += 2) {
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
             for (int part = 0; part < 4; ++part) {
@@ -104,19 +147,20 @@ INLINE void add_channels(float *restrict sum, const float *floats, const float *
     }
 }
 
-static void product_f32_neon(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+static void product_f32_neon(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
                              int64_t stride, int bits) {
     float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
     memset(sums, 0, sizeof sums);
-    for (int64_t t = 0; t < T; ++t, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
-        OCS_WITH_CONSTANT_BITS(bits, floats_of_tile, floats, tiles)
+    for (; V > 0; V -= 8, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
+        const int lines = ocs_tile_lines(V);
+        OCS_WITH_CONSTANT_BITS(bits, floats_of_tile, floats, tiles, lines)
         for (int odd = 0; odd < 2; ++odd) {
             int64_t r = 0;
             for (; r + 4 <= R; r += 4) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, 4);
+                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 4);
             }
             for (; r < R; ++r) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, 1);
+                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 1);
             }
         }
     }
@@ -201,6 +245,7 @@ const ocs_instruction_set ocs_isa_neon = {
     .supported = always,
     .kernels.unpack_tile = unpack_tile_neon,
     .kernels.product_i8 = product_i8_neon,
+    .kernels.cut_row = cut_row_neon,
     .kernels.product_f32 = product_f32_neon,
     .kernels.cell = cell_neon,
 };

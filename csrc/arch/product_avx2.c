@@ -7,8 +7,8 @@
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE AVX2 static inline __attribute__((always_inline))
 
-/* Line v of a tile's codes, its first 32 bytes or its last: a shift and a mask for each plane. */
-INLINE __m256i half_line(const uint8_t *tile, int v, int half, int bits) {
+/* Line v of the codes of a tile of so many lines, its first 32 bytes or its last: a shift and a mask for each plane. */
+INLINE __m256i half_line(const uint8_t *tile, int v, int half, int lines, int bits) {
     __m256i codes = _mm256_setzero_si256();
     int place = 0;
     for (int width = 8; width > 0; width /= 2) {
@@ -20,23 +20,24 @@ INLINE __m256i half_line(const uint8_t *tile, int v, int half, int bits) {
         const __m256i moved = right >= 0 ? _mm256_srli_epi16(plane, right) : _mm256_slli_epi16(plane, -right);
         const __m256i mask = _mm256_set1_epi8((char)(((1 << width) - 1) << place));
         codes = _mm256_or_si256(codes, width == 8 ? plane : _mm256_and_si256(moved, mask));
-        tile += width * OCS_TILE_LINE;
+        tile += ocs_plane_bytes(lines, width);
         place += width;
     }
     return codes;
 }
 
-INLINE void unpack_tile_of(uint8_t *restrict codes, const uint8_t *tile, int bits) {
+INLINE void unpack_tile_of(uint8_t *restrict codes, const uint8_t *tile, int lines, int bits) {
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
-        for (int half = 0; half < 2; ++half) {
-            _mm256_storeu_si256((__m256i *)(codes + v * OCS_TILE_LINE + 32 * half), half_line(tile, v, half, bits));
+        for (int half = 0; half < 2 && v < lines; ++half) {
+            const __m256i line = half_line(tile, v, half, lines, bits);
+            _mm256_storeu_si256((__m256i *)(codes + v * OCS_TILE_LINE + 32 * half), line);
         }
     }
 }
 
-AVX2 void ocs_unpack_tile_avx2(uint8_t *restrict codes, const uint8_t *tile,
-                               int bits){OCS_WITH_CONSTANT_BITS(bits, unpack_tile_of, codes, tile)}
+AVX2 void ocs_unpack_tile_avx2(uint8_t *restrict codes, const uint8_t *tile, int lines,
+                               int bits){OCS_WITH_CONSTANT_BITS(bits, unpack_tile_of, codes, tile, lines)}
 
 /* --- Integers --------------------------------------------------------------------------------- */
 
@@ -72,36 +73,49 @@ INLINE __m256i add_wide(__m256i sum, __m256i pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-/* sum [rows, 16] of up to 3 rows; of k < 8 bits the pairs of 2^(7 - k) lines fit 16 bits. */
-INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
+/* sums [rows, 2] += the products of a tile; of k < 8 bits the pairs of 2^(7 - k) lines fit 16 bits. */
+INLINE void add_tile(__m256i sums[3][2], const uint8_t *tile, const uint8_t *x, int64_t stride, int lines,
                      bool is_signed, int rows, int bits) {
-    const int lines = bits >= 7 ? 1 : bits <= 4 ? 8 : 1 << (7 - bits);
-    __m256i sums[3][2], pairs[3][2];
+    const int fitting = bits >= 7 ? 1 : bits <= 4 ? 8 : 1 << (7 - bits);
+    __m256i pairs[3][2];
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+        if (v >= lines) {
+            continue;
+        }
+        const __m256i codes[2] = {half_line(tile, v, 0, lines, bits), half_line(tile, v, 1, lines, bits)};
+#pragma GCC unroll 3
+        for (int r = 0; r < rows; ++r) {
+            const __m256i values = four_bytes(x + r * stride + 4 * v);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                if (bits == 8) {
+                    sums[r][half] = add_widened(sums[r][half], codes[half], values, is_signed);
+                    continue;
+                }
+                pairs[r][half] = v % fitting == 0 ? _mm256_setzero_si256() : pairs[r][half];
+                pairs[r][half] = add_pairs(pairs[r][half], codes[half], values, bits, is_signed);
+                if (v % fitting == fitting - 1 || v == lines - 1) {
+                    sums[r][half] = add_wide(sums[r][half], pairs[r][half]);
+                }
+            }
+        }
+    }
+}
+
+/* sum [rows, 16] of up to 3 rows. */
+INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t stride,
+                     bool is_signed, int rows, int bits) {
+    __m256i sums[3][2];
 #pragma GCC unroll 3
     for (int r = 0; r < rows; ++r) {
         sums[r][0] = sums[r][1] = _mm256_setzero_si256();
     }
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-            const __m256i codes[2] = {half_line(tiles, v, 0, bits), half_line(tiles, v, 1, bits)};
-#pragma GCC unroll 3
-            for (int r = 0; r < rows; ++r) {
-                const __m256i values = four_bytes(x + r * stride + 4 * v);
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; ++half) {
-                    if (bits == 8) {
-                        sums[r][half] = add_widened(sums[r][half], codes[half], values, is_signed);
-                        continue;
-                    }
-                    pairs[r][half] = v % lines == 0 ? _mm256_setzero_si256() : pairs[r][half];
-                    pairs[r][half] = add_pairs(pairs[r][half], codes[half], values, bits, is_signed);
-                    if (v % lines == lines - 1) {
-                        sums[r][half] = add_wide(sums[r][half], pairs[r][half]);
-                    }
-                }
-            }
-        }
+    for (; V >= 8; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+        add_tile(sums, tiles, x, stride, 8, is_signed, rows, bits);
+    }
+    if (V > 0) {
+        add_tile(sums, tiles, x, stride, (int)V, is_signed, rows, bits);
     }
 #pragma GCC unroll 3
     for (int r = 0; r < rows; ++r) {
@@ -110,76 +124,91 @@ INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t 
     }
 }
 
-/* sum [rows, 16] of up to 3 signed rows and codes of 8 bits: the products of their upper four bits and of their lower.
- */
-INLINE void few_rows_8(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
-                       int rows) {
+/* upper and lower [rows] += the products of half the outputs of a tile of 8 bits: of their codes' upper four bits, and
+   of their lower. */
+INLINE void add_tile_8(__m256i *upper, __m256i *lower, const uint8_t *tile, const uint8_t *x, int64_t stride, int half,
+                       int lines, int rows) {
     const __m256i low = _mm256_set1_epi8(15);
-    for (int half = 0; half < 2; ++half) {
-        __m256i upper_sums[3], lower_sums[3];
+    __m256i upper_pairs[3], lower_pairs[3];
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; ++r) {
+        upper_pairs[r] = lower_pairs[r] = _mm256_setzero_si256();
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+        if (v >= lines) {
+            continue;
+        }
+        const __m256i codes = half_line(tile, v, half, lines, 8);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
 #pragma GCC unroll 3
         for (int r = 0; r < rows; ++r) {
-            upper_sums[r] = lower_sums[r] = _mm256_setzero_si256();
+            const __m256i values = four_bytes(x + r * stride + 4 * v);
+            const __m256i of_low = _mm256_maddubs_epi16(_mm256_and_si256(codes, low), values);
+            upper_pairs[r] = _mm256_add_epi16(upper_pairs[r], _mm256_maddubs_epi16(high, values));
+            lower_pairs[r] = _mm256_add_epi16(lower_pairs[r], of_low);
+        }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; ++r) {
+        upper[r] = add_wide(upper[r], upper_pairs[r]);
+        lower[r] = add_wide(lower[r], lower_pairs[r]);
+    }
+}
+
+/* sum [rows, 16] of up to 3 signed rows and codes of 8 bits. */
+INLINE void few_rows_8(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t stride,
+                       int rows) {
+    const int64_t T = V / 8;
+    for (int half = 0; half < 2; ++half) {
+        __m256i upper[3], lower[3];
+#pragma GCC unroll 3
+        for (int r = 0; r < rows; ++r) {
+            upper[r] = lower[r] = _mm256_setzero_si256();
         }
         for (int64_t t = 0; t < T; ++t) {
-            __m256i upper[3], lower[3];
-#pragma GCC unroll 3
-            for (int r = 0; r < rows; ++r) {
-                upper[r] = lower[r] = _mm256_setzero_si256();
-            }
-#pragma GCC unroll 8
-            for (int v = 0; v < 8; ++v) {
-                const __m256i codes = half_line(tiles + t * OCS_TILE_LINE * 8, v, half, 8);
-                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
-#pragma GCC unroll 3
-                for (int r = 0; r < rows; ++r) {
-                    const __m256i values = four_bytes(x + r * stride + t * OCS_TILE_CHANNELS + 4 * v);
-                    upper[r] = _mm256_add_epi16(upper[r], _mm256_maddubs_epi16(high, values));
-                    lower[r] = _mm256_add_epi16(lower[r], _mm256_maddubs_epi16(_mm256_and_si256(codes, low), values));
-                }
-            }
-#pragma GCC unroll 3
-            for (int r = 0; r < rows; ++r) {
-                upper_sums[r] = add_wide(upper_sums[r], upper[r]);
-                lower_sums[r] = add_wide(lower_sums[r], lower[r]);
-            }
+            add_tile_8(upper, lower, tiles + t * OCS_TILE_LINE * 8, x + t * OCS_TILE_CHANNELS, stride, half, 8, rows);
+        }
+        if (V % 8 > 0) {
+            const uint8_t *tile = tiles + T * OCS_TILE_LINE * 8;
+            add_tile_8(upper, lower, tile, x + T * OCS_TILE_CHANNELS, stride, half, (int)(V % 8), rows);
         }
 #pragma GCC unroll 3
         for (int r = 0; r < rows; ++r) {
-            const __m256i total = _mm256_add_epi32(_mm256_slli_epi32(upper_sums[r], 4), lower_sums[r]);
+            const __m256i total = _mm256_add_epi32(_mm256_slli_epi32(upper[r], 4), lower[r]);
             _mm256_storeu_si256((__m256i *)(sum + r * OCS_TILE_OUTPUTS + 8 * half), total);
         }
     }
 }
 
 /* As many rows as registers hold, which are also the bytes of one float row. */
-INLINE void some_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
+INLINE void some_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t stride,
                       bool is_signed, int rows, int bits) {
     if (bits == 8 && is_signed) {
-        few_rows_8(sum, tiles, x, T, stride, rows);
+        few_rows_8(sum, tiles, x, V, stride, rows);
     } else {
-        few_rows(sum, tiles, x, T, stride, is_signed, rows, bits);
+        few_rows(sum, tiles, x, V, stride, is_signed, rows, bits);
     }
 }
 
-INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                           int64_t stride, bool is_signed, int bits) {
     for (; R >= 3; R -= 3, sum += 3 * OCS_TILE_OUTPUTS, x += 3 * stride) {
-        some_rows(sum, tiles, x, T, stride, is_signed, 3, bits);
+        some_rows(sum, tiles, x, V, stride, is_signed, 3, bits);
     }
     if (R == 2) {
-        some_rows(sum, tiles, x, T, stride, is_signed, 2, bits);
+        some_rows(sum, tiles, x, V, stride, is_signed, 2, bits);
     } else if (R == 1) {
-        some_rows(sum, tiles, x, T, stride, is_signed, 1, bits);
+        some_rows(sum, tiles, x, V, stride, is_signed, 1, bits);
     }
 }
 
-AVX2 void ocs_product_i8_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+AVX2 void ocs_product_i8_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                               int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
     }
 }
 
@@ -225,19 +254,20 @@ INLINE __m256 channel_of(__m256i q, int j) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
 }
 
-INLINE __m256i integers_of(const uint8_t *tile, int v, int half, int bits) {
-    return _mm256_sub_epi8(half_line(tile, v, half, bits), _mm256_set1_epi8((char)((1 << (bits - 1)) - 1)));
+INLINE __m256i integers_of(const uint8_t *tile, int v, int half, int lines, int bits) {
+    return _mm256_sub_epi8(half_line(tile, v, half, lines, bits), _mm256_set1_epi8((char)((1 << (bits - 1)) - 1)));
 }
 
-/* sum [rows, 16] += the products of a tile's even channels, or of its odd ones; floats [32, 16]. */
-INLINE void add_channels(float *restrict sum, const float *floats, const float *x, int64_t stride, int odd, int rows) {
+/* sum [rows, 16] += the products of a tile's even channels, or of its odd ones; floats [4 lines, 16]. */
+INLINE void add_channels(float *restrict sum, const float *floats, const float *x, int64_t stride, int odd, int lines,
+                         int rows) {
     __m256 sums[4][2];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         sums[r][0] = _mm256_loadu_ps(sum + r * OCS_TILE_OUTPUTS);
         sums[r][1] = _mm256_loadu_ps(sum + r * OCS_TILE_OUTPUTS + 8);
     }
-    for (int c = odd; c < OCS_TILE_CHANNELS; c += 2) {
+    for (int c = odd; c < lines * OCS_LINE_CHANNELS; c += 2) {
         const __m256 low = _mm256_load_ps(floats + c * OCS_TILE_OUTPUTS);
         const __m256 high = _mm256_load_ps(floats + c * OCS_TILE_OUTPUTS + 8);
 #pragma GCC unroll 4
@@ -254,14 +284,15 @@ INLINE void add_channels(float *restrict sum, const float *floats, const float *
     }
 }
 
-INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
                            int64_t stride, int bits) {
     _Alignas(32) float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS] = {{0.0f}};
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+    for (; V > 0; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+        const int lines = ocs_tile_lines(V);
 #pragma GCC unroll 8
         for (int v = 0; v < 8; ++v) {
-            for (int half = 0; half < 2; ++half) {
-                const __m256i q = integers_of(tiles, v, half, bits);
+            for (int half = 0; half < 2 && v < lines; ++half) {
+                const __m256i q = integers_of(tiles, v, half, lines, bits);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j) {
                     _mm256_store_ps(floats + (4 * v + j) * OCS_TILE_OUTPUTS + 8 * half, channel_of(q, j));
@@ -271,10 +302,10 @@ INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const floa
         for (int odd = 0; odd < 2; ++odd) {
             int64_t r = 0;
             for (; r + 4 <= R; r += 4) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, 4);
+                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 4);
             }
             for (; r < R; ++r) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, 1);
+                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 1);
             }
         }
     }
@@ -283,8 +314,8 @@ INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const floa
     }
 }
 
-AVX2 void ocs_product_f32_avx2(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+AVX2 void ocs_product_f32_avx2(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
                                int64_t stride, int bits) {
-    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, T, R, stride)
+    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, V, R, stride)
 }
 #endif

@@ -12,8 +12,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Line v of a tile's codes, 16 bytes of it, which are 4 outputs: a shift and a mask for each plane. */
-INLINE uint8x16_t codes_of(const uint8_t *tile, int v, int part, int bits) {
+/* Line v of the codes of a tile of so many lines, 16 bytes of it, which are 4 outputs: a shift and a mask for each
+ * plane. */
+INLINE uint8x16_t codes_of(const uint8_t *tile, int v, int part, int lines, int bits) {
     uint8x16_t codes = vdupq_n_u8(0);
     int place = 0;
     for (int width = 8; width > 0; width /= 2) {
@@ -24,19 +25,19 @@ INLINE uint8x16_t codes_of(const uint8_t *tile, int v, int part, int bits) {
         const uint8x16_t plane = vld1q_u8(tile + v / fields * OCS_TILE_LINE + 16 * part);
         const uint8x16_t mask = vdupq_n_u8((uint8_t)(((1 << width) - 1) << place));
         codes = vorrq_u8(codes, vandq_u8(vshlq_u8(plane, vdupq_n_s8((int8_t)left)), mask));
-        tile += width * OCS_TILE_LINE;
+        tile += ocs_plane_bytes(lines, width);
         place += width;
     }
     return codes;
 }
 
 /* u of all codes of a tile; see above. */
-INLINE void factors_of_tile(uint8_t *restrict u, const uint8_t *tile, bool is_signed, int bits) {
+INLINE void factors_of_tile(uint8_t *restrict u, const uint8_t *tile, int lines, bool is_signed, int bits) {
     const uint8x16_t shift = vdupq_n_u8(bits < 8 ? 0 : is_signed ? 128 : 1); /* 128 is -128 in 8 bits */
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
-        for (int part = 0; part < 4; ++part) {
-            vst1q_u8(u + v * OCS_TILE_LINE + 16 * part, vaddq_u8(codes_of(tile, v, part, bits), shift));
+        for (int part = 0; part < 4 && v < lines; ++part) {
+            vst1q_u8(u + v * OCS_TILE_LINE + 16 * part, vaddq_u8(codes_of(tile, v, part, lines, bits), shift));
         }
     }
 }
@@ -48,12 +49,16 @@ INLINE uint8x16_t four_bytes(const uint8_t *x) {
     return vreinterpretq_u8_u32(vdupq_n_u32(word));
 }
 
-/* sum [16] += the multiple of the sum of a row x [32 T] that u leaves out, modulo 2^32. */
-INLINE void add_offset(int32_t *sum, const uint8_t *x, int64_t T, bool is_signed, int bits) {
+/* sum [16] += the multiple of the sum of a row x [4 V] that u leaves out, modulo 2^32. */
+INLINE void add_offset(int32_t *sum, const uint8_t *x, int64_t V, bool is_signed, int bits) {
     uint32_t total = 0;
-    for (int64_t i = 0; i < OCS_TILE_CHANNELS * T; i += 16) {
+    int64_t i = 0;
+    for (; i + 16 <= OCS_LINE_CHANNELS * V; i += 16) {
         const uint8x16_t bytes = vld1q_u8(x + i);
         total += is_signed ? (uint32_t)vaddlvq_s8(vreinterpretq_s8_u8(bytes)) : vaddlvq_u8(bytes);
+    }
+    for (; i < OCS_LINE_CHANNELS * V; ++i) {
+        total += is_signed ? (uint32_t)(int8_t)x[i] : x[i];
     }
     const uint32_t without_sign = bits < 8 ? (uint32_t)ocs_qmax(bits) : 128, with_sign = bits < 8 ? 0 : 128;
     const uint32x4_t offset = vdupq_n_u32(total * (is_signed ? with_sign : -without_sign));

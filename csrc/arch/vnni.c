@@ -7,8 +7,8 @@
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #define INLINE VNNI static inline __attribute__((always_inline))
 
-/* Line v of a tile's codes: a shift and a mask for each plane. */
-INLINE __m512i line_of(const uint8_t *tile, int v, int bits) {
+/* Line v of the codes of a tile of so many lines: a shift and a mask for each plane. */
+INLINE __m512i line_of(const uint8_t *tile, int v, int lines, int bits) {
     __m512i codes = _mm512_setzero_si512();
     int place = 0;
     for (int width = 8; width > 0; width /= 2) {
@@ -21,14 +21,14 @@ INLINE __m512i line_of(const uint8_t *tile, int v, int bits) {
             right >= 0 ? _mm512_srli_epi16(plane, (unsigned)right) : _mm512_slli_epi16(plane, (unsigned)-right);
         const __m512i mask = _mm512_set1_epi8((char)(((1 << width) - 1) << place));
         codes = _mm512_or_si512(codes, width == 8 ? plane : _mm512_and_si512(moved, mask));
-        tile += width * OCS_TILE_LINE;
+        tile += ocs_plane_bytes(lines, width);
         place += width;
     }
     return codes;
 }
 
-INLINE __m512i integers_of(const uint8_t *tile, int v, int bits) {
-    return _mm512_sub_epi8(line_of(tile, v, bits), _mm512_set1_epi8((char)((1 << (bits - 1)) - 1)));
+INLINE __m512i integers_of(const uint8_t *tile, int v, int lines, int bits) {
+    return _mm512_sub_epi8(line_of(tile, v, lines, bits), _mm512_set1_epi8((char)((1 << (bits - 1)) - 1)));
 }
 
 /* --- Integers --------------------------------------------------------------------------------- */
@@ -41,9 +41,25 @@ INLINE __m512i add_four(__m512i sum, __m512i line, const uint8_t *x, bool is_sig
     return is_signed ? _mm512_dpbusd_epi32(sum, line, values) : _mm512_dpbusd_epi32(sum, values, line);
 }
 
+/* sums [rows, parts] += the products of a tile. */
+INLINE void add_tile(__m512i *sums, const uint8_t *tile, const uint8_t *x, int64_t stride, int lines, bool is_signed,
+                     int rows, int parts, int bits) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+        if (v < lines) {
+            const __m512i line = is_signed ? line_of(tile, v, lines, bits) : integers_of(tile, v, lines, bits);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) {
+                __m512i *const of_row = &sums[r * parts + v % parts];
+                *of_row = add_four(*of_row, line, x + r * stride + 4 * v, is_signed);
+            }
+        }
+    }
+}
+
 /* sum [rows, 16] of up to 4 rows, whose sums stay in registers: at least four of them, as a product waits for the sum
    that it is added to. */
-INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t stride,
+INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t stride,
                      bool is_signed, int rows, int bits) {
     const int parts = rows == 1 ? 4 : 2;
     __m512i sums[8];
@@ -51,16 +67,11 @@ INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t 
     for (int i = 0; i < rows * parts; ++i) {
         sums[i] = _mm512_setzero_si512();
     }
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-            const __m512i line = is_signed ? line_of(tiles, v, bits) : integers_of(tiles, v, bits);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) {
-                __m512i *const of_row = &sums[r * parts + v % parts];
-                *of_row = add_four(*of_row, line, x + r * stride + 4 * v, is_signed);
-            }
-        }
+    for (; V >= 8; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+        add_tile(sums, tiles, x, stride, 8, is_signed, rows, parts, bits);
+    }
+    if (V > 0) {
+        add_tile(sums, tiles, x, stride, (int)V, is_signed, rows, parts, bits);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
@@ -71,45 +82,57 @@ INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t 
     }
 }
 
-/* sum [R, 16] of more rows, tile by tile, whose lines stay in registers. */
-INLINE void many_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
-                      int64_t stride, bool is_signed, int bits) {
-    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-        __m512i lines[8];
+/* sum [R, 16] += the products of a tile, whose lines stay in registers. */
+INLINE void add_tile_to_rows(int32_t *restrict sum, const uint8_t *tile, const uint8_t *x, int64_t R, int64_t stride,
+                             int lines, bool is_signed, int bits) {
+    __m512i of_tile[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+        if (v < lines) {
+            of_tile[v] = is_signed ? line_of(tile, v, lines, bits) : integers_of(tile, v, lines, bits);
+        }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+        __m512i sums[2] = {_mm512_loadu_si512(sum + r * OCS_TILE_OUTPUTS), _mm512_setzero_si512()};
 #pragma GCC unroll 8
         for (int v = 0; v < 8; ++v) {
-            lines[v] = is_signed ? line_of(tiles, v, bits) : integers_of(tiles, v, bits);
-        }
-        for (int64_t r = 0; r < R; ++r) {
-            __m512i even = _mm512_loadu_si512(sum + r * OCS_TILE_OUTPUTS), odd = _mm512_setzero_si512();
-#pragma GCC unroll 4
-            for (int v = 0; v < 8; v += 2) {
-                even = add_four(even, lines[v], x + r * stride + 4 * v, is_signed);
-                odd = add_four(odd, lines[v + 1], x + r * stride + 4 * v + 4, is_signed);
+            if (v < lines) {
+                sums[v % 2] = add_four(sums[v % 2], of_tile[v], x + r * stride + 4 * v, is_signed);
             }
-            _mm512_storeu_si512(sum + r * OCS_TILE_OUTPUTS, _mm512_add_epi32(even, odd));
         }
+        _mm512_storeu_si512(sum + r * OCS_TILE_OUTPUTS, _mm512_add_epi32(sums[0], sums[1]));
     }
 }
 
-INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+/* sum [R, 16] of more rows, tile by tile. */
+INLINE void many_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
+                      int64_t stride, bool is_signed, int bits) {
+    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (; V >= 8; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+        add_tile_to_rows(sum, tiles, x, R, stride, 8, is_signed, bits);
+    }
+    if (V > 0) {
+        add_tile_to_rows(sum, tiles, x, R, stride, (int)V, is_signed, bits);
+    }
+}
+
+INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                           int64_t stride, bool is_signed, int bits) {
     switch (R) {
-    case 1: few_rows(sum, tiles, x, T, stride, is_signed, 1, bits); break;
-    case 2: few_rows(sum, tiles, x, T, stride, is_signed, 2, bits); break;
-    case 3: few_rows(sum, tiles, x, T, stride, is_signed, 3, bits); break;
-    case 4: few_rows(sum, tiles, x, T, stride, is_signed, 4, bits); break;
-    default: many_rows(sum, tiles, x, T, R, stride, is_signed, bits);
+    case 1: few_rows(sum, tiles, x, V, stride, is_signed, 1, bits); break;
+    case 2: few_rows(sum, tiles, x, V, stride, is_signed, 2, bits); break;
+    case 3: few_rows(sum, tiles, x, V, stride, is_signed, 3, bits); break;
+    case 4: few_rows(sum, tiles, x, V, stride, is_signed, 4, bits); break;
+    default: many_rows(sum, tiles, x, V, R, stride, is_signed, bits);
     }
 }
 
-VNNI static void product_i8_vnni(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t T, int64_t R,
+VNNI static void product_i8_vnni(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                                  int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, T, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
     }
 }
 
@@ -121,16 +144,16 @@ INLINE __m512 channel_of(__m512i q, int j) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
 }
 
-/* sums [2] [rows, 16] += the products of a tile's even and odd channels; floats [32, 16]. */
+/* sums [2] [rows, 16] += the products of a tile's even and odd channels; floats [4 lines, 16]. */
 INLINE void add_channels(float *restrict even, float *restrict odd, const float *floats, const float *x, int64_t stride,
-                         int rows) {
+                         int lines, int rows) {
     __m512 sums[2][8];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
         sums[0][r] = _mm512_loadu_ps(even + r * OCS_TILE_OUTPUTS);
         sums[1][r] = _mm512_loadu_ps(odd + r * OCS_TILE_OUTPUTS);
     }
-    for (int c = 0; c < OCS_TILE_CHANNELS; c += 2) {
+    for (int c = 0; c < lines * OCS_LINE_CHANNELS; c += 2) {
         const __m512 w[2] = {_mm512_load_ps(floats + c * OCS_TILE_OUTPUTS),
                              _mm512_load_ps(floats + (c + 1) * OCS_TILE_OUTPUTS)};
 #pragma GCC unroll 8
@@ -146,31 +169,34 @@ INLINE void add_channels(float *restrict even, float *restrict odd, const float 
     }
 }
 
-INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
                            int64_t stride, int bits) {
     _Alignas(64) float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
     memset(sums, 0, sizeof sums);
-    for (int64_t t = 0; t < T; ++t, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+    for (; V > 0; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
+        const int lines = ocs_tile_lines(V);
 #pragma GCC unroll 8
         for (int v = 0; v < 8; ++v) {
-            const __m512i q = integers_of(tiles, v, bits);
+            if (v < lines) {
+                const __m512i q = integers_of(tiles, v, lines, bits);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                _mm512_store_ps(floats + (4 * v + j) * OCS_TILE_OUTPUTS, channel_of(q, j));
+                for (int j = 0; j < 4; ++j) {
+                    _mm512_store_ps(floats + (4 * v + j) * OCS_TILE_OUTPUTS, channel_of(q, j));
+                }
             }
         }
         int64_t r = 0;
         for (; r + 8 <= R; r += 8) {
             const int64_t at = r * OCS_TILE_OUTPUTS;
-            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, 8);
+            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, lines, 8);
         }
         for (; r + 4 <= R; r += 4) {
             const int64_t at = r * OCS_TILE_OUTPUTS;
-            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, 4);
+            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, lines, 4);
         }
         for (; r < R; ++r) {
             const int64_t at = r * OCS_TILE_OUTPUTS;
-            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, 1);
+            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, lines, 1);
         }
     }
     for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
@@ -178,9 +204,9 @@ INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const floa
     }
 }
 
-VNNI static void product_f32_vnni(float *restrict sum, const uint8_t *tiles, const float *x, int64_t T, int64_t R,
+VNNI static void product_f32_vnni(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
                                   int64_t stride, int bits) {
-    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, T, R, stride)
+    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, V, R, stride)
 }
 
 static bool has_vnni(void) {

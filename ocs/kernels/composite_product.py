@@ -19,7 +19,19 @@ SEGMENT = 32768  # channels whose products add up in 32 bits
 
 def packed_bytes(outputs: int, channels: int, bits: int) -> int:
     """Count the bytes of a packed weight [outputs, channels]."""
-    return -(-outputs // OUTPUTS) * -(-channels // CHANNELS) * 64 * bits
+    lines = -(-channels // 4)
+    return -(-outputs // OUTPUTS) * 64 * sum(-(-lines * width // 8) for width in (8, 4, 2, 1) if bits & width)
+
+
+def _packed_lines(channels: int, bits: int, device: torch.device) -> Tensor:
+    """List those lines of a block of whole tiles that are packed: not all of the last one's planes."""
+    packed = torch.ones((-(-channels // CHANNELS), bits), dtype=torch.bool)
+    lines, first = -(-(channels % CHANNELS) // 4) or 8, 0  # of the last tile
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            packed[-1:, first + -(-lines * width // 8) : first + width] = False
+            first += width
+    return packed.flatten().nonzero().flatten().to(device)
 
 
 def segment_channels(group: int) -> int:
@@ -49,7 +61,8 @@ def product_pack(q: Tensor, bits: int) -> Tensor:
             weights = 2 ** (width * torch.arange(8 // width, device=q.device, dtype=torch.int32))
             planes.append((fields * weights[:, None]).sum(3))
             place += width
-    return torch.cat(planes, 2).to(torch.uint8).flatten()
+    whole = torch.cat(planes, 2).to(torch.uint8).view(blocks, count * bits, 64)
+    return whole[:, _packed_lines(q.shape[1], bits, q.device)].flatten()
 
 
 @kernel(lambda packed, outputs, channels, bits: packed.new_empty((outputs, channels), dtype=torch.int8))
@@ -59,7 +72,10 @@ def product_unpack(packed: Tensor, outputs: int, channels: int, bits: int) -> Te
     fits = packed.dtype == torch.uint8 and packed.numel() == packed_bytes(outputs, channels, bits)
     _require(outputs >= 0 and channels >= 0 and fits, "product_unpack", "packed has another size than such a weight")
     blocks, count = -(-outputs // OUTPUTS), -(-channels // CHANNELS)
-    lines = packed.view(blocks, count, bits, 64).int()
+    kept = _packed_lines(channels, bits, packed.device)
+    whole = packed.new_zeros((blocks, count * bits, 64), dtype=torch.int32)
+    whole[:, kept] = packed.view(blocks, len(kept), 64).int()
+    lines = whole.view(blocks, count, bits, 64)
     codes, place, first = 0, 0, 0
     for width in (8, 4, 2, 1):
         if bits & width:
@@ -68,10 +84,11 @@ def product_unpack(packed: Tensor, outputs: int, channels: int, bits: int) -> Te
             fields = (plane >> shifts[:, None]) & ((1 << width) - 1)
             codes = codes + (fields.reshape(blocks, count, 8, 64) << place)
             place, first = place + width, first + width
-    _require(_all(codes <= 2 * qmax(bits)), "product_unpack", "an integer is outside -qmax .. qmax")
+    valid = codes.view(blocks, count * 8, 64)[:, : -(-channels // 4)] <= 2 * qmax(bits)
+    _require(_all(valid), "product_unpack", "an integer is outside -qmax .. qmax")
     ordered = codes.view(blocks, count, 8, OUTPUTS, 4).permute(0, 3, 1, 2, 4)
-    whole = ordered.reshape(blocks * OUTPUTS, count * CHANNELS) - qmax(bits)
-    return whole[:outputs, :channels].to(torch.int8).contiguous()
+    integers = ordered.reshape(blocks * OUTPUTS, count * CHANNELS) - qmax(bits)
+    return integers[:outputs, :channels].to(torch.int8).contiguous()
 
 
 def _check_packed(op: str, scale: Tensor, copies: Tensor, outputs: int, group: int, channels: int) -> None:

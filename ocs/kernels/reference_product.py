@@ -28,6 +28,17 @@ def _tiles_to_codes(tiles: np.ndarray) -> np.ndarray:
     return codes.reshape(blocks * OUTPUTS, count * CHANNELS)
 
 
+def _packed_lines(channels: int, bits: int) -> np.ndarray:
+    """List those lines of a block of whole tiles that are packed: not all of the last one's planes."""
+    packed = np.ones((-(-channels // CHANNELS), bits), bool)
+    lines, first = -(-(channels % CHANNELS) // 4) or 8, 0  # of the last tile
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            packed[-1:, first + -(-lines * width // 8) : first + width] = False
+            first += width
+    return np.flatnonzero(packed)
+
+
 def product_pack(q: np.ndarray, bits: int) -> np.ndarray:
     """Pack q int8 [O, E] for products: uint8 [bytes]."""
     padded = np.pad(q, [(0, -q.shape[0] % OUTPUTS), (0, -q.shape[1] % CHANNELS)])
@@ -38,18 +49,22 @@ def product_pack(q: np.ndarray, bits: int) -> np.ndarray:
             fields = (codes >> place & (1 << width) - 1).reshape(*codes.shape[:2], width, 8 // width, 64)
             planes.append(sum(fields[..., i, :] << i * width for i in range(8 // width)))
             place += width
-    return np.concatenate(planes, axis=2).astype(np.uint8).ravel()
+    whole = np.concatenate(planes, axis=2).astype(np.uint8)
+    return whole.reshape(len(codes), codes.shape[1] * bits, 64)[:, _packed_lines(q.shape[1], bits)].ravel()
 
 
 def product_unpack(packed: np.ndarray, outputs: int, channels: int, bits: int) -> np.ndarray:
     """Unpack to q int8 [outputs, channels]."""
-    lines = packed.reshape(-(-outputs // OUTPUTS), -(-channels // CHANNELS), bits, 64)
+    kept, blocks, tiles = _packed_lines(channels, bits), -(-outputs // OUTPUTS), -(-channels // CHANNELS)
+    whole = np.zeros((blocks, tiles * bits, 64), np.uint8)
+    whole[:, kept] = packed.reshape(blocks, kept.size, 64)
+    lines = whole.reshape(blocks, tiles, bits, 64)
     codes, place, first = np.uint8(0), 0, 0
     for width in (8, 4, 2, 1):
         if bits & width:
             plane = lines[:, :, first : first + width, None]
             fields = [plane[..., 0, :] >> i * width & (1 << width) - 1 for i in range(8 // width)]
-            codes = codes | np.stack(fields, axis=3).reshape(*lines.shape[:2], 8, 64) << place
+            codes = codes | np.stack(fields, axis=3).reshape(blocks, tiles, 8, 64) << place
             place, first = place + width, first + width
     return (_tiles_to_codes(codes)[:outputs, :channels].astype(np.int16) - qmax(bits)).astype(np.int8)
 

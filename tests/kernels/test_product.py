@@ -40,6 +40,10 @@ GRIDS = {
 }
 
 
+# a tile and one of 1 to 8 lines of 4 channels
+LAST_TILES = [(17, 32 + channels) for channels in (1, 8, 10, 16, 19, 24, 27, 32)]
+
+
 def integers(shape: tuple[int, int], bits: int) -> np.ndarray:
     """Any integers of so many bits."""
     limit = qmax(bits)
@@ -70,12 +74,13 @@ def check(x: np.ndarray, weight: tuple, grid: tuple, bias: np.ndarray = NONE) ->
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (16, 32), (17, 31), (37, 130), (300, 400)])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (16, 32), (17, 31), (37, 130), (300, 400), *LAST_TILES])
 def test_packing_equals_its_twin_and_comes_back(isa: str, shape: tuple[int, int], bits: int) -> None:
     q = integers(shape, bits)
     packed = both("product_pack", q, bits)
     assert_same(packed, reference.product_pack(q, bits))
-    assert packed.size == -(-shape[0] // 16) * -(-shape[1] // 32) * 64 * bits
+    planes = [-(-shape[1] // 4) * width for width in (8, 4, 2, 1) if bits & width]
+    assert packed.size == -(-shape[0] // 16) * 64 * sum(-(-plane // 8) for plane in planes)
     assert_same(both("product_unpack", packed, *shape, bits), q)
     assert_same(reference.product_unpack(packed, *shape, bits), q)
 
@@ -91,14 +96,39 @@ def test_integers_that_do_not_fit_are_refused_wherever_they_are(isa: str, at: tu
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("at", [(0, 0), (15, 31), (16, 32), (31, 63)])
+@pytest.mark.parametrize("at", [(0, 0), (15, 31), (16, 32), (31, 39)])
 def test_codes_of_no_integer_are_refused_beyond_the_weight_too(isa: str, at: tuple[int, int], bits: int) -> None:
-    """All bits of a code are 1; (31, 63) is what fills up the last tile."""
-    codes = np.full((32, 64), qmax(bits), np.uint8)
+    """All bits of a code are 1; (31, 39) is what fills up the last line."""
+    codes = np.full((32, 40), qmax(bits), np.uint8)
     codes[at] = 2**bits - 1
     q = (codes - qmax(bits)).astype(np.int8)
     with pytest.raises(ValueError, match="product_unpack: an integer is outside"):
         _C.product_unpack(reference.product_pack(q, bits), 18, 37, bits)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("lines", range(1, 9))
+def test_a_short_tile_has_the_first_lines_of_each_plane(lines: int, bits: int) -> None:
+    """Of a tile that zeros make whole; what other fields these lines have is not read."""
+    q = integers((16, 4 * lines), bits)
+    whole = _C.product_pack(np.pad(q, [(0, 0), (0, 32 - q.shape[1])]), bits).reshape(bits, 64)
+    hostile = reference.product_pack(np.pad(q, [(0, 0), (0, 32 - q.shape[1])], constant_values=-qmax(bits) - 1), bits)
+    kept, first = [], 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            kept += range(first, first + -(-lines * width // 8))
+            first += width
+    assert_same(_C.product_pack(q, bits), whole[kept].ravel())
+    packed = hostile.reshape(bits, 64)[kept].ravel()
+    assert_same(both("product_unpack", packed, *q.shape, bits), q)
+    assert_same(reference.product_unpack(packed, *q.shape, bits), q)
+    assert_same(composite_product.product_unpack(torch.from_numpy(packed), *q.shape, bits).numpy(), q)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("channels", [200, 650, 663, 1000])
+def test_little_is_padded(channels: int, bits: int) -> None:
+    assert _C.product_pack(integers((32, channels), bits), bits).size <= 1.08 * 32 * channels * bits / 8
 
 
 def test_sizes_without_elements_end_at_once() -> None:
@@ -129,6 +159,18 @@ def test_products_equal_their_twin(isa: str, bits: int, shape: str, grid: str) -
     weight = packed_weight(*SHAPES[shape], bits)
     check(rows(1, channels), weight, GRIDS[grid])
     check(rows(6, channels), weight, GRIDS[grid], rows(outputs))
+
+
+@pytest.mark.parametrize("shape", LAST_TILES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_last_tiles_of_any_number_of_lines(isa: str, bits: int, shape: tuple[int, int]) -> None:
+    """One to four rows have kernels of their own, as have more than 16 of floats."""
+    outputs, channels = shape
+    for group, scale in ((0, (outputs,)), (32, (2, outputs))):
+        weight = packed_weight(outputs, channels - 1, (0,), bits, group, scale)
+        for grid in ("floats", "own scale", "unsigned"):
+            for count in (1, 2, 3, 4, 6, 17):
+                check(rows(count, channels - 1), weight, GRIDS[grid])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
