@@ -209,13 +209,18 @@ static inline int ocs_tile_lines(int64_t V) {
     return V < OCS_TILE_LINES ? (int)V : OCS_TILE_LINES;
 }
 
-/* What is wrong with a weight's sizes, scales and copies, if anything is. */
+/* What is wrong with a weight's sizes and scales, if anything is. */
 ocs_status ocs_check_packed(const ocs_packed_weight *weight);
+
+/* Gives a weight copies of its own, in memory [S], and checks these: another thread could change the ones given.
+   OCS_BAD_PLAN: one is no channel. */
+ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory);
 
 /* The scratch memory that ocs_product_rows needs for up to R rows. */
 size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R);
 
-/* ocs_product of float32 rows and a weight that was checked, R being within what the scratch memory is for. */
+/* ocs_product of float32 rows and a weight that was checked and has copies of its own, R being within what the scratch
+ * memory is for. */
 ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
                           ocs_row_grid grid, int64_t R);
 

@@ -334,13 +334,13 @@ typedef struct {
     ocs_cell_kind kind;
 } ocs_recurrent_layer;
 
-/* y [sum of batch_sizes, P]: the states h of all steps; h [N, P] and, of an LSTM, c [N, H]: first states in, last ones
-   out. from_x [sum of batch_sizes, gates H]: what the input gives to the gates, with its bias.
+/* y [R, P], R being the sum of batch_sizes [T]: the states h of all steps; h [N, P] and, of an LSTM, c [N, H]: first
+   states in, last ones out. from_x [R, gates H]: what the input gives to the gates, with its bias.
 
    Step t has the first batch_sizes[t] sequences, the longest first, so that these sizes fall. Where reverse, the last
    step is the first. Cells are torch's: h = o tanh(c), c = f c + i g; n = tanh(x_n + r h_n), h = n + z (h - n). */
 ocs_status ocs_recurrent_f32(float *y, float *h, float *c, const float *from_x, const ocs_recurrent_layer *layer,
-                             const int64_t *batch_sizes, int64_t T, int64_t N, bool reverse);
+                             const int64_t *batch_sizes, int64_t R, int64_t T, int64_t N, bool reverse);
 
 #ifdef __cplusplus
 }

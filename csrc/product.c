@@ -401,19 +401,21 @@ ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_pack
     enum { ROWS_AT_ONCE = 256 }; /* that are prepared: the scratch memory stays in the cache */
     OCS_TRY(check_grid(grid));
     OCS_TRY(ocs_check_packed(weight));
-    if (R == 0 || weight->O == 0) { /* and there can be any number of the other */
-        return OCS_OK;
-    }
+    R = weight->O > 0 ? R : 0; /* without outputs there can be any number of rows */
     const int64_t at_once = R < ROWS_AT_ONCE ? R : ROWS_AT_ONCE;
-    void *scratch = malloc(ocs_product_scratch(weight, at_once));
-    ocs_status status = scratch != NULL ? OCS_OK : OCS_NO_MEMORY;
-    product_job job = {.kernels = ocs_kernel_table(), .weight = weight, .bias = bias, .grid = grid};
+    int32_t *copies = malloc((size_t)weight->S * sizeof *copies + ocs_product_scratch(weight, at_once));
+    if (copies == NULL) {
+        return OCS_NO_MEMORY;
+    }
+    ocs_packed_weight w = *weight;
+    ocs_status status = ocs_own_copies(&w, copies);
+    product_job job = {.kernels = ocs_kernel_table(), .weight = &w, .bias = bias, .grid = grid};
     job.dtype = dtype, job.places = places_of(grid, R);
     for (int64_t r = 0; r < R && status == OCS_OK; r += at_once) {
-        job.x = (const char *)x + (size_t)(r * weight->C) * size_of(dtype);
-        job.y = (char *)y + (size_t)(r * weight->O) * size_of(dtype);
-        status = run_rows(&job, scratch, R - r < at_once ? R - r : at_once);
+        job.x = (const char *)x + (size_t)(r * w.C) * size_of(dtype);
+        job.y = (char *)y + (size_t)(r * w.O) * size_of(dtype);
+        status = run_rows(&job, copies + w.S, R - r < at_once ? R - r : at_once);
     }
-    free(scratch);
+    free(copies);
     return status;
 }

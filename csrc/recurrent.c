@@ -119,7 +119,7 @@ static ocs_status run_steps(step_job *job, float *y, float *h, void *scratch, co
 }
 
 /* Whether all sizes fit one another. */
-static ocs_status check_layer(const ocs_recurrent_layer *layer, const int64_t *batch_sizes, int64_t T, int64_t N) {
+static ocs_status check_layer(const ocs_recurrent_layer *layer) {
     const ocs_packed_weight *hidden = &layer->hidden, *projection = layer->projection;
     OCS_TRY(ocs_check_packed(hidden));
     if (projection != NULL) {
@@ -127,35 +127,49 @@ static ocs_status check_layer(const ocs_recurrent_layer *layer, const int64_t *b
     }
     const int64_t gates = ocs_cell_gates(layer->kind), H = projection != NULL ? projection->C : hidden->C;
     const bool projects = projection != NULL && layer->kind == OCS_LSTM && projection->O == hidden->C;
-    if (hidden->O != gates * H || (projection != NULL && !projects)) {
-        return OCS_BAD_SHAPE;
-    }
-    for (int64_t t = 0; t < T; ++t) { /* they fall, and all are there in the first step */
-        if (batch_sizes[t] < 0 || batch_sizes[t] > (t > 0 ? batch_sizes[t - 1] : N)) {
+    return hidden->O != gates * H || (projection != NULL && !projects) ? OCS_BAD_SHAPE : OCS_OK;
+}
+
+/* Copies the sizes, which another thread could change, and checks these: they fall, and all are there at first. */
+static ocs_status own_sizes(int64_t *sizes, const int64_t *batch_sizes, int64_t T, int64_t N, int64_t R) {
+    ocs_copy(sizes, batch_sizes, T * (int64_t)sizeof *sizes);
+    for (int64_t t = 0; t < T; ++t) {
+        if (sizes[t] < 0 || sizes[t] > (t > 0 ? sizes[t - 1] : N) || sizes[t] > R) {
             return OCS_BAD_SHAPE;
         }
+        R -= sizes[t];
     }
-    return OCS_OK;
+    return R == 0 ? OCS_OK : OCS_BAD_SHAPE;
 }
 
 ocs_status ocs_recurrent_f32(float *y, float *h, float *c, const float *from_x, const ocs_recurrent_layer *layer,
-                             const int64_t *batch_sizes, int64_t T, int64_t N, bool reverse) {
-    OCS_TRY(check_layer(layer, batch_sizes, T, N));
-    const ocs_packed_weight *projection = layer->projection;
-    const int64_t H = projection != NULL ? projection->C : layer->hidden.C;
-    size_t scratch = ocs_product_scratch(&layer->hidden, N);
-    if (projection != NULL) {
-        const size_t of_projection = ocs_product_scratch(projection, N);
+                             const int64_t *batch_sizes, int64_t R, int64_t T, int64_t N, bool reverse) {
+    OCS_TRY(check_layer(layer));
+    ocs_recurrent_layer own = *layer;
+    ocs_packed_weight projection = {0};
+    size_t scratch = ocs_product_scratch(&own.hidden, N);
+    if (layer->projection != NULL) {
+        projection = *layer->projection;
+        own.projection = &projection;
+        const size_t of_projection = ocs_product_scratch(&projection, N);
         scratch = of_projection > scratch ? of_projection : scratch;
     }
-    const int64_t units = projection != NULL ? N * H : 0, gates = N * ocs_cell_gates(layer->kind) * H;
-    float *memory = malloc((size_t)(units + gates) * sizeof *memory + scratch);
-    if (memory == NULL) {
+    const int64_t H = own.projection != NULL ? projection.C : own.hidden.C, copies = own.hidden.S + projection.S;
+    const int64_t units = own.projection != NULL ? N * H : 0, gates = N * ocs_cell_gates(own.kind) * H;
+    int64_t *sizes = malloc((size_t)T * sizeof *sizes + (size_t)(gates + units + copies) * sizeof(float) + scratch);
+    if (sizes == NULL) {
         return OCS_NO_MEMORY;
     }
-    step_job job = {.kernels = ocs_kernel_table(), .layer = layer, .from_h = memory, .c = c, .H = H};
-    job.unit = projection != NULL ? memory + gates : h;
-    const ocs_status status = run_steps(&job, y, h, memory + gates + units, from_x, batch_sizes, T, reverse);
-    free(memory);
+    float *from_h = (float *)(void *)(sizes + T);
+    int32_t *of_hidden = (int32_t *)(void *)(from_h + gates + units), *of_projection = of_hidden + own.hidden.S;
+    step_job job = {.kernels = ocs_kernel_table(), .layer = &own, .from_h = from_h, .c = c, .H = H};
+    job.unit = own.projection != NULL ? from_h + gates : h;
+    ocs_status status = own_sizes(sizes, batch_sizes, T, N, R);
+    status = status == OCS_OK ? ocs_own_copies(&own.hidden, of_hidden) : status;
+    status = status == OCS_OK ? ocs_own_copies(&projection, of_projection) : status;
+    if (status == OCS_OK) {
+        status = run_steps(&job, y, h, of_projection + projection.S, from_x, sizes, T, reverse);
+    }
+    free(sizes);
     return status;
 }

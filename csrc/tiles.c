@@ -195,13 +195,19 @@ ocs_status ocs_check_packed(const ocs_packed_weight *w) {
     if (w->group < 0 || w->group % OCS_TILE_CHANNELS != 0) {
         return OCS_BAD_GROUP;
     }
-    for (int64_t i = 0; i < w->S; ++i) {
-        if (w->copies[i] < 0 || w->copies[i] >= w->C) {
+    const int64_t groups = w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
+    return ocs_check_scale(w->scale, groups * w->O);
+}
+
+ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory) {
+    ocs_copy(memory, weight->copies, weight->S * (int64_t)sizeof *memory);
+    weight->copies = memory;
+    for (int64_t i = 0; i < weight->S; ++i) {
+        if (memory[i] < 0 || memory[i] >= weight->C) {
             return OCS_BAD_PLAN;
         }
     }
-    const int64_t groups = w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
-    return ocs_check_scale(w->scale, groups * w->O);
+    return OCS_OK;
 }
 
 typedef struct {
@@ -251,7 +257,17 @@ static void fold_rows(ocs_range *range) {
 
 ocs_status ocs_product_rows_f32(float *rows, const int64_t *index, const ocs_packed_weight *weight, int64_t R) {
     OCS_TRY(ocs_check_packed(weight));
-    const row_job job = {ocs_kernel_table(), weight, index, rows};
-    const int64_t E = weight->C + weight->S;
-    return ocs_parallel_for(R, ocs_grain(E), (size_t)(OCS_TILE_OUTPUTS * E + 1), fold_rows, (void *)&job);
+    int32_t *copies = malloc((size_t)(weight->S + 1) * sizeof *copies);
+    if (copies == NULL) {
+        return OCS_NO_MEMORY;
+    }
+    ocs_packed_weight w = *weight;
+    ocs_status status = ocs_own_copies(&w, copies);
+    if (status == OCS_OK) {
+        row_job job = {ocs_kernel_table(), &w, index, rows};
+        const int64_t E = w.C + w.S;
+        status = ocs_parallel_for(R, ocs_grain(E), (size_t)(OCS_TILE_OUTPUTS * E + 1), fold_rows, &job);
+    }
+    free(copies);
+    return status;
 }

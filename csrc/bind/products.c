@@ -135,6 +135,6 @@ ocs_status recurrent(ocs_call *call) {
     const ocs_result *r = call->results;
     memcpy(r[1].data, h->data, (size_t)h->numel * sizeof(float));
     memcpy(r[2].data, c->data, has_c ? (size_t)c->numel * sizeof(float) : 0);
-    return ocs_recurrent_f32(r[0].data, r[1].data, has_c ? r[2].data : NULL, from_x->data, &layer, sizes->data,
+    return ocs_recurrent_f32(r[0].data, r[1].data, has_c ? r[2].data : NULL, from_x->data, &layer, sizes->data, steps,
                              sizes->numel, N, integer(call, REVERSE));
 }

@@ -121,7 +121,7 @@ static void check_recurrent(void) {
         ocs_set_isa(ocs_isa_name(i));
         seed = states; /* the same states for all */
         float *y = any_floats(steps * P), *h = any_floats(N * P), *c = any_floats(N * H);
-        const ocs_status status = ocs_recurrent_f32(y, h, c, from_x, &layer, sizes, 3, N, reverse);
+        const ocs_status status = ocs_recurrent_f32(y, h, c, from_x, &layer, sizes, steps, 3, N, reverse);
         require(status == OCS_OK, "what a layer returns");
         require_first(&first[0], y, steps * P, i, OCS_ROWS_F32, "a layer's output");
         require_first(&first[1], h, N * P, i, OCS_ROWS_F32, "a layer's state");
@@ -129,20 +129,61 @@ static void check_recurrent(void) {
     }
 }
 
+/* Copies of a weight, and sizes of batches, that another thread changes while the work runs. */
+static int32_t *copies_to_change;
+static int64_t count_to_change, *size_to_change;
+
 /* A host that cuts work into the smallest pieces. */
 static void one_by_one(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) {
     (void)grain;
+    for (int64_t i = 0; i < count_to_change; ++i) {
+        copies_to_change[i] = INT32_MAX;
+    }
+    if (size_to_change != NULL) {
+        *size_to_change = INT64_MAX / 1024;
+    }
     for (int64_t i = 0; i < n; ++i) {
         fn(i, i + 1, ctx);
     }
 }
 
+/* What was checked is what is read. */
+static void check_changing_arrays(void) {
+    const int64_t H = 1 + any(40), N = 1 + any(4);
+    ocs_packed_weight w = any_weight(H, H);
+    int32_t *given = new_array(w.S, sizeof *given);
+    const float *x = any_floats(N * H);
+    float *y[3][2], *h = new_array(N * H, sizeof *h);
+    int64_t index[] = {any(H)}, size = N;
+    for (int i = 0; i < 2; ++i) {
+        const ocs_packed_weight changing = {w.packed, w.scale, given, w.O, w.C, w.S, w.group, w.bits};
+        const ocs_recurrent_layer layer = {.hidden = changing, .kind = OCS_RNN_TANH};
+        ocs_set_parallel_for(one_by_one);
+        copies_to_change = given, count_to_change = i > 0 ? w.S : 0;
+        for (int kind = 0; kind < 3; ++kind) {
+            y[kind][i] = new_array(N * H, sizeof(float));
+            ocs_copy(given, w.copies, w.S * (int64_t)sizeof *given);
+            if (kind == 0) {
+                ocs_product(y[kind][i], x, NULL, &changing, layer.grid, N, OCS_ROWS_F32);
+            } else if (kind == 1) {
+                ocs_product_rows_f32(y[kind][i], index, &changing, 1);
+            } else {
+                memset(h, 0, (size_t)(N * H) * sizeof *h);
+                size_to_change = i > 0 ? &size : NULL;
+                ocs_recurrent_f32(y[kind][i], h, NULL, x, &layer, &size, N, 1, N, any(2));
+            }
+            require_first((void **)&y[kind][0], y[kind][i], N * H, i, OCS_ROWS_F32, "what is read once");
+        }
+    }
+    count_to_change = 0, size_to_change = NULL;
+}
+
 int main(int count, char **arguments) {
-    void (*const checks[])(void) = {check_inner_kernels, check_products, check_recurrent};
+    void (*const checks[])(void) = {check_inner_kernels, check_products, check_recurrent, check_changing_arrays};
     const int times = count > 1 ? atoi(arguments[1]) : 1000;
-    for (int i = 0; i < 3 * times; ++i, free_arrays()) {
+    for (int i = 0; i < 4 * times; ++i, free_arrays()) {
         ocs_set_parallel_for(any(2) ? one_by_one : NULL);
-        checks[i % 3]();
+        checks[i % 4]();
     }
     printf("%d products and layers are those of the plain kernels by", times);
     for (int i = 1; ocs_isa_name(i) != NULL; ++i) {
