@@ -184,7 +184,7 @@ void ocs_link_parts(int32_t *next, const ocs_rows *rows, int64_t g);
 #define OCS_LINE_CHANNELS 4
 #define OCS_TILE_LINE 64 /* bytes: four channels of all outputs */
 #define OCS_TILE_LINES (OCS_TILE_CHANNELS / OCS_LINE_CHANNELS)
-#define OCS_MOST_ROWS 16 /* that share each read of the weights */
+#define OCS_MOST_ROWS 48 /* of integers that share each read of a block of weights, or blocks of one row */
 
 /* The size of a whole tile of `bits` bits in bytes. */
 static inline int64_t ocs_tile_bytes(int bits) {

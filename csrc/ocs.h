@@ -309,12 +309,11 @@ ocs_status ocs_product_rows_f32(float *rows, const int64_t *index, const ocs_pac
 
 /* y [R, O] = x [R, C] w^T + bias [O], which may be NULL.
 
-   Where rows are rounded, sums of up to 32,768 products are whole numbers, exact; (sum * scale of the weight), added up
-   over groups, * scale of the row + bias is rounded after each step. Up to 16 float rows are rounded, too, to 2^-24
-   of their largest magnitude, and their sums are exact. Of more, each sum is that of its even channels plus that of its
-   odd ones, in order, each step of which is rounded once. A row that holds NaN gives NaN, as does one with Inf unless
-   its scale is given, or there are more than 16 of floats. Packed bytes are not
-   checked: those of no integers give numbers that mean nothing. */
+   Rows are whole numbers times a scale: rounded ones as the grid says, float rows in steps of their largest magnitude /
+   (2^23 - 2^16), rounded half to even. Sums of up to 32,768 products are exact; each is rounded to float32, as is each
+   step of what follows: * scale of the weight, added up over groups, * scale of the row, + bias. A row that holds NaN
+   gives NaN, as does one with Inf unless its scale is given. Packed bytes are not checked: those of no integers give
+   numbers that mean nothing. */
 ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_packed_weight *weight, ocs_row_grid grid,
                        int64_t R, ocs_row_dtype dtype);
 

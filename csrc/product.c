@@ -1,9 +1,11 @@
 /* Products of rows with k-bit weights, which stay packed (tiles.c).
 
-   Rows are prepared first: their copies appended, rounded to integers where they are to be, padded to whole tiles. Then
-   every block of 16 outputs meets up to 16 rows at a time, so that they share each read of the weights. With codes
-   u = q + qmax, the sum over q x is that over u x minus qmax times that over x; where x is unsigned, so that codes
-   cannot be, qmax is taken from each code instead. A pair of products then fits 16 bits up to 7 bits. */
+   All are of whole numbers. Rows that are to be rounded are; float rows are cut into three bytes each, in steps of
+   their largest magnitude / (2^23 - 2^16), which are three rows of integers: as exact as floats, whose sums round to as
+   many bits, and faster. A block of 16 outputs meets several rows at a time, so that they share each read of the
+   weights. With codes u = q + qmax, the sum over q x is that over u x minus qmax times that over x; where x is
+   unsigned, so that codes cannot be, qmax is taken from each code instead. A pair of products then fits 16 bits up to 7
+   bits. */
 #include "kernels.h"
 
 #include <stdlib.h>
@@ -15,46 +17,32 @@ static int8_t integer_of(uint8_t code, int bits) {
     return (int8_t)(code - ocs_qmax(bits));
 }
 
-void ocs_product_i8_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                        int64_t stride, int bits, bool is_signed) {
-    uint8_t codes[OCS_TILE_CODES];
-    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (; V > 0; V -= OCS_TILE_LINES, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
-        const int lines = ocs_tile_lines(V);
-        ocs_unpack_tile_ref(codes, tiles, lines, bits);
-        for (int64_t r = 0; r < R; ++r) {
-            for (int c = 0; c < lines * OCS_LINE_CHANNELS; ++c) {
-                const uint8_t byte = x[r * stride + c];
-                const int32_t value = is_signed ? (int8_t)byte : byte;
-                for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-                    const uint8_t code = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4];
-                    sum[r * OCS_TILE_OUTPUTS + o] += (is_signed ? code : integer_of(code, bits)) * value;
-                }
+/* sum [R, 16] += the products of a tile. */
+static void add_tile(int32_t *restrict sum, const uint8_t *codes, const uint8_t *x, int64_t R, int64_t stride,
+                     int channels, int bits, bool is_signed) {
+    for (int64_t r = 0; r < R; ++r) {
+        for (int c = 0; c < channels; ++c) {
+            const uint8_t byte = x[r * stride + c];
+            const int32_t value = is_signed ? (int8_t)byte : byte;
+            for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+                const uint8_t code = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4];
+                sum[r * OCS_TILE_OUTPUTS + o] += (is_signed ? code : integer_of(code, bits)) * value;
             }
         }
     }
 }
 
-void ocs_product_f32_ref(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
-                         int64_t stride, int bits) {
+void ocs_product_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
+                     int64_t block, int64_t stride, int bits, bool is_signed) {
     uint8_t codes[OCS_TILE_CODES];
-    float odd[OCS_MOST_ROWS * OCS_TILE_OUTPUTS] = {0.0f};
-    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (; V > 0; V -= OCS_TILE_LINES, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
-        const int lines = ocs_tile_lines(V);
-        ocs_unpack_tile_ref(codes, tiles, lines, bits);
-        for (int64_t r = 0; r < R; ++r) {
-            for (int c = 0; c < lines * OCS_LINE_CHANNELS; ++c) {
-                float *part = (c % 2 == 0 ? sum : odd) + r * OCS_TILE_OUTPUTS;
-                for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-                    const uint8_t code = codes[c / 4 * OCS_TILE_LINE + 4 * o + c % 4];
-                    part[o] = fmaf((float)integer_of(code, bits), x[r * stride + c], part[o]);
-                }
-            }
+    memset(sum, 0, (size_t)(B * R) * OCS_TILE_OUTPUTS * sizeof *sum);
+    for (int64_t b = 0; b < B; ++b, sum += R * OCS_TILE_OUTPUTS) {
+        const uint8_t *tile = tiles + b * block;
+        for (int64_t v = 0; v < V; v += OCS_TILE_LINES, tile += ocs_tile_bytes(bits)) {
+            const int lines = ocs_tile_lines(V - v), channels = lines * OCS_LINE_CHANNELS;
+            ocs_unpack_tile_ref(codes, tile, lines, bits);
+            add_tile(sum, codes, x + v * OCS_LINE_CHANNELS, R, stride, channels, bits, is_signed);
         }
-    }
-    for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
-        sum[i] += odd[i];
     }
 }
 
@@ -74,8 +62,7 @@ void ocs_cut_row_ref(int8_t *restrict bytes, const float *x, int64_t N, int64_t 
 
 enum {
     SEGMENT = 32768, /* channels whose products add up in 32 bits, 2^15 * 255 * 128 < 2^31 */
-    FEW_ROWS = 16,   /* floats that are multiplied as whole numbers */
-    PLACES = 3,      /* bytes of such a number */
+    PLACES = 3,      /* bytes of a float */
 };
 #define MOST_STEPS 8323072.0f /* 2^23 - 2^16, the largest such number whose first byte is 127 */
 
@@ -92,8 +79,9 @@ typedef struct {
     int64_t stride;   /* of prepared rows: channels of all tiles */
     int64_t span;     /* channels of a segment, whose sums are scaled as one */
     int64_t segments; /* of a row */
-    int64_t places;   /* rows of integers for each row: PLACES of whole numbers, 1 of rounded ones, 0 of floats */
-    uint8_t *rows;    /* [R, places, stride] integers, or [R, stride] floats */
+    int64_t places;   /* rows of integers for each row: PLACES of floats, 1 where it is rounded */
+    bool is_signed;   /* those integers */
+    uint8_t *rows;    /* [R, places, stride] */
     float *row_scale; /* [R] */
     int32_t *row_sum; /* [R, places, segments] of the integers */
 } product_job;
@@ -144,13 +132,6 @@ static const float *row_as_floats(const product_job *job, int64_t r, float *room
         room[c] = from_bf16(bits);
     }
     return room;
-}
-
-static void append_copies(float *restrict row, const ocs_packed_weight *w, int64_t stride) {
-    for (int64_t i = 0; i < w->S; ++i) {
-        row[w->C + i] = row[w->copies[i]];
-    }
-    memset(row + w->C + w->S, 0, (size_t)(stride - w->C - w->S) * sizeof *row);
 }
 
 /* The scale of a row whose largest magnitude is given; NaN where it cannot have one. */
@@ -207,14 +188,7 @@ static void make_integers(const product_job *job, int64_t r, const float *row) {
 static void prepare_rows(ocs_range *range) {
     const product_job *job = range->ctx;
     for (int64_t r = range->begin; r < range->end; ++r) {
-        const float *row = row_as_floats(job, r, range->scratch);
-        if (job->places > 0) {
-            make_integers(job, r, row);
-            continue;
-        }
-        float *prepared = (float *)(void *)job->rows + r * job->stride;
-        ocs_copy(prepared, row, job->weight->C * (int64_t)sizeof *row);
-        append_copies(prepared, job->weight, job->stride);
+        make_integers(job, r, row_as_floats(job, r, range->scratch));
     }
 }
 
@@ -244,29 +218,6 @@ static inline void sums_as_floats(row_of_outputs part, const int32_t *sum, const
     }
 }
 
-/* part [R, 16]: the sums of one segment, not yet scaled. */
-static void sum_segment(row_of_outputs *part, const product_job *job, const uint8_t *tiles, int64_t first, int64_t R,
-                        int64_t segment) {
-    const int bits = job->weight->bits;
-    const int64_t begin = segment * job->span, left = job->weight->C + job->weight->S - begin;
-    const int64_t V = ocs_ceil_div(left < job->span ? left : job->span, OCS_LINE_CHANNELS), places = job->places;
-    tiles += begin / OCS_TILE_CHANNELS * ocs_tile_bytes(bits);
-    if (places == 0) {
-        const float *x = (const float *)(const void *)job->rows + first * job->stride + begin;
-        job->kernels->product_f32(*part, tiles, x, V, R, job->stride, bits);
-        return;
-    }
-    int32_t whole[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
-    const uint8_t *x = job->rows + first * places * job->stride + begin;
-    const bool is_signed = job->grid.bits == 0 || job->grid.is_signed;
-    job->kernels->product_i8(whole, tiles, x, V, R * places, job->stride, bits, is_signed);
-    for (int64_t r = 0; r < R; ++r) {
-        const int32_t *of_row = job->row_sum + (first + r) * places * job->segments + segment;
-        sums_as_floats(part[r], whole + r * places * OCS_TILE_OUTPUTS, of_row, job->segments, places,
-                       is_signed ? ocs_qmax(bits) : 0);
-    }
-}
-
 /* The scales of a block's outputs in one segment: where they are, or in `room`; those beyond the weight are any. */
 static const float *scales_of_block(row_of_outputs room, const product_job *job, int64_t block, int64_t segment) {
     const ocs_packed_weight *w = job->weight;
@@ -288,9 +239,8 @@ static const float *scales_of_block(row_of_outputs room, const product_job *job,
 static void write_row(const product_job *job, float *restrict total, int64_t r, int64_t block) {
     const int64_t O = job->weight->O, first = block * OCS_TILE_OUTPUTS;
     const int outputs = O - first < OCS_TILE_OUTPUTS ? (int)(O - first) : OCS_TILE_OUTPUTS;
-    const float scale = job->places > 0 ? job->row_scale[r] : 1.0f;
     for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-        total[o] *= scale;
+        total[o] *= job->row_scale[r];
     }
     const float *bias = job->bias != NULL ? job->bias + first : NULL;
     for (int o = 0; bias != NULL && outputs == OCS_TILE_OUTPUTS && o < OCS_TILE_OUTPUTS; ++o) {
@@ -314,35 +264,62 @@ static void write_row(const product_job *job, float *restrict total, int64_t r, 
     }
 }
 
-/* A block of outputs of up to OCS_MOST_ROWS rows. */
-static void multiply_block(const product_job *job, int64_t block, int64_t first, int64_t R) {
+/* Rows first .. first + R - 1 of B blocks of outputs. */
+typedef struct {
+    int64_t block, B, first, R;
+    int32_t sum[OCS_MOST_ROWS * OCS_TILE_OUTPUTS]; /* [B, R, places, 16] of one segment */
+    row_of_outputs total[OCS_MOST_ROWS];           /* [B, R] of all segments, scaled */
+} product_part;
+
+/* Adds what one segment gives. */
+static void add_segment(product_part *part, const product_job *job, int64_t segment) {
     const ocs_packed_weight *w = job->weight;
-    const uint8_t *tiles = w->packed + block * ocs_block_bytes(w->C + w->S, w->bits);
-    row_of_outputs total[OCS_MOST_ROWS], part[OCS_MOST_ROWS], room;
-    if (job->segments == 0) { /* no channels */
-        memset(total, 0, sizeof total);
-    }
-    for (int64_t segment = 0; segment < job->segments; ++segment) {
-        const float *scale = scales_of_block(room, job, block, segment);
-        sum_segment(part, job, tiles, first, R, segment);
-        for (int64_t r = 0; r < R; ++r) {
+    const int64_t begin = segment * job->span, left = w->C + w->S - begin, places = job->places;
+    const int64_t V = ocs_ceil_div(left < job->span ? left : job->span, OCS_LINE_CHANNELS);
+    const int64_t block = ocs_block_bytes(w->C + w->S, w->bits);
+    const uint8_t *tiles = w->packed + part->block * block + begin / OCS_TILE_CHANNELS * ocs_tile_bytes(w->bits);
+    const uint8_t *x = job->rows + part->first * places * job->stride + begin;
+    const int32_t qmax = job->is_signed ? ocs_qmax(w->bits) : 0, *sum = part->sum;
+    job->kernels->product(part->sum, tiles, x, part->B, V, part->R * places, block, job->stride, w->bits,
+                          job->is_signed);
+    row_of_outputs room, value;
+    for (int64_t b = 0; b < part->B; ++b) {
+        const float *scale = scales_of_block(room, job, part->block + b, segment);
+        for (int64_t r = 0; r < part->R; ++r, sum += places * OCS_TILE_OUTPUTS) {
+            const int32_t *of_row = job->row_sum + (part->first + r) * places * job->segments + segment;
+            float *total = part->total[b * part->R + r];
+            sums_as_floats(value, sum, of_row, job->segments, places, qmax);
             for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-                total[r][o] = (segment > 0 ? total[r][o] : 0.0f) + part[r][o] * scale[o];
+                total[o] = (segment > 0 ? total[o] : 0.0f) + value[o] * scale[o];
             }
         }
     }
-    for (int64_t r = 0; r < R; ++r) {
-        write_row(job, total[r], first + r, block);
+}
+
+static void multiply_part(product_part *part, const product_job *job) {
+    if (job->segments == 0) { /* no channels */
+        memset(part->total, 0, sizeof part->total);
+    }
+    for (int64_t segment = 0; segment < job->segments; ++segment) {
+        add_segment(part, job, segment);
+    }
+    for (int64_t b = 0; b < part->B; ++b) {
+        for (int64_t r = 0; r < part->R; ++r) {
+            write_row(job, part->total[b * part->R + r], part->first + r, part->block + b);
+        }
     }
 }
 
 static void multiply_blocks(ocs_range *range) {
     const product_job *job = range->ctx;
-    const int64_t at_once = job->places > 0 ? OCS_MOST_ROWS / job->places : OCS_MOST_ROWS;
-    for (int64_t block = range->begin; block < range->end; ++block) {
-        for (int64_t first = 0; first < job->R; first += at_once) {
-            const int64_t left = job->R - first;
-            multiply_block(job, block, first, left < at_once ? left : at_once);
+    const int64_t most_rows = OCS_MOST_ROWS / job->places, rows = job->R < most_rows ? job->R : most_rows;
+    const int64_t blocks = most_rows / (rows > 0 ? rows : 1);
+    product_part part;
+    for (part.block = range->begin; part.block < range->end; part.block += part.B) {
+        part.B = range->end - part.block < blocks ? range->end - part.block : blocks;
+        for (part.first = 0; part.first < job->R; part.first += part.R) {
+            part.R = job->R - part.first < rows ? job->R - part.first : rows;
+            multiply_part(&part, job);
         }
     }
 }
@@ -351,26 +328,26 @@ static void multiply_blocks(ocs_range *range) {
 
 size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R) {
     const int64_t stride = padded_channels(weight), segments = ocs_ceil_div(stride, segment_channels(weight));
-    return (size_t)R * (size_t)(stride + 1 + PLACES * segments) * sizeof(float) + 64;
+    return (size_t)R * (size_t)(PLACES * stride + (1 + PLACES * segments) * (int64_t)sizeof(float)) + 64;
 }
 
-/* How many rows of integers each of R rows becomes. */
-static int64_t places_of(ocs_row_grid grid, int64_t R) {
-    if (grid.bits != 0) {
-        return 1;
-    }
-    return R <= FEW_ROWS ? PLACES : 0;
+/* What is the same for all rows. */
+static product_job job_of(const ocs_packed_weight *weight, const float *bias, ocs_row_grid grid, ocs_row_dtype dtype) {
+    product_job job = {.kernels = ocs_kernel_table(), .weight = weight, .bias = bias, .grid = grid, .dtype = dtype};
+    job.places = grid.bits == 0 ? PLACES : 1;
+    job.is_signed = grid.bits == 0 || grid.is_signed;
+    job.stride = padded_channels(weight);
+    job.span = segment_channels(weight);
+    job.segments = ocs_ceil_div(job.stride, job.span);
+    return job;
 }
 
 /* Multiplies R rows, for which there is scratch memory. */
 static ocs_status run_rows(product_job *job, void *scratch, int64_t R) {
     const ocs_packed_weight *weight = job->weight;
     job->R = R;
-    job->stride = padded_channels(weight);
-    job->span = segment_channels(weight);
-    job->segments = ocs_ceil_div(job->stride, job->span);
     job->rows = (uint8_t *)(((uintptr_t)scratch + 63) / 64 * 64);
-    job->row_scale = (float *)(void *)(job->rows + (size_t)(R * job->stride) * sizeof(float));
+    job->row_scale = (float *)(void *)(job->rows + (size_t)(R * job->places * job->stride));
     job->row_sum = (int32_t *)(void *)(job->row_scale + R);
     const size_t room = job->dtype == OCS_ROWS_F32 ? 0 : (size_t)weight->C * sizeof(float) + 1;
     OCS_TRY(ocs_parallel_for(R, ocs_grain(4 * job->stride), room, prepare_rows, job));
@@ -380,8 +357,7 @@ static ocs_status run_rows(product_job *job, void *scratch, int64_t R) {
 
 ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
                           ocs_row_grid grid, int64_t R) {
-    product_job job = {.kernels = ocs_kernel_table(), .weight = weight, .bias = bias, .grid = grid};
-    job.dtype = OCS_ROWS_F32, job.places = places_of(grid, R);
+    product_job job = job_of(weight, bias, grid, OCS_ROWS_F32);
     job.x = (const char *)x, job.y = (char *)y;
     return run_rows(&job, scratch, R);
 }
@@ -409,8 +385,7 @@ ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_pack
     }
     ocs_packed_weight w = *weight;
     ocs_status status = ocs_own_copies(&w, copies);
-    product_job job = {.kernels = ocs_kernel_table(), .weight = &w, .bias = bias, .grid = grid};
-    job.dtype = dtype, job.places = places_of(grid, R);
+    product_job job = job_of(&w, bias, grid, dtype);
     for (int64_t r = 0; r < R && status == OCS_OK; r += at_once) {
         job.x = (const char *)x + (size_t)(r * w.C) * size_of(dtype);
         job.y = (char *)y + (size_t)(r * w.O) * size_of(dtype);

@@ -424,8 +424,7 @@ const ocs_instruction_set ocs_isa_avx2 = {
     .kernels.pack = pack_avx2,
     .kernels.unpack = unpack_avx2,
     .kernels.unpack_tile = ocs_unpack_tile_avx2,
-    .kernels.product_i8 = ocs_product_i8_avx2,
-    .kernels.product_f32 = ocs_product_f32_avx2,
+    .kernels.product = ocs_product_avx2,
     .kernels.cut_row = ocs_cut_row_avx2,
     .kernels.cell = ocs_cell_avx2,
 };

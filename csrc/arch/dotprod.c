@@ -50,8 +50,8 @@ DOTPROD INLINE void add_tile(int32_t *restrict sum, const uint8_t *tile, const u
     }
 }
 
-DOTPROD INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                                  int64_t stride, bool is_signed, int bits) {
+DOTPROD INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V,
+                                     int64_t R, int64_t stride, bool is_signed, int bits) {
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
     for (int64_t r = 0; r < R; ++r) {
         add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, V, is_signed, bits);
@@ -64,12 +64,19 @@ DOTPROD INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, c
     }
 }
 
-DOTPROD static void product_i8_dotprod(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V,
-                                       int64_t R, int64_t stride, int bits, bool is_signed) {
+DOTPROD INLINE void product_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V,
+                               int64_t R, int64_t block, int64_t stride, bool is_signed, int bits) {
+    for (int64_t b = 0; b < B; ++b) {
+        product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);
+    }
+}
+
+DOTPROD static void product_dotprod(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V,
+                                    int64_t R, int64_t block, int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)
     }
 }
 
@@ -86,6 +93,6 @@ static bool has_dotprod(void) {
 const ocs_instruction_set ocs_isa_dotprod = {
     .name = "dotprod",
     .supported = has_dotprod,
-    .kernels.product_i8 = product_i8_dotprod,
+    .kernels.product = product_dotprod,
 };
 #endif

@@ -45,8 +45,8 @@ INLINE void add_tile(int32_t *restrict sum, const uint8_t *tile, const uint8_t *
     }
 }
 
-INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                          int64_t stride, bool is_signed, int bits) {
+INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
+                             int64_t stride, bool is_signed, int bits) {
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
     for (int64_t r = 0; r < R; ++r) {
         add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, V, is_signed, bits);
@@ -59,12 +59,19 @@ INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uin
     }
 }
 
-static void product_i8_neon(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                            int64_t stride, int bits, bool is_signed) {
+INLINE void product_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
+                       int64_t block, int64_t stride, bool is_signed, int bits) {
+    for (int64_t b = 0; b < B; ++b) {
+        product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);
+    }
+}
+
+static void product_neon(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
+                         int64_t block, int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)
     }
 }
 
@@ -100,73 +107,6 @@ static void cut_row_neon(int8_t *restrict bytes, const float *x, int64_t N, int6
         }
     }
     ocs_cut_row_ref(bytes + i, x + i, N - i, stride, step);
-}
-
-/* --- Floats ----------------------------------------------------------------------------------- */
-
-/* floats [4 lines, 16] of a tile's integers. */
-INLINE void floats_of_tile(float *restrict floats, const uint8_t *tile, int lines, int bits) {
-    const uint8x16_t qmax = vdupq_n_u8((uint8_t)((1 << (bits - 1)) - 1));
-#pragma GCC unroll 8
-    for (int v = 0; v < 8; ++v) {
-        for (int part = 0; part < 4 && v < lines; ++part) {
-            const int32x4_t q = vreinterpretq_s32_u8(vsubq_u8(codes_of(tile, v, part, lines, bits), qmax));
-            float *at = floats + 4 * v * OCS_TILE_OUTPUTS + 4 * part;
-            vst1q_f32(at, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 24), 24)));
-            vst1q_f32(at + OCS_TILE_OUTPUTS, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 16), 24)));
-            vst1q_f32(at + 2 * OCS_TILE_OUTPUTS, vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(q, 8), 24)));
-            vst1q_f32(at + 3 * OCS_TILE_OUTPUTS, vcvtq_f32_s32(vshrq_n_s32(q, 24)));
-        }
-    }
-}
-
-/* sum [rows, 16] += the products of a tile's even channels, or of its odd ones. */
-INLINE void add_channels(float *restrict sum, const float *floats, const float *x, int64_t stride, int odd, int lines,
-                         int rows) {
-    float32x4_t sums[4][4];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-        for (int part = 0; part < 4; ++part) {
-            sums[r][part] = vld1q_f32(sum + r * OCS_TILE_OUTPUTS + 4 * part);
-        }
-    }
-    for (int c = odd; c < lines * OCS_LINE_CHANNELS; c += 2) {
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-            for (int part = 0; part < 4; ++part) {
-                const float32x4_t w = vld1q_f32(floats + c * OCS_TILE_OUTPUTS + 4 * part);
-                sums[r][part] = vfmaq_f32(sums[r][part], w, vdupq_n_f32(x[r * stride + c]));
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-        for (int part = 0; part < 4; ++part) {
-            vst1q_f32(sum + r * OCS_TILE_OUTPUTS + 4 * part, sums[r][part]);
-        }
-    }
-}
-
-static void product_f32_neon(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
-                             int64_t stride, int bits) {
-    float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
-    memset(sums, 0, sizeof sums);
-    for (; V > 0; V -= 8, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
-        const int lines = ocs_tile_lines(V);
-        OCS_WITH_CONSTANT_BITS(bits, floats_of_tile, floats, tiles, lines)
-        for (int odd = 0; odd < 2; ++odd) {
-            int64_t r = 0;
-            for (; r + 4 <= R; r += 4) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 4);
-            }
-            for (; r < R; ++r) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 1);
-            }
-        }
-    }
-    for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
-        sum[i] = sums[0][i] + sums[1][i];
-    }
 }
 
 /* --- Cells, four hidden units at a time; see recurrent.c --------------------------------------- */
@@ -244,9 +184,8 @@ const ocs_instruction_set ocs_isa_neon = {
     .name = "neon",
     .supported = always,
     .kernels.unpack_tile = unpack_tile_neon,
-    .kernels.product_i8 = product_i8_neon,
+    .kernels.product = product_neon,
     .kernels.cut_row = cut_row_neon,
-    .kernels.product_f32 = product_f32_neon,
     .kernels.cell = cell_neon,
 };
 #endif

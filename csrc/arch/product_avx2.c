@@ -191,8 +191,8 @@ INLINE void some_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t
     }
 }
 
-INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                          int64_t stride, bool is_signed, int bits) {
+INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
+                             int64_t stride, bool is_signed, int bits) {
     for (; R >= 3; R -= 3, sum += 3 * OCS_TILE_OUTPUTS, x += 3 * stride) {
         some_rows(sum, tiles, x, V, stride, is_signed, 3, bits);
     }
@@ -203,12 +203,19 @@ INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uin
     }
 }
 
-AVX2 void ocs_product_i8_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                              int64_t stride, int bits, bool is_signed) {
+INLINE void product_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
+                       int64_t block, int64_t stride, bool is_signed, int bits) {
+    for (int64_t b = 0; b < B; ++b) {
+        product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);
+    }
+}
+
+AVX2 void ocs_product_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V,
+                           int64_t R, int64_t block, int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)
     }
 }
 
@@ -244,78 +251,5 @@ AVX2 void ocs_cut_row_avx2(int8_t *restrict bytes, const float *x, int64_t N, in
         }
     }
     ocs_cut_row_ref(bytes + i, x + i, N - i, stride, step);
-}
-
-/* --- Floats ----------------------------------------------------------------------------------- */
-
-/* Channel j of four, of 8 outputs, as floats. */
-INLINE __m256 channel_of(__m256i q, int j) {
-    const __m256i top = j == 3 ? q : _mm256_slli_epi32(q, 24 - 8 * j);
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
-}
-
-INLINE __m256i integers_of(const uint8_t *tile, int v, int half, int lines, int bits) {
-    return _mm256_sub_epi8(half_line(tile, v, half, lines, bits), _mm256_set1_epi8((char)((1 << (bits - 1)) - 1)));
-}
-
-/* sum [rows, 16] += the products of a tile's even channels, or of its odd ones; floats [4 lines, 16]. */
-INLINE void add_channels(float *restrict sum, const float *floats, const float *x, int64_t stride, int odd, int lines,
-                         int rows) {
-    __m256 sums[4][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-        sums[r][0] = _mm256_loadu_ps(sum + r * OCS_TILE_OUTPUTS);
-        sums[r][1] = _mm256_loadu_ps(sum + r * OCS_TILE_OUTPUTS + 8);
-    }
-    for (int c = odd; c < lines * OCS_LINE_CHANNELS; c += 2) {
-        const __m256 low = _mm256_load_ps(floats + c * OCS_TILE_OUTPUTS);
-        const __m256 high = _mm256_load_ps(floats + c * OCS_TILE_OUTPUTS + 8);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-            const __m256 value = _mm256_broadcast_ss(x + r * stride + c);
-            sums[r][0] = _mm256_fmadd_ps(low, value, sums[r][0]);
-            sums[r][1] = _mm256_fmadd_ps(high, value, sums[r][1]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-        _mm256_storeu_ps(sum + r * OCS_TILE_OUTPUTS, sums[r][0]);
-        _mm256_storeu_ps(sum + r * OCS_TILE_OUTPUTS + 8, sums[r][1]);
-    }
-}
-
-INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
-                           int64_t stride, int bits) {
-    _Alignas(32) float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS] = {{0.0f}};
-    for (; V > 0; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-        const int lines = ocs_tile_lines(V);
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-            for (int half = 0; half < 2 && v < lines; ++half) {
-                const __m256i q = integers_of(tiles, v, half, lines, bits);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) {
-                    _mm256_store_ps(floats + (4 * v + j) * OCS_TILE_OUTPUTS + 8 * half, channel_of(q, j));
-                }
-            }
-        }
-        for (int odd = 0; odd < 2; ++odd) {
-            int64_t r = 0;
-            for (; r + 4 <= R; r += 4) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 4);
-            }
-            for (; r < R; ++r) {
-                add_channels(sums[odd] + r * OCS_TILE_OUTPUTS, floats, x + r * stride, stride, odd, lines, 1);
-            }
-        }
-    }
-    for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
-        sum[i] = sums[0][i] + sums[1][i];
-    }
-}
-
-AVX2 void ocs_product_f32_avx2(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
-                               int64_t stride, int bits) {
-    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, V, R, stride)
 }
 #endif

@@ -31,8 +31,6 @@ INLINE __m512i integers_of(const uint8_t *tile, int v, int lines, int bits) {
     return _mm512_sub_epi8(line_of(tile, v, lines, bits), _mm512_set1_epi8((char)((1 << (bits - 1)) - 1)));
 }
 
-/* --- Integers --------------------------------------------------------------------------------- */
-
 /* Adds the products of four channels in 32 bits: u8 x s8, whichever of the two has no sign. */
 INLINE __m512i add_four(__m512i sum, __m512i line, const uint8_t *x, bool is_signed) {
     int32_t word;
@@ -116,8 +114,8 @@ INLINE void many_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t
     }
 }
 
-INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                          int64_t stride, bool is_signed, int bits) {
+INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
+                             int64_t stride, bool is_signed, int bits) {
     switch (R) {
     case 1: few_rows(sum, tiles, x, V, stride, is_signed, 1, bits); break;
     case 2: few_rows(sum, tiles, x, V, stride, is_signed, 2, bits); break;
@@ -127,86 +125,20 @@ INLINE void product_i8_of(int32_t *restrict sum, const uint8_t *tiles, const uin
     }
 }
 
-VNNI static void product_i8_vnni(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
-                                 int64_t stride, int bits, bool is_signed) {
+INLINE void product_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
+                       int64_t block, int64_t stride, bool is_signed, int bits) {
+    for (int64_t b = 0; b < B; ++b) {
+        product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);
+    }
+}
+
+VNNI static void product_vnni(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V,
+                              int64_t R, int64_t block, int64_t stride, int bits, bool is_signed) {
     if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, true)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)
     } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_i8_of, sum, tiles, x, V, R, stride, false)
+        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)
     }
-}
-
-/* --- Floats ----------------------------------------------------------------------------------- */
-
-/* Channel j of four, of 16 outputs, as floats. */
-INLINE __m512 channel_of(__m512i q, int j) {
-    const __m512i top = j == 3 ? q : _mm512_slli_epi32(q, (unsigned)(24 - 8 * j));
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
-}
-
-/* sums [2] [rows, 16] += the products of a tile's even and odd channels; floats [4 lines, 16]. */
-INLINE void add_channels(float *restrict even, float *restrict odd, const float *floats, const float *x, int64_t stride,
-                         int lines, int rows) {
-    __m512 sums[2][8];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-        sums[0][r] = _mm512_loadu_ps(even + r * OCS_TILE_OUTPUTS);
-        sums[1][r] = _mm512_loadu_ps(odd + r * OCS_TILE_OUTPUTS);
-    }
-    for (int c = 0; c < lines * OCS_LINE_CHANNELS; c += 2) {
-        const __m512 w[2] = {_mm512_load_ps(floats + c * OCS_TILE_OUTPUTS),
-                             _mm512_load_ps(floats + (c + 1) * OCS_TILE_OUTPUTS)};
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-            sums[0][r] = _mm512_fmadd_ps(w[0], _mm512_set1_ps(x[r * stride + c]), sums[0][r]);
-            sums[1][r] = _mm512_fmadd_ps(w[1], _mm512_set1_ps(x[r * stride + c + 1]), sums[1][r]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-        _mm512_storeu_ps(even + r * OCS_TILE_OUTPUTS, sums[0][r]);
-        _mm512_storeu_ps(odd + r * OCS_TILE_OUTPUTS, sums[1][r]);
-    }
-}
-
-INLINE void product_f32_of(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
-                           int64_t stride, int bits) {
-    _Alignas(64) float floats[OCS_TILE_CODES], sums[2][OCS_MOST_ROWS * OCS_TILE_OUTPUTS];
-    memset(sums, 0, sizeof sums);
-    for (; V > 0; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-        const int lines = ocs_tile_lines(V);
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; ++v) {
-            if (v < lines) {
-                const __m512i q = integers_of(tiles, v, lines, bits);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) {
-                    _mm512_store_ps(floats + (4 * v + j) * OCS_TILE_OUTPUTS, channel_of(q, j));
-                }
-            }
-        }
-        int64_t r = 0;
-        for (; r + 8 <= R; r += 8) {
-            const int64_t at = r * OCS_TILE_OUTPUTS;
-            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, lines, 8);
-        }
-        for (; r + 4 <= R; r += 4) {
-            const int64_t at = r * OCS_TILE_OUTPUTS;
-            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, lines, 4);
-        }
-        for (; r < R; ++r) {
-            const int64_t at = r * OCS_TILE_OUTPUTS;
-            add_channels(sums[0] + at, sums[1] + at, floats, x + r * stride, stride, lines, 1);
-        }
-    }
-    for (int64_t i = 0; i < R * OCS_TILE_OUTPUTS; ++i) {
-        sum[i] = sums[0][i] + sums[1][i];
-    }
-}
-
-VNNI static void product_f32_vnni(float *restrict sum, const uint8_t *tiles, const float *x, int64_t V, int64_t R,
-                                  int64_t stride, int bits) {
-    OCS_WITH_CONSTANT_BITS(bits, product_f32_of, sum, tiles, x, V, R, stride)
 }
 
 static bool has_vnni(void) {
@@ -217,7 +149,6 @@ static bool has_vnni(void) {
 const ocs_instruction_set ocs_isa_vnni = {
     .name = "vnni",
     .supported = has_vnni,
-    .kernels.product_i8 = product_i8_vnni,
-    .kernels.product_f32 = product_f32_vnni,
+    .kernels.product = product_vnni,
 };
 #endif

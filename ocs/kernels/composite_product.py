@@ -1,7 +1,7 @@
 """Products with k-bit weights in torch operations, for devices without C kernels, and the shapes of their results.
 
-Where rows are rounded, sums are whole numbers and exact, so that all devices give the same; of float rows the order of
-sums is the device's own. A packed weight is six arguments: packed bytes, scale, copies, outputs O, group, bits.
+Sums are whole numbers and exact, so that all devices give the same. A packed weight is six arguments: packed bytes,
+scale, copies, outputs O, group, bits.
 """
 
 import math
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ocs.kernels.composite import _all, _check_scales, _floats, _require, kernel
-from ocs.kernels.constants import MAX_BITS, MIN_BITS, qmax
+from ocs.kernels.constants import MAX_BITS, MIN_BITS, grid, qmax
 
 OUTPUTS, CHANNELS = 16, 32  # of a tile
 SEGMENT = 32768  # channels whose products add up in 32 bits
+MOST_STEPS = 2**23 - 2**16  # of a float row's largest magnitude
 
 
 def packed_bytes(outputs: int, channels: int, bits: int) -> int:
@@ -126,15 +127,14 @@ def product_rows(
     return rows if group else rows * scales
 
 
-def _round(x: Tensor, bits: int, scale: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Round rows [R, C] to integers, in double; give them and the scale of each row, NaN where it has none."""
+def _round(x: Tensor, least: int, most: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows [R, C] to whole numbers, in double; give them and the scale of each row, NaN where it has none."""
     largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     unknown = largest.isnan()
     if scale.numel() == 0:
         unknown = unknown | largest.isinf()
-        scale = (largest / torch.full_like(largest, qmax(bits))).clamp(min=2.0**-149).masked_fill(largest == 0, 1.0)
+        scale = (largest / torch.full_like(largest, most)).clamp(min=2.0**-149).masked_fill(largest == 0, 1.0)
     scale = scale.reshape(-1).expand_as(largest).masked_fill(unknown, torch.nan)
-    least, most = (-qmax(bits), qmax(bits)) if signed else (0, 2**bits - 1)
     q = torch.round(x / scale.masked_fill(unknown, 1.0)[:, None]).clamp(least, most)
     return torch.nan_to_num(q).double(), scale
 
@@ -159,24 +159,25 @@ def product(
     x: Tensor, packed: Tensor, scale: Tensor, copies: Tensor, outputs: int, group: int, bits: int, bias: Tensor,
     row_bits: int, row_scale: Tensor, row_signed: bool,
 ) -> Tensor:  # fmt: skip
-    """Compute x w^T + bias in x's dtype; row_bits 0 leaves rows floats, an empty row_scale measures each."""
+    """Compute x w^T + bias in x's dtype; row_bits 0: rows in 2^23 - 2^16 steps; an empty row_scale measures each."""
     _require(x.dim() > 0, "product", "x must have at least 1 dimension")
     channels = x.shape[-1]
     _check_packed("product", scale, copies, outputs, group, channels)
     _check_rows(bias, outputs, row_bits, row_scale, row_signed)
     rows = _floats("product", x).reshape(math.prod(x.shape[:-1]), channels)
     q = product_unpack(packed, outputs, channels + copies.numel(), bits).double()
-    of_rows = None
     if row_bits:
-        rows, of_rows = _round(rows, row_bits, row_scale, row_signed)
-    rows = torch.cat([rows.double(), rows.double()[:, copies.long()]], 1)
+        least, most = grid(row_bits, row_signed)
+    else:
+        least, most, row_scale = -MOST_STEPS, MOST_STEPS, row_scale.flatten()[:0]
+    rows, of_rows = _round(rows, least, most, row_scale)
+    rows = torch.cat([rows, rows[:, copies.long()]], 1)
     span = segment_channels(group)
     total = rows.new_zeros((rows.shape[0], outputs), dtype=torch.float32)
     for begin in range(0, rows.shape[1], span):
-        sums = rows[:, begin : begin + span] @ q[:, begin : begin + span].t()
+        sums = rows[:, begin : begin + span] @ q[:, begin : begin + span].t()  # exact in double
         total += sums.float() * (scale[begin // group] if group else scale)
-    if of_rows is not None:
-        total *= of_rows[:, None]
+    total *= of_rows[:, None]
     if bias.numel():
         total += bias.float()
     return total.view(*x.shape[:-1], outputs).to(x.dtype)

@@ -11,8 +11,7 @@ from ocs.kernels.constants import qmax
 
 OUTPUTS, CHANNELS = 16, 32  # of a tile
 SEGMENT = 32768  # channels whose products are added up before they are scaled
-FEW_ROWS = 16  # floats that are multiplied as whole numbers
-MOST_STEPS = np.float32(2**23 - 2**16)  # the largest such number
+MOST_STEPS = np.float32(2**23 - 2**16)  # of a float row's largest magnitude
 
 
 def _codes_to_tiles(codes: np.ndarray) -> np.ndarray:
@@ -111,19 +110,6 @@ def round_rows(x: np.ndarray, scale: np.ndarray, least: int, most: int) -> np.nd
     return np.where(np.isnan(scale)[:, None], 0, np.nan_to_num(q)).astype(np.int64)
 
 
-def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Compute a b + c of float32, rounded once: the product is exact in double, and the sum too but for ties.
-
-    Rounding twice matters where the double sum lies halfway between two floats; that is decided by what was lost.
-    """
-    product = a.astype(np.float64) * b.astype(np.float64)
-    total = product + c
-    lost = (product - (total - (total - product))) + (c - (total - product))
-    odd = np.where(lost != 0, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
-    even = (total.view(np.int64) & 1) == 0
-    return np.where(even & (lost != 0), odd, total).astype(np.float32)  # rounded to odd, then to float
-
-
 def product(
     x: np.ndarray,
     packed: np.ndarray,
@@ -139,40 +125,22 @@ def product(
 ) -> np.ndarray:
     """Compute x w^T + bias, float32 [..., outputs]; an empty row_scale is each row's own.
 
-    row_bits 0 leaves rows floats, but that up to 16 are whole numbers in steps of max |row| / (2^23 - 2^16).
+    row_bits 0: rows are whole numbers in steps of max |row| / (2^23 - 2^16), as exact as floats.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     q = product_unpack(packed, outputs, rows.shape[1] + copies.size, bits)
-    scales = None
-    if row_bits:
-        least, most = (-qmax(row_bits), qmax(row_bits)) if row_signed else (0, 2**row_bits - 1)
-        scales = _scale_of_rows(rows, np.float32(most), row_scale)
-        rows = round_rows(rows, scales, least, most)
-    elif len(rows) <= FEW_ROWS:
-        scales = _scale_of_rows(rows, MOST_STEPS, np.zeros(0))
-        rows = round_rows(rows, scales, -int(MOST_STEPS), int(MOST_STEPS))
+    least, most = (-qmax(row_bits), qmax(row_bits)) if row_bits and row_signed else (0, 2**row_bits - 1)
+    if not row_bits:
+        least, most, row_scale = -int(MOST_STEPS), int(MOST_STEPS), np.zeros(0, np.float32)
+    scales = _scale_of_rows(rows, np.float32(most), row_scale)
+    rows = round_rows(rows, scales, least, most)
     rows = np.concatenate([rows, rows[:, copies]], axis=1)
     total = np.zeros((len(rows), outputs), np.float32)
     span = SEGMENT if group == 0 or group % SEGMENT == 0 else group if group < SEGMENT else group & -group
     for begin in range(0, rows.shape[1], span):
-        part = rows[:, begin : begin + span], q[:, begin : begin + span]
-        sums = _float_sums(*part) if scales is None else _whole_sums(*part)
-        of_segment = scale[begin // group] if group else scale
-        total += sums * np.broadcast_to(of_segment, outputs)
-    if scales is not None:
-        total *= scales[:, None]
+        sums = rows[:, begin : begin + span] @ q[:, begin : begin + span].T.astype(np.int64)
+        total += sums.astype(np.float32) * np.broadcast_to(scale[begin // group] if group else scale, outputs)
+    total *= scales[:, None]
     if bias.size:
         total += bias
     return total.reshape(*x.shape[:-1], outputs)
-
-
-def _whole_sums(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return (rows @ q.T.astype(np.int64)).astype(np.float32)
-
-
-def _float_sums(rows: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Add even channels up in order, and odd ones, each product and sum rounded once; then both."""
-    parts = [np.zeros((len(rows), len(q)), np.float32) for _ in range(2)]
-    for c in range(rows.shape[1]):
-        parts[c % 2] = _fma(rows[:, c, None], q[None, :, c].astype(np.float32), parts[c % 2])
-    return parts[0] + parts[1]

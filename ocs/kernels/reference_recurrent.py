@@ -8,12 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from ocs.kernels.reference_product import _fma, product
+from ocs.kernels.reference_product import product
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 GATES = (4, 3, 1, 1)
 NONE = np.zeros(0, np.float32)
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, int, int, int]
+
+
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Compute a b + c of float32, rounded once: the product is exact in double, and the sum too but for ties.
+
+    Rounding twice matters where the double sum lies halfway between two floats; that is decided by what was lost.
+    """
+    product = a.astype(np.float64) * b.astype(np.float64)
+    total = product + c
+    lost = (product - (total - (total - product))) + (c - (total - product))
+    odd = np.where(lost != 0, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+    even = (total.view(np.int64) & 1) == 0
+    return np.where(even & (lost != 0), odd, total).astype(np.float32)  # rounded to odd, then to float
 
 
 def exponential(x: np.ndarray) -> np.ndarray:
