@@ -149,7 +149,8 @@ def test_the_file_is_readable_by_others(saved: tuple[nn.Module, Path]) -> None:
         "expand": True,
         "settings": {"wbits": 5, "r": 0.1, "clip": "none", "granularity": "tensor", "split": "qa",
                      "rounding": "nearest", "abits": None, "act_clip": "none", "act_r": 0.0, "act_split": "static",
-                     "act_signed": True, "act_scale": "static", "correct_bias": False, "expand": True, "select": "max"},
+                     "act_select": "percentile", "act_signed": True, "act_scale": "static", "correct_bias": False,
+                     "expand": True, "select": "max"},
         "input": None,
         "weights": {"weight": [5, 18]},
     }  # fmt: skip
