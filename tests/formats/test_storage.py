@@ -353,7 +353,7 @@ def nested(levels: int) -> list:
 HEAD = ("layers", "net.head")
 LAYER = {"kind": "Linear", "bits": 5, "expand": True, "settings": {}, "weights": {}}
 FORGED = {
-    "newer": (setting("format", to=5), "wrote it in format 5, newer than 4: upgrade torch-ocs"),
+    "newer": (setting("format", to=6), "wrote it in format 6, newer than 5: upgrade torch-ocs"),
     "format of another type": (setting("format", to="1"), "header is damaged"),
     "format zero": (setting("format", to=0), "header is damaged"),
     "format of no number": (setting("format", to=True), "header is damaged"),

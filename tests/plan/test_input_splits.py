@@ -139,6 +139,14 @@ def test_error_looks_at_the_weights() -> None:
     assert chosen["error"] == [2, 2]
 
 
+def test_of_equal_gains_the_largest_part_is_halved() -> None:
+    """At half the threshold each channel, of one bin, is to be split once; the split that is left helps nobody."""
+    x = torch.tensor([0.95, 0.97, 0.99]).expand(50, 3)
+    weight = Weight("weight", torch.ones(2, 3), 1)
+    chosen = choose_input_splits(statistics_of(x), InputGrid(3, splits=3, clip="mse"), "error", weight)
+    assert chosen.tolist() == [[2, 1, 0]]
+
+
 def test_error_by_groups() -> None:
     """One threshold for all, and the splits of each group its own."""
     x = outlying(12, seed=1)
