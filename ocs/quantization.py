@@ -22,7 +22,7 @@ from ocs.plan.call import explained_call
 from ocs.plan.choose import choose
 from ocs.plan.coverage import check_coverage
 from ocs.plan.input_facts import learn
-from ocs.plan.options import Allocate, Recipe, Request
+from ocs.plan.options import ActSelect, Allocate, Recipe, Request
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
 from ocs.plan.selectors import FIRST_LAYER, Selector
 from ocs.report.data import Report
@@ -45,6 +45,7 @@ def quantize(
     act_clip: str | float | None = None,
     act_r: float = 0.0,
     act_split: ActSplit = "static",
+    act_select: ActSelect | None = None,
     act_signed: bool | Literal["auto"] | None = None,
     act_scale: ActScale = "static",
     correct_bias: bool = False,
@@ -92,19 +93,27 @@ def quantize(
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
         act_clip: where inputs saturate, a method or fraction as of `clip`, but for "auto".
-        act_r: expand ratio of the inputs: ceil(act_r C) channels of a convolution or linear layer are split, in each
-            group, those with most values beyond the layer's 99th percentile (`split` says how).
+        act_r: expand ratio of the inputs: a convolution or linear layer of C input channels gets ceil(act_r C) splits
+            of its input, in each group (`split` says how). Then the threshold is found, of the split values.
         act_split: "static" (from calibration), or "oracle": scale and splits for each batch from its own values, the
             largest |x| halved again and again. It bounds what splitting inputs can give, is slow, needs no calibration,
             and can be neither compiled whole nor exported.
+        act_select: which channels of inputs are split where calibration chooses: "percentile", those with most values
+            beyond the layer's 99th percentile, each once (the paper's rule); "max", again and again the channel with
+            the largest |x| that calibration saw, copies included, as the paper does with weights; or "error", where
+            act_clip searches a threshold: the splits that lower the expected error of the layer's outputs most, by
+            histograms of the channels and the weights that meet them (ocs.plan.input_splits; with act_clip="none" or
+            a fraction the same as "max"). Outlier channels of transformers are the same for all inputs; QLLM (Liu et
+            al., ICLR 2024) takes them apart, too: into equal parts, by learned thresholds, and merges other channels
+            for them to keep the width. Here the largest part is halved, quantization-aware, and nothing is merged.
         act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
             nothing negative.
         act_scale: "static": one scale for the input of a layer, from calibration. Or "dynamic": one for each row of it
             (the vector over the channels: a token, a time step), the row's largest |x| / qmax, measured as it arrives.
-            That needs no calibration, and act_clip, act_r, act_split and act_signed as they are by default; it is for
-            inputs whose channels are the last axis, not for those of convolutions. A recurrent layer whose abits an
-            override names has its hidden states rounded so as well, at each step, as they meet their weights; other
-            recurrent layers keep float inputs as with "static", even where a model has nothing else.
+            That needs no calibration, and act_clip, act_r, act_split, act_select and act_signed as they are by default;
+            it is for inputs whose channels are the last axis, not for those of convolutions. A recurrent layer whose
+            abits an override names has its hidden states rounded so as well, at each step, as they meet their weights;
+            other recurrent layers keep float inputs as with "static", even where a model has nothing else.
         correct_bias: add to the bias of each convolution and linear layer what its errors take from the mean of its
             outputs, (w - w_hat) E[x] (Nagel et al. 2019); a layer without a bias gets one. E[x] is the mean of the
             float inputs: measured where there is calibration, else from the BatchNorms before the layer, where these
@@ -137,12 +146,12 @@ def quantize(
         budget: with wbits="auto", the bytes that all packed weights may take (Report.packed_bytes). Layers whose wbits
             an override names keep theirs. The error is that of allocate="error", calibration included.
         recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
-            rounding="nearest", act_clip="none", act_signed=True.
+            rounding="nearest", act_clip="none", act_select="percentile", act_signed=True.
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
             clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
             power (after ReLU, say), and in convolutions of which nothing is known, else "nearest", as
             for split="naive"; with abits, but for act_scale="dynamic", act_clip="mse" and, but for act_split="oracle",
-            act_signed="auto".
+            act_signed="auto" and act_select="max".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
             recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate
             without data, functional.output_error, or with rounding="gptq" what calibration measured.
@@ -158,9 +167,9 @@ def quantize(
     Raises:
         ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
             nothing yet, calibration is missing or empty, an option has no effect (select or allocate without r, act_
-            options without abits, calibration that nothing uses) or does not go with another or with a layer
-            (act_scale="dynamic"), the model is quantized already or has no layer to quantize, or every layer stays
-            float: the error names the reason that most weights have.
+            options without abits, act_select without act_r, calibration that nothing uses) or does not go with another
+            or with a layer (act_scale="dynamic"), the model is quantized already or has no layer to quantize, or every
+            layer stays float: the error names the reason that most weights have.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin, request = time.perf_counter(), Request.of(locals())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo import torchvision_models
 
 PAPER = {"VGG16-BN": "vgg16_bn", "ResNet-50": "resnet50", "DenseNet-121": "densenet121", "Inception-V3": "inception_v3"}
-RESNET20, VIT = "ResNet-20", "ViT"
+RESNET20, VIT, CALLED_VIT = "ResNet-20", "ViT", "ViT-called"
 PREFERRED = "IMAGENET1K_V1"  # trained with the recipes of the paper's time
 WITH_TRAINING_HEADS = ("inception_v3", "googlenet")
 TRAINING_HEADS = ("AuxLogits.", "aux1.", "aux2.")
@@ -96,16 +96,43 @@ def _preset(entry: Any) -> Preset:
 
 
 def _small(name: str, dataset: str, weights: str | Path | None) -> tuple[str, nn.Module, Preset]:
-    bundled = {RESNET20: WEIGHTS, VIT: VIT_WEIGHTS} if dataset == "fashion-mnist" else {RESNET20: None}
+    bundled: dict[str, Path | None] = {RESNET20: None}
+    if dataset == "fashion-mnist":
+        bundled = {RESNET20: WEIGHTS, VIT: VIT_WEIGHTS, CALLED_VIT: VIT_WEIGHTS}
     name, _ = _known_name(name, {known: known for known in bundled} | {"resnet20": RESNET20})
     preset = CIFAR10 if dataset == "cifar10" else FASHION_MNIST
     weights = bundled[name] if weights is None else weights
     if weights is None:
         raise ValueError("no ResNet-20 for CIFAR-10 comes with this repository; give a trained one as --weights FILE")
-    model = _random(ViT if name == VIT else lambda: ResNet20(len(preset.mean)))
+    model = _random({VIT: ViT, CALLED_VIT: called_vit}.get(name, lambda: ResNet20(len(preset.mean))))
     if weights != "random":
         _load(model, _read(Path(weights)), str(weights), name)
     return name, model, preset
+
+
+class CalledEncoderLayer(nn.Module):
+    """A pre-norm nn.TransformerEncoderLayer with GELU that calls its linear layers, as most transformers do."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        for name in ("self_attn", "linear1", "linear2", "norm1", "norm2"):
+            setattr(self, name, getattr(layer, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, tokens, width] -> the same shape."""
+        y = self.norm1(x)
+        x = x + self.self_attn(y, y, y, need_weights=False)[0]
+        return x + self.linear2(nn.functional.gelu(self.linear1(self.norm2(x))))
+
+
+def called_vit() -> nn.Module:
+    """Make the ViT of layers that are called, with the same names in its state."""
+    model = ViT()
+    encoder = nn.Sequential()
+    encoder.layers = nn.Sequential(*map(CalledEncoderLayer, model.encoder.layers))
+    encoder.norm = model.encoder.norm
+    model.encoder = encoder
+    return model
 
 
 def _known_name(name: str, known: dict[str, str]) -> tuple[str, str]:

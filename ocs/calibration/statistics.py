@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ocs.calibration.ranks import reduced
 from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
-from ocs.nn.input_parts import as_nck
+from ocs.nn.input_parts import as_nck, whole_halvings
 from ocs.nn.registry import replacement_of
 from ocs.weight.threshold import Clip, count_zeros
 
@@ -168,7 +168,8 @@ class Statistics:
     def threshold(self, bits: int, method: str | float, signed: bool, split: Tensor | None = None) -> float:
         """Find where to clip the inputs, by functional.clip_threshold's methods; at most max|x|, but by the release's.
 
-        split: the channels (int64, distinct) whose values are halved first; the release's methods look at them before.
+        split: the channels (int64) whose values are halved first, the largest copy of one that is named again; the
+        release's methods look at them before.
         """
         clip, largest = Clip(method, bits, signed), self._split_max(split)
         if not largest:
@@ -177,14 +178,19 @@ class Statistics:
             return float(clip.threshold_of(*self.representatives()))
         if not clip.searches:
             return float(clip.threshold(largest))
-        found = clip.threshold(torch.tensor(self.limit, dtype=torch.float32, device="cpu"), self.split_counts(split))
-        return min(float(found), largest)
+        zoom = max(math.frexp(self.limit / largest)[1] - 2, 0) if split is not None else 0  # lest most bins be empty
+        limit = torch.tensor(math.ldexp(self.limit, -zoom), dtype=torch.float32, device="cpu")
+        return min(float(clip.threshold(limit, self.split_counts(split, zoom))), largest)
 
     def _split_max(self, split: Tensor | None) -> float:
-        """Find max |x| once the values of these channels are halved."""
+        """Find max |x| once the values of these channels are halved, as often as each is named."""
         if split is None:
             return self.largest
-        return float((self.channel_max * torch.ones_like(self.channel_max).index_fill(0, split, 0.5)).amax())
+        return float((self.channel_max / 2 ** whole_halvings(self._times(split))).amax())
+
+    def _times(self, split: Tensor) -> Tensor:
+        """Count how often each channel is split, int64 [channels]."""
+        return split.bincount(minlength=self.channels)
 
     def representatives(self) -> tuple[Tensor, Tensor]:
         """Find values float32 [1, M] that stand for all inputs, and how often each of them is there, int64 [1, M].
@@ -203,27 +209,48 @@ class Statistics:
         counts = torch.cat([parts, torch.tensor([self.zeros, *(1 for _ in ends)], device="cpu")])
         return values.clamp(self.smallest, self.highest).float()[None], counts[None]
 
-    def split_counts(self, split: Tensor | None) -> Tensor:
-        """Count |x| once the values of these channels are halved and there twice.
+    def split_counts(self, split: Tensor | None, zoom: int = 0) -> Tensor:
+        """Count |x| once the values of these channels are halved and there twice, copies that are split again included.
 
         In each eighth of an octave they are taken to be spread as all values are.
+
+        zoom: count over [0, limit / 2^zoom], beyond which nothing must be left.
         """
         if split is None or not split.numel():
             return self.counts
+        times = self._times(split)
+        found = _halved(self._counts_of(times == 0), -zoom)
+        for splits in times[times > 0].unique().tolist():
+            whole, halvings = self._counts_of(times == splits), (splits + 1).bit_length() - 1
+            smaller = 2 * (splits + 1 - 2**halvings)  # are halved once more
+            found += (splits + 1 - smaller) * _halved(whole, halvings - zoom)
+            found += smaller * _halved(whole, halvings - zoom + 1)
+        return nn.functional.pad(found.cumsum(0), (1, 0)).round().diff().long()  # so that rounding adds up
+
+    def _counts_of(self, channels: Tensor) -> Tensor:
+        """Count the |x| of some channels (bool) as far as the histograms tell, float64 [BINS]."""
         centers = (torch.arange(BINS, dtype=torch.float32, device="cpu") + 0.5) / BINS
         octave = centers.log2().floor()
         eighth = (8 * (OCTAVES + octave) + 8 * (centers / 2**octave - 1)).long().clamp(min=0)
-        share = self.octaves[split].sum(0).float() / self.octaves.sum(0).clamp(min=1)
-        below = nn.functional.pad((self.counts * share[eighth]).cumsum(0), (1, 0))  # so that rounding adds up
-        whole = below.round().diff().long()
-        halved = nn.functional.pad(whole.view(-1, 2).sum(1), (0, BINS // 2))
-        return (self.counts - whole).clamp(min=0) + 2 * halved
+        share = self.octaves[channels].sum(0).double() / self.octaves.sum(0).clamp(min=1)
+        return self.counts * share[eighth]
 
     def most_outliers(self, splits: int, groups: int = 1) -> Tensor:
-        """Choose each group's channels with most outliers, int64 [groups, splits]; the lowest first where they tie."""
+        """Choose each group's channels with most outliers, int64 [groups, splits]; the lowest first where they tie.
+
+        This is the paper's rule for inputs.
+        """
         own = torch.arange(self.channels, device="cpu").view(groups, -1)
         order = self.outliers().view(groups, -1).argsort(dim=1, descending=True, stable=True)
         return order[:, :splits] + own[:, :1]
+
+    def largest_first(self, splits: int, groups: int = 1) -> Tensor:
+        """Choose each group's channel with the largest |x|, copies included, so many times, int64 [groups, splits].
+
+        This is the paper's rule for weights.
+        """
+        source = torch.ops.ocs.split_plan(self.channel_max, groups, splits)[0]
+        return source.view(groups, -1)[:, self.channels // groups :]
 
     def outliers(self) -> Tensor:
         """Count the |x| of each channel beyond the layer's 99th percentile, float64 [channels]."""
@@ -234,6 +261,17 @@ class Statistics:
         share = (wanted - (beyond[at] - in_all[at])) / in_all[at] if at >= 0 and in_all[at] else 0.0
         of_channel = self.octaves.double()
         return of_channel[:, at + 1 :].sum(1) + share * of_channel[:, max(at, 0)]
+
+
+def _halved(counts: Tensor, times: int) -> Tensor:
+    """Count values of |x|, counted by [BINS], in the same bins once they were halved, or where negative doubled.
+
+    Those that are doubled are taken to be spread evenly within their bins.
+    """
+    factor = 2 ** min(abs(times), BINS.bit_length() - 1)
+    if times < 0:
+        return counts[: BINS // factor].repeat_interleave(factor) / factor
+    return nn.functional.pad(counts.view(-1, factor).sum(1), (0, BINS - BINS // factor))
 
 
 def _channel_sums(rows: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from ocs.formats.contents import crc32
 from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.nn.input import InputGrid, check_grid
 
-FORMAT = 4  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
-# with a scale for each row
+FORMAT = 5  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
+# with a scale for each row, 4 none of which a channel is split repeatedly
 MOST_LEVELS = 16  # of lists and dicts in a header; we write some 5
 
 

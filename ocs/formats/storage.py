@@ -3,9 +3,9 @@
 A file holds, under the names of the model's state_dict, every parameter and persistent buffer as it is, except that of
 each quantized weight there are `weight_int` (uint8: the k-bit codes of its integers [O, C + n, ...], see csrc/pack.c),
 `scale` and `source` (int32: the original channel of each copy, group by group; the original channels go without
-saying), and of a quantized input `input_scale` and `input_source`. Its metadata has, under "ocs", what a
-reader needs as JSON: the format and the version that wrote it; of each layer the kind, the settings and the shapes;
-which batch norms were folded; of each tensor a CRC-32. And under "crc32" that of this JSON.
+saying), and of a quantized input `input_scale` and `input_source`, the copies in the order of splitting. Its metadata
+has, under "ocs", what a reader needs as JSON: the format and the version that wrote it; of each layer the kind, the
+settings and the shapes; which batch norms were folded; of each tensor a CRC-32. And under "crc32" that of this JSON.
 
 Nothing in a file is trusted: the model decides which layers and shapes there may be.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ocs.errors import check_order, error_context
 from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.pretrained import refused_slots
-from ocs.formats.reader import FORMAT, RANGES, Reader
+from ocs.formats.reader import RANGES, Reader
 from ocs.formats.replace_file import replacing
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
 from ocs.model.batchnorm_folding import FoldedBatchNorm
@@ -76,9 +76,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
 
 def _format(layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> int:
     """Choose the oldest format that has what these layers need, so that readers as old as that take the file."""
+    if any(_splits_repeatedly(layer) for layer in layers.values()):
+        return 5
     if any(layer.input_grid is not None and layer.input_grid.dynamic for layer in layers.values()):
-        return FORMAT
-    return FORMAT - 1 if tied else FORMAT - 2
+        return 4
+    return 3 if tied else 2
+
+
+def _splits_repeatedly(layer: QuantizedLayer) -> bool:
+    """Tell whether a channel of the layer's input is split more than once: its copies' order then says how."""
+    copies = layer.input_copies()
+    return copies.unique().numel() < copies.numel()
 
 
 def _ranges(layers: Mapping[str, QuantizedLayer], what: str) -> dict[str, tuple[float, float]]:

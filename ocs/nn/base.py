@@ -9,7 +9,8 @@ weights that run are not saved but rebuilt whenever the integers or the layer's 
 
 A layer may quantize its input too (ocs.nn.input): `input_grid` says how, and the buffer `input_form` encodes that, lest
 a state be taken for that of another grid; `input_scale` float32 [] and, where channels of it are split, `input_source`
-int64 [C + n] hold what calibration gave. Where each row of the input has its own scale there is neither.
+int64 [C + n] hold what calibration gave: copies in the order of splitting, which says what part of its channel each one
+is (ocs.nn.input_parts). Where each row of the input has its own scale there is neither.
 """
 
 from __future__ import annotations

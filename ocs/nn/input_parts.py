@@ -3,8 +3,9 @@
 An input x is rounded to k bits with one scale d, round_half_even(x / d). Where a channel is split, its values are cut
 in two, (x - d/2) / 2 and (x + d/2) / 2 where quantization-aware, x / 2 both where naive, and its weights are there
 twice. With u = x / d, round((u - 1/2) / 2) + round((u + 1/2) / 2) = round(u) but for ties (Hermite): the grid then
-holds values twice as large, or is twice as fine. The channels are chosen once, from calibration, or (Oracle OCS) for
-each batch from its own values, where a channel may be split repeatedly.
+holds values twice as large, or is twice as fine. Copies may be split again: a part is the k-th of n equal ones,
+(u + k + 1/2) / n - 1/2 for k = 0 .. n - 1, n a power of two. The channels are chosen once, from calibration, or (Oracle
+OCS) for each batch from its own values.
 """
 
 import math
@@ -33,23 +34,42 @@ class InputParts(NamedTuple):
 
 
 def _parts_of_plan(
-    scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, channels: int, split: Split
+    scale: Tensor, source: Tensor, parts: Tensor, offset: Tensor, channels: int, split: Split
 ) -> InputParts:
-    """Make each channel of a plan part `offset` of 2^depth equal ones; the plan has all original channels first."""
-    factor = torch.exp2(-depth.float())
-    shift = (offset.float() + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
+    """Make each channel of a plan part `offset` of `parts` equal ones; the plan has all original channels first."""
+    factor = 1 / parts.float()
+    shift = (offset.float() + 0.5) / parts - 0.5 if split == "qa" else torch.zeros_like(factor)
     return InputParts(scale, source[channels:], factor, shift)
 
 
 def static_parts(grid: InputGrid, scale: Tensor, source: Tensor, groups: int) -> InputParts:
-    """Split channels that calibration chose, each of them once. source [C + n] is laid out group by group."""
+    """Split channels that calibration chose, as often as each is named. source [C + n] is laid out group by group."""
     if not grid.splits:
         return InputParts(scale)
-    source = _originals_first(source, groups, grid.splits)
+    source = _originals_first(source, groups, grid.splits).long()  # packed layers may hold int32
     channels = source.numel() - groups * grid.splits
-    further = torch.arange(source.numel(), device=source.device) >= channels
-    depth = further.int().index_fill(0, source[channels:], 1)
-    return _parts_of_plan(scale, source, depth, further.int(), channels, grid.split)
+    parts, offset = halves_of(source, channels)
+    return _parts_of_plan(scale, source, parts, offset, channels, grid.split)
+
+
+def halves_of(source: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Tell which part of its channel each copy is: one of how many equal ones, and which, int64 [C + n] both.
+
+    source: the original channels first, then copies in the order of splitting; always the largest copy of a channel is
+    halved, so that the order says all (ocs.weight.plan): the j-th copy is part j, of 2^M or 2^(M + 1).
+    """
+    order = source.argsort(stable=True)
+    ordered, places = source[order], torch.arange(source.numel(), device=source.device)
+    copy = torch.empty_like(source).scatter(0, order, places - torch.searchsorted(ordered, ordered))
+    splits = source.new_zeros(channels).index_add(0, source, torch.ones_like(source)) - 1
+    last = splits[source]
+    equal = 2 ** whole_halvings(last)
+    return torch.where(copy % equal + equal <= last, 2 * equal, equal), copy
+
+
+def whole_halvings(splits: Tensor) -> Tensor:
+    """Count how often all copies of a channel were halved that was split so often: floor(log2(splits + 1))."""
+    return torch.frexp((splits + 1).float())[1].long() - 1
 
 
 def oracle_parts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> InputParts:
@@ -62,7 +82,7 @@ def oracle_parts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> InputPar
     scale = scale_for(threshold, grid.qmax)
     if not grid.splits:
         return InputParts(scale)
-    return _parts_of_plan(scale, plan.source, plan.depth, plan.offset, x.shape[axis], grid.split)
+    return _parts_of_plan(scale, plan.source, 2**plan.depth, plan.offset, x.shape[axis], grid.split)
 
 
 def as_nck(x: Tensor, axis: int) -> Tensor:

@@ -17,7 +17,7 @@ from ocs.model.input_statistics import estimate_inputs
 from ocs.nn.weights import input_weight
 from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
 from ocs.plan.layer_plan import LayerPlan
-from ocs.plan.options import ModelOptions
+from ocs.plan.options import LayerOptions, ModelOptions
 from ocs.weight.types import GAIN
 
 Plans = Sequence[LayerPlan]
@@ -128,11 +128,7 @@ def _calibrated(
 
 def _run(model: nn.Module, watched: Plans, compensated: Plans, data: Data, progress: bool | None) -> Calibration:
     """What these layers need and no more."""
-    statistics = []
-    for plan in watched:
-        options = plan.options
-        split = options.abits is not None and options.act_r > 0 and options.act_split == "static"
-        statistics.append(watch_input(plan.target, channels=split))
+    statistics = [watch_input(plan.target, channels=plan.options.splits_input) for plan in watched]
     moments = watch_moments(model, [plan.target for plan in compensated])
     return collect(model, data, statistics, moments, progress, "calibration")
 
@@ -147,6 +143,15 @@ def _check_options_of_inputs(plans: Plans) -> None:
         if plan.rounds_rows:
             with error_context(plan.name):
                 _check_rows(plan)
+
+    _check_input_selection([plan.options for plan in plans if plan.quantized])
+
+
+def _check_input_selection(options: Sequence[LayerOptions]) -> None:
+    """Refuse a rule for splits of inputs where there are none that calibration chooses."""
+    chosen = next((each.act_select for each in options if each.act_select != LayerOptions.act_select), None)
+    if chosen is not None and not any(each.splits_input for each in options):
+        raise ValueError(f"act_select={chosen!r} has no effect: it is for act_r with act_split='static'")
 
 
 def _check_rows(plan: LayerPlan) -> None:

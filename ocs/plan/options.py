@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ocs.calibration.calibrate import Calibration
     from ocs.calibration.run import Data
 
+ActSelect = Literal["percentile", "max", "error"]
 Allocate = Literal["uniform", "knapsack", "error"]
 Recipe = Literal["paper", "best"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as plain Python has it, or a ValueError
@@ -119,6 +120,7 @@ class LayerOptions:
     act_clip: str | float = _open("none", check_clip, "clip method of layer inputs, or a fraction", of_input=True)
     act_r: float = _option(0.0, check_ratio, "expand ratio of layer inputs, 0 to 1", of_input=True)
     act_split: ActSplit = _option("static", _one_of(ActSplit), "split inputs once, or for each batch", of_input=True)
+    act_select: ActSelect = _open("percentile", _one_of(ActSelect), "which channels of inputs are split", of_input=True)
     act_signed: bool | str = _open(True, _signed, "signed integers of inputs, or unsigned where it fits", of_input=True)
     act_scale: ActScale = _option("static", _one_of(ActScale), "scale of inputs: once, or of each row", of_input=True)
     correct_bias: bool = _option(False, check_flag, "give the outputs back the mean that quantization takes from them")
@@ -134,13 +136,18 @@ class LayerOptions:
 
     def _check_dynamic(self) -> None:
         """Refuse what a scale for each row of an input leaves no room for."""
-        for name in ("act_clip", "act_r", "act_split", "act_signed"):
+        for name in ("act_clip", "act_r", "act_split", "act_select", "act_signed"):
             value, needed = getattr(self, name), getattr(LayerOptions, name)
             if value != needed:
                 raise ValueError(
                     f"{name}={value!r} with act_scale='dynamic', which finds the scale of each row of an input by its"
                     f" largest |x| alone: use {name}={needed!r}, or act_scale='static'"
                 )
+
+    @property
+    def splits_input(self) -> bool:
+        """Whether channels of its input are to be split that calibration chooses."""
+        return self.abits is not None and self.act_r > 0 and self.act_split == "static"
 
     @property
     def automatic(self) -> bool:

@@ -19,6 +19,7 @@ from ocs.nn.weights import check_values, input_weight, parameter_of, weights_of
 from ocs.plan.bias_correction import restore_mean
 from ocs.plan.explain import explained_steps
 from ocs.plan.input_facts import InputFacts
+from ocs.plan.input_splits import choose_input_splits
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
@@ -244,7 +245,7 @@ def probe(plan: LayerPlan, bits: int, gain: float) -> tuple[nn.Module, float]:
 
 
 def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedInput:
-    """Decide an input's grid, its scale, and which channels are split: those with most outliers."""
+    """Decide an input's grid, which channels are split, and then its scale."""
     options, splits_input, weight = plan.options, plan.kind.splits_input, input_weight(plan.module)
     groups, C, device = weight.groups, weight.channels, weight.tensor.device
     grid = InputGrid(
@@ -262,7 +263,7 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
         raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")
     source = split = None
     if grid.splits:
-        split = statistics.most_outliers(grid.splits, groups).flatten()
+        split = choose_input_splits(statistics, grid, options.act_select, weight).flatten()
         source = with_originals(split, groups, C).to(device)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
     scale = scale_for(torch.tensor(threshold, dtype=torch.float32, device="cpu"), grid.qmax)

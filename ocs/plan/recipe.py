@@ -41,6 +41,8 @@ def _favoured(options: LayerOptions, *, has_mean: bool) -> dict[str, Any]:
     favoured = {"granularity": "channel", "clip": "auto", "rounding": "squant" if compensates else "nearest"}
     if options.abits is not None and options.act_scale != "dynamic":  # which neither clips nor asks for signs
         favoured["act_clip"] = "mse"
+        if options.splits_input:
+            favoured["act_select"] = "max"
         if options.act_split != "oracle":  # which needs no calibration, as long as nothing is known of signs
             favoured["act_signed"] = "auto"
     return favoured

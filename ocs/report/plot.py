@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,7 @@ from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
 from ocs.kernels.constants import RELEASE_METHODS, SMALLEST, qmax
 from ocs.report.text import plural
-from ocs.weight.arguments import check_array, check_bits, check_clip, check_groups, check_ratio
+from ocs.weight.arguments import check_array, check_bits, check_choice, check_clip, check_groups, check_ratio
 from ocs.weight.entry import plan_splits, quantize_weight
 from ocs.weight.error import sqnr_db, weight_error
 from ocs.weight.grid import fake_quantize
@@ -147,12 +147,12 @@ def _split_panel(x: np.ndarray, bits: int, r: float, methods: Methods, groups: i
 
 def input_histograms(
     statistics: Statistics, bits: int, r: float = 0.0, *, methods: Methods | None = None, signed: bool = True,
-    groups: int = 1, title: str = ""
+    groups: int = 1, title: str = "", select: Literal["percentile", "max"] = "percentile"
 ) -> Figure:  # fmt: skip
     """Draw histograms of what calibration has seen of a layer's inputs, with the threshold of each clip method.
 
-    The second panel, there unless r is 0, is after halving the channels that quantize(act_r=r) splits: those with most
-    values beyond the layer's 99th percentile. Zeros are counted in the first title, not drawn.
+    The second panel, there unless r is 0, is after halving the channels that quantize(act_r=r) splits. Zeros are
+    counted in the first title, not drawn.
 
     Args:
         statistics: of one layer, ocs.calibrate(model, data)["its name"].
@@ -162,6 +162,7 @@ def input_histograms(
         signed: the grid is -qmax .. qmax, else 0 .. 2^k - 1.
         groups: of a grouped convolution.
         title: above the panels.
+        select: which channels, see quantize's act_select: "percentile" or "max"; "error" needs the weights, too.
 
     Raises:
         TypeError: these are no statistics.
@@ -173,7 +174,7 @@ def input_histograms(
     bits, methods, r = check_bits("bits", bits), _check_methods(methods), check_ratio("r", r)
     edges = np.linspace(0, statistics.limit or 1.0, statistics.counts.numel() + 1)
     panels = []
-    for split in (None, _most_outliers(statistics, r, groups)) if r else (None,):
+    for split in (None, _chosen(statistics, r, groups, select)) if r else (None,):
         if split is None:
             title_of_panel = _panel_title(bits, signed, 0.0, 0, statistics.zeros)
         else:
@@ -185,13 +186,15 @@ def input_histograms(
     return _clip_figure(panels, bars[: int(np.searchsorted(bars, 1.05 * (statistics.largest or 1.0))) + 1], title)
 
 
-def _most_outliers(statistics: Statistics, r: float, groups: int) -> Tensor:
+def _chosen(statistics: Statistics, r: float, groups: int, select: str) -> Tensor:
     """Choose the channels that quantize() splits."""
+    check_choice("select", select, ("percentile", "max"))
     if not statistics.channels:
         raise ValueError(f"r={r}: these statistics do not count single channels, which are to be split: use r=0")
     check_groups(groups, statistics.channels)
     splits = splits_for(r, statistics.channels // groups, groups)
-    return statistics.most_outliers(splits, groups).flatten()
+    rule = statistics.most_outliers if select == "percentile" else statistics.largest_first
+    return rule(splits, groups).flatten()
 
 
 def _check_methods(methods: Methods | None) -> list[str | float]:

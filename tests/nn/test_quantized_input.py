@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import pickle
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from conftest import Everything, SmallNet, assert_unchanged, folded_twin, state
 from test_nn import LAYERS, make
@@ -16,13 +18,22 @@ from torch import Tensor, nn
 
 import ocs
 from ocs import functional
+from ocs.formats import reader
 from ocs.kernels import reference
 from ocs.nn.copied_channels import copied_channels, copies_needed
 from ocs.nn.input import InputGrid
-from ocs.nn.input_parts import InputParts, oracle_parts, round_folded, static_parts
+from ocs.nn.input_parts import (
+    InputParts,
+    _originals_first,
+    halves_of,
+    oracle_parts,
+    round_folded,
+    static_parts,
+)
 
 STATIC = {"act_r": 0.2}
 ORACLE = {"act_r": 0.2, "act_split": "oracle"}
+REPEATED = {"act_r": 0.5, "act_select": "max"}
 CASES = {
     "static": STATIC,
     "static, naive": {**STATIC, "split": "naive"},
@@ -32,6 +43,12 @@ CASES = {
     "oracle, clipped": {**ORACLE, "act_clip": 0.7},
     "no splits": {},
     "unsigned": {**STATIC, "act_signed": "auto"},
+    "repeated": REPEATED,
+    "repeated, naive": {**REPEATED, "split": "naive"},
+    "repeated, clipped": {**REPEATED, "act_clip": "mse"},
+    "repeated, unsigned": {**REPEATED, "act_signed": "auto"},
+    "by error": {**REPEATED, "act_select": "error", "act_clip": "mse"},
+    "by error, naive": {**REPEATED, "act_select": "error", "act_clip": "mse", "split": "naive"},
 }
 
 
@@ -76,6 +93,48 @@ def test_static_splits_are_the_papers(split: str, signed: bool) -> None:
     scale = torch.tensor(0.1)
     ours = round_folded(torch.from_numpy(x), grid, static_parts(grid, scale, source, 1), -2)
     np.testing.assert_allclose(ours, literal_input(x, float(scale), [7, 2, 4], grid), atol=1e-6)
+
+
+@pytest.mark.parametrize("split", ["qa", "naive"])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_repeated_splits_halve_the_largest_copy(split: str, signed: bool, groups: int) -> None:
+    """As the paper does with weights: what the copies' order says are the parts that came of halving one by one."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 10, 6)).astype(np.float32) * np.array([1, 30, 1, 9, 1] * 2, np.float32)[:, None]
+    x = np.abs(x) if not signed else x
+    grid, C, splits = InputGrid(bits=4, signed=signed, splits=7, split=split), 10 // groups, 7
+    copies, expected = [], []
+    for g in range(groups):
+        own = x[:, g * C : (g + 1) * C]
+        picks = reference.pick_channels(own, splits)
+        copies.append(g * C + reference.split_channels(own, picks, False)[1][C:])
+        expected.append(literal_input(own, 0.5, picks, grid))
+    assert max(np.bincount(np.concatenate(copies))) >= 3
+    source = torch.from_numpy(np.concatenate([x for g in range(groups) for x in (np.arange(C) + g * C, copies[g])]))
+    ours = round_folded(torch.from_numpy(x), grid, static_parts(grid, torch.tensor(0.5), source, groups), -2)
+    np.testing.assert_allclose(ours, np.concatenate(expected, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_order_of_copies_says_what_part_each_is(groups: int) -> None:
+    for seed in range(20):
+        channel_max, splits = torch.rand(60, generator=torch.Generator().manual_seed(seed)) ** 9 + 1e-6, 60 // groups
+        plan = torch.ops.ocs.split_plan(channel_max, groups, splits)
+        source, depth, offset = (_originals_first(each, groups, splits) for each in plan[:3])
+        parts, which = halves_of(source, 60)
+        assert torch.equal(parts, 2 ** depth.long())
+        assert torch.equal(which, offset.long())
+
+
+def test_repeated_quantization_aware_splits_round_as_if_nothing_were_split() -> None:
+    """Hermite's identity off ties: five parts, the halves of 1/4 and 1/8, hold what four parts of 7 steps do."""
+    u = torch.linspace(-28.03, 28.03, 4001)[:, None].expand(-1, 2)
+    grid, source = InputGrid(bits=4, splits=4), torch.tensor([0, 1, 1, 1, 1, 1])
+    ours = round_folded(u, grid, static_parts(grid, torch.tensor(1.0), source, 1), -1)
+    assert torch.equal(ours[:, 1], torch.round(u[:, 1]))
+    naive = InputGrid(bits=4, splits=4, split="naive")
+    assert not torch.equal(round_folded(u, naive, static_parts(naive, torch.tensor(1.0), source, 1), -1)[:, 1], ours)
 
 
 @pytest.mark.parametrize("split", ["qa", "naive"])
@@ -162,13 +221,13 @@ def test_expanded_and_folded_agree(name: str, case: str) -> None:
     ours, plain = a(x).detach(), b(x).detach()
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
     if "depthwise" not in name and case != "no splits":
-        assert a.input_grid.splits == math.ceil(0.2 * a.channels["weight"])
+        assert a.input_grid.splits == math.ceil(CASES[case]["act_r"] * a.channels["weight"])
     float_input = layer(x).detach()
     assert (float_input - plain).abs().max() < 0.5 * float_input.abs().max()
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d, grouped", "transposed 2d, grouped", "conv2d, pointwise"])
-@pytest.mark.parametrize("options", [STATIC, ORACLE])
+@pytest.mark.parametrize("options", [STATIC, ORACLE, REPEATED])
 def test_what_is_multiplied_fits_the_bits(name: str, options: dict) -> None:
     """Expanded, inputs and weights alike are integers of their k bits times one scale each."""
     layer, x = make(name)
@@ -356,11 +415,17 @@ def test_a_calibration_of_another_model(net: SmallNet) -> None:
 # --- They travel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["static", "oracle", "no splits", "unsigned"])
+@pytest.fixture(params=["static", "oracle", "no splits", "unsigned", "repeated", "by error"])
 def model(request: pytest.FixtureRequest, net: SmallNet) -> nn.Module:
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    if "act_select" in CASES[request.param]:
+        with torch.no_grad():
+            net.stem.weight[2] *= 40
+            net.body[0].weight[:, 2] /= 40
     net.options = {"abits": 4, "wbits": 5, "r": 0.1, **CASES[request.param]}
     ocs.quantize(net, **net.options, calibration=x)
+    if request.param == "repeated":
+        assert net.body[0].input_source[8:].tolist() == [2] * 4
     return net
 
 
@@ -414,7 +479,9 @@ def test_states_that_cannot_be_are_refused(net: SmallNet) -> None:
         ("head.input_scale", torch.tensor(torch.nan), "head: input_scale is not positive and finite"),
         ("head.input_source", good["head.input_source"] + 1, "head: input_source is no split plan"),
         ("head.input_source", good["head.input_source"][:-1], "head: input_source has a size mismatch"),
-        ("head.input_source", torch.tensor([*range(16), 3, 3, 3, 3]), "head: input_source splits a channel twice"),
+        ("head.input_source", torch.tensor([*range(16), 3, 3, 3, 16]), "head: input_source is no split plan"),
+        ("head.input_source", torch.tensor([*range(15), 3, 3, 3, 3, 15]), "head: input_source is no split plan"),
+        ("head.input_source", good["head.input_source"].float(), "head: input_source is no split plan"),
         ("head.input_scale", None, "head: input_scale is missing"),
         ("head.input_form", torch.tensor([4, 0, 1, 0]).byte(), "head: input_form is .*: the state is of another input"),
         ("head.input_form", torch.tensor([4, 1, 0, 0]).byte(), "head: input_form is .*: the state is of another input"),
@@ -426,6 +493,44 @@ def test_states_that_cannot_be_are_refused(net: SmallNet) -> None:
         with pytest.raises(RuntimeError, match=message):
             net.load_state_dict(bad)
         assert_unchanged(net, before)
+
+
+def test_files_with_repeated_splits_tell_older_readers(net: SmallNet, tmp_path, monkeypatch) -> None:
+    x = torch.randn(8, 3, 8, 8)
+    x[:, 1] *= 40
+    formats = {}
+    for select in ("percentile", "max"):
+        ours, path = copy.deepcopy(net), tmp_path / select
+        ocs.quantize(ours, abits=4, act_r=1.0, act_select=select, skip=None, calibration=x)
+        ocs.save(ours, path)
+        with safetensors.safe_open(path, framework="np") as file:
+            header = json.loads(file.metadata()["ocs"])
+        formats[select] = header["format"]
+        assert set(header["layers"]["stem"]["input"]) == {"bits", "signed", "splits", "split", "act_split", "clip"}
+        for packed in (False, True):
+            loaded = ocs.load(path, SmallNet().eval(), packed=packed)
+            assert loaded.stem.input_source.tolist() == ours.stem.input_source.tolist()
+            torch.testing.assert_close(loaded(x), ours(x))
+    assert ours.stem.input_source.tolist() == [0, 1, 2, 1, 1, 1]
+    assert formats == {"percentile": 2, "max": 5}
+    monkeypatch.setattr(reader, "FORMAT", 4)
+    ocs.load(tmp_path / "percentile", SmallNet())
+    with pytest.raises(ValueError, match="wrote it in format 5, newer than 4: upgrade torch-ocs"):
+        ocs.load(tmp_path / "max", SmallNet())
+
+
+def test_packed_layers_take_the_state_of_repeated_splits(net: SmallNet) -> None:
+    x = torch.randn(8, 3, 8, 8)
+    x[:, 1] *= 40
+    other = copy.deepcopy(net)
+    for ours, data in ((net, x), (other, torch.randn(8, 3, 8, 8))):
+        ocs.quantize(ours, abits=4, act_r=1.0, act_select="max", skip=None, calibration=data)
+        ocs.pack(ours)
+    expected = net(x)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), expected)
+    ocs.unpack(net)
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_a_model_with_folded_batch_norms_is_saved_and_loaded(net: SmallNet, tmp_path) -> None:

@@ -90,11 +90,25 @@ def test_inputs_are_clipped_where_they_are_quantized() -> None:
     assert model.after_norm.input_grid.signed
 
 
+def test_inputs_are_split_repeatedly() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    for options, expected in (
+        ({"recipe": "best"}, "max"),
+        ({"recipe": "best", "act_select": "percentile"}, "percentile"),
+        ({"recipe": "best", "overrides": {"after_relu": {"act_select": "error"}}}, "error"),
+        ({}, "percentile"),
+    ):
+        model = Norms().eval()
+        ocs.quantize(model, wbits=4, abits=4, act_r=0.2, calibration=[x], **options)
+        assert settings(model, "after_relu")["act_select"] == expected
+
+
 def test_oracle_splits_need_no_calibration() -> None:
     model = Norms().eval()
     ocs.quantize(model, wbits=4, abits=4, act_r=0.1, act_split="oracle", recipe="best")
     assert settings(model, "after_relu")["act_clip"] == "mse"
     assert settings(model, "after_relu")["act_signed"] is True
+    assert settings(model, "after_relu")["act_select"] == "percentile"
 
 
 def test_the_report_shows_what_quantized_layers_have_in_common() -> None:

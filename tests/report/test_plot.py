@@ -253,11 +253,12 @@ def test_lines_are_at_the_calibrated_thresholds(r: float, groups: int, signed: b
         assert f"OCS, r = 0.25, {groups} split" in panels[1].get_title(loc="left")
 
 
-def test_it_splits_what_quantize_splits(net: SmallNet) -> None:
+@pytest.mark.parametrize("select", ["percentile", "max"])
+def test_it_splits_what_quantize_splits(net: SmallNet, select: str) -> None:
     data = [torch.randn(4, 3, 8, 8)]
     calibration = ocs.calibrate(net, data)
-    figure = input_histograms(calibration["body.3"], 4, 0.3, methods=["mse"], groups=4, title="body.3")
-    report = ocs.quantize(net, abits=4, act_r=0.3, act_clip="mse", calibration=calibration)
+    figure = input_histograms(calibration["body.3"], 4, 0.3, methods=["mse"], groups=4, title="body.3", select=select)
+    report = ocs.quantize(net, abits=4, act_r=0.3, act_select=select, act_clip="mse", calibration=calibration)
     layer = next(layer for layer in report.layers if layer.name == "body.3")
     assert layer.act_splits == 8
     assert drawn(figure.get_axes()[1])["mse"] == pytest.approx(layer.act_threshold, rel=1e-6)
@@ -293,6 +294,7 @@ def test_edges_of_statistics(x: torch.Tensor | None) -> None:
         ({"statistics": {}}, TypeError, "statistics must be those of one layer, .*, not dict"),
         ({"bits": 1}, ValueError, "bits=1"),
         ({"r": -1}, ValueError, "r=-1"),
+        ({"r": 0.5, "select": "error"}, ValueError, "select='error': use 'percentile' or 'max'"),
         ({"methods": ["auto"]}, ValueError, "method='auto'"),
         ({"r": 0.5, "groups": 3}, ValueError, "groups=3: use a positive integer that divides the 4"),
         ({"statistics": seen(channels=None), "r": 0.5}, ValueError, "do not count single channels.*use r=0"),

@@ -45,6 +45,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "8 bits, split": {"wbits": 8, "r": 0.5, "abits": 8},
     "split inputs": {"wbits": 6, "r": 0.2, "abits": 6, "act_r": 0.2},
     "both split, unsigned": {"wbits": 8, "r": 0.4, "abits": 8, "act_r": 0.3, "act_signed": "auto", "split": "naive"},
+    "repeatedly split inputs": {"wbits": 6, "r": 0.2, "abits": 6, "act_r": 0.5, "act_select": "max"},
+    "repeated, by error": {"wbits": 8, "r": 0.4, "abits": 5, "act_r": 0.5, "act_select": "error", "act_clip": "mse"},
     "folded": {"wbits": 5, "r": 0.2, "abits": 7, "expand": False},
 }
 
@@ -56,8 +58,12 @@ def product(kind: str, options: str, seed: int = 0) -> tuple[QuantizedLayer, Ten
     model, unsigned = nn.Sequential(make()), OPTIONS[options].get("act_signed") == "auto"
     model[0].weight.data = torch.from_numpy(outlier_weight(tuple(model[0].weight.shape), seed=seed))
     x = torch.randn(shape).abs() if unsigned else torch.randn(shape)
+    if "act_select" in OPTIONS[options]:
+        x.movedim(1 - model[0].weight.dim(), 0)[::4] *= 9  # these are split more than once
     calibration = {"calibration": [x]} if "abits" in OPTIONS[options] else {}
     ocs.quantize(model, skip=None, **OPTIONS[options], **calibration)
+    if "act_select" in OPTIONS[options] and model[0].input_grid.splits > 1:
+        assert model[0].input_copies().unique().numel() < model[0].input_copies().numel()
     if calibration:
         scale = model[0].input_scale
         x = ((x / scale).round() + 0.3) * scale
