@@ -26,7 +26,7 @@ def packed_bytes(outputs: int, channels: int, bits: int) -> int:
 
 def _packed_lines(channels: int, bits: int, device: torch.device) -> Tensor:
     """List those lines of a block of whole tiles that are packed: not all of the last one's planes."""
-    packed = torch.ones((-(-channels // CHANNELS), bits), dtype=torch.bool)
+    packed = torch.ones((-(-channels // CHANNELS), bits), dtype=torch.bool, device="cpu")
     lines, first = -(-(channels % CHANNELS) // 4) or 8, 0  # of the last tile
     for width in (8, 4, 2, 1):
         if bits & width:
