@@ -236,26 +236,40 @@ static const float *scales_of_block(row_of_outputs room, const product_job *job,
     return room;
 }
 
+/* x [N] += y. Nearly always N is a block's outputs, a number that lets the compiler do without a loop. */
+static inline void add(float *restrict x, const float *y, int N) {
+    if (N == OCS_TILE_OUTPUTS) {
+        for (int i = 0; i < OCS_TILE_OUTPUTS; ++i) {
+            x[i] += y[i];
+        }
+        return;
+    }
+    for (int i = 0; i < N; ++i) {
+        x[i] += y[i];
+    }
+}
+
+/* N floats to memory of any alignment; N as above. */
+static inline void copy(void *restrict to, const float *from, int N) {
+    if (N == OCS_TILE_OUTPUTS) {
+        memcpy(to, from, OCS_TILE_OUTPUTS * sizeof *from);
+    } else {
+        memcpy(to, from, (size_t)N * sizeof *from);
+    }
+}
+
 static void write_row(const product_job *job, float *restrict total, int64_t r, int64_t block) {
     const int64_t O = job->weight->O, first = block * OCS_TILE_OUTPUTS;
     const int outputs = O - first < OCS_TILE_OUTPUTS ? (int)(O - first) : OCS_TILE_OUTPUTS;
     for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
         total[o] *= job->row_scale[r];
     }
-    const float *bias = job->bias != NULL ? job->bias + first : NULL;
-    for (int o = 0; bias != NULL && outputs == OCS_TILE_OUTPUTS && o < OCS_TILE_OUTPUTS; ++o) {
-        total[o] += bias[o];
-    }
-    for (int o = 0; bias != NULL && outputs < OCS_TILE_OUTPUTS && o < outputs; ++o) {
-        total[o] += bias[o];
+    if (job->bias != NULL) {
+        add(total, job->bias + first, outputs);
     }
     char *y = job->y + (size_t)(r * O + first) * size_of(job->dtype);
-    if (job->dtype == OCS_ROWS_F32 && outputs == OCS_TILE_OUTPUTS) {
-        memcpy(y, total, sizeof(row_of_outputs)); /* of a size that the compiler knows */
-        return;
-    }
     if (job->dtype == OCS_ROWS_F32) {
-        memcpy(y, total, (size_t)outputs * sizeof *total);
+        copy(y, total, outputs);
         return;
     }
     for (int o = 0; o < outputs; ++o) {
