@@ -102,10 +102,11 @@ def quantize(
             beyond the layer's 99th percentile, each once (the paper's rule); "max", again and again the channel with
             the largest |x| that calibration saw, copies included, as the paper does with weights; or "error", where
             act_clip searches a threshold: the splits that lower the expected error of the layer's outputs most, by
-            histograms of the channels and the weights that meet them (ocs.plan.input_splits; with act_clip="none" or
-            a fraction the same as "max"). Outlier channels of transformers are the same for all inputs; QLLM (Liu et
-            al., ICLR 2024) takes them apart, too: into equal parts, by learned thresholds, and merges other channels
-            for them to keep the width. Here the largest part is halved, quantization-aware, and nothing is merged.
+            histograms of the channels and the weights that meet them (ocs.plan.input_splits; with act_clip="none" or a
+            fraction the same as "max"; an estimate that can mislead, so look at the result). Outlier channels of
+            transformers are the same for all inputs; QLLM (Liu et al., ICLR 2024) takes them apart, too: into equal
+            parts, by learned thresholds, and merges other channels for them to keep the width. Here the largest part is
+            halved, quantization-aware, and nothing is merged.
         act_signed: True for integers -qmax .. qmax, as in the paper; "auto" for 0 .. 2^abits - 1 where calibration saw
             nothing negative.
         act_scale: "static": one scale for the input of a layer, from calibration. Or "dynamic": one for each row of it

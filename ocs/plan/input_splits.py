@@ -10,6 +10,10 @@ quantization-aware parts are rounded by adds up to the rounding of x itself; tha
 as often as sum_n m_n^2 for m_n parts of size 1 / n. Values are those at the middles of the bins of the channels'
 histograms. For each of some thresholds splits go, one after the other, to the channel whose next split lowers this sum
 most; the splits are those for the threshold with the least sum. There the threshold is left to be found as always.
+
+The estimate takes what is clipped for noise, though it shifts outputs, and the threshold that is then searched looks at
+no weights. So "error" is not safe: on the bundled ResNet-20 with 4-bit inputs, act_r=0.2 and act_clip="mse" 81 % of
+2,000 images were right, 93 % by "max" and by "percentile".
 """
 
 import torch
