@@ -216,25 +216,13 @@ ocs_status ocs_check_packed(const ocs_packed_weight *weight);
    OCS_BAD_PLAN: one is no channel. */
 ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory);
 
-/* The scratch memory that ocs_product_rows needs for up to R rows. */
+/* The bytes of scratch memory that ocs_product_in needs for up to R rows. */
 size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R);
 
-/* ocs_product of float32 rows and a weight that was checked and has copies of its own, R being within what the scratch
- * memory is for. */
+/* ocs_product of float32 rows and a weight that was checked and has copies of its own; the scratch memory is for R rows
+   or more. */
 ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
                           ocs_row_grid grid, int64_t R);
-
-/* Calls an inline function with `bits` as a constant last argument, so that shifts and masks are constants, too. */
-#define OCS_WITH_CONSTANT_BITS(bits, function, ...)                                                                    \
-    switch (bits) {                                                                                                    \
-    case 2: function(__VA_ARGS__, 2); break;                                                                           \
-    case 3: function(__VA_ARGS__, 3); break;                                                                           \
-    case 4: function(__VA_ARGS__, 4); break;                                                                           \
-    case 5: function(__VA_ARGS__, 5); break;                                                                           \
-    case 6: function(__VA_ARGS__, 6); break;                                                                           \
-    case 7: function(__VA_ARGS__, 7); break;                                                                           \
-    default: function(__VA_ARGS__, 8);                                                                                 \
-    }
 
 /* --- Recurrent layers (recurrent.c) ----------------------------------------------------------- */
 

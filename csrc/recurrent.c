@@ -1,7 +1,7 @@
 /* Recurrent layers whose weights stay packed: every step of one layer in one direction.
 
    sigmoid(x) = 1 / (1 + e^-x) and tanh(x) = 1 - 2 / (1 + e^2x), with e^x = 2^n e^r, n the integer nearest to x / ln 2
-   and |r| <= ln 2 / 2, where Taylor's polynomial of degree 7 is exact to 6e-9. Both are within 1.5e-7 of the true
+   and |r| <= ln 2 / 2, where Taylor's polynomial of degree 7 is exact to 6e-9. Both are within 2e-7 of the true
    value. Products and sums are rounded once each (fmaf), in one order, so that all variants agree bit for bit. */
 #include "kernels.h"
 

@@ -3,9 +3,7 @@
    Only the functions below are compiled for AVX2; the build needs no flags, and the table in dispatch.c keeps other
    CPUs away from them. */
 #if defined(__x86_64__)
-#include "arch/product_x86.h"
-
-#include <immintrin.h>
+#include "arch/avx2.h"
 
 #define AVX2 __attribute__((target("avx2")))
 
@@ -139,12 +137,6 @@ AVX2 static inline __m256i split_columns(__m256 w, __m256 scale, const int32_t *
     return _mm256_srav_epi32(sum, _mm256_loadu_si256((const __m256i *)shift));
 }
 
-/* Four vectors of 32-bit integers as 32 saturated bytes, in order. */
-AVX2 static inline __m256i pack_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
-    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
 AVX2 static inline void store_clamped(int8_t *q, __m256i bytes, int32_t qmax) {
     const __m256i most = _mm256_set1_epi8((char)qmax), least = _mm256_set1_epi8((char)-qmax);
     _mm256_storeu_si256((__m256i *)q, _mm256_max_epi8(_mm256_min_epi8(bytes, most), least));
@@ -165,7 +157,7 @@ AVX2 static inline void quantize_columns(int8_t *restrict q, const float *w, con
                                      : _mm256_i32gather_ps(w, _mm256_loadu_si256((const __m256i *)(index + at)), 4);
             four[j] = split_columns(eight, scales, addend + at, shift + at);
         }
-        store_clamped(q + m, pack_bytes(four[0], four[1], four[2], four[3]), qmax);
+        store_clamped(q + m, ocs_pack_bytes(four[0], four[1], four[2], four[3]), qmax);
     }
     for (; m < N; ++m) {
         const float one = index == NULL ? w[m] : w[index[m]];

@@ -59,21 +59,7 @@ INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const 
     }
 }
 
-INLINE void product_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
-                       int64_t block, int64_t stride, bool is_signed, int bits) {
-    for (int64_t b = 0; b < B; ++b) {
-        product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);
-    }
-}
-
-static void product_neon(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
-                         int64_t block, int64_t stride, int bits, bool is_signed) {
-    if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)
-    } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)
-    }
-}
+OCS_DEFINE_PRODUCT(, static, product_neon)
 
 /* --- Floats in three bytes -------------------------------------------------------------------- */
 

@@ -1,8 +1,7 @@
 /* Products on AVX2 and FMA: half a line of a tile, 8 outputs, at a time; see tiles.c for the form of a tile. */
 #if defined(__x86_64__)
-#include "arch/product_x86.h"
-
-#include <immintrin.h>
+#include "arch/avx2.h"
+#include "arch/product.h"
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE AVX2 static inline __attribute__((always_inline))
@@ -203,21 +202,7 @@ INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const 
     }
 }
 
-INLINE void product_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
-                       int64_t block, int64_t stride, bool is_signed, int bits) {
-    for (int64_t b = 0; b < B; ++b) {
-        product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);
-    }
-}
-
-AVX2 void ocs_product_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V,
-                           int64_t R, int64_t block, int64_t stride, int bits, bool is_signed) {
-    if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)
-    } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)
-    }
-}
+OCS_DEFINE_PRODUCT(AVX2, , ocs_product_avx2)
 
 /* --- Floats in three bytes -------------------------------------------------------------------- */
 
@@ -226,13 +211,6 @@ INLINE __m256i take_byte(__m256i *left) {
     const __m256i byte = _mm256_srai_epi32(_mm256_slli_epi32(*left, 24), 24);
     *left = _mm256_srai_epi32(_mm256_sub_epi32(*left, byte), 8);
     return byte;
-}
-
-/* 32 integers that fit 8 bits, in order. */
-INLINE void store_bytes(int8_t *bytes, const __m256i x[4]) {
-    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256((__m256i *)bytes, _mm256_permutevar8x32_epi32(packed, order));
 }
 
 AVX2 void ocs_cut_row_avx2(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step) {
@@ -247,7 +225,9 @@ AVX2 void ocs_cut_row_avx2(int8_t *restrict bytes, const float *x, int64_t N, in
             places[0][j] = left;
         }
         for (int place = 0; place < 3; ++place) {
-            store_bytes(bytes + place * stride + i, places[place]);
+            const __m256i *of = places[place];
+            const __m256i packed = ocs_pack_bytes(of[0], of[1], of[2], of[3]);
+            _mm256_storeu_si256((__m256i *)(bytes + place * stride + i), packed);
         }
     }
     ocs_cut_row_ref(bytes + i, x + i, N - i, stride, step);

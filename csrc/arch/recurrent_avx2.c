@@ -1,8 +1,6 @@
 /* Cells of recurrent layers on AVX2 and FMA: eight hidden units at a time; see recurrent.c. */
 #if defined(__x86_64__)
-#include "arch/product_x86.h"
-
-#include <immintrin.h>
+#include "arch/avx2.h"
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE AVX2 static inline __attribute__((always_inline))

@@ -6,7 +6,7 @@
 #ifndef OCS_TILE_NEON_H
 #define OCS_TILE_NEON_H
 
-#include "kernels.h"
+#include "arch/product.h"
 
 #include <arm_neon.h>
 

@@ -1,6 +1,6 @@
 /* Products on AVX-512 with VNNI: a line of a tile, 16 outputs, at a time; see tiles.c for the form of a tile. */
 #if defined(__x86_64__)
-#include "arch/product_x86.h"
+#include "arch/product.h"
 
 #include <immintrin.h>
 
@@ -125,21 +125,7 @@ INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const 
     }
 }
 
-INLINE void product_of(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
-                       int64_t block, int64_t stride, bool is_signed, int bits) {
-    for (int64_t b = 0; b < B; ++b) {
-        product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);
-    }
-}
-
-VNNI static void product_vnni(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V,
-                              int64_t R, int64_t block, int64_t stride, int bits, bool is_signed) {
-    if (is_signed) {
-        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)
-    } else {
-        OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)
-    }
-}
+OCS_DEFINE_PRODUCT(VNNI, static, product_vnni)
 
 static bool has_vnni(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
