@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ocs.kernels import ops
@@ -68,6 +69,11 @@ def _median_ratio(above: list[float], below: list[float]) -> float:
 
 def _medians(times: dict[str, list[float]], *names: str) -> list[float]:
     return [statistics.median(times[name]) for name in names]
+
+
+def bytes_held(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
 
 
 def machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import Row, at_most, faster, in_turns, publish
+from bench import Row, at_most, bytes_held, faster, in_turns, publish
 from torch import Tensor, nn
 from zoo import torchvision_models
 
@@ -193,11 +193,6 @@ def llama() -> nn.Module | None:
         num_key_value_heads=10, tie_word_embeddings=False,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-def bytes_held(model: nn.Module) -> int:
-    """Of parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
 
 
 def generate(rounds: int, notes: dict[str, Any]) -> list[Row]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import paths
-from bench import machine
+from bench import bytes_held, machine
 from language_model import ASSETS, encode, load_model, perplexity, read_words
 from layout import aligned
 from torch import nn
@@ -25,11 +25,6 @@ import ocs
 
 ROWS: dict[str, Any] = {"abits": 8, "act_scale": "dynamic"}
 COLUMNS = ("simulated", "packed", "simulated, 8-bit rows", "packed, 8-bit rows", "bytes")
-
-
-def bytes_held(model: nn.Module) -> int:
-    """Of parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
 
 
 def row(model: nn.Module, words: Any, **options: Any) -> list[str]:

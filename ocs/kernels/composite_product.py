@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 from ocs.kernels.composite import _all, _check_scales, _floats, _require, kernel
-from ocs.kernels.constants import MAX_BITS, MIN_BITS, grid, qmax
-
-OUTPUTS, CHANNELS = 16, 32  # of a tile
-SEGMENT = 32768  # channels whose products add up in 32 bits
-MOST_STEPS = 2**23 - 2**16  # of a float row's largest magnitude
+from ocs.kernels.constants import MAX_BITS, MIN_BITS, MOST_STEPS, SEGMENT, TILE_CHANNELS, TILE_OUTPUTS, grid, qmax
+from ocs.kernels.recurrent_steps import STEPS, States, run_sequence
 
 
 def packed_bytes(outputs: int, channels: int, bits: int) -> int:
     """Count the bytes of a packed weight [outputs, channels]."""
     lines = -(-channels // 4)
-    return -(-outputs // OUTPUTS) * 64 * sum(-(-lines * width // 8) for width in (8, 4, 2, 1) if bits & width)
+    return -(-outputs // TILE_OUTPUTS) * 64 * sum(-(-lines * width // 8) for width in (8, 4, 2, 1) if bits & width)
 
 
 def _packed_lines(channels: int, bits: int, device: torch.device) -> Tensor:
     """List those lines of a block of whole tiles that are packed: not all of the last one's planes."""
-    packed = torch.ones((-(-channels // CHANNELS), bits), dtype=torch.bool, device="cpu")
-    lines, first = -(-(channels % CHANNELS) // 4) or 8, 0  # of the last tile
+    packed = torch.ones((-(-channels // TILE_CHANNELS), bits), dtype=torch.bool, device="cpu")
+    lines, first = -(-(channels % TILE_CHANNELS) // 4) or 8, 0  # of the last tile
     for width in (8, 4, 2, 1):
         if bits & width:
             packed[-1:, first + -(-lines * width // 8) : first + width] = False
@@ -52,9 +49,10 @@ def product_pack(q: Tensor, bits: int) -> Tensor:
     _check_bits("product_pack", bits)
     _require(q.dtype == torch.int8 and q.dim() == 2, "product_pack", "q must be int8 [O, E]")
     _require(_all(q.short().abs() <= qmax(bits)), "product_pack", "an integer is outside -qmax .. qmax")
-    padded = torch.nn.functional.pad(q, (0, -q.shape[1] % CHANNELS, 0, -q.shape[0] % OUTPUTS)).int() + qmax(bits)
-    blocks, count = padded.shape[0] // OUTPUTS, padded.shape[1] // CHANNELS
-    codes = padded.view(blocks, OUTPUTS, count, 8, 4).permute(0, 2, 3, 1, 4).reshape(blocks, count, 8, 64)
+    beyond = (0, -q.shape[1] % TILE_CHANNELS, 0, -q.shape[0] % TILE_OUTPUTS)
+    padded = torch.nn.functional.pad(q, beyond).int() + qmax(bits)
+    blocks, count = padded.shape[0] // TILE_OUTPUTS, padded.shape[1] // TILE_CHANNELS
+    codes = padded.view(blocks, TILE_OUTPUTS, count, 8, 4).permute(0, 2, 3, 1, 4).reshape(blocks, count, 8, 64)
     planes, place = [], 0
     for width in (8, 4, 2, 1):
         if bits & width:
@@ -72,7 +70,7 @@ def product_unpack(packed: Tensor, outputs: int, channels: int, bits: int) -> Te
     _check_bits("product_unpack", bits)
     fits = packed.dtype == torch.uint8 and packed.numel() == packed_bytes(outputs, channels, bits)
     _require(outputs >= 0 and channels >= 0 and fits, "product_unpack", "packed has another size than such a weight")
-    blocks, count = -(-outputs // OUTPUTS), -(-channels // CHANNELS)
+    blocks, count = -(-outputs // TILE_OUTPUTS), -(-channels // TILE_CHANNELS)
     kept = _packed_lines(channels, bits, packed.device)
     whole = packed.new_zeros((blocks, count * bits, 64), dtype=torch.int32)
     whole[:, kept] = packed.view(blocks, len(kept), 64).int()
@@ -87,14 +85,14 @@ def product_unpack(packed: Tensor, outputs: int, channels: int, bits: int) -> Te
             place, first = place + width, first + width
     valid = codes.view(blocks, count * 8, 64)[:, : -(-channels // 4)] <= 2 * qmax(bits)
     _require(_all(valid), "product_unpack", "an integer is outside -qmax .. qmax")
-    ordered = codes.view(blocks, count, 8, OUTPUTS, 4).permute(0, 3, 1, 2, 4)
-    integers = ordered.reshape(blocks * OUTPUTS, count * CHANNELS) - qmax(bits)
+    ordered = codes.view(blocks, count, 8, TILE_OUTPUTS, 4).permute(0, 3, 1, 2, 4)
+    integers = ordered.reshape(blocks * TILE_OUTPUTS, count * TILE_CHANNELS) - qmax(bits)
     return integers[:outputs, :channels].to(torch.int8).contiguous()
 
 
 def _check_packed(op: str, scale: Tensor, copies: Tensor, outputs: int, group: int, channels: int) -> None:
     """Check what is beside the packed bytes: an index out of range would end a CUDA process."""
-    _require(group >= 0 and group % CHANNELS == 0, op, "a group must be a multiple of 32 channels")
+    _require(group >= 0 and group % TILE_CHANNELS == 0, op, "a group must be a multiple of 32 channels")
     valid = copies.dtype == torch.int32 and _all((copies >= 0) & (copies < channels))
     _require(valid, op, "source, depth and offset are no split plan of this shape")
     if group:
@@ -206,41 +204,23 @@ def recurrent(
     """Run all steps of a layer: (y [steps, P], h [N, P], c [N, H])."""
     hidden = (hidden_packed, hidden_scale, hidden_copies, hidden_outputs, hidden_group, hidden_bits)
     projection = (projection_packed, projection_scale, projection_copies, projection_outputs, projection_group)
-    _require(0 <= cell < len(_STEPS), "recurrent", "there is no such cell")
+    _require(0 <= cell < len(STEPS), "recurrent", "there is no such cell")
     _require(cell == 0 or not projection_outputs, "recurrent", "only an LSTM has a projection")
+    _require(projection_outputs in (0, h.shape[1]), "recurrent", "a projection must give the numbers of h")
     _require(batch_sizes.dtype == torch.int64, "recurrent", "batch_sizes must be int64")
     none, sizes = from_x.new_empty(0), batch_sizes.tolist()
     falls = all(0 <= b <= a for a, b in zip([len(h), *sizes], sizes, strict=False)) and sum(sizes) == len(from_x)
     _require(falls, "recurrent", "batch_sizes must be those of N sequences, and fall")
-    h, c, y = h.float().clone(), c.float().clone(), from_x.new_zeros((len(from_x), h.shape[1]), dtype=torch.float32)
-    steps = list(zip(from_x.float().split(sizes), y.split(sizes), sizes, strict=True))
-    for x, out, batch in steps[::-1] if reverse else steps:
-        of_h = product(h[:batch], *hidden, bias, row_bits, none, True)
-        unit, c[:batch] = _STEPS[cell](x, of_h, h[:batch], c[:batch])
-        h[:batch] = product(unit, *projection, projection_bits, none, row_bits, none, True) if projection[3] else unit
-        out.copy_(h[:batch])
-    return y, h, c if cell == 0 else c.new_empty((0, 0))
 
+    def step(x: Tensor, states: States) -> States:
+        of_h = product(states[0], *hidden, bias, row_bits, none, True)
+        unit, *cells = cell_step(x, of_h, states)
+        if projection_outputs:
+            unit = product(unit, *projection, projection_bits, none, row_bits, none, True)
+        return unit, *cells
 
-def _lstm(x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    i, f, g, o = (x + of_h).chunk(4, 1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
-def _gru(x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, 1), of_h.chunk(3, 1)
-    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-    n = (x_n + r * h_n).tanh()
-    return n + z * (h - n), c
-
-
-def _tanh(x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return (x + of_h).tanh(), c
-
-
-def _relu(x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return (x + of_h).relu(), c
-
-
-_STEPS = (_lstm, _gru, _tanh, _relu)
+    cell_step, states = list(STEPS.values())[cell], (h.float(), c.float()) if cell == 0 else (h.float(),)
+    y, last = from_x.new_zeros((0, h.shape[1]), dtype=torch.float32), states
+    if sizes:
+        y, last = run_sequence(from_x.float(), sizes, states, step, reverse=reverse)
+    return y, last[0].clone(), last[1].clone() if cell == 0 else c.new_empty((0, 0), dtype=torch.float32)

@@ -12,6 +12,9 @@ MAX_DEPTH = _C.MAX_DEPTH  # how often one channel may be halved
 SQUANT_STEP = 2**24  # an error of one grid step, as a whole number
 SQUANT_LIMIT = 64 * SQUANT_STEP  # errors beyond count as this
 SMALLEST = 2.0**-149  # the smallest positive float32: a positive threshold never gives a scale of zero
+TILE_OUTPUTS, TILE_CHANNELS = 16, 32  # of a tile of a packed weight (csrc/tiles.c)
+SEGMENT = 32768  # channels whose products are added up as whole numbers before they are scaled
+MOST_STEPS = 2**23 - 2**16  # of a float row's largest magnitude, once it is cut into three bytes
 TINY = 2.0**-100  # largest magnitudes below are not clipped: float32 hardly tells such values apart
 
 

@@ -7,30 +7,26 @@ import math
 
 import numpy as np
 
-from ocs.kernels.constants import qmax
-
-OUTPUTS, CHANNELS = 16, 32  # of a tile
-SEGMENT = 32768  # channels whose products are added up before they are scaled
-MOST_STEPS = np.float32(2**23 - 2**16)  # of a float row's largest magnitude
+from ocs.kernels.constants import MOST_STEPS, SEGMENT, TILE_CHANNELS, TILE_OUTPUTS, qmax
 
 
 def _codes_to_tiles(codes: np.ndarray) -> np.ndarray:
     """Order codes [O, E], both whole tiles, as tiles do: [blocks, tiles, 8 lines, 64]."""
-    tiles = codes.reshape(codes.shape[0] // OUTPUTS, OUTPUTS, codes.shape[1] // CHANNELS, 8, 4)
+    tiles = codes.reshape(codes.shape[0] // TILE_OUTPUTS, TILE_OUTPUTS, codes.shape[1] // TILE_CHANNELS, 8, 4)
     return tiles.transpose(0, 2, 3, 1, 4).reshape(*tiles.shape[:3:2], 8, 64)
 
 
 def _tiles_to_codes(tiles: np.ndarray) -> np.ndarray:
     """Order them the other way round."""
     blocks, count = tiles.shape[:2]
-    codes = tiles.reshape(blocks, count, 8, OUTPUTS, 4).transpose(0, 3, 1, 2, 4)
-    return codes.reshape(blocks * OUTPUTS, count * CHANNELS)
+    codes = tiles.reshape(blocks, count, 8, TILE_OUTPUTS, 4).transpose(0, 3, 1, 2, 4)
+    return codes.reshape(blocks * TILE_OUTPUTS, count * TILE_CHANNELS)
 
 
 def _packed_lines(channels: int, bits: int) -> np.ndarray:
     """List those lines of a block of whole tiles that are packed: not all of the last one's planes."""
-    packed = np.ones((-(-channels // CHANNELS), bits), bool)
-    lines, first = -(-(channels % CHANNELS) // 4) or 8, 0  # of the last tile
+    packed = np.ones((-(-channels // TILE_CHANNELS), bits), bool)
+    lines, first = -(-(channels % TILE_CHANNELS) // 4) or 8, 0  # of the last tile
     for width in (8, 4, 2, 1):
         if bits & width:
             packed[-1:, first + -(-lines * width // 8) : first + width] = False
@@ -40,7 +36,7 @@ def _packed_lines(channels: int, bits: int) -> np.ndarray:
 
 def product_pack(q: np.ndarray, bits: int) -> np.ndarray:
     """Pack q int8 [O, E] for products: uint8 [bytes]."""
-    padded = np.pad(q, [(0, -q.shape[0] % OUTPUTS), (0, -q.shape[1] % CHANNELS)])
+    padded = np.pad(q, [(0, -q.shape[0] % TILE_OUTPUTS), (0, -q.shape[1] % TILE_CHANNELS)])
     codes = _codes_to_tiles((padded + qmax(bits)).astype(np.uint8))
     planes, place = [], 0
     for width in (8, 4, 2, 1):
@@ -54,7 +50,7 @@ def product_pack(q: np.ndarray, bits: int) -> np.ndarray:
 
 def product_unpack(packed: np.ndarray, outputs: int, channels: int, bits: int) -> np.ndarray:
     """Unpack to q int8 [outputs, channels]."""
-    kept, blocks, tiles = _packed_lines(channels, bits), -(-outputs // OUTPUTS), -(-channels // CHANNELS)
+    kept, blocks, tiles = _packed_lines(channels, bits), -(-outputs // TILE_OUTPUTS), -(-channels // TILE_CHANNELS)
     whole = np.zeros((blocks, tiles * bits, 64), np.uint8)
     whole[:, kept] = packed.reshape(blocks, kept.size, 64)
     lines = whole.reshape(blocks, tiles, bits, 64)
@@ -131,7 +127,7 @@ def product(
     q = product_unpack(packed, outputs, rows.shape[1] + copies.size, bits)
     least, most = (-qmax(row_bits), qmax(row_bits)) if row_bits and row_signed else (0, 2**row_bits - 1)
     if not row_bits:
-        least, most, row_scale = -int(MOST_STEPS), int(MOST_STEPS), np.zeros(0, np.float32)
+        least, most, row_scale = -MOST_STEPS, MOST_STEPS, np.zeros(0, np.float32)
     scales = _scale_of_rows(rows, np.float32(most), row_scale)
     rows = round_rows(rows, scales, least, most)
     rows = np.concatenate([rows, rows[:, copies]], axis=1)

@@ -8,8 +8,8 @@ comes between crop and gather, so that copies share its mask.
 
 Where the grid of the input is dynamic, all that meets a weight is rounded, each row with a scale of its own: inputs of
 every layer, hidden states, and what a projection gets. No fused kernel does that, so that such a layer computes step by
-step (ocs.nn.recurrent_steps), with the folded weights: widening would give the same. States that come in or go out are
-not rounded themselves.
+step (ocs.kernels.recurrent_steps), with the folded weights: widening would give the same. States that come in or go out
+are not rounded themselves.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ocs.kernels.recurrent_steps import STEPS, States, run_sequence
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.input_parts import as_dense, refuse_nested
 from ocs.nn.input_rows import round_rows
-from ocs.nn.recurrent_steps import STEPS, States, run_sequence
 from ocs.nn.registry import register
 
 

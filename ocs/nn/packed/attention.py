@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ocs.nn.packed.layer import PackedLayer
-from ocs.nn.packed.weight import FLOAT_ROWS, PackedWeight
+from ocs.nn.packed.weight import PackedWeight
 from ocs.nn.read_only import ReadOnlyWeight, unfused
 
 
@@ -41,7 +41,7 @@ class PackedAttention(PackedLayer):
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         k, v, mask = self._extended(k, v, mask)
         output, weights = self._attended(*(_in_heads(x, self.num_heads) for x in (q, k, v)), mask, need_weights)
-        output = self._product(self.out_proj, "weight", output.transpose(1, 2).flatten(2))
+        output = self._projected_out(output.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
@@ -93,10 +93,11 @@ class PackedAttention(PackedLayer):
         grid = self.row_grid()
         return weight.multiply(x, bias, grid) if grid is not None else weight.multiply(self.round_input(x), bias)
 
-    def _product(self, layer: Any, name: str, x: Tensor) -> Tensor:
+    def _projected_out(self, x: Tensor) -> Tensor:
         """Multiply by the output projection, as torch does: without a call of that layer."""
+        layer = self.out_proj
         if isinstance(layer, PackedLayer) and not layer.asks_for_gradient(x):
-            return layer.packed_weight(name).multiply(x, layer.bias, FLOAT_ROWS)
+            return layer.packed_weight("weight").multiply(x, layer.bias)
         return F.linear(x, layer.weight, layer.bias)
 
     # --- Attention

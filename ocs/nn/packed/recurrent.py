@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ocs.kernels.recurrent_steps import STEPS, States
 from ocs.nn.input_rows import round_rows
 from ocs.nn.packed.layer import PackedLayer
 from ocs.nn.packed.weight import FLOAT_ROWS, no_weight
-from ocs.nn.recurrent_steps import States
 
-_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # as torch.ops.ocs.recurrent numbers them
+_CELLS = tuple(STEPS)
 
 
 class _PackedRecurrent(PackedLayer):

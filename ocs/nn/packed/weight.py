@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ocs.kernels.composite_product import OUTPUTS, packed_bytes
-from ocs.kernels.constants import MAX_BITS, qmax
+from ocs.kernels.composite_product import packed_bytes
+from ocs.kernels.constants import MAX_BITS, TILE_OUTPUTS, qmax
 from ocs.nn.state import with_originals
 
 
@@ -115,10 +115,10 @@ class PackedWeight(NamedTuple):
 
     def part(self, begin: int, end: int) -> PackedWeight | None:
         """Give outputs begin .. end - 1 of a tiled weight, without a copy; None where they share a tile with others."""
-        if begin % OUTPUTS or (end % OUTPUTS and end != self.form.shape[0]):
+        if begin % TILE_OUTPUTS or (end % TILE_OUTPUTS and end != self.form.shape[0]):
             return None
-        block = self.form.packed_bytes() // -(-self.form.shape[0] // OUTPUTS)
-        codes = self.codes[begin // OUTPUTS * block : -(-end // OUTPUTS) * block]
+        block = self.form.packed_bytes() // -(-self.form.shape[0] // TILE_OUTPUTS)
+        codes = self.codes[begin // TILE_OUTPUTS * block : -(-end // TILE_OUTPUTS) * block]
         form = self.form._replace(shape=(end - begin, self.form.shape[1]))
         return PackedWeight(codes, self.scale[begin:end] if self.scale.dim() else self.scale, self.copies, form)
 

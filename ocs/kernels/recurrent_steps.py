@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN step by step, in torch's operations: for layers that round their hidden states before each product.
+"""LSTM, GRU and RNN step by step, in torch's operations, for products that no kernel of torch's has.
 
 A step takes what the input gives to each gate and what the hidden state does, both [N, gates H] with their biases, and
 the states [N, H]: (h,), or (h, c) of an LSTM. Gates are in torch's order.
@@ -37,7 +37,8 @@ def relu_step(from_input: Tensor, from_hidden: Tensor, states: States) -> States
     return ((from_input + from_hidden).relu(),)
 
 
-STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": relu_step}  # by torch's kernel
+# by torch's kernel, in the order in which the operator `recurrent` numbers cells
+STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": relu_step}
 
 
 def run_sequence(
