@@ -62,16 +62,17 @@ static void check_inner_kernels(void) {
     const bool is_signed = any(2);
     const int lines = 1 + (int)any(OCS_TILE_LINES);
     const int64_t V = any(30), B = 1 + any(3), R = 1 + any(OCS_MOST_ROWS / B), stride = 4 * V + any(40);
+    const int64_t x_step = any(2) ? 4 * any(9) : 0, width = stride + (B - 1) * x_step;
     const int64_t block = ocs_block_bytes(4 * V, bits), sums = B * R * OCS_TILE_OUTPUTS;
     const uint8_t *tile = any_bytes(ocs_block_bytes(4 * lines, bits)), *tiles = any_bytes(B * block);
-    const uint8_t *x = any_bytes(R * stride);
+    const uint8_t *x = any_bytes(R * width);
     void *first[2];
     for (int i = 0; ocs_isa_name(i) != NULL; ++i) {
         ocs_set_isa(ocs_isa_name(i));
         uint8_t *codes = new_array(lines * OCS_TILE_LINE, 1);
         int32_t *whole = new_array(sums, sizeof *whole);
         ocs_kernel_table()->unpack_tile(codes, tile, lines, bits);
-        ocs_kernel_table()->product(whole, tiles, x, B, V, R, block, stride, bits, is_signed);
+        ocs_kernel_table()->product(whole, tiles, x, B, V, R, block, x_step, width, bits, is_signed);
         require_first(&first[0], codes, lines * OCS_TILE_LINE / 4, i, OCS_ROWS_F32, "a tile");
         require_first(&first[1], whole, sums, i, OCS_ROWS_F32, "a sum of integers");
     }
