@@ -53,6 +53,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
             tensors, parameters without values.
     """
     check_order("ocs.save(model, path)", model, path)
+    write_model(model, path, {}, progress)
+
+
+def write_model(
+    model: nn.Module, path: str | os.PathLike[str], notes: Mapping[str, str], progress: bool | None = None
+) -> None:
+    """Save a model as save() does, with more entries in the file's metadata, which load() does not look at."""
     model = unwrapped(model)
     layers = {name: layer for name, layer in named_modules(model) if isinstance(layer, QuantizedLayer)}
     if not layers:
@@ -71,7 +78,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         **{f"{what}s": _ranges(layers, what) for what in RANGES},
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
-    _write(tensors, json.dumps(header), path)
+    _write(tensors, json.dumps(header), notes, path)
 
 
 def _format(layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> int:
@@ -130,10 +137,10 @@ def _packed(name: str, layer: QuantizedLayer, weights: list[str]) -> Iterator[tu
         yield full_name(name, buffer), tensor.to("cpu", copy=True)
 
 
-def _write(tensors: dict[str, Tensor], header: str, path: str | os.PathLike[str]) -> None:
+def _write(tensors: dict[str, Tensor], header: str, notes: Mapping[str, str], path: str | os.PathLike[str]) -> None:
     """Write all of the file under another name, which then becomes its own."""
     safetensors = _safetensors()
-    metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
+    metadata = {**notes, "ocs": header, "crc32": str(zlib.crc32(header.encode()))}
     try:
         with replacing(path) as partial:
             safetensors.torch.save_file(tensors, partial, metadata=metadata)
