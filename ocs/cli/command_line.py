@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, get_args
 
 from ocs.cli import commands
 from ocs.cli.demo import run_demo
@@ -24,6 +24,7 @@ from ocs.cli.options import KNOWN, add_options, add_quantize_options
 from ocs.cli.say import Notes, UsageError, one_line
 from ocs.plan.call import meant
 from ocs.report.data import plain
+from ocs.runtime.arithmetic import Machine
 from ocs.runtime.export import export
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -183,8 +184,11 @@ def _export(parser: _Parser) -> None:
         "--model", type=_model, metavar="MODEL", help=f"what the file is of, by default as it says: {FORMS}"
     )
     _add_shape(parser)
+    parser.add_argument(
+        "--target", choices=get_args(Machine), default="this",
+        help="whose arithmetic the integers must fit, see ocs.lower (default: this)",
+    )  # fmt: skip
     texts = {
-        "target": "whose arithmetic the integers must fit, see ocs.lower",
         "form": "of a .pt2: compiled for this machine, or what torch.export gives",
         "additions": "round what residual additions add to 8 bits, too",
         "dynamic_lstm": "of an .onnx: LSTM layers by ONNX Runtime's own operator",

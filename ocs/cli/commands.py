@@ -89,7 +89,8 @@ def run_export(args: argparse.Namespace, notes: Notes) -> Result:
 
 
 def _size(path: str) -> str:
-    return f"{os.path.getsize(path) / 1e6:.3g} MB"
+    count = os.path.getsize(path)
+    return f"{count / 1e3:.3g} KB" if count < 999_500 else f"{count / 1e6:.3g} MB"
 
 
 def _calibration(loaded: Loaded, args: argparse.Namespace, notes: Notes) -> Any:

@@ -6,12 +6,14 @@ Of ocs.quantize the checks and lines of help are those of ocs.plan.options.
 import argparse
 import types
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from inspect import signature
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from ocs.plan.options import LayerOptions, ModelOptions, definitions
+from ocs.plan.options import Check, LayerOptions, ModelOptions, definitions
 from ocs.plan.selectors import FIRST_LAYER
 from ocs.quantization import quantize
+from ocs.weight.arguments import check_choice
 from ocs.weight.threshold import METHODS
 
 _FIRST = "FIRST_LAYER"
@@ -114,50 +116,59 @@ _APPENDED = {
 
 
 def add_options(
-    parser: Any, function: Callable[..., Any], texts: Mapping[str, str], checks: Mapping[str, Any] | None = None
+    parser: Any, function: Callable[..., Any], texts: Mapping[str, str], checks: Mapping[str, Check] | None = None
 ) -> None:
-    """Add an option for each argument of a function that has a line of help here."""
+    """Add an option for each argument of a function that has a line of help here; without a check it is a choice."""
     hints, parameters = get_type_hints(function), signature(function).parameters
     for name, text in texts.items():
-        switch, default = f"--{name.replace('_', '-')}", parameters[name].default
+        switch, default, line = f"--{name.replace('_', '-')}", parameters[name].default, text.replace("%", "%%")
         if name in _APPENDED:
             kind, metavar, more = _APPENDED[name]
-            what = text.replace("%", "%%") + more
-            parser.add_argument(switch, dest=name, action="append", type=kind, default=[], metavar=metavar, help=what)
+            parser.add_argument(
+                switch, dest=name, action="append", type=kind, default=[], metavar=metavar, help=line + more
+            )
             continue
         values = values_of(hints[name])
-        what = f"{text.replace('%', '%%')} ({_default(name, default)})"
+        what = f"{line} ({_default(name, default)})"
         if values.flag:
             flag = parser.add_argument(switch, dest=name, action=argparse.BooleanOptionalAction, default=default)
             flag.help = what  # afterwards: Python 3.11 would add the default once more
-        else:
-            read = _reader(name, values, (checks or {}).get(name))
-            what = f"{what}; METHOD: {', '.join(METHODS)}" if str in values.kinds else what
-            parser.add_argument(switch, dest=name, type=read, default=default, metavar=values.shown, help=what)
+            continue
+        check = (checks or {}).get(name) or partial(check_choice, choices=values.choices)
+        methods = [each for each in ("auto", *METHODS) if _passes(check, name, each)] if str in values.kinds else []
+        what = f"{what}; METHOD: {', '.join(methods)}" if methods else what
+        read = partial(_read, name, values, check)
+        option = parser.add_argument(switch, dest=name, type=read, default=default, metavar=values.shown, help=what)
+        option.completer = partial(_completions, [*values.choices, *methods])
+
+
+def _completions(words: list[str], **_: Any) -> list[str]:
+    """List what a shell may complete an option's value to."""
+    return words
 
 
 def _default(name: str, default: Any) -> str:
     """Say what an option is where it is not given."""
-    if default is None and name in KNOWN and KNOWN[name].left_open:
+    if default is None and getattr(LayerOptions, name, None) is not None:
         return "default: the recipe's"
-    return "default: by itself" if default is None else f"default: {default}"
+    return f"default: {'none' if default is None else default}"
 
 
-def _reader(name: str, values: Values, check: Callable[[str, Any], Any] | None) -> Callable[[str], Any]:
-    """Make what argparse calls to read an option's value."""
-
-    def read(text: str) -> Any:
-        value = values.parse(text)
-        if check is not None:
-            return value if value is None else _checked(check, name, value)
-        if values.choices and value not in values.choices:
-            raise argparse.ArgumentTypeError(f"{text!r}: use {' or '.join(map(repr, values.choices))}")
-        return value
-
-    return read
+def _read(name: str, values: Values, check: Check, text: str) -> Any:
+    """Read an option's value, and check it."""
+    value = values.parse(text)
+    return value if value is None else _checked(check, name, value)
 
 
-def _checked(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+def _passes(check: Check, name: str, value: Any) -> bool:
+    try:
+        check(name, value)
+    except ValueError:
+        return False
+    return True
+
+
+def _checked(check: Check, name: str, value: Any) -> Any:
     """Check a value as ocs.quantize does; argparse shows the messages of its own kind of error only."""
     try:
         return check(name, value)

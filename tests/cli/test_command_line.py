@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_help_and_version(argv: list[str], capsys: pytest.CaptureFixture[str]) -
         (f"quantize {MODEL} -o q.html --report q.html", "--report q.html: it is the file of -o"),
         ("export q.safetensors", "the following arguments are required: -o"),
         ("export q.safetensors -o m.tflite", "-o m.tflite: end it in .onnx or .pt2"),
-        ("export q.safetensors -o m.onnx --form zip", "'zip': use 'package' or 'program'"),
+        ("export q.safetensors -o m.onnx --form zip", "form='zip': use 'package' or 'program'"),
         (f"compare {MODEL} nowhere", "nowhere: there is no such file, and it is no MODEL"),
     ],
 )
@@ -188,6 +189,17 @@ def test_what_quantize_gets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert seen["skip"] == []
 
 
+def test_the_calls_in_the_docs_are_calls() -> None:
+    text = (TESTS.parent / "docs" / "command-line.md").read_text().replace("\\\n", " ")
+    lines = [line.removeprefix("$ ") for line in text.splitlines() if line.startswith(("ocs ", "$ ocs "))]
+    calls = [line for line in lines if "error:" not in line]
+    assert len(calls) >= 10
+    for call in calls:
+        args, unknown = build_parser().parse_known_args(shlex.split(call)[1:])
+        assert not unknown, call
+        assert args.run
+
+
 # --- Processes --------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +221,8 @@ def test_as_a_process() -> None:
 INTERRUPTED = """
 import os, signal, safetensors.torch
 from conftest import SmallNet
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 
 def half(tensors, path, metadata=None):
     with open(path, "wb") as file:
@@ -239,3 +253,5 @@ def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["argcomplete"], "autocomplete", seen.append, raising=False)
     assert main(["--version"]) == 0
     assert set(seen[0].commands) >= {"inspect", "quantize", "compare", "export"}
+    option = seen[0].commands["quantize"]._option_string_actions["--clip"]
+    assert {"auto", "none", "mse"} <= {*option.completer(prefix="", parsed_args=None)}
