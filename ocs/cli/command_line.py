@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any, NoReturn, TextIO, get_args
 
 from ocs.cli import commands
@@ -58,8 +59,8 @@ def _run(args: argparse.Namespace) -> int:
     """Run a command; what it raises becomes a line and an exit code."""
     notes = Notes()
     try:
-        with warnings.catch_warnings():
-            _warn_in_lines()
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr if args.json else sys.stdout):
+            _warn_in_lines()  # and what a model prints stays out of the JSON
             result = args.run(args, notes)
         print(json.dumps(plain(result.values | {"notes": notes.lines}), indent=1) if args.json else result.text)
         sys.stdout.flush()
@@ -68,6 +69,8 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # who read the output has seen enough: Python would complain of it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except SystemExit as stop:
+        return _failed(args, f"the model's own code called sys.exit({stop.code!r})", FAILED)
     except Exception as error:  # noqa: BLE001 - whatever it is, users get a line
         if args.debug:
             traceback.print_exc()

@@ -12,10 +12,10 @@ from ocs.cli.files import (
     check_output,
     is_quantized,
     load_quantized,
-    made_of,
     model_of,
     onnx_model,
     save_quantized,
+    saved_shape,
     write_report,
 )
 from ocs.cli.input_form import InputForm
@@ -71,9 +71,7 @@ def run_compare(args: argparse.Namespace, notes: Notes) -> Result:
 def run_export(args: argparse.Namespace, notes: Notes) -> Result:
     """Export a quantized file for engines."""
     check_output(args.output, "-o", (".onnx", ".pt2"), (args.file,))
-    said = made_of(args.file)
-    if args.shape is None and isinstance(said.get("shape"), list):
-        args.shape = tuple(size for size in said["shape"] if type(size) is int and size > 0)
+    args.shape = args.shape or saved_shape(args.file)
     loaded = load_quantized(args.file, args.model, notes)
     form = _form(loaded, args, notes)
     example = random_batch(form, form.shape[0], torch.Generator().manual_seed(0))

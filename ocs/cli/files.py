@@ -38,6 +38,13 @@ def made_of(path: str) -> dict[str, Any]:
     return found if isinstance(found, dict) and isinstance(found.get("model"), str) else {}
 
 
+def saved_shape(path: str) -> tuple[int, ...] | None:
+    """Give the shape of an input that a quantized file names, None where it names none."""
+    shape = made_of(path).get("shape")
+    valid = isinstance(shape, list) and shape and all(type(size) is int and size > 0 for size in shape)
+    return tuple(shape) if valid else None
+
+
 def is_quantized(path: str) -> bool:
     """Tell whether a file holds a quantized model."""
     return "ocs" in (safetensors_metadata(path) or {})

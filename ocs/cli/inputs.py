@@ -125,6 +125,8 @@ def read_image(path: Path, form: InputForm) -> Tensor:
     mean, std = _norms(form)
     try:
         with image_module.open(path) as file:
+            if file.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits for a pixel, mode {file.mode!r}")
             image = file.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         raise ValueError(f"{path}: it is no image that can be read ({error})") from error

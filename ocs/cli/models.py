@@ -168,7 +168,9 @@ def _hf(name: str, weights: str | None) -> Made:
         transformers.utils.logging.disable_progress_bar()
     local = {"local_files_only": True, "trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(name, **local)
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        kind = transformers.AutoModel
     if weights is None and any(folder.glob("*.safetensors")):
         module, origin = kind.from_pretrained(name, use_safetensors=True, **local), ""
     elif weights is None and any(folder.glob("*.bin")):

@@ -80,6 +80,8 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     Image.new("L", (3, 5)).save(tmp_path / "mixed" / "a.png")
     np.save(tmp_path / "mixed" / "b.npy", np.ones(3))
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(tmp_path / "deep" / "a.png")
     np.save(tmp_path / "bytes.npy", np.ones((2, 3), np.uint8))
     np.save(tmp_path / "objects.npy", np.array([{}], object))
     np.save(tmp_path / "one.npy", np.float32(3))
@@ -90,6 +92,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         ("empty", "none of its 0 files ends in .jpg"),
         ("text", "none of its 1 files ends in .jpg"),
         ("broken", r"a.png: it is no image that can be read"),
+        ("deep", "a.png: .*more than 8 bits for a pixel"),
         ("mixed", "images as well as arrays"),
         ("bytes.npy", "it holds uint8"),
         ("objects.npy", "it is no array of numbers"),

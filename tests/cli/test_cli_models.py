@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 import ocs
-from ocs.cli.files import load_quantized, made_of
+from ocs.cli.command_line import main
+from ocs.cli.files import load_quantized, made_of, saved_shape
 from ocs.cli.input_form import guessed_form
 from ocs.cli.models import RANDOM, load_model, torchvision_module
 from ocs.cli.say import Notes, UsageError
@@ -43,10 +45,12 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 # --- MODEL ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_factory_in_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factory_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Path("own_nets.py").write_text(
         "from torch import nn\nclass Nets:\n    make = staticmethod(lambda: nn.Linear(3, 2))\nnet = nn.Linear(4, 2)\n"
         "def broken():\n    raise KeyError('x')\nnumber = 3\nnone = lambda: 3\n"
+        "def leaves():\n    raise SystemExit(0)\n"
+        "def talks():\n    print('hello')\n    return nn.Sequential(nn.Linear(3, 2))\n"
     )
     Path("needs_more.py").write_text("import not_installed_anywhere\n")
     before = [*sys.path]
@@ -67,6 +71,12 @@ def test_a_factory_in_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(kind, match=says):
             load_model(model, None, Notes())
+    assert main(["inspect", "own_nets:leaves"]) == 1
+    assert "the model's own code called sys.exit(0)" in capsys.readouterr().err
+    assert main(["inspect", "own_nets:talks", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["weights"]) == 1
+    assert err == "hello\n"
     monkeypatch.delitem(sys.modules, "own_nets")
 
 
@@ -223,6 +233,9 @@ def test_a_file_names_its_model_but_runs_no_code(net: SmallNet) -> None:
         load_quantized("q.safetensors", None, Notes())
     assert same(load_quantized("q.safetensors", MODEL, Notes()).module, net)
     assert same(ocs.load("q.safetensors", SmallNet()), net)  # as any other
+    for shape, found in (("[1, 3]", (1, 3)), ("[]", None), ("[1, -3]", None), ("[true]", None), ('"x"', None)):
+        write_model(net, "q.safetensors", {"made_of": f'{{"model": "m:f", "shape": {shape}}}'})
+        assert saved_shape("q.safetensors") == found
     for note in ("{}", "[]", "{", '{"model": 3}', "[" * 100_000):
         write_model(net, "q.safetensors", {"made_of": note})
         with pytest.raises(UsageError, match="does not say which model it is of: give --model"):
