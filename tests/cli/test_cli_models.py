@@ -86,6 +86,7 @@ def test_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
     assert "its weights are random" in capsys.readouterr().err
     assert loaded.form.shape == (1, 3, 224, 224)
     assert loaded.form.share == pytest.approx(224 / 256)
+    torch.manual_seed(7)
     again = load_model("torchvision:shufflenet_v2_x0_5", None, Notes())
     assert same(loaded.module, again.module)
     torch.save(again.module.state_dict(), "w.pt")
