@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ocs.kernels.ops import fake_quantize
 from ocs.nn.input import InputGrid
+from ocs.weight.plan import split_plan_of
 from ocs.weight.threshold import scale_for, split_thresholds
-from ocs.weight.types import Split, SplitPlan
+from ocs.weight.types import Split
 
 
 class InputParts(NamedTuple):
@@ -33,11 +34,11 @@ class InputParts(NamedTuple):
 
 
 def _parts_of_plan(
-    scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, channels: int, split: Split
+    scale: Tensor, source: Tensor, parts: Tensor, offset: Tensor, channels: int, split: Split
 ) -> InputParts:
-    """Make each channel of a plan part `offset` of 2^depth equal ones; the plan has all original channels first."""
-    factor = torch.exp2(-depth.float())
-    shift = (offset.float() + 0.5) * factor - 0.5 if split == "qa" else torch.zeros_like(factor)
+    """Make each channel of a plan part `offset` of so many equal ones; the plan has all original channels first."""
+    factor = 1 / parts.float()
+    shift = (offset.float() + 0.5) * factor - 0.5 if split != "naive" else torch.zeros_like(factor)
     return InputParts(scale, source[channels:], factor, shift)
 
 
@@ -48,21 +49,21 @@ def static_parts(grid: InputGrid, scale: Tensor, source: Tensor, groups: int) ->
     source = _originals_first(source, groups, grid.splits)
     channels = source.numel() - groups * grid.splits
     further = torch.arange(source.numel(), device=source.device) >= channels
-    depth = further.int().index_fill(0, source[channels:], 1)
-    return _parts_of_plan(scale, source, depth, further.int(), channels, grid.split)
+    parts = 1 + further.int().index_fill(0, source[channels:], 1)
+    return _parts_of_plan(scale, source, parts, further.int(), channels, grid.split)
 
 
 def oracle_parts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> InputParts:
     """Split the channels with the largest |x| in this batch, one at a time; the scale comes from the split values."""
     values = as_nck(x.detach(), axis)
     channel_max = torch.ops.ocs.channel_max(values, 1)
-    plan = torch.ops.ocs.split_plan(channel_max, groups, grid.splits)
-    plan = SplitPlan(*(_originals_first(array, groups, grid.splits) for array in plan), channel_max)
+    plan = torch.ops.ocs.split_plan(channel_max, groups, grid.splits, False)
+    plan = split_plan_of(*(_originals_first(array, groups, grid.splits) for array in plan), channel_max)
     (threshold,) = split_thresholds(values, plan, grid.bits, (grid.clip,), "tensor", signed=grid.signed)
     scale = scale_for(threshold, grid.qmax)
     if not grid.splits:
         return InputParts(scale)
-    return _parts_of_plan(scale, plan.source, plan.depth, plan.offset, x.shape[axis], grid.split)
+    return _parts_of_plan(scale, plan.source, plan.parts, plan.offset, x.shape[axis], grid.split)
 
 
 def as_nck(x: Tensor, axis: int) -> Tensor:
