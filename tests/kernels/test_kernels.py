@@ -291,6 +291,18 @@ def test_equal_parts_are_never_wider_than_halves(w: np.ndarray, splits: int, bit
         assert_same(*(_C.quantize_weight(w, scale, *plan[:3], 1, bits, True) for plan in (halves, even)))
 
 
+def test_a_plan_of_halves_and_thirds(isa: str) -> None:
+    """Which no rule makes, but a kernel takes: channel 0 is a quarter, a half, a quarter, channel 1 three thirds."""
+    w = outlier_weight((5, 2, 9))
+    w[:, 0] *= 20
+    plan = (np.int64([0, 1, 0, 0, 1, 1]), np.int32([4, 3, 2, 4, 3, 3]), np.int32([0, 0, 1, 2, 1, 2]))
+    output_max = both("output_max", w, *plan[:2], 1)
+    assert_same(output_max, reference.output_max(w, *plan[:2], 1))
+    for name in ("quantize_weight", "squant_weight"):
+        args = (w, output_max / np.float32(7), *plan, 1, 4) + ((True,) if name == "quantize_weight" else ())
+        assert_same(both(name, *args), getattr(reference, name)(*args))
+
+
 @pytest.mark.parametrize("share", [1, 0.3])
 def test_parts_saturate_each(isa: str, share: float) -> None:
     """A channel of n parts reaches n qmax, whichever way it is split."""

@@ -18,7 +18,7 @@ from conftest import outlier_weight
 
 from ocs import _C, functional
 from ocs.functional import fake_quantize
-from ocs.kernels import composite, composite_product, ops
+from ocs.kernels import composite, composite_product, constants, ops
 
 W = torch.from_numpy(outlier_weight((12, 10, 3, 3)))
 PLAN = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(W, 3), 3, 4, False)
@@ -138,7 +138,7 @@ def test_constants_are_those_of_the_header() -> None:
     header = (Path(__file__).resolve().parents[2] / "csrc" / "ocs.h").read_text()
     methods = re.findall(r"^    OCS_CLIP_(\w+),", header, re.MULTILINE)
     assert tuple(name.lower().replace("_", "-") for name in methods) == _C.CLIP_METHODS == functional.CLIP_METHODS
-    assert (_C.MIN_BITS, _C.MAX_BITS, _C.MAX_DEPTH) == (2, 8, composite.MAX_DEPTH)
+    assert (_C.MIN_BITS, _C.MAX_BITS, _C.MAX_DEPTH) == (2, 8, constants.MAX_DEPTH)
     assert (_C.MAX_BINS, _C.MAX_SEARCH_BINS) == (2**24, 2**16)
     assert (_C.OCTAVES, _C.OCTAVE_BINS) == (16, 128)
 
