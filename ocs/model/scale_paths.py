@@ -214,7 +214,7 @@ def _consumer(user: fx.Node, node: fx.Node, module: nn.Module, given: _Channels,
     if given.axis != (-1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1):
         raise _Obstacle(f"it goes into {name}, which may have its channels on another axis")
     features = module.in_features if isinstance(module, nn.Linear) else count
-    return Consumer(name, features // count if given.flattened else 1)
+    return Consumer(name, features // max(count, 1) if given.flattened else 1)
 
 
 def _name(node: fx.Node, module: nn.Module | None) -> str:
