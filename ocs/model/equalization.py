@@ -69,32 +69,46 @@ def factors_by_module(factors: Mapping[ScalePath, Tensor]) -> dict[str, Factors]
 
 def scaled_module(module: nn.Module, factors: Factors) -> nn.Module | None:
     """Copy a norm or layer with scaled parameters; None where these would leave the range of their dtype."""
-    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
-        scales = {name: _scale_of_weight(module, module._parameters[name], factors)}
-        if factors.rows is not None and module._parameters.get("bias") is not None:
-            scales["bias"] = 1 / factors.rows
+        name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+        scaled = {name: _scaled_weight(module, factors) if is_quantizable(module) else _float64(module.weight)}
+        if factors.rows is not None:
+            if not is_quantizable(module):
+                scaled[name] /= factors.rows
+            if module._parameters.get("bias") is not None:
+                scaled["bias"] = _float64(module.bias) / factors.rows
         made = {}
-        for each, scale in scales.items():
+        for each, exact in scaled.items():
             old = module._parameters[each]
-            exact = old.detach().to("cpu", torch.float64) * scale
             new = torch.empty_like(old).copy_(exact)
-            tiny = torch.finfo(old.dtype).tiny
-            if not bool(new.isfinite().all()) or bool(((exact.abs() < tiny) & (old.to("cpu").abs() >= tiny)).any()):
+            if not _holds(new, exact, old):
                 return None
             made[each] = nn.Parameter(new, old.requires_grad)
         return with_parameters(module, **made)
 
 
-def _scale_of_weight(module: nn.Module, weight: Tensor, factors: Factors) -> Tensor:
-    """Make what a weight is multiplied by, in its own layout."""
-    if not is_quantizable(module):
-        return 1 / factors.rows
-    seen = input_weight(module)
-    shape = (seen.groups, -1, *[1] * (seen.tensor.dim() - 1))
-    scale = torch.ones(seen.tensor.shape, dtype=torch.float64, device="cpu").unflatten(0, (seen.groups, -1))
+def _scaled_weight(module: nn.Module, factors: Factors) -> Tensor:
+    """Scale rows and columns of a layer's weight, float64 in its own layout."""
+    weight = input_weight(module)
+    scaled = _float64(weight.tensor).unflatten(0, (weight.groups, -1))  # [groups, O / groups, C, ...]
+    taps = [1] * (weight.tensor.dim() - 2)
     if factors.rows is not None:
-        scale = scale / factors.rows.view(shape)
+        scaled /= factors.rows.view(weight.groups, -1, 1, *taps)
     if factors.columns is not None:
-        scale = scale * factors.columns.view(seen.groups, 1, seen.channels, *shape[3:])
-    return replacement_of(module).layout(scale.flatten(0, 1), seen.groups)
+        scaled *= factors.columns.view(weight.groups, 1, -1, *taps)
+    return replacement_of(module).layout(scaled.flatten(0, 1), weight.groups)
+
+
+def _float64(x: Tensor) -> Tensor:
+    """Copy to float64, on the CPU: some devices have none."""
+    return x.detach().to("cpu", torch.float64, copy=True)
+
+
+def _holds(new: Tensor, exact: Tensor, old: Tensor) -> bool:
+    """Tell whether a dtype has these values, with as many bits as it had the old ones."""
+    if not all(bool(bound.isfinite()) for bound in new.aminmax()):
+        return False
+    tiny = torch.finfo(old.dtype).tiny
+    if tiny < 1e-30:  # which no factor reaches
+        return True
+    return not bool(((exact.abs() < tiny) & (old.to("cpu").abs() >= tiny)).any())

@@ -1,10 +1,10 @@
 """Equalization: scales moved between a channel's producer and its consumers, before anything of either is quantized.
 
 What is rounded on one grid should have channels of one range, as the widest decides the step of all. Where the graph
-proves that a factor s of each channel can be moved (ocs.model.scale_paths), three things share it: the rows of the
-layer before, if they are quantized with one scale, have the ranges R / s, what it gives X / s, the columns of the
-layers after it W s. With R and W they are equal at s = sqrt(R / W) (Nagel et al. 2019, eq. 11), with X and W at
-sqrt(X / W) (SmoothQuant, Xiao et al. 2023, with alpha = 0.5). A norm whose outputs stay float costs nothing: s = 1 / W.
+proves that a factor s of each channel can be moved (ocs.model.scale_paths), the columns of the layers after it get the
+ranges W s. What they are given gets X / s: where it is quantized, both are even at s = sqrt(X / W) (SmoothQuant, Xiao
+et al. 2023, with alpha = 0.5). Else the rows of the layer before get R / s: where they are quantized with one scale,
+s = sqrt(R / W) (Nagel et al. 2019, eq. 11). Else a norm takes the factor, which costs nothing: s = 1 / W.
 """
 
 from collections import Counter
@@ -180,7 +180,9 @@ def balanced(ranges: Ranges, paths: Sequence[ScalePath]) -> dict[ScalePath, Tens
             of_modules = factors_by_module(factors)
             for name, after in before_norm.items():  # a factor of a BatchNorm that is folded is one of these rows
                 of_modules[name] = of_modules.get(name, Factors())._replace(rows=factors[after])
-            new = _factor(ranges.rows(path, of_modules), ranges.given(path), ranges.columns(path, of_modules))
+            given = ranges.given(path)
+            divided = ranges.rows(path, of_modules) if given is None else given
+            new = _factor(divided, ranges.columns(path, of_modules))
             change = max(change, float((new / factors[path]).log2().abs().max()))
             factors[path] = new
         if change < CLOSE:
@@ -188,10 +190,9 @@ def balanced(ranges: Ranges, paths: Sequence[ScalePath]) -> dict[ScalePath, Tens
     return factors
 
 
-def _factor(rows: Tensor | None, given: Tensor | None, columns: Tensor) -> Tensor:
-    """Find the factor that evens out these ranges; 1 for channels that have none."""
-    divided = [each for each in (rows, given) if each is not None]
-    factor = (torch.stack(divided).log().mean(0).exp() / columns).sqrt() if divided else 1 / columns
+def _factor(divided: Tensor | None, multiplied: Tensor) -> Tensor:
+    """Find the factor that evens out these ranges, of what it divides and multiplies; 1 for channels that have none."""
+    factor = 1 / multiplied if divided is None else (divided / multiplied).sqrt()
     sound = factor.isfinite() & (factor > 0)
     if not bool(sound.any()):
         return torch.ones_like(factor)
