@@ -62,7 +62,7 @@ def find_paths(model: nn.Module) -> Paths:
     with any of its optional arguments. Inputs of convolutions are taken to be batched.
     """
     modules, shared = dict(named_modules(model)), shared_parts(model)
-    names = [name for name, module in modules.items() if isinstance(module, (*_NORMS, *_LAYERS))]
+    names = [name for name, module in modules.items() if isinstance(module, (_BatchNorm, *_NORMS, *_LAYERS))]
     if not names:
         return Paths({}, {})
     try:

@@ -150,7 +150,7 @@ SAME = {
     "reshape": (Views(lambda x: x.reshape(x.shape[0], -1)), image, 2),
     "flatten": (Views(lambda x: torch.flatten(x, 1)), image, 2),
     "torch's encoder": (
-        nn.TransformerEncoder(block(activation="relu", norm_first=True), 2, enable_nested_tensor=False), tokens, 10
+        S(nn.TransformerEncoder(block(activation="relu", norm_first=True), 2, enable_nested_tensor=False)), tokens, 10
     ),
     "post-norm": (S(block(activation="relu")), tokens, 2),
 }  # fmt: skip

@@ -136,7 +136,7 @@ def test_dead_channels_and_extremes() -> None:
         model[2].weight[:, 2] = 0
         model[2].weight[:, 3] = 1e-30
     even, _ = equalized(model)
-    ratio = even[0].bias / model[0].bias
+    ratio = (even[0].bias / model[0].bias).detach()
     assert float(ratio[1]) == float(ratio[2]) == 1
     assert float(ratio.max() / ratio.min()) <= 256**2
     torch.testing.assert_close(even(tokens()[..., :4]), model(tokens()[..., :4]))
@@ -145,11 +145,9 @@ def test_dead_channels_and_extremes() -> None:
 def test_what_half_precision_cannot_hold() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).half()
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[60000.0, 1], [1, 1], [1, 1e-4]]))
+        model[0].weight.copy_(torch.tensor([[60000.0, 1e-4], [1, 1], [1, 1]]))
         model[2].weight.copy_(torch.tensor([[1e-4, 1.0, 6e4], [1e-4, 1, 6e4]]))
-    with pytest.raises(
-        ValueError, match=r"equalize=True has no effect: of 2, it goes|would leave the range of its dtype"
-    ):
+    with pytest.raises(ValueError, match="has no effect: of 0, 0 would leave the range of its dtype"):
         equalized(model)
 
 
@@ -240,7 +238,7 @@ def test_batches_that_come_once(block: PreNorm) -> None:
 
 def test_calibration_of_the_model_as_it_was(block: PreNorm) -> None:
     before, seen = state(block), ocs.calibrate(block, [tokens()])
-    with pytest.raises(ValueError, match="equalize=True changes what layers are given, .* use calibration=batches"):
+    with pytest.raises(ValueError, match=r"equalize=True changes what layers are given, .* use calibration=batches"):
         ocs.quantize(block, abits=8, calibration=seen, equalize=True)
     assert_unchanged(block, before)
 
@@ -299,7 +297,7 @@ def models_without() -> Iterator[tuple[nn.Module, str]]:
     yield one, "of 0, it goes into 2, which has hooks"
 
 
-@pytest.mark.parametrize(("model", "reason"), models_without())
+@pytest.mark.parametrize(("model", "reason"), [*models_without()])
 def test_nothing_to_equalize_is_an_error(model: nn.Module, reason: str) -> None:
     before = state(model)
     with pytest.raises(ValueError, match=f"equalize=True has no effect: {reason}"):
