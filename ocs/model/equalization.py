@@ -28,7 +28,7 @@ class Equalization:
 
     def steps(self, model: nn.Module) -> Iterator[Step]:
         """Put the new parameters into the old modules, and the old ones back."""
-        for old in model.modules():
+        for old in model.modules() if self.modules else ():
             new = self.modules.get(id(old))
             for name, parameter in {} if new is None else new._parameters.items():
                 if parameter is not old._parameters[name]:
