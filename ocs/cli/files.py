@@ -121,4 +121,6 @@ def check_output(path: str | None, switch: str, endings: tuple[str, ...] = (), i
 def write_report(report: Report, path: str) -> None:
     """Write a report as a page or as JSON, as a whole or not at all."""
     with replacing(path) as partial:
-        report.save(partial)
+        named = partial.with_name(f"report{Path(path).suffix}")  # where path is a link, partial may end otherwise
+        report.save(named)
+        named.replace(partial)

@@ -207,6 +207,8 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         found = read_safetensors(path)
     if not found or any(tensor.dim() == 0 or not tensor.numel() for tensor in found.values()):
         raise ValueError(f"{path}: it holds no rows")
+    if any(tensor.is_complex() for tensor in found.values()):
+        raise ValueError(f"{path}: it holds complex numbers: give floats or whole numbers")
     if any(tensor.dtype == torch.uint8 for tensor in found.values()):
         raise ValueError(f"{path}: it holds uint8: give what the model takes, pixels as normalized floats")
     return {name: _plain(tensor) for name, tensor in found.items()}

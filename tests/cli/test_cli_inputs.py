@@ -83,6 +83,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(tmp_path / "deep" / "a.png")
     np.save(tmp_path / "bytes.npy", np.ones((2, 3), np.uint8))
+    np.save(tmp_path / "complex.npy", np.ones((2, 3), np.complex64))
     np.save(tmp_path / "objects.npy", np.array([{}], object))
     np.save(tmp_path / "one.npy", np.float32(3))
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
@@ -95,6 +96,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         ("deep", "a.png: .*more than 8 bits for a pixel"),
         ("mixed", "images as well as arrays"),
         ("bytes.npy", "it holds uint8"),
+        ("complex.npy", "it holds complex numbers"),
         ("objects.npy", "it is no array of numbers"),
         ("one.npy", "it holds no rows"),
         ("cut.npy", "it is no array of numbers"),

@@ -79,6 +79,10 @@ def test_quantize_writes_what_quantize_and_save_would(run: Any) -> None:
     assert Path("r.html").read_text().startswith("<!doctype html>")
     run("quantize", MODEL, "--wbits", "4", "--report", "r.json")
     assert json.loads(Path("r.json").read_text())["settings"]["wbits"] == 4
+    Path("link.json").symlink_to("elsewhere")
+    run("quantize", MODEL, "--wbits", "4", "--report", "link.json")
+    assert json.loads(Path("elsewhere").read_text())["settings"]["wbits"] == 4
+    assert not [*Path().glob(".ocs*")]
 
 
 def test_quantize_with_calibration(run: Any) -> None:
