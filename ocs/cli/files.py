@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ocs.cli.models import FORMS, Loaded, is_model, load_model
+from ocs.cli.models import FORMS, RANDOM, Loaded, is_model, load_model
 from ocs.cli.say import Notes, UsageError
 from ocs.cli.weights import check_file, safetensors_metadata
 from ocs.formats.replace_file import replacing
@@ -53,7 +53,7 @@ def is_quantized(path: str) -> bool:
 def load_quantized(path: str, model: str | None, notes: Notes) -> Loaded:
     """Load a quantized file into the MODEL that the user or the file names."""
     said = made_of(path)
-    architecture = load_model(model or model_of(path), None, _Silent(notes))
+    architecture = load_model(model or model_of(path), RANDOM, _Silent(notes))
     module, form = load(path, architecture.module), architecture.form
     return Loaded(architecture.model, module.eval(), form, str(said.get("weights", "")))
 

@@ -22,7 +22,7 @@ from ocs.cli.weights import check_file, put_weights
 
 FORMS = "torchvision:NAME, timm:NAME, hf:FOLDER or module:factory"
 PRETRAINED = "pretrained"  # as --weights: those that torchvision or timm has by that name
-RANDOM = "random"
+RANDOM = "random"  # those of an architecture alone, into which a quantized file is loaded
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def as_model(text: str) -> str:
 def load_model(model: str, weights: str | None, notes: Notes) -> Loaded:
     """Build a MODEL, with weights from a file, those it is known by (PRETRAINED), those it brings, or random ones."""
     as_model(model)
-    if weights not in (None, PRETRAINED):
+    if weights not in (None, PRETRAINED, RANDOM):
         check_file(weights)
     kind, _, name = model.partition(":")
     make = _MAKERS.get(kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, form, origin = _from_factory(model, weights) if make is None else make(name, weights)
-    if weights not in (None, PRETRAINED):
+    if weights not in (None, PRETRAINED, RANDOM):
         put_weights(module, weights, notes)
         origin = Path(weights).name
     if origin == RANDOM:

@@ -141,6 +141,9 @@ def test_transformers() -> None:
     with pytest.raises(ValueError, match=r"pickled: name them, --weights bert/pytorch_model.bin"):
         load_model("hf:bert", None, Notes())
     assert same(load_model("hf:bert", "bert/pytorch_model.bin", Notes()).module, model)
+    assert main(["quantize", "hf:bert", "--weights", "bert/pytorch_model.bin", "-o", "q.safetensors"]) == 0
+    Path("bert/pytorch_model.bin").unlink()  # a quantized file needs no float weights
+    assert load_quantized("q.safetensors", None, Notes()).model == "hf:bert"
 
 
 @pytest.mark.parametrize("model", ["timm:resnet10t", "hf:nowhere"])
