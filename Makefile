@@ -26,6 +26,7 @@ KERNEL_TEST := -std=c11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist
 TEXT := --dataset bible --limit 8000 --out build/tables/lstm
+DECODER := --dataset bible --models decoder --limit 8000 --calibration 4000 --out build/tables/decoder
 VIT := --models ViT --out build/tables/vit
 
 .PHONY: demo tables test lint format sanitize arm bench wheel dist compat clean
@@ -47,6 +48,7 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/recipes.py
 	$(BIN)/python benchmarks/tables/recipes.py $(VIT)
 	$(BIN)/python benchmarks/tables/recipes.py $(TEXT) --calibration 4000
+	$(BIN)/python benchmarks/tables/recipes.py $(DECODER) --bits 4 3 2
 	$(BIN)/python benchmarks/tables/rounding.py
 	$(BIN)/python benchmarks/tables/rounding.py $(VIT) --bits 4 3 2
 	$(BIN)/python benchmarks/tables/rounding.py $(TEXT)
