@@ -18,6 +18,7 @@ LAYERS = (  # each may import from those before it, and all may import what stan
     ("report", "formats"),
     ("runtime",),
     ("quantization",),
+    ("hf",),
     ("cli",),
     ("__main__",),
 )
