@@ -280,13 +280,14 @@ def ranks_run(number: int, arguments: list[str], folder: Path, ranks: int) -> su
     return subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
 
 
-IMAGES = [*FASHION, "--limit", "266", "--batch-size", "64", "--bits", "4", "--r", "0.05", "--clip", "none", "mse"]
+IMAGES = [*FASHION, "--limit", "138", "--batch-size", "32", "--calibration", "160"]
+IMAGES += ["--bits", "4", "--r", "0.05", "--clip", "none", "mse"]
 WORDS = ["--dataset", "bible", "--limit", "3000", "--batch-size", "3", "--bits", "5", "--r", "0.05", "--clip", "mse"]
 
 
 @pytest.mark.parametrize(("number", "arguments"), [(2, IMAGES), (6, WORDS)])
 def test_two_ranks_count_what_one_process_counts(number: int, arguments: list[str], tmp_path: Path) -> None:
-    """Batches of 64, 64, 64, 64 and 10 images, statistics of inputs from both ranks; 3, 3, 3 and 1 streams of text."""
+    """Batches of 32, 32, 32, 32 and 10 images, statistics of inputs from both ranks; 3, 3, 3 and 1 streams of text."""
     ranks_run(number, arguments, tmp_path / "one", 1)
     done = ranks_run(number, arguments, tmp_path / "two", 2)
     assert done.stdout.count(f"Table {number}.") == 1  # rank 0 alone prints
@@ -295,7 +296,7 @@ def test_two_ranks_count_what_one_process_counts(number: int, arguments: list[st
     for name, theirs in two.items():  # float64 sums of losses come in another order
         assert theirs == (one[name] if number == 2 else pytest.approx(one[name], rel=1e-12))
     if number == 2:
-        assert {count for count, _ in one.values()} == {266}
+        assert {count for count, _ in one.values()} == {138}
         again = ranks_run(number, arguments, tmp_path / "two", 2)
         assert "cells were on disk" in again.stderr
 
