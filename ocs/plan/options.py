@@ -184,6 +184,7 @@ class ModelOptions:
 
     calibration: Data | Calibration | None = _option(None, _anything, "what shows the inputs: batches, say")
     fold_bn: bool = _option(False, check_flag, "fold each BatchNorm into the convolution before it")
+    equalize: bool = _option(False, check_flag, "move scales between layers, so that channels have one range")
     skip: Selector | Collection[Selector] | None = _option(FIRST_LAYER, _anything, "what stays float")
     overrides: Mapping[str, Mapping[str, Any]] | None = _option(None, _overrides, "options by layer name or pattern")
     embeddings: bool = _option(False, check_flag, "quantize embeddings, too, with a scale for each row")
@@ -213,6 +214,7 @@ class ModelOptions:
             "skip": [shown_selector(selector) for selector in selectors(self.skip)],
             "overrides": overrides,
             "fold_bn": self.fold_bn,
+            "equalize": self.equalize,
             "embeddings": self.embeddings,
             "allocate": self.allocate,
             "budget": self.budget,
