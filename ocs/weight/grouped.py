@@ -28,6 +28,8 @@ from ocs.weight.integers import quantize_split
 from ocs.weight.plan import largest_first
 from ocs.weight.types import Array, Quantization, QuantizedWeight, Scheme, SplitPlan
 
+ROWS = 4096  # blocks that are quantized at once: each may need a histogram
+
 QuantizeRows = Callable[[Tensor, SplitPlan, Scheme], Quantization]
 
 
@@ -95,11 +97,10 @@ class _Weight:
             if not rows.numel():
                 continue
             columns, at = slice(begin, end), slice(begin // width, begin // width + blocks)
-            step = self._quantize(rows)
-            self.ints[:, columns] = step.ints.view(outputs, end - begin, K)
-            self.scale[:, at], self.threshold[:, at] = (
-                each.view(outputs, blocks) for each in (step.scale, step.threshold)
-            )
+            steps = [self._quantize(some) for some in rows.split(ROWS)]
+            ints, scale, threshold = (torch.cat([getattr(step, name) for step in steps]) for name in _MADE)
+            self.ints[:, columns] = ints.view(outputs, end - begin, K)
+            self.scale[:, at], self.threshold[:, at] = scale.view(outputs, blocks), threshold.view(outputs, blocks)
         self.rest -= self.ints[:, :C].float() * self.scale[:, self.block[:C], None]
         self.left -= self.share[:C]
 

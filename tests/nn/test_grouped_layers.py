@@ -190,6 +190,9 @@ def test_packed_layers_multiply_by_groups(how: str, tmp_path: Path) -> None:
         loaded = wide()
         ocs.load(tmp_path / "file", loaded)
         assert torch.equal(output(loaded), output(model))
+    straight = wide()
+    ocs.load(tmp_path / "file", straight, packed=True)
+    assert torch.equal(output(straight), output(packed))
     ocs.unpack(packed)
     for (name, ours), (other, theirs) in zip(packed.state_dict().items(), model.state_dict().items(), strict=True):
         assert name == other
