@@ -243,8 +243,12 @@ class Request(NamedTuple):
             for name, definition in definitions(LayerOptions).items()
             if not (definition.left_open and arguments[name] is None)
         }
-        common = LayerOptions(**given)
-        granularities = [each.get("granularity") for each in whole.overrides.values()]
-        if common.group != GROUP and "group" not in (common.granularity, *granularities):
-            raise ValueError(f"group={common.group!r} has no effect: it is for granularity='group'")
-        return Request(common, frozenset(given), whole)
+        _check_group_has_effect([given, *whole.overrides.values()])
+        return Request(LayerOptions(**given), frozenset(given), whole)
+
+
+def _check_group_has_effect(options: Collection[Mapping[str, Any]]) -> None:
+    """Refuse another number of channels than the usual where nothing has a scale for so many."""
+    group = next((each["group"] for each in options if each.get("group", GROUP) != GROUP), None)
+    if group is not None and all(each.get("granularity") != "group" for each in options):
+        raise ValueError(f"group={group!r} has no effect: it is for granularity='group'")

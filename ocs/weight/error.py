@@ -136,10 +136,8 @@ def signal_and_noise(w: Array, quantized: QuantizedWeight, scheme: Scheme) -> tu
         power, error = output_power(w), output_error(w, quantized, scheme.groups, scheme.gain, scheme.group)
     else:
         measured = measured_outputs(w, scheme)
-        power, error = (
-            measured.power,
-            measured.error(fold(quantized, w.shape[1], scheme.groups, scheme.group), scheme.gain),
-        )
+        w_hat = fold(quantized, w.shape[1], scheme.groups, scheme.group)
+        power, error = measured.power, measured.error(w_hat, scheme.gain)
     return float(power.sum()), float(error.sum())
 
 

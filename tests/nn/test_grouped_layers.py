@@ -229,7 +229,8 @@ def test_engines_have_no_such_scales(run: Any, quantized: nn.Module) -> None:
         ({"granularity": "group", "group": 0}, "group=0: use a multiple of 32"),
         ({"group": 32}, "group=32 has no effect: it is for granularity='group'"),
         ({"group": 32, "granularity": "channel"}, "group=32 has no effect"),
-        ({"overrides": {"head": {"group": "64"}}}, "group='64': use a multiple of 32"),
+        ({"overrides": {"head": {"group": 32}}}, "group=32 has no effect"),
+        ({"overrides": {"head": {"group": "64", "granularity": "group"}}}, "group='64': use a multiple of 32"),
     ],
 )
 def test_what_cannot_be_is_refused(net: SmallNet, options: dict[str, Any], message: str) -> None:
