@@ -13,7 +13,8 @@ P, R = ParamSpec("P"), TypeVar("R")
 _ELSEWHERE = {  # what other tools call it
     "wbits": "bits nbits n_bits num_bits weight_bits w_bits bitwidth qtype weights dtype weight_dtype",
     "abits": "act_bits a_bits activation_bits activations input_bits",
-    "granularity": "group_size groupsize block_size per_channel axis ch_axis",
+    "granularity": "per_channel axis ch_axis",
+    "group": "group_size groupsize block_size q_group_size",
     "r": "ratio expand_ratio split_ratio ocs_ratio",
     "rounding": "method algorithm quant_method gptq squant adaround",
     "calibration": "data dataset dataloader loader batches calib calib_data calibration_data example_inputs",

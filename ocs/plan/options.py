@@ -20,11 +20,12 @@ from ocs.weight.arguments import (
     check_choice,
     check_clip,
     check_flag,
+    check_group,
     check_ratio,
     check_rounding,
     check_select,
 )
-from ocs.weight.types import Granularity, Rounding, Select, Split
+from ocs.weight.types import GROUP, Granularity, Rounding, Select, Split
 
 if TYPE_CHECKING:
     from ocs.calibration.calibrate import Calibration
@@ -113,7 +114,10 @@ class LayerOptions:
     wbits: int | Literal["auto"] = _option(8, _BITS_OR_AUTO, 'bits of the weights, 2 to 8, or "auto" with budget')
     r: float = _option(0.0, check_ratio, "expand ratio, 0 to 1: ceil(r C) of C input channels are split")
     clip: str | float = _open("none", _WEIGHT_CLIP, "clip method of the split weights, or a fraction")
-    granularity: Granularity = _open("tensor", _one_of(Granularity), "one scale per tensor or per output channel")
+    granularity: Granularity = _open(
+        "tensor", _one_of(Granularity), "a scale per tensor, output channel, or group of inputs"
+    )
+    group: int = _option(GROUP, check_group, 'input channels that share a scale, with granularity="group"')
     split: Split = _option("qa", _one_of(Split), "how channels are split: halved (quantization-aware or naive) or even")
     rounding: Rounding = _open("nearest", _one_of(Rounding), "how weights are rounded")
     abits: int | None = _open(None, _or(None, check_bits), "bits of layer inputs, 2 to 8; float without")
@@ -239,4 +243,12 @@ class Request(NamedTuple):
             for name, definition in definitions(LayerOptions).items()
             if not (definition.left_open and arguments[name] is None)
         }
+        _check_group_has_effect([given, *whole.overrides.values()])
         return Request(LayerOptions(**given), frozenset(given), whole)
+
+
+def _check_group_has_effect(options: Collection[Mapping[str, Any]]) -> None:
+    """Refuse another number of channels than the usual where nothing has a scale for so many."""
+    group = next((each["group"] for each in options if each.get("group", GROUP) != GROUP), None)
+    if group is not None and all(each.get("granularity") != "group" for each in options):
+        raise ValueError(f"group={group!r} has no effect: it is for granularity='group'")

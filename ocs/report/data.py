@@ -34,7 +34,9 @@ class LayerReport:
     channels: int | None = None  # C over all groups
     splits: int | None = None  # n over all groups
     sources: tuple[int, ...] = ()  # the channel that each copy came from, in the order of splitting
-    threshold: float | tuple[float, ...] | None = None  # per output channel where the granularity is "channel"
+    threshold: float | tuple[float, ...] | None = None  # per output channel where the granularity is "channel"; of each
+    # its groups where it is "group"
+
     scale: float | tuple[float, ...] | None = None
     max_before: float | None = None  # max|w|
     max_after: float | None = None  # max|w| of the split weight

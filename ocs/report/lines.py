@@ -118,5 +118,4 @@ def _notes(result: LayerResult, channels: int) -> str:
 
 
 def _numbers(x: Tensor) -> float | tuple[float, ...]:
-    values = x.tolist()
-    return values if isinstance(values, float) else tuple(values)
+    return tuple(x.flatten().tolist()) if x.dim() else float(x)
