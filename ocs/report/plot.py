@@ -12,7 +12,7 @@ from torch import Tensor
 from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
 from ocs.kernels.constants import RELEASE_METHODS, SMALLEST, qmax
-from ocs.report.text import plural
+from ocs.report.words import plural
 from ocs.weight.arguments import check_array, check_bits, check_choice, check_clip, check_groups, check_ratio
 from ocs.weight.entry import plan_splits, quantize_weight
 from ocs.weight.error import sqnr_db, weight_error
