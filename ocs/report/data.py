@@ -208,7 +208,7 @@ class Report:
 
     def plot(self) -> "Figure":
         """Draw the error of each weight and how far its range was narrowed; a matplotlib Figure (the extra `plot`)."""
-        from ocs.report.plot import report_overview
+        from ocs.report.overview import report_overview
 
         return report_overview(self)
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ocs.report.words import counted, decibels, percent, plural, size
+from ocs.report.words import counted, decibels, percent, size
 
 if TYPE_CHECKING:
     from ocs.report.data import LayerReport, Report
@@ -80,8 +80,8 @@ def _by_bits(report: Report) -> str:
     counts = Counter(layer.bits for layer in report.quantized)
     if len(counts) == 1:
         return f"{next(iter(counts))}, {_granularity(report)}"
-    listed = ", ".join(f"{bits} bits: {count}" for bits, count in sorted(counts.items()))
-    return f"{listed} {plural(len(report.quantized), 'weight')}; {_granularity(report)}"
+    listed = ", ".join(f"{bits} ({counted(count, 'weight')})" for bits, count in sorted(counts.items()))
+    return f"{listed}, {_granularity(report)}"
 
 
 def _granularity(report: Report) -> str:
