@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ocs.report.words import decibels, size, span
+from ocs.report.words import decibels, printable, size, span
 
 if TYPE_CHECKING:
     from ocs.report.data import LayerReport, Report
@@ -42,7 +42,7 @@ def columns_of(report: Report) -> list[str]:
 
 def cells_of(layer: LayerReport) -> dict[str, str]:
     """Write the cells of a layer, by column."""
-    cells = {"layer": layer.label, "kind": layer.kind, "shape": "x".join(map(str, layer.shape))}
+    cells = {"layer": printable(layer.label), "kind": layer.kind, "shape": "x".join(map(str, layer.shape))}
     if layer.status != "quantized":
         note = f"{layer.status}: {layer.reason}"
         return cells | {"size": size(layer.float_bytes) if layer.float_bytes else "", "note": note}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ocs.report.data import plain, write
 from ocs.report.text import WORST, fitted, table, terminal_width
-from ocs.report.words import decibels, span
+from ocs.report.words import decibels, printable, span
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,14 @@ class Comparison:
     layers: tuple[Agreement, ...] = ()
 
     def worst(self) -> Agreement | None:
-        """Find the layer at which most is lost: whose output is furthest below that of the one before it, in dB."""
+        """Find the layer at which most is lost: whose output is furthest below that of the one before it, in dB.
+
+        The first whose output is NaN, where one is; None where all layers are exact.
+        """
         before, found, most = math.inf, None, -math.inf
         for layer in self.layers:
+            if math.isnan(layer.sqnr_db):
+                return layer
             lost = min(before, 1e3) - layer.sqnr_db if before < math.inf else -layer.sqnr_db
             if lost > most:
                 found, most = layer, lost
@@ -76,9 +81,10 @@ class Comparison:
         """Sum it up in a sentence."""
         first = self.outputs[0]
         batches = "batch" if self.batches == 1 else "batches"
-        text = f"{self.batches} {batches}: SQNR {first.sqnr_db:.1f} dB, cosine {first.cosine:.6f}"
+        text = f"{self.batches} {batches}: SQNR {decibels(first.sqnr_db)} dB, cosine {first.cosine:.6f}"
         text = text if self.top1 is None else f"{text}, the same top-1 in {_percent(self.top1)}"
-        return f"{text}; most is lost at {self.worst().name}" if self.layers else text
+        worst = self.worst()
+        return text if worst is None else f"{text}; most is lost at {printable(worst.name)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Give all of it as plain values."""
@@ -119,10 +125,10 @@ def losses(comparison: Comparison) -> list[float | None]:
 
 def _row(each: Agreement, lost: float | None) -> dict[str, str]:
     return {
-        "output of": each.name,
+        "output of": printable(each.name),
         "kind": each.kind,
         "SQNR dB": decibels(each.sqnr_db),
-        "lost dB": "" if lost is None else f"{lost:.1f}",
+        "lost dB": "" if lost is None or math.isnan(lost) else f"{lost:.1f}",
         "cosine": f"{each.cosine:.6f}",
     }
 

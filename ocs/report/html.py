@@ -18,7 +18,7 @@ from ocs.report.comparison import losses
 from ocs.report.summary import MEANING as STEPS
 from ocs.report.summary import facts_of, left_float, notes_of, what_was_done
 from ocs.report.svg import decibels_by_layer, histogram_pair
-from ocs.report.words import counted, decibels, percent, size
+from ocs.report.words import counted, decibels, percent, printable, size
 
 if TYPE_CHECKING:
     from ocs.report.comparison import Agreement, Comparison
@@ -191,7 +191,7 @@ def _cell(name: str, text: str, layer: LayerReport, bars: _Bars) -> str:
 def _value(name: str, text: str, key: float | None, bar: float | None) -> str:
     """Write a cell: its text, by what it is sorted, and a bar."""
     drawn = "" if bar is None or not text else f'<span class="bar"><i style="width:{100 * bar:.1f}%"></i></span>'
-    known = f' data-key="{min(key, 1e9):.6g}"' if key is not None else ""
+    known = f' data-key="{max(min(key, 1e9), -1e9):.6g}"' if key is not None and not math.isnan(key) else ""
     extra = ' class="extra"' if name in EXTRA else ""
     return f"<td{extra}{known}>{escape(text)}{drawn}</td>"
 
@@ -261,12 +261,12 @@ def _comparison(comparison: Comparison, before_table: str = "", after_table: str
     tiles["cosine to the float output"] = f"{first.cosine:.6f}"
     if comparison.top1 is not None:
         tiles["the same top-1"] = f"{math.floor(1e4 * comparison.top1) / 100:g} %"
-    if comparison.layers:
-        tiles["most is lost at"] = comparison.worst().name
+    if (worst := comparison.worst()) is not None:
+        tiles["most is lost at"] = worst.name
     shown = [*comparison.layers, *comparison.outputs]
     chart = ""
     if comparison.layers:
-        curve = decibels_by_layer([each.name for each in shown], [("", [each.sqnr_db for each in shown])])
+        curve = decibels_by_layer([printable(each.name) for each in shown], [("", [each.sqnr_db for each in shown])])
         legend = (
             "SQNR in dB of each layer's output, in running order, with the errors of all before it; last the model's."
         )
@@ -287,9 +287,9 @@ def _agreements(comparison: Comparison, shown: Sequence[Agreement]) -> str:
     bodies = []
     for each, lost in zip(shown, losses(comparison), strict=True):
         bar = max(min(each.sqnr_db / top, 1.0), 0.0) if top > 0 else None
-        row = f'<td class="name">{escape(each.name)}</td><td class="extra">{escape(each.kind)}</td>'
+        row = f'<td class="name">{escape(printable(each.name))}</td><td class="extra">{escape(each.kind)}</td>'
         row += _value("SQNR dB", decibels(each.sqnr_db), each.sqnr_db, bar)
-        row += _value("lost dB", "" if lost is None else f"{lost:.1f}", lost, None)
+        row += _value("lost dB", "" if lost is None or math.isnan(lost) else f"{lost:.1f}", lost, None)
         row += _value("cosine", f"{each.cosine:.6f}", each.cosine, None)
         bodies.append(f"<tbody><tr>{row}</tr></tbody>")
     return _table("".join(_head(name, meaning) for name, meaning in heads.items()), bodies)

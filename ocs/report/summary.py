@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ocs.report.words import counted, decibels, percent, size
+from ocs.report.words import counted, decibels, percent, printable, size
 
 if TYPE_CHECKING:
     from ocs.report.data import LayerReport, Report
@@ -69,7 +69,7 @@ def _facts(report: Report) -> dict[str, str]:
         "size": _size(report),
         "splits": f"{splits} copies added to {channels} channels; {overhead}" if splits else "none",
         "error": f"SQNR {decibels(report.mean_sqnr_db)} dB on average, {decibels(worst.sqnr_db)} at worst "
-        f"({worst.label})",
+        f"({printable(worst.label)})",
         "outputs": _outputs(report),
         "rounding": _roundings(report),
     }
@@ -146,7 +146,7 @@ def _by_reason(layers: list[LayerReport]) -> list[list[LayerReport]]:
 
 
 def _names(group: list[LayerReport]) -> str:
-    names = [*{layer.name or "(model)": None for layer in group}]
+    names = [*{printable(layer.name) or "(model)": None for layer in group}]
     if len(names) <= 2:
         return " and ".join(names)
     return f"{len(names)} layers, {names[0]} to {names[-1]}"

@@ -29,10 +29,10 @@ def histogram_pair(layer: LayerReport) -> str:
     ticks = sorted({-most, 0, most} | ({-round(end), round(end)} if end > 1.35 * most + 2 else set()))
     for tick in ticks:
         marks += f'<text x="{_x(tick, end):.1f}" y="{height - 4}" text-anchor="middle">{tick}</text>'
-    if isinstance(layer.scale, float):
-        x = _x(layer.max_before / layer.scale, end)
-        marks += f'<path class="most" d="M{x:.1f} {bottom}v-9"/>'
-        marks += f'<text class="mark" x="{min(x + 2, WIDTH):.1f}" y="{bottom - 13}" text-anchor="end">max |w|</text>'
+    if end > 1.001 * max(histogram.reach, most + 0.5):  # the largest weight is not among those counted
+        ends = "".join(f"M{_x(sign * end, end):.1f} {bottom}v-9" for sign in (-0.995, 0.995))
+        marks += f'<path class="most" d="{ends}"/>'
+        marks += f'<text class="mark" x="{WIDTH}" y="{bottom - 13}" text-anchor="end">&#177; max |w|</text>'
     marks += f'<text x="0" y="9">before</text><text x="0" y="{bottom + GAP + 9}">after</text>'
     label = f"Histograms of {layer.label} before and after, in steps of its grid"
     return f'<svg viewBox="-8 0 {WIDTH + 16} {height}" role="img" aria-label="{escape(label)}">{marks}</svg>'
@@ -69,9 +69,13 @@ def _bars(counts: Sequence[int], reach: float, end: float, bottom: float, most: 
 def decibels_by_layer(names: Sequence[str], curves: Sequence[tuple[str, Sequence[float | None]]]) -> str:
     """Draw up to two signal-to-noise ratios of each layer, in the order given; the lowest of the first is named.
 
-    Each curve has a name and a ratio in dB for each layer, None where it is not known; the first knows one at least.
+    Each curve has a name and a ratio in dB for each layer, None where it is not known.
     """
-    shown = [[None if y is None else max(min(y, LARGEST_DB), -LARGEST_DB) for y in ys] for _, ys in curves]
+    shown = [
+        [None if y is None or math.isnan(y) else max(min(y, LARGEST_DB), -LARGEST_DB) for y in ys] for _, ys in curves
+    ]
+    if all(y is None for y in shown[0]):
+        return ""
     ticks = _ticks([y for ys in shown for y in ys if y is not None])
     step = (CHART[0] - LEFT - 10) / max(len(names) - 1, 1)
 
@@ -101,7 +105,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
     """Choose round numbers that enclose the values."""
     low, high = min(values), max(values)
     step = next(each for each in (0.5, 1, 2, 5, 10, 20, 50, 100) if (high - low) / each <= 5)
-    first, last = math.floor(low / step), math.ceil(high / step)
+    first, last = math.floor(low / step - 0.4), math.ceil(high / step)  # below the lowest stands its name
     return [step * i for i in range(first, max(last, first + 1) + 1)]
 
 

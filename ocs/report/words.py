@@ -29,7 +29,14 @@ def percent(share: float) -> str:
 
 def decibels(db: float) -> str:
     """Write a signal-to-noise ratio without its unit."""
-    return f"{db:.1f}" if math.isfinite(db) else "exact" if db > 0 else "lost"
+    if math.isfinite(db):
+        return f"{db:.1f}"
+    return "NaN" if math.isnan(db) else "exact" if db > 0 else "lost"
+
+
+def printable(name: str) -> str:
+    """Write a name in one line, whatever is in it."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def span(values: list[float]) -> str:
