@@ -67,6 +67,8 @@ def report_piece(report: Report, comparison: Comparison | None = None) -> str:
     parts.append(_facts(facts_of(report)))
     parts.append(_list("What stays float, and why", left_float(report)))
     parts.append(_list("What was not done as asked", notes_of(report)))
+    parts.append(_list("Batch norms that were not folded", _reasons(report.batch_norms)))
+    parts.append(_list("Norms and layers that were not equalized", _reasons(report.equalized)))
     if comparison is not None:
         parts.append("<h2>Error by layer, where the model ran</h2>")
         parts.append(_comparison(comparison, "<details><summary>Layer by layer</summary>", "</details>"))
@@ -79,6 +81,11 @@ def report_piece(report: Report, comparison: Comparison | None = None) -> str:
             f"<h2>Options</h2><details><summary>As quantize() was called</summary>{_facts(settings)}</details>"
         )
     return _piece("".join(parts))
+
+
+def _reasons(found: dict[str, str]) -> list[str]:
+    """Say of what was left as it is why; what was not has no reason."""
+    return [f"{printable(name)}: {reason}" for name, reason in found.items() if reason]
 
 
 def _numbers(report: Report) -> dict[str, str]:
@@ -224,7 +231,9 @@ def _step(layer: LayerReport) -> str:
     """Say how far apart the points of the grid are."""
     if isinstance(layer.scale, float):
         return f"{layer.scale:.3g}"
-    return f"{min(layer.scale):.3g} to {max(layer.scale):.3g}, by output channel" if layer.scale else ""
+    return (
+        f"{min(layer.scale):.3g} to {max(layer.scale):.3g}, for each {layer.granularity} its own" if layer.scale else ""
+    )
 
 
 def _channels(sources: Sequence[int]) -> str:

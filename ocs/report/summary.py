@@ -50,6 +50,9 @@ def what_was_done(report: Report) -> str:
     if report.batch_norms:
         folded = sum(not reason for reason in report.batch_norms.values())
         text += f", {folded} of {len(report.batch_norms)} batch norms folded"
+    if report.equalized:
+        moved = sum(not reason for reason in report.equalized.values())
+        text += f", {moved} of {len(report.equalized)} norms and layers equalized with those after them"
     return text
 
 
@@ -86,7 +89,7 @@ def _by_bits(report: Report) -> str:
 
 def _granularity(report: Report) -> str:
     per = sorted({layer.granularity for layer in report.quantized}, reverse=True)
-    return " or ".join("one scale per " + ("tensor" if each == "tensor" else "output channel") for each in per)
+    return " or ".join(f"one scale per {'output channel' if each == 'channel' else each}" for each in per)
 
 
 def _size(report: Report) -> str:
