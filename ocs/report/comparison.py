@@ -11,7 +11,7 @@ from typing import Any
 
 from ocs.report.data import plain, write
 from ocs.report.text import WORST, fitted, table, terminal_width
-from ocs.report.words import decibels, printable, span
+from ocs.report.words import decibels, in_decibels, printable, span
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Comparison:
         """Sum it up in a sentence."""
         first = self.outputs[0]
         batches = "batch" if self.batches == 1 else "batches"
-        text = f"{self.batches} {batches}: SQNR {decibels(first.sqnr_db)} dB, cosine {first.cosine:.6f}"
+        text = f"{self.batches} {batches}: SQNR {in_decibels(first.sqnr_db)}, cosine {first.cosine:.6f}"
         text = text if self.top1 is None else f"{text}, the same top-1 in {_percent(self.top1)}"
         worst = self.worst()
         return text if worst is None else f"{text}; most is lost at {printable(worst.name)}"

@@ -18,7 +18,7 @@ from ocs.report.comparison import losses
 from ocs.report.summary import MEANING as STEPS
 from ocs.report.summary import facts_of, left_float, notes_of, what_was_done
 from ocs.report.svg import decibels_by_layer, histogram_pair
-from ocs.report.words import counted, decibels, percent, printable, size
+from ocs.report.words import counted, decibels, in_decibels, percent, printable, size
 
 if TYPE_CHECKING:
     from ocs.report.comparison import Agreement, Comparison
@@ -33,7 +33,7 @@ EXTRA = {
     "max |w| -> split",
     "size",
     "cosine",
-}  # left out on phones
+}  # not on phones
 SHOWN = 60  # channels that are listed
 
 
@@ -100,22 +100,23 @@ def _numbers(report: Report) -> dict[str, str]:
     if report.weight_bytes:
         numbers["of the weights are quantized"] = percent(report.quantized_share)
     numbers["more weights to run, by splitting"] = f"+{100 * (report.relative_size - 1):.1f} %"
-    numbers["mean SQNR of the weights"] = f"{decibels(report.mean_sqnr_db)} dB"
+    numbers["mean SQNR of the weights"] = f"{in_decibels(report.mean_sqnr_db)}"
     return numbers
 
 
 def _chart(report: Report) -> str:
     """Draw the ratio of each weight, and of its layer's outputs where that is known."""
     layers = report.quantized
-    curves = [("SQNR of the weight", [layer.sqnr_db for layer in layers])]
+    curves = [[layer.sqnr_db for layer in layers]]
     legend = "SQNR of each weight in dB, higher is better"
     if any(layer.steps for layer in layers):
-        outputs = [layer.steps[-1][1] if layer.steps else None for layer in layers]
-        curves.append(("SQNR of its outputs", outputs))
+        curves.append([layer.steps[-1][1] if layer.steps else None for layer in layers])
         legend += "; dashed: of the layer's outputs, " + (
             "from calibration" if all(layer.rounding == "gptq" for layer in layers) else "estimated"
         )
-    chart = decibels_by_layer([layer.label for layer in layers], curves)
+    if any(layer.sqnr_db == math.inf for layer in layers):
+        legend += "; exact weights are left out"
+    chart = decibels_by_layer([printable(layer.label) for layer in layers], curves)
     return f'<p class="soft">{legend}.</p><div class="wide" tabindex="0" role="region" aria-label="Chart">{chart}</div>'
 
 
@@ -266,16 +267,16 @@ def comparison_piece(comparison: Comparison) -> str:
 
 def _comparison(comparison: Comparison, before_table: str = "", after_table: str = "") -> str:
     first, tiles = comparison.outputs[0], {}
-    tiles["SQNR of the output"] = f"{decibels(first.sqnr_db)} dB"
+    tiles["SQNR of the output"] = f"{in_decibels(first.sqnr_db)}"
     tiles["cosine to the float output"] = f"{first.cosine:.6f}"
     if comparison.top1 is not None:
         tiles["the same top-1"] = f"{math.floor(1e4 * comparison.top1) / 100:g} %"
     if (worst := comparison.worst()) is not None:
-        tiles["most is lost at"] = worst.name
+        tiles["most is lost at"] = printable(worst.name)
     shown = [*comparison.layers, *comparison.outputs]
     chart = ""
     if comparison.layers:
-        curve = decibels_by_layer([printable(each.name) for each in shown], [("", [each.sqnr_db for each in shown])])
+        curve = decibels_by_layer([printable(each.name) for each in shown], [[each.sqnr_db for each in shown]])
         legend = (
             "SQNR in dB of each layer's output, in running order, with the errors of all before it; last the model's."
         )

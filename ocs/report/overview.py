@@ -28,7 +28,7 @@ from ocs.report.plot import (
     new_panels,
     weight_histograms,
 )
-from ocs.report.words import counted, decibels
+from ocs.report.words import counted, in_decibels
 from ocs.weight.arguments import check_bits, check_ratio
 from ocs.weight.entry import quantize_weight
 from ocs.weight.error import sqnr_db, weight_error
@@ -97,7 +97,7 @@ def report_overview(report: Report) -> Figure:
     panels = 2 if any(each is not None and each < 1 for each in kept) else 1
     figure, rows = new_panels(panels, 2.4 * panels + 1, "weight")
     _by_layer(rows[0], names, curves, "SQNR, dB")
-    rows[0].set_title(f"{counted(len(layers), 'weight')}: {decibels(report.mean_sqnr_db)} dB on average", loc="left")
+    rows[0].set_title(f"{counted(len(layers), 'weight')}: {in_decibels(report.mean_sqnr_db)} on average", loc="left")
     if panels == 2:
         _by_layer(rows[1], names, {"": [None if each is None else 100 * each for each in kept]}, "% of max|w|")
         rows[1].set_title("what the grid still spans, after splitting and clipping", loc="left")

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ocs.report.words import counted, decibels, percent, printable, size
+from ocs.report.words import counted, decibels, in_decibels, percent, printable, size
 
 if TYPE_CHECKING:
     from ocs.report.data import LayerReport, Report
@@ -71,7 +71,7 @@ def _facts(report: Report) -> dict[str, str]:
         "bits": _by_bits(report),
         "size": _size(report),
         "splits": f"{splits} copies added to {channels} channels; {overhead}" if splits else "none",
-        "error": f"SQNR {decibels(report.mean_sqnr_db)} dB on average, {decibels(worst.sqnr_db)} at worst "
+        "error": f"SQNR {in_decibels(report.mean_sqnr_db)} on average, {decibels(worst.sqnr_db)} at worst "
         f"({printable(worst.label)})",
         "outputs": _outputs(report),
         "rounding": _roundings(report),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from ocs.report.data import LayerReport
+from ocs.report.words import printable
 
 WIDTH, HEIGHT, GAP = 360, 74, 16  # of a histogram, and below it
 MOST_LINES = 63  # of a grid; finer ones are no lines any more
@@ -34,7 +35,7 @@ def histogram_pair(layer: LayerReport) -> str:
         marks += f'<path class="most" d="{ends}"/>'
         marks += f'<text class="mark" x="{WIDTH}" y="{bottom - 13}" text-anchor="end">&#177; max |w|</text>'
     marks += f'<text x="0" y="9">before</text><text x="0" y="{bottom + GAP + 9}">after</text>'
-    label = f"Histograms of {layer.label} before and after, in steps of its grid"
+    label = f"Histograms of {printable(layer.label)} before and after, in steps of its grid"
     return f'<svg viewBox="-8 0 {WIDTH + 16} {height}" role="img" aria-label="{escape(label)}">{marks}</svg>'
 
 
@@ -66,14 +67,12 @@ def _bars(counts: Sequence[int], reach: float, end: float, bottom: float, most: 
     return f'<path class="counts" d="{inside}"/><path class="beyond" d="{beyond}"/>'
 
 
-def decibels_by_layer(names: Sequence[str], curves: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+def decibels_by_layer(names: Sequence[str], curves: Sequence[Sequence[float | None]]) -> str:
     """Draw up to two signal-to-noise ratios of each layer, in the order given; the lowest of the first is named.
 
-    Each curve has a name and a ratio in dB for each layer, None where it is not known.
+    Each curve has a ratio in dB for each layer, None where it is not known; exact layers are left out.
     """
-    shown = [
-        [None if y is None or math.isnan(y) else max(min(y, LARGEST_DB), -LARGEST_DB) for y in ys] for _, ys in curves
-    ]
+    shown = [[_shown(y) for y in ys] for ys in curves]
     if all(y is None for y in shown[0]):
         return ""
     ticks = _ticks([y for ys in shown for y in ys if y is not None])
@@ -82,23 +81,33 @@ def decibels_by_layer(names: Sequence[str], curves: Sequence[tuple[str, Sequence
     def place(i: int, y: float) -> tuple[float, float]:
         return LEFT + 5 + i * step, CHART[1] * (1 - (y - ticks[0]) / (ticks[-1] - ticks[0]))
 
-    marks = ""
-    for tick in ticks:
-        y = place(0, tick)[1]
-        marks += f'<path class="axis" d="M{LEFT} {y:.1f}H{CHART[0]}"/>'
-        marks += f'<text x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{tick:g}</text>'
+    marks = _levels({tick: place(0, tick)[1] for tick in ticks})
     for number, ys in enumerate(shown):
         points = [(*place(i, y), f"{names[i]}: {y:.1f} dB") for i, y in enumerate(ys) if y is not None]
         marks += _curve(points, "second " if number else "")
-    marks += f'<text x="{LEFT}" y="{CHART[1] + 14}">first layer</text>'
-    marks += f'<text x="{CHART[0]}" y="{CHART[1] + 14}" text-anchor="end">last</text>'
     lowest = min((i for i, y in enumerate(shown[0]) if y is not None), key=lambda i: shown[0][i])
     marks += _named(f"lowest: {_short(names[lowest])}, {shown[0][lowest]:.1f}", *place(lowest, shown[0][lowest]))
-    label, view = (
-        f"Signal-to-noise ratio in dB of {len(names)} layers, in order",
-        f"0 -10 {CHART[0] + 4} {CHART[1] + 28}",
-    )
+    label = f"Signal-to-noise ratio in dB of {len(names)} layers, in order"
+    view = f"0 -10 {CHART[0] + 4} {CHART[1] + 28}"
     return f'<svg class="chart" viewBox="{view}" role="img" aria-label="{label}">{marks}</svg>'
+
+
+def _shown(db: float | None) -> float | None:
+    return None if db is None or not math.isfinite(db) else max(min(db, LARGEST_DB), -LARGEST_DB)
+
+
+def _levels(heights: Mapping[float, float]) -> str:
+    """Draw a line at each of these heights, with its number, and say below where the layers begin and end."""
+    lines = "".join(
+        f'<path class="axis" d="M{LEFT} {y:.1f}H{CHART[0]}"/>'
+        f'<text x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick, y in heights.items()
+    )
+    below = CHART[1] + 14
+    ends = (
+        f'<text x="{LEFT}" y="{below}">first layer</text><text x="{CHART[0]}" y="{below}" text-anchor="end">last</text>'
+    )
+    return lines + ends
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

@@ -34,6 +34,11 @@ def decibels(db: float) -> str:
     return "NaN" if math.isnan(db) else "exact" if db > 0 else "lost"
 
 
+def in_decibels(db: float) -> str:
+    """Write a signal-to-noise ratio with its unit, where it has one."""
+    return f"{decibels(db)} dB" if math.isfinite(db) else decibels(db)
+
+
 def printable(name: str) -> str:
     """Write a name in one line, whatever is in it."""
     return name if name.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

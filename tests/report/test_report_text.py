@@ -187,3 +187,28 @@ def test_a_model_without_layers_is_compared() -> None:
     text = str(ocs.compare(float_model, lambda x: model(x), torch.randn(4, 3)))
     assert text.startswith("1 batch: SQNR ")
     assert len(blocks(text)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([math.inf, math.inf], "SQNR exact, cosine 0.900000"),
+        ([math.nan], "SQNR NaN, cosine 0.900000; most is lost at layers.0"),
+        ([math.inf, math.nan, 2.0], "SQNR 2.0 dB, cosine 0.900000; most is lost at layers.1"),
+    ],
+)
+def test_exact_outputs_and_nan(ratios: list[float], said: str) -> None:
+    layers = tuple(agreement(f"layers.{i}", db) for i, db in enumerate(ratios))
+    comparison = Comparison(1, (agreement("the model", ratios[-1]),), None, layers)
+    assert comparison.summary() == f"1 batch: {said}"
+    assert "\n".join(blocks(str(comparison))[0]) == comparison.summary()
+    assert "most is lost at" not in comparison.to_html() or "most is lost" in said
+    comparison.plot()
+
+
+def test_names_stay_in_their_line() -> None:
+    model = nn.ModuleDict({"two\nlines": nn.Linear(3, 3), "\x1b[31mred": nn.Linear(3, 3)})
+    comparison = Comparison(1, (agreement("the model", 3.0),), None, (agreement("two\nlines", 3.0),))
+    for text in (str(ocs.quantize(model)), str(comparison)):
+        assert "two\\nlines" in text
+        assert all(line.isprintable() for line in text.splitlines())
