@@ -112,8 +112,9 @@ def test_wheel_serves_every_python(wheel: Path) -> None:
     assert (name, version) == ("torch_ocs", __import__("ocs").__version__)
     assert tags[:2] == ["cp311", "abi3"]
     files = [name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("torch_ocs-")]
+    suffixes = (".py", ".so", ".typed", ".css", ".js")
     assert sorted(files) == sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / "ocs").rglob("*.*") if path.suffix in (".py", ".so", ".typed")
+        str(path.relative_to(ROOT)) for path in (ROOT / "ocs").rglob("*.*") if path.suffix in suffixes
     )
 
 

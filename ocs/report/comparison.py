@@ -123,12 +123,17 @@ def losses(comparison: Comparison) -> list[float | None]:
     return [*lost, *(None for _ in comparison.outputs)]
 
 
+def lost_text(lost: float | None) -> str:
+    """Write how many dB are lost."""
+    return "" if lost is None or math.isnan(lost) else f"{round(lost, 1) + 0.0:.1f}"  # no -0.0
+
+
 def _row(each: Agreement, lost: float | None) -> dict[str, str]:
     return {
         "output of": printable(each.name),
         "kind": each.kind,
         "SQNR dB": decibels(each.sqnr_db),
-        "lost dB": "" if lost is None or math.isnan(lost) else f"{lost:.1f}",
+        "lost dB": lost_text(lost),
         "cosine": f"{each.cosine:.6f}",
     }
 
@@ -136,7 +141,12 @@ def _row(each: Agreement, lost: float | None) -> dict[str, str]:
 def _folded(
     layers: Sequence[Agreement], losses: Sequence[float | None], lines: Sequence[dict[str, str]]
 ) -> list[dict[str, str]]:
-    """Leave the layers at which most is lost in their order, and fold what lies between them into a line each."""
+    """Leave the layers at which most is lost in their order, and fold what lies between them into a line each.
+
+    Few layers are left as they are.
+    """
+    if len(layers) <= 2 * WORST:
+        return [*lines[: len(layers)]]
     lost = [math.inf if each is None else each for each in losses]
     most = set(sorted(range(len(layers)), key=lambda i: -lost[i])[:WORST])
     found = []

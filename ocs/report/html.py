@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from ocs.report.cells import MEANING, cells_of, columns_of
-from ocs.report.comparison import losses
+from ocs.report.comparison import losses, lost_text
 from ocs.report.summary import MEANING as STEPS
 from ocs.report.summary import facts_of, left_float, notes_of, what_was_done
 from ocs.report.svg import decibels_by_layer, histogram_pair
@@ -24,16 +24,14 @@ if TYPE_CHECKING:
     from ocs.report.comparison import Agreement, Comparison
     from ocs.report.data import LayerReport, Report
 
-EXTRA = {
-    "kind",
-    "shape",
-    "clipped at",
-    "input",
-    "channels+copies",
-    "max |w| -> split",
-    "size",
-    "cosine",
-}  # not on phones
+EXTRA = {  # not on phones
+    "kind", "shape", "clipped at", "input", "channels+copies", "max |w| -> split", "size", "cosine",
+}  # fmt: skip
+LEGEND = (
+    '<p class="soft">Headers sort, rows open: to the weights before and after in steps of the grid, counts on a'
+    " logarithmic scale; dashed: where the grid ends; orange: weights beyond it, which splitting halves and clipping"
+    " cuts.</p>"
+)
 SHOWN = 60  # channels that are listed
 
 
@@ -74,7 +72,7 @@ def report_piece(report: Report, comparison: Comparison | None = None) -> str:
         parts.append(_comparison(comparison, "<details><summary>Layer by layer</summary>", "</details>"))
     if report.quantized:
         parts += ["<h2>Error by layer, in the model's order</h2>", _chart(report)]
-    parts += [f"<h2>{counted(len(report.layers), 'weight')}, one by one</h2>", _layers(report)]
+    parts += [f"<h2>{counted(len(report.layers), 'weight')}, one by one</h2>", LEGEND, _layers(report)]
     if report.settings:
         settings = {name: repr(value) for name, value in report.settings.items()}
         parts.append(
@@ -248,11 +246,7 @@ def _channels(sources: Sequence[int]) -> str:
 def _histogram(layer: LayerReport) -> str:
     if layer.histogram is None:
         return ""
-    caption = (
-        f"Weights of {counted(layer.histogram.channels, 'output channel')} in steps of the grid, counts on a "
-        "logarithmic scale. "
-        "Dashed: where the grid ends; orange: weights beyond it, which splitting halves and clipping cuts."
-    )
+    caption = f"of {counted(layer.histogram.channels, 'output channel')}"
     return f'<div>{histogram_pair(layer)}<p class="soft">{caption}</p></div>'
 
 
@@ -299,7 +293,7 @@ def _agreements(comparison: Comparison, shown: Sequence[Agreement]) -> str:
         bar = max(min(each.sqnr_db / top, 1.0), 0.0) if top > 0 else None
         row = f'<td class="name">{escape(printable(each.name))}</td><td class="extra">{escape(each.kind)}</td>'
         row += _value("SQNR dB", decibels(each.sqnr_db), each.sqnr_db, bar)
-        row += _value("lost dB", "" if lost is None or math.isnan(lost) else f"{lost:.1f}", lost, None)
+        row += _value("lost dB", lost_text(lost), lost, None)
         row += _value("cosine", f"{each.cosine:.6f}", each.cosine, None)
         bodies.append(f"<tbody><tr>{row}</tr></tbody>")
     return _table("".join(_head(name, meaning) for name, meaning in heads.items()), bodies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import groupby
 
 from ocs.report.data import LayerReport
 from ocs.report.words import printable
@@ -51,20 +52,22 @@ def _grid(most: int, end: float, bottom: float) -> str:
     return f'<path class="grid" d="{lines}"/><path class="end" d="{ends}"/>'
 
 
-def _bars(counts: Sequence[int], reach: float, end: float, bottom: float, most: int) -> str:
-    """Draw bars over equal parts of -reach .. reach; those beyond the grid in another colour."""
-    width, highest = 2 * reach / len(counts), math.log1p(max(counts))
-    inside, beyond = "", ""
-    for i, count in enumerate(counts):
-        if count:
-            left, right = _x(-reach + i * width, end), _x(-reach + (i + 1) * width, end)
-            height = max((HEIGHT - 12) * math.log1p(count) / highest, 1.5)
-            bar = f"M{left:.1f} {bottom}v-{height:.1f}h{max(right - left - 0.5, 0.7):.1f}v{height:.1f}z"
-            if abs(-reach + (i + 0.5) * width) > most + 0.5:
-                beyond += bar
-            else:
-                inside += bar
-    return f'<path class="counts" d="{inside}"/><path class="beyond" d="{beyond}"/>'
+def _bars(counts: Sequence[int], reach: float, end: float, bottom: int, most: int) -> str:
+    """Draw steps over equal parts of -reach .. reach; those beyond the grid in another colour."""
+    width, highest, paths = 2 * reach / len(counts), math.log1p(max(counts)), {"counts": "", "beyond": "", "": ""}
+
+    def kind(i: int) -> str:
+        beyond = abs(-reach + (i + 0.5) * width) > most + 0.5
+        return ("beyond" if beyond else "counts") if counts[i] else ""
+
+    for name, run in groupby(range(len(counts)), kind):
+        steps = [*run]
+        paths[name] += f"M{_x(-reach + steps[0] * width, end):.1f} {bottom}"
+        for i in steps:
+            height = max((HEIGHT - 12) * math.log1p(counts[i]) / highest, 1.5)
+            paths[name] += f"V{bottom - height:.0f}h{WIDTH / 2 * width / end:.2f}"
+        paths[name] += f"V{bottom}"
+    return "".join(f'<path class="{name}" d="{paths[name]}"/>' for name in ("counts", "beyond"))
 
 
 def decibels_by_layer(names: Sequence[str], curves: Sequence[Sequence[float | None]]) -> str:
