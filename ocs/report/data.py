@@ -20,7 +20,7 @@ Status = Literal["quantized", "skipped", "float"]
 class Histogram:
     """A weight before and after, counted in steps of its grid: w / scale, and the integers of the expanded weight.
 
-    Of a large weight every so-many-th output channel is counted, so that counting takes no time; `max_before` and
+    Of a large weight every so-many-th output channel is counted, so that counting takes little time; `max_before` and
     `max_after` are of all.
     """
 
@@ -59,7 +59,6 @@ class LayerReport:
     max_before: float | None = None  # max|w|
     max_after: float | None = None  # max|w| of the split weight
     sqnr_db: float | None = None  # 10 log10(sum w^2 / sum (w - w_hat)^2); inf where exact
-    histogram: Histogram | None = None  # None where the weight is empty
     steps: tuple[tuple[str, float], ...] = ()  # what each option did, where asked for: (what, dB) one after the other,
     # by functional.output_error, of gptq by the second moments: the power of the outputs over what they are off by
     packed_bytes: int | None = None  # k-bit integers of the expanded weight, scales, and sources of the copies; of an
@@ -80,6 +79,8 @@ class LayerReport:
     act_sources: tuple[int, ...] = ()  # the channel that each copy came from
     act_threshold: float | None = None
     act_scale: float | None = None
+
+    histogram: Histogram | None = None  # None where the weight is empty
 
     @property
     def weights(self) -> int:
