@@ -6,7 +6,7 @@ from functools import wraps
 from inspect import signature
 from typing import ParamSpec, TypeVar
 
-from ocs.plan.options import LayerOptions, ModelOptions, definitions
+from ocs.plan.options import LayerOptions, ModelOptions, TrainingOptions, definitions
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -27,7 +27,7 @@ _MEANT = {name: option for option, names in _ELSEWHERE.items() for name in names
 
 def meant(name: str, among: Collection[str]) -> str:
     """Say which of these options an unknown one may stand for, as the end of an error."""
-    known = definitions(LayerOptions) | definitions(ModelOptions)
+    known = definitions(LayerOptions) | definitions(ModelOptions) | definitions(TrainingOptions)
     near = [_MEANT[name]] if name in _MEANT else difflib.get_close_matches(name, among, 1)
     if not near or near[0] not in among:
         return f"use {', '.join(among)}"

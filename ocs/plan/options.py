@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ActSelect = Literal["percentile", "max", "error"]
 Allocate = Literal["uniform", "knapsack", "error"]
 Recipe = Literal["paper", "best"]
+Thresholds = Literal["learned", "searched"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as plain Python has it, or a ValueError
 
 
@@ -83,6 +84,12 @@ def _signed(name: str, value: Any) -> bool | str:
 def _budget(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name}={value!r}: use a positive integer, bytes")
+    return int(value)
+
+
+def _steps(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name}={value!r}: use a positive number of training steps, or None")
     return int(value)
 
 
@@ -216,6 +223,18 @@ class ModelOptions:
         }
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is asked for of training beyond how layers are quantized; see ocs.training.prepare()."""
+
+    thresholds: Thresholds = _option("learned", _one_of(Thresholds), "weights' and inputs' thresholds while training")
+    replan: int | None = _option(100, _or(None, _steps), "training steps after which splits are planned anew")
+
+    def __post_init__(self) -> None:
+        for name, definition in definitions(TrainingOptions).items():
+            object.__setattr__(self, name, definition.check(name, getattr(self, name)))
+
+
 def shown_value(value: Any) -> Any:
     """Name a callable; leave all else as it is."""
     return shown_selector(value) if callable(value) else value
@@ -230,7 +249,11 @@ class Request(NamedTuple):
 
     @staticmethod
     def of(arguments: Mapping[str, Any]) -> Request:
-        """Check the arguments of quantize(), by name; a ValueError or TypeError says which is out of range."""
+        """Check the arguments of quantize(), by name; a ValueError or TypeError says which is out of range.
+
+        Options that are not among them are as by default.
+        """
+        arguments = _DEFAULTS | arguments
         whole = ModelOptions(**{name: arguments[name] for name in definitions(ModelOptions)})
         given = {
             name: arguments[name]
@@ -238,3 +261,10 @@ class Request(NamedTuple):
             if not (definition.left_open and arguments[name] is None)
         }
         return Request(LayerOptions(**given), frozenset(given), whole)
+
+
+_DEFAULTS = {
+    each.name: None if each.metadata["definition"].left_open else each.default
+    for options in (LayerOptions, ModelOptions)
+    for each in fields(options)
+}

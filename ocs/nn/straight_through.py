@@ -1,0 +1,131 @@
+"""The quantized weight of a layer that is trained: the integers' own values forwards, straight through backwards.
+
+Forwards, a weight w is what the quantized layer computes with: split, rounded with scale s, folded (the same kernels,
+so equal bit for bit). Backwards, rounding counts as the identity within the grid and as a constant beyond it: a part
+of depth m of a channel is w 2^-m, and passes 2^-m of the gradient where |w| 2^-m is within the threshold. With a the
+sum of what passes (1 inside, 0 outside where nothing is split),
+
+    d w_hat / d w = a,    d w_hat / d s = (w_hat - a w) / s,
+
+which without splits is LSQ's: round(w/s) - w/s within, -qmax or qmax beyond (Esser et al., ICLR 2020, equation 3).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocs.kernels.constants import SMALLEST, qmax
+from ocs.nn.input_parts import halves_of, whole_halvings
+from ocs.weight.types import Rounding, Split
+
+
+class TrainedGrid(NamedTuple):
+    """How a weight that is trained is rounded."""
+
+    bits: int
+    split: Split
+    rounding: Rounding  # "nearest" or "squant"
+    groups: int
+    learned: bool  # whether its scale is; then the threshold ends what passes, else what still rounds to the grid does
+
+    @property
+    def edge(self) -> float:
+        """The largest |w| 2^-m, in steps, through which gradients pass."""
+        return qmax(self.bits) + (0.0 if self.learned else 0.5)
+
+
+def split_places(source: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Tell how deep each copy is and which of its channel's parts, int32 both, by the order of copies in `source`.
+
+    Each split halves the largest copy of its channel, so that the order says all.
+    """
+    parts, offset = halves_of(source, channels)
+    return (torch.frexp(parts.float())[1] - 1).int(), offset.int()
+
+
+def split_integers(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
+    """Quantize a float32 weight [O, C, ...] with the splits that `source` [G (C + n)] says: int8 [O, C + n, ...]."""
+    places = split_places(source, grid.groups * w.shape[1])
+    args = (w, scale, source, *places, grid.groups, grid.bits)
+    if grid.rounding == "squant":
+        return torch.ops.ocs.squant_weight(*args)
+    return torch.ops.ocs.quantize_weight(*args, grid.split == "qa")
+
+
+def passed(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
+    """Compute which share of its gradient each weight gets, shaped as w [O, C, ...]: 0 to 1."""
+    rows = (-1, *[1] * (w.dim() - 1))
+    u = w.abs() / scale.view(rows if scale.dim() else ())
+    if source.numel() == grid.groups * w.shape[1]:
+        return (u <= grid.edge).to(w.dtype)
+    splits = torch.bincount(source, minlength=grid.groups * w.shape[1]) - 1
+    level = whole_halvings(splits)
+    deeper = 2 * (splits + 1 - 2**level)  # copies at depth level + 1, the others at depth level
+    shape = (grid.groups, 1, -1, *[1] * (w.dim() - 2))
+    size, whole, halved = ((2.0**level).view(shape), (splits + 1 - deeper).view(shape), deeper.view(shape))
+    u = u.unflatten(0, (grid.groups, -1))
+    share = whole / size * (u <= grid.edge * size) + halved / (2 * size) * (u <= 2 * grid.edge * size)
+    return share.flatten(0, 1)
+
+
+class _FoldedWeight(torch.autograd.Function):
+    """See trained_weight()."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
+        """Quantize and fold: float32 [O, C, ...]."""
+        ints = split_integers(w, scale, source, grid)
+        w_hat = torch.ops.ocs.fold(ints, scale, source, grid.groups, w.shape[1])
+        w_hat.add_(w, alpha=0)  # what is no number stays none: integers would hide that training diverged
+        share = passed(w, scale, source, grid) if any(ctx.needs_input_grad) else None
+        rest = torch.addcmul(w_hat, share, w, value=-1) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(share, rest, scale if rest is not None else None)
+        ctx.bits = grid.bits
+        return w_hat
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Give the gradients of w, and of its scale times 1 / sqrt(N qmax), N the weights that share it."""
+        share, rest, scale = ctx.saved_tensors
+        of_weight = grad * share if ctx.needs_input_grad[0] else None
+        if rest is None:
+            return of_weight, None, None, None
+        of_scale = (grad * rest).flatten(1).sum(1)
+        of_scale = (of_scale if scale.dim() else of_scale.sum()) / scale
+        shared = grad.numel() // max(scale.numel(), 1)
+        return of_weight, of_scale * gradient_scale(shared, ctx.bits), None, None
+
+
+def trained_weight(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
+    """Compute the folded quantized weight, float32 [O, C, ...], of a weight that gradients shall reach.
+
+    scale: float32 [] or [O], positive; its gradient is LSQ's. source: int64 [G (C + n)], as in QuantizedWeight.
+    """
+    return _FoldedWeight.apply(w.float(), scale, source, grid)
+
+
+def gradient_scale(count: int, bits: int) -> float:
+    """Compute LSQ's scale of the gradient of a step size, 1 / sqrt(N qmax) (section 2.2 there)."""
+    return 1 / math.sqrt(max(count, 1) * qmax(bits))
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Make a scale that was learned one that a grid can have: its size, float32."""
+    return scale.float().abs().clamp(min=SMALLEST)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        """Give x itself."""
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Scale the gradient."""
+        return grad * ctx.factor, None
