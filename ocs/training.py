@@ -198,13 +198,10 @@ def _report(
 
 def _check_fresh(model: Any) -> None:
     """Refuse a model that is prepared already."""
-    found = next((name for name, each in _modules_of(model) if isinstance(each, PreparedLayer)), None)
+    modules = named_modules(model) if isinstance(model, nn.Module) else ()
+    found = next((name for name, each in modules if isinstance(each, PreparedLayer)), None)
     if found is not None:
         raise ValueError(f"{found or 'model'}: prepared already; train it, then ocs.training.convert(model)")
-
-
-def _modules_of(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    return named_modules(model) if isinstance(model, nn.Module) else iter(())
 
 
 _NOT_TRAINED = {"wbits": "auto", "rounding": "gptq", "correct_bias": True, "act_split": "oracle"}
@@ -246,7 +243,7 @@ def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | Ne
     learned = training.thresholds == "learned"
     scheme = LayerQuantizer(plan, InputFacts()).scheme(result.weights[0].name, options)
     preparation = Preparation(
-        scheme, options.select, learned, training.replan, tuple(quantized.channels), quantized.input_grid, options,
+        plan.name, scheme, options.select, learned, training.replan, tuple(quantized.channels), quantized.input_grid, options,
         quantized.input_range, quantized.output_range, plan.overridden,
     )  # fmt: skip
     scales = {weight_buffers(each.name)[1]: each.quantization.quantized.scale for each in result.weights}
@@ -254,9 +251,10 @@ def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | Ne
     scale, source = (quantized._buffers.get(name) for name in ("input_scale", "input_source"))
     scales |= {"input_scale": scale} if scale is not None else {}
     sources |= {"input_source": source} if source is not None else {}
+    trains = any(layer._parameters[name].requires_grad for name in preparation.parameters)
     for name, tensor in scales.items():
         if learned:
-            yield NewEntry(layer._parameters, name, nn.Parameter(tensor.clone()))
+            yield NewEntry(layer._parameters, name, nn.Parameter(tensor.clone(), trains))
         else:
             yield NewEntry(layer._buffers, name, tensor.clone())
     device = next(iter(sources.values())).device
@@ -272,11 +270,13 @@ def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | Ne
 
 def _prepared_layers(model: Any) -> dict[str, PreparedLayer]:
     """Find the prepared layers of a model by name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     if isinstance(model, PreparedLayer):
         raise TypeError(
             f"model is a {type(model).__name__}, which cannot replace itself in place: give the whole model"
         )
-    found = {name: each for name, each in _modules_of(model) if isinstance(each, PreparedLayer)}
+    found = {name: each for name, each in named_modules(model) if isinstance(each, PreparedLayer)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no prepared layer: call ocs.training.prepare first")
     return found

@@ -14,7 +14,6 @@ first on, as fit the bytes of r = 0.05. A run is a JSON file; what is there is n
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import statistics
@@ -77,7 +76,7 @@ def _bytes(options: dict[str, Any]) -> int:
     return ocs.quantize(load_model(), **options).packed_bytes
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> float:
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: float, seed: int) -> float:
     """Train in place; the mean loss of the last hundred steps."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -85,22 +84,23 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: i
     others = [p for name, p in model.named_parameters() if not name.endswith("scale")]
     groups = [{"params": others, "weight_decay": DECAY}, {"params": scales, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, RATE, momentum=0.9, nesterov=True)
-    steps = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=epochs * steps)
+    of_epoch = len(images) // BATCH
+    steps = round(epochs * of_epoch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     model.train()
     losses = []
-    for epoch in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for i in tqdm(range(steps), f"epoch {epoch + 1}/{epochs}", leave=False, mininterval=5, disable=None):
-            picked = order[i * BATCH : (i + 1) * BATCH]
-            x = normalize(augment(images[picked], generator))
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(model(x), labels[picked])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
+    for step in tqdm(range(steps), "steps", leave=False, mininterval=5, disable=None):
+        at = step % of_epoch
+        order = torch.randperm(len(images), generator=generator) if at == 0 else order
+        picked = order[at * BATCH : (at + 1) * BATCH]
+        x = normalize(augment(images[picked], generator))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x), labels[picked])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
     model.eval()
     return statistics.fmean(losses[-100:])
 
@@ -112,20 +112,12 @@ def measure(run: Run, data: Path) -> Run:
     test = load("t10k")
     model, options = load_model(), options_of(run)
     ocs.training.prepare(model, **options)
-    before = _right_before(model, test) if run["seed"] == 0 else None
     loss = train(model, images, labels, run["epochs"], run["seed"])
     report = ocs.training.convert(model)
     return run | {
-        "right": count_correct(model, *test), "before": before, "images": len(test[1]),
+        "right": count_correct(model, *test), "images": len(test[1]),
         "bytes": report.packed_bytes, "loss": loss, "seconds": round(time.perf_counter() - begin), "machine": machine(),
     }  # fmt: skip
-
-
-def _right_before(model: nn.Module, test: tuple[Tensor, Tensor]) -> int:
-    """How many images are right before training."""
-    converted = copy.deepcopy(model)
-    ocs.training.convert(converted)
-    return count_correct(converted.eval(), *test)
 
 
 def path_of(out: Path, run: Run) -> Path:
@@ -139,6 +131,8 @@ def path_of(out: Path, run: Run) -> Path:
 
 def interval(values: Sequence[float], digits: int = 2) -> str:
     """Mean and half of its 95 % interval over seeds, where there are two or more."""
+    if not values:
+        return ""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.{digits}f}"
@@ -151,32 +145,27 @@ def _accuracy(run: Run) -> float:
 
 
 def table(found: Sequence[Run]) -> list[list[str]]:
-    """A row for bits, epochs and granularity; the last column is what r = 0.05 gives beyond r = 0, seed by seed."""
+    """A row for bits, epochs and granularity; then what splits and bits give beyond r = 0, seed by seed, and bytes."""
     columns = [column for column in COLUMNS if any(run["column"] == column for run in found)]
-    rows = [["", *columns, "0.05 minus 0", "bytes, r = 0.05", "before, r = 0 / 0.05"]]
+    gained = [column for column in columns if column != "r = 0"]
+    rows = [["", *columns, *(f"{column}, gain" for column in gained), "bytes"]]
     keys = dict.fromkeys((run["bits"], run["epochs"], run["granularity"]) for run in found)
     for key in sorted(keys, key=lambda key: (-key[0], key[1], key[2] != "tensor")):
-        cells: dict[str, dict[int, Run]] = {column: {} for column in COLUMNS}
+        cells: dict[str, dict[int, Run]] = {column: {} for column in columns}
         for run in found:
             if (run["bits"], run["epochs"], run["granularity"]) == key:
                 cells[run["column"]][run["seed"]] = run
-        plain, split = cells["r = 0"], cells["r = 0.05"]
-        gains = [
-            (split[seed]["right"] - plain[seed]["right"]) / plain[seed]["images"] * 100
-            for seed in plain
-            if seed in split
-        ]
-        sizes = [next(iter(each.values()))["bytes"] for each in (plain, split) if each]
-        before = [100 * each[0]["before"] / each[0]["images"] for each in (plain, split) if 0 in each]
-        name = f"{key[0]} bits, {key[1]} epoch{'s' * (key[1] > 1)}, per {key[2]}"
-        accuracies = [list(map(_accuracy, cells[column].values())) for column in columns]
-        rows.append(
-            [
-                name, *(interval(each) if each else "" for each in accuracies), interval(gains) if gains else "",
-                f"x{sizes[1] / sizes[0]:.3f}" if len(sizes) > 1 else "", " / ".join(f"{each:.1f}" for each in before),
-            ]
-        )  # fmt: skip
+        bits, epochs, granularity = key
+        row = [f"{bits} bits, {epochs:g} epoch{'s' * (epochs != 1)}, per {granularity}"]
+        row += [interval([*map(_accuracy, cells[column].values())]) for column in columns]
+        row += [interval(_gains(cells[column], cells.get("r = 0", {}))) for column in gained]
+        sizes = [str(next(iter(cells[column].values()))["bytes"]) if cells[column] else "-" for column in columns]
+        rows.append([*row, " / ".join(sizes)])
     return rows
+
+
+def _gains(runs: dict[int, Run], plain: dict[int, Run]) -> list[float]:
+    return [_accuracy(run) - _accuracy(plain[seed]) for seed, run in runs.items() if seed in plain]
 
 
 def main() -> None:
@@ -185,7 +174,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the training images; without, only the table is printed")
     parser.add_argument("--out", type=Path, default=paths.OUT / "training")
     parser.add_argument("--bits", type=int, nargs="+", default=(2, 3, 4))
-    parser.add_argument("--epochs", type=int, nargs="+", default=(1, 2))
+    parser.add_argument("--epochs", type=float, nargs="+", default=(1, 2))
     parser.add_argument("--granularity", nargs="+", choices=("tensor", "channel"), default=("tensor", "channel"))
     parser.add_argument("--columns", nargs="+", choices=[*COLUMNS], default=[*COLUMNS])
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 3), metavar=("FIRST", "END"))

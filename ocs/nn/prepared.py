@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ocs.errors import error_context
 from ocs.kernels.constants import qmax
 from ocs.nn.base import QuantizedLayer, memory_format
 from ocs.nn.input import InputGrid, QuantizedInput
@@ -48,6 +49,7 @@ _OWN = ("_preparation", "_seen")  # attributes
 class Preparation:
     """How a layer is quantized while it is trained."""
 
+    layer: str  # its name in the model that was prepared, for errors
     scheme: Scheme
     select: Select
     learned: bool  # whether thresholds are; else they are searched whenever splits are planned
@@ -117,7 +119,8 @@ class PreparedLayer(nn.Module):
         self._count_step()
         preparation, old, made = self._preparation, self._parameters[parameter], []
         for name in (name for name in preparation.names if parameter_of(name) == parameter):
-            folded = trained_weight(*self.part(name), preparation.grid)
+            with error_context(preparation.layer):
+                folded = trained_weight(*self.part(name), preparation.grid)
             made.append(self.kind.layout(folded, preparation.scheme.groups))
         whole = torch.stack(made) if parameter not in preparation.names else made[0]
         return whole.to(old.dtype).contiguous(memory_format=memory_format(old))
@@ -127,6 +130,8 @@ class PreparedLayer(nn.Module):
         """Give a weight's integers and all that belongs to them, tensors of their own."""
         preparation, (weight, scale, source) = self._preparation, self.part(name)
         scale, source = scale.detach().clone(), source.clone()
+        if not bool(weight.isfinite().all() & scale.isfinite().all()):
+            raise ValueError(f"{name} or its scale holds NaN or Inf: training diverged; load an earlier state")
         ints = split_integers(weight.detach().float(), scale, source, preparation.grid)
         return QuantizedWeight(ints, scale, source, scale * qmax(preparation.scheme.bits))
 
@@ -165,10 +170,11 @@ class PreparedLayer(nn.Module):
             weight, _, source = self.part(name)
             weight, scheme = weight.detach().float(), preparation.scheme
             n = source.numel() // scheme.groups - weight.shape[1]
-            plan = choose_splits(weight, n, preparation.select, scheme)
+            with error_context(preparation.layer, name):
+                plan = choose_splits(weight, n, preparation.select, scheme)
             source.copy_(plan.source)
             if not preparation.learned:
-                self._buffers[weight_buffers(name)[1]].copy_(quantize_plan(weight, plan, scheme).quantized.scale)
+                self._tensor(weight_buffers(name)[1]).copy_(quantize_plan(weight, plan, scheme).quantized.scale)
         self._buffers[STEPS].zero_()
 
     # --- Input

@@ -74,28 +74,31 @@ class _FoldedWeight(torch.autograd.Function):
     """See trained_weight()."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
+    def forward(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
         """Quantize and fold: float32 [O, C, ...]."""
         ints = split_integers(w, scale, source, grid)
         w_hat = torch.ops.ocs.fold(ints, scale, source, grid.groups, w.shape[1])
-        w_hat.add_(w, alpha=0)  # what is no number stays none: integers would hide that training diverged
-        share = passed(w, scale, source, grid) if any(ctx.needs_input_grad) else None
-        rest = torch.addcmul(w_hat, share, w, value=-1) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(share, rest, scale if rest is not None else None)
-        ctx.bits = grid.bits
-        return w_hat
+        return w_hat.add_(w, alpha=0)  # what is no number stays none: integers would hide that training diverged
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what both gradients need; the second only where a scale is learned."""
+        w, scale, source, grid = inputs
+        share = passed(w, scale, source, grid)
+        rest = torch.addcmul(output, share, w, value=-1) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(share, rest, scale)
+        ctx.bits = grid.bits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """Give the gradients of w, and of its scale times 1 / sqrt(N qmax), N the weights that share it."""
         share, rest, scale = ctx.saved_tensors
-        of_weight = grad * share if ctx.needs_input_grad[0] else None
         if rest is None:
-            return of_weight, None, None, None
+            return grad * share, None, None, None
         of_scale = (grad * rest).flatten(1).sum(1)
         of_scale = (of_scale if scale.dim() else of_scale.sum()) / scale
         shared = grad.numel() // max(scale.numel(), 1)
-        return of_weight, of_scale * gradient_scale(shared, ctx.bits), None, None
+        return grad * share, of_scale * gradient_scale(shared, ctx.bits), None, None
 
 
 def trained_weight(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
@@ -103,7 +106,10 @@ def trained_weight(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) 
 
     scale: float32 [] or [O], positive; its gradient is LSQ's. source: int64 [G (C + n)], as in QuantizedWeight.
     """
-    return _FoldedWeight.apply(w.float(), scale, source, grid)
+    w = w.float()
+    if torch.is_grad_enabled() and (w.requires_grad or scale.requires_grad):
+        return _FoldedWeight.apply(w, scale, source, grid)
+    return _FoldedWeight.forward(w, scale, source, grid)
 
 
 def gradient_scale(count: int, bits: int) -> float:
