@@ -32,7 +32,7 @@ from ocs.model.rewrite import NewEntry, Slot, exchange, for_a_while, keeps_grad_
 from ocs.model.targets import Target, find_targets
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.input import ActScale
-from ocs.nn.prepared import STEPS, Preparation, PreparedLayer, prepared_class, versions_of
+from ocs.nn.prepared import STEPS, Preparation, PreparedLayer, prepared_class, seen_weights
 from ocs.nn.state import weight_buffers
 from ocs.plan.call import explained_call
 from ocs.plan.choose import choose
@@ -242,10 +242,14 @@ def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | Ne
     layer, plan, options, quantized = result.plan.target.module, result.plan, result.options, result.replacement
     learned = training.thresholds == "learned"
     scheme = LayerQuantizer(plan, InputFacts()).scheme(result.weights[0].name, options)
+    names, grid, ranges = (
+        tuple(quantized.channels),
+        quantized.input_grid,
+        (quantized.input_range, quantized.output_range),
+    )
     preparation = Preparation(
-        plan.name, scheme, options.select, learned, training.replan, tuple(quantized.channels), quantized.input_grid, options,
-        quantized.input_range, quantized.output_range, plan.overridden,
-    )  # fmt: skip
+        plan.name, scheme, options.select, learned, training.replan, names, grid, options, *ranges, plan.overridden
+    )
     scales = {weight_buffers(each.name)[1]: each.quantization.quantized.scale for each in result.weights}
     sources = {weight_buffers(each.name)[2]: each.quantization.quantized.source for each in result.weights}
     scale, source = (quantized._buffers.get(name) for name in ("input_scale", "input_source"))
@@ -261,7 +265,7 @@ def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | Ne
     for name, tensor in (*sources.items(), (STEPS, torch.zeros((), dtype=torch.int64, device=device))):
         yield NewEntry(layer._buffers, name, tensor.clone())
     yield NewEntry(vars(layer), "_preparation", preparation)
-    yield NewEntry(vars(layer), "_seen", versions_of(layer, preparation))
+    yield NewEntry(vars(layer), "_seen", seen_weights(layer, preparation))
     yield Slot(Place(layer, "__class__", object.__setattr__, getattr), prepared_class(type(layer), plan.kind))
 
 

@@ -91,7 +91,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: float, seed:
     losses = []
     for step in tqdm(range(steps), "steps", leave=False, mininterval=5, disable=None):
         at = step % of_epoch
-        order = torch.randperm(len(images), generator=generator) if at == 0 else order
+        if at == 0:
+            order = torch.randperm(len(images), generator=generator)
         picked = order[at * BATCH : (at + 1) * BATCH]
         x = normalize(augment(images[picked], generator))
         with torch.autocast("cpu", torch.bfloat16):

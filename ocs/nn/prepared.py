@@ -87,6 +87,7 @@ class PreparedLayer(nn.Module):
     float_class: ClassVar[type[nn.Module]]
     kind: ClassVar[type[QuantizedLayer]]  # what it will be
     _preparation: Preparation
+    _seen: Seen
 
     def __getattr__(self, name: str) -> Any:
         """Make the quantized weight for whoever reads `weight`; the float one is in `_parameters`."""
@@ -148,18 +149,19 @@ class PreparedLayer(nn.Module):
     def _count_step(self) -> None:
         """Count a training step where the weights changed since the last time; plan anew after so many.
 
-        Optimizers write to parameters, which torch counts. Calling the layer twice between two steps, or again while
-        gradients are computed (checkpointing), changes nothing.
+        Calling the layer twice between two steps, or again while gradients are computed (checkpointing), changes
+        nothing; nor does writing the same values, as DistributedDataParallel does when it begins.
         """
         preparation = self._preparation
         if not self.training or preparation.replan is None:
             return
-        seen = versions_of(self, preparation)
-        if seen == self._seen:
+        versions = versions_of(self, preparation)
+        if versions == self._seen.versions:
             return
+        seen = seen_weights(self, preparation)
+        changed = seen.sums != self._seen.sums
         vars(self)["_seen"] = seen
-        steps = self._buffers[STEPS].add_(1)
-        if int(steps) >= preparation.replan:
+        if changed and int(self._buffers[STEPS].add_(1)) >= preparation.replan:
             self.plan_anew()
 
     @torch.no_grad()
@@ -257,10 +259,23 @@ def added_names(preparation: Preparation) -> Iterator[str]:
     yield from INPUT_BUFFERS[1:]
 
 
+class Seen(NamedTuple):
+    """What tells whether a layer's weights are others than before."""
+
+    versions: tuple[tuple[int, int], ...]  # which tensors hold them, and how often each was written
+    sums: tuple[float, ...]
+
+
 def versions_of(layer: nn.Module, preparation: Preparation) -> tuple[tuple[int, int], ...]:
-    """Tell which tensors hold the weights of a layer, and how often each was written."""
+    """Tell which tensors hold the weights of a layer, and how often each was written, which torch counts."""
     held = (layer._parameters[name] for name in preparation.parameters)
     return tuple((id(each), each._version) for each in held)
+
+
+def seen_weights(layer: nn.Module, preparation: Preparation) -> Seen:
+    """Note the weights of a layer as they are."""
+    held = (layer._parameters[name].detach() for name in preparation.parameters)
+    return Seen(versions_of(layer, preparation), tuple(float(each.sum(dtype=torch.float64)) for each in held))
 
 
 class _PreparedRecurrent(PreparedLayer):
