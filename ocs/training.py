@@ -229,6 +229,8 @@ def _reason_not_trained(plan: LayerPlan) -> str:
         return "its weight is standardized at every call"
     if "forward" in vars(module):
         return f"this {type(module).__name__} has a forward on the instance, as wrappers give it"
+    if getattr(module, "sparse", False):
+        return "its gradients are sparse"
     if any(p is not None and p.is_inference() for p in module._parameters.values()):
         return "its parameters were made in inference mode, where nothing is trained"
     taken = STEPS in vars(module) or STEPS in module._parameters or STEPS in module._buffers or hasattr(module, STEPS)

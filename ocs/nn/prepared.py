@@ -239,6 +239,15 @@ class PreparedLayer(nn.Module):
             vars(twin)[table] = {name: value for name, value in vars(self)[table].items() if name not in added}
         return twin
 
+    def extra_repr(self) -> str:
+        """Show what the float layer shows, then how it is quantized."""
+        preparation = self._preparation
+        splits = sum(self._tensor(weight_buffers(name)[2]).numel() for name in preparation.names)
+        splits -= preparation.scheme.groups * sum(self.part(name).weight.shape[1] for name in preparation.names)
+        shown = self.float_class.extra_repr(self)
+        grid = f", input of {preparation.input_grid}" if preparation.input_grid else ""
+        return f"{shown}{', ' if shown else ''}bits={preparation.scheme.bits}, splits={splits}{grid}"
+
     def __reduce_ex__(self, protocol: int) -> Any:
         """Name what the class is made of, as it has no name in a module."""
         kind: Any = self.kind

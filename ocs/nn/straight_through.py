@@ -73,6 +73,8 @@ def passed(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tenso
 class _FoldedWeight(torch.autograd.Function):
     """See trained_weight()."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
         """Quantize and fold: float32 [O, C, ...]."""
