@@ -32,7 +32,7 @@ from ocs.model.rewrite import NewEntry, Slot, exchange, for_a_while, keeps_grad_
 from ocs.model.targets import Target, find_targets
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.input import ActScale
-from ocs.nn.prepared import STEPS, Preparation, PreparedLayer, prepared_class, seen_weights
+from ocs.nn.prepared import STEPS, Preparation, PreparedLayer, prepared_class, weight_sums
 from ocs.nn.state import weight_buffers
 from ocs.plan.call import explained_call
 from ocs.plan.choose import choose
@@ -267,7 +267,7 @@ def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | Ne
     for name, tensor in (*sources.items(), (STEPS, torch.zeros((), dtype=torch.int64, device=device))):
         yield NewEntry(layer._buffers, name, tensor.clone())
     yield NewEntry(vars(layer), "_preparation", preparation)
-    yield NewEntry(vars(layer), "_seen", seen_weights(layer, preparation))
+    yield NewEntry(vars(layer), "_seen", weight_sums(layer, preparation))
     yield Slot(Place(layer, "__class__", object.__setattr__, getattr), prepared_class(type(layer), plan.kind))
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Everything, SmallNet, assert_unchanged, state
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +28,7 @@ import ocs
 from ocs.functional import plan_splits
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.prepared import PreparedLayer
+from ocs.plan.options import TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +95,7 @@ OPTIONS = {
     "naive": {"wbits": 8, "r": 0.5, "split": "naive", "select": "error", "granularity": "channel", "replan": None},
     "inputs": {"wbits": 5, "abits": 4, "act_clip": "mse", "act_r": 0.2, "act_select": "max", "act_signed": "auto"},
 }
+CASES = [each for each in itertools.product(KINDS, OPTIONS) if each != ("experts", "inputs")]  # which nobody sees
 
 
 def leaves(output: Any) -> list[Tensor]:
@@ -110,8 +116,7 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "options"), CASES)
 def test_the_quantized_layer_before_and_after_training(kind: str, options: str) -> None:
     torch.manual_seed(0)
     build, inputs = KINDS[kind]
@@ -120,8 +125,6 @@ def test_the_quantized_layer_before_and_after_training(kind: str, options: str) 
         if parameter.dim() > 1:
             parameter.data[:, 0] *= 5
     if "abits" in given:
-        if kind == "experts":
-            pytest.skip("what experts meet is not seen")
         recurrent = isinstance(net.layer, nn.RNNBase | nn.RNNCellBase)
         given |= {"calibration": lambda model: model(*x), "overrides": {"layer": {"abits": 4}} if recurrent else {}}
     quantized = copy.deepcopy(net)
@@ -164,11 +167,14 @@ def momentum(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
 
 
-def train(net: nn.Module, steps: int, optimizer: Any = None, call: Callable[[Tensor], Tensor] | None = None) -> Any:
+def train(
+    net: nn.Module, steps: int, optimizer: Any = None, call: Callable[[Tensor], Tensor] | None = None,
+    images: Tensor = IMAGES, labels: Tensor = LABELS,
+) -> Any:  # fmt: skip
     optimizer = momentum(net) if optimizer is None else optimizer
     net.train()
     for _ in range(steps):
-        loss = F.cross_entropy((net if call is None else call)(IMAGES), LABELS)
+        loss = F.cross_entropy((net if call is None else call)(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -275,42 +281,28 @@ def test_as_a_function_of_its_parameters() -> None:
         torch.testing.assert_close(found[name], parameter.grad)
 
 
-RANK = """
-import os, sys
-sys.path[:0] = [os.environ["TESTS"]]
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from test_training import IMAGES, LABELS, prepared, momentum
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-net = prepared(r=0.3)
-net.body[1] = torch.nn.Identity()
-wrapped = DistributedDataParallel(net)
-optimizer = momentum(wrapped)
-wrapped.train()
-for _ in range(4):
-    loss = torch.nn.functional.cross_entropy(wrapped(IMAGES[rank::2]), LABELS[rank::2])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-torch.save(net.state_dict(), os.environ["OUT"] + str(rank))
-dist.destroy_process_group()
-"""
+def train_rank(rank: int, folder: Path) -> dict[str, Tensor]:
+    """Train as one of two ranks, on half of the images; returns the state."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        net = prepared()
+        net.body[1] = nn.Identity()  # a BatchNorm would see half a batch
+        wrapped = DistributedDataParallel(net)
+        train(wrapped, 4, images=IMAGES[rank::2], labels=LABELS[rank::2])
+        return net.state_dict()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_ranks_train_one_model(tmp_path: Path) -> None:
     """Whose gradients are the mean of theirs: the same as one process on all images, splits and all."""
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"TESTS": str(Path(__file__).parent), "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "rank.py")], env=env, check=False, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
-    alone = prepared(r=0.3)
+    code = "import sys, torch, pathlib; from test_training import *; torch.set_num_threads(1)\n"
+    code += "folder = pathlib.Path(sys.argv[1]); torch.save(train_rank(1, folder), folder / 'state')"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": path})
+    first = train_rank(0, tmp_path)
+    assert other.wait(300) == 0
+    second, alone = torch.load(tmp_path / "state"), prepared()
     alone.body[1] = nn.Identity()
     train(alone, 4)
     for name, tensor in alone.state_dict().items():
@@ -339,6 +331,29 @@ def test_splits_are_planned_anew_as_often_as_asked() -> None:
                 optimizer.param_groups[0]["params"][0].mul_(1.0)
                 net.eval()(IMAGES)
         assert found == changes
+
+
+@pytest.mark.parametrize("how", ["foreach", "fused", "data"])
+def test_whoever_writes_the_weights_counts(how: str) -> None:
+    net = prepared(replan=5)
+    if how == "data":
+        for _ in range(3):
+            net(IMAGES)
+            for parameter in net.parameters():
+                parameter.data.add_(0.01)
+    else:
+        train(net, 3, torch.optim.AdamW(net.parameters(), 0.01, **{how: True}))
+    net(IMAGES)
+    assert net.head.steps == 3
+
+
+def test_prepare_has_the_options_of_quantize() -> None:
+    of_quantize, ours = (dict(inspect.signature(each).parameters) for each in (ocs.quantize, ocs.training.prepare))
+    own = {each.name: each.default for each in fields(TrainingOptions)}
+    assert {name: each.default for name, each in ours.items() if name not in of_quantize} == own
+    for name in ours.keys() - own.keys():
+        assert ours[name].default is of_quantize[name].default or ours[name].default == of_quantize[name].default
+    assert all(f"\n        {name}: " in ocs.training.prepare.__doc__ for name in ours)
 
 
 def test_thresholds_are_searched_with_the_splits() -> None:

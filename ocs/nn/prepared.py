@@ -87,7 +87,7 @@ class PreparedLayer(nn.Module):
     float_class: ClassVar[type[nn.Module]]
     kind: ClassVar[type[QuantizedLayer]]  # what it will be
     _preparation: Preparation
-    _seen: Seen
+    _seen: tuple[float, ...]  # the sums of its weights when it was last called in training
 
     def __getattr__(self, name: str) -> Any:
         """Make the quantized weight for whoever reads `weight`; the float one is in `_parameters`."""
@@ -117,7 +117,8 @@ class PreparedLayer(nn.Module):
     @torch.compiler.disable
     def _quantized_parameter(self, parameter: str) -> Tensor:
         """Compute the weights that a parameter holds as the quantized layer does, in the float layer's layout."""
-        self._count_step()
+        if parameter == self._preparation.parameters[0]:  # once in each call
+            self._count_step()
         preparation, old, made = self._preparation, self._parameters[parameter], []
         for name in (name for name in preparation.names if parameter_of(name) == parameter):
             with error_context(preparation.layer):
@@ -147,21 +148,18 @@ class PreparedLayer(nn.Module):
     # --- Splits planned anew
 
     def _count_step(self) -> None:
-        """Count a training step where the weights changed since the last time; plan anew after so many.
+        """Count a training step where the weights are others than the last time; plan anew after so many.
 
-        Calling the layer twice between two steps, or again while gradients are computed (checkpointing), changes
-        nothing; nor does writing the same values, as DistributedDataParallel does when it begins.
+        Calling the layer twice between two steps, or again for gradients (checkpointing), counts nothing.
         """
         preparation = self._preparation
         if not self.training or preparation.replan is None:
             return
-        versions = versions_of(self, preparation)
-        if versions == self._seen.versions:
+        sums = weight_sums(self, preparation)
+        if sums == self._seen:
             return
-        seen = seen_weights(self, preparation)
-        changed = seen.sums != self._seen.sums
-        vars(self)["_seen"] = seen
-        if changed and int(self._buffers[STEPS].add_(1)) >= preparation.replan:
+        vars(self)["_seen"] = sums
+        if int(self._buffers[STEPS].add_(1)) >= preparation.replan:
             self.plan_anew()
 
     @torch.no_grad()
@@ -268,23 +266,10 @@ def added_names(preparation: Preparation) -> Iterator[str]:
     yield from INPUT_BUFFERS[1:]
 
 
-class Seen(NamedTuple):
-    """What tells whether a layer's weights are others than before."""
-
-    versions: tuple[tuple[int, int], ...]  # which tensors hold them, and how often each was written
-    sums: tuple[float, ...]
-
-
-def versions_of(layer: nn.Module, preparation: Preparation) -> tuple[tuple[int, int], ...]:
-    """Tell which tensors hold the weights of a layer, and how often each was written, which torch counts."""
-    held = (layer._parameters[name] for name in preparation.parameters)
-    return tuple((id(each), each._version) for each in held)
-
-
-def seen_weights(layer: nn.Module, preparation: Preparation) -> Seen:
-    """Note the weights of a layer as they are."""
+def weight_sums(layer: nn.Module, preparation: Preparation) -> tuple[float, ...]:
+    """Sum each parameter that holds weights of a layer: other weights have other sums."""
     held = (layer._parameters[name].detach() for name in preparation.parameters)
-    return Seen(versions_of(layer, preparation), tuple(float(each.sum(dtype=torch.float64)) for each in held))
+    return tuple(float(each.sum(dtype=torch.float64)) for each in held)
 
 
 class _PreparedRecurrent(PreparedLayer):
