@@ -148,7 +148,8 @@ def prepare(
 def convert(model: nn.Module, *, expand: bool = False) -> Report:
     """Put quantized layers in the place of prepared ones, with their integers as they are now: ocs.quantize's layers.
 
-    In eval mode the outputs are the same, bit for bit. Whatever fails, the model is as it was.
+    In eval mode the outputs are the same, bit for bit (without gradients: with them, torch takes other kernels for its
+    encoder layers). Whatever fails, the model is as it was.
 
     Args:
         model: one that `prepare` prepared, trained or not.
