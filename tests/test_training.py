@@ -480,3 +480,16 @@ def test_gradients_reach_every_weight_of_a_model_that_learns() -> None:
     assert all(
         parameter.grad is not None for parameter in itertools.chain(net.body.parameters(), net.head.parameters())
     )
+
+
+def test_embeddings_train_where_an_override_asks_for_it() -> None:
+    for sparse in (False, True):
+        net = nn.Sequential(nn.Embedding(20, 8, padding_idx=2, sparse=sparse), nn.Linear(8, 16))
+        report = ocs.training.prepare(net, wbits=4, overrides={"0": {"wbits": 3}})
+        words = torch.arange(20)
+        net(words).square().sum().backward()
+        before = outputs(net, (words,))
+        ocs.training.convert(net)
+        assert equal(outputs(net, (words,)), before)
+        assert [line.reason for line in report.layers] == ["its gradients are sparse" if sparse else "", ""]
+        assert isinstance(net[0], QuantizedLayer) is not sparse
