@@ -99,7 +99,7 @@ def prepare(
         clip: where thresholds start and, where they are searched, what searches them. For 4 bits and fewer "mse" is a
             better start than the paper's "none".
         granularity: one scale per "tensor", or per output "channel".
-        split: "qa" or "naive".
+        split: "qa", "naive" or "even".
         rounding: "nearest" or "squant".
         abits: 2 to 8 bits for the input of each layer; None keeps inputs float.
         act_clip: where thresholds of inputs start.

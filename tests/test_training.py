@@ -92,6 +92,7 @@ OPTIONS = {
     "two bits": {"wbits": 2, "clip": "mse"},
     "splits": {"wbits": 3, "r": 0.3, "clip": 0.7},
     "searched": {"wbits": 4, "r": 0.3, "granularity": "channel", "thresholds": "searched", "recipe": "best"},
+    "even": {"wbits": 4, "r": 0.6, "split": "even", "clip": "mse", "rounding": "squant"},
     "naive": {"wbits": 8, "r": 0.5, "split": "naive", "select": "error", "granularity": "channel", "replan": None},
     "inputs": {"wbits": 5, "abits": 4, "act_clip": "mse", "act_r": 0.2, "act_select": "max", "act_signed": "auto"},
 }

@@ -24,7 +24,7 @@ from ocs.errors import error_context
 from ocs.kernels.constants import qmax
 from ocs.nn.base import QuantizedLayer, memory_format
 from ocs.nn.input import InputGrid, QuantizedInput
-from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, round_folded, static_parts
+from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, parts_of, round_folded, static_parts
 from ocs.nn.input_rows import round_rows
 from ocs.nn.own_forward import QuantOwnForward, own_forward
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
@@ -33,11 +33,11 @@ from ocs.nn.straight_through import (
     TrainedGrid,
     positive,
     split_integers,
-    split_places,
     trained_weight,
 )
 from ocs.nn.weights import parameter_of
 from ocs.weight.apply_plan import quantize_plan
+from ocs.weight.plan import split_plan_of
 from ocs.weight.selection import choose_splits
 from ocs.weight.types import QuantizedWeight, Scheme, Select, SplitPlan
 
@@ -140,10 +140,10 @@ class PreparedLayer(nn.Module):
     @torch.no_grad()
     def split_plan(self, name: str) -> SplitPlan:
         """Give the splits of a weight as they are, tensors of their own."""
-        groups, (weight, _, source) = self._preparation.scheme.groups, self.part(name)
-        channel_max = torch.ops.ocs.channel_max(weight.detach().float(), groups)
-        depth, offset = split_places(source, channel_max.numel())
-        return SplitPlan(source.clone(), depth, offset, torch.ldexp(channel_max[source], -depth), channel_max)
+        scheme, (weight, _, source) = self._preparation.scheme, self.part(name)
+        channel_max = torch.ops.ocs.channel_max(weight.detach().float(), scheme.groups)
+        parts, offset = parts_of(source, channel_max.numel(), scheme.split)
+        return split_plan_of(source.clone(), parts.int(), offset.int(), channel_max[source] / parts, channel_max)
 
     # --- Splits planned anew
 

@@ -2,8 +2,8 @@
 
 Forwards, a weight w is what the quantized layer computes with: split, rounded with scale s, folded (the same kernels,
 so equal bit for bit). Backwards, rounding counts as the identity within the grid and as a constant beyond it: a part
-of depth m of a channel is w 2^-m, and passes 2^-m of the gradient where |w| 2^-m is within the threshold. With a the
-sum of what passes (1 inside, 0 outside where nothing is split),
+that is one of n of a channel is w / n, and passes 1 / n of the gradient where |w| / n is within the threshold. With a
+the sum of what passes (1 inside, 0 outside where nothing is split),
 
     d w_hat / d w = a,    d w_hat / d s = (w_hat - a w) / s,
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ocs.kernels.constants import SMALLEST, qmax
-from ocs.nn.input_parts import halves_of, whole_halvings
+from ocs.nn.input_parts import largest_part, parts_of
 from ocs.weight.types import Rounding, Split
 
 
@@ -32,26 +32,17 @@ class TrainedGrid(NamedTuple):
 
     @property
     def edge(self) -> float:
-        """The largest |w| 2^-m, in steps, through which gradients pass."""
+        """The largest |w| / n, in steps, through which gradients pass."""
         return qmax(self.bits) + (0.0 if self.learned else 0.5)
-
-
-def split_places(source: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Tell how deep each copy is and which of its channel's parts, int32 both, by the order of copies in `source`.
-
-    Each split halves the largest copy of its channel, so that the order says all.
-    """
-    parts, offset = halves_of(source, channels)
-    return (torch.frexp(parts.float())[1] - 1).int(), offset.int()
 
 
 def split_integers(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
     """Quantize a float32 weight [O, C, ...] with the splits that `source` [G (C + n)] says: int8 [O, C + n, ...]."""
-    places = split_places(source, grid.groups * w.shape[1])
-    args = (w, scale, source, *places, grid.groups, grid.bits)
+    parts, offset = parts_of(source, grid.groups * w.shape[1], grid.split)
+    args = (w, scale, source, parts.int(), offset.int(), grid.groups, grid.bits)
     if grid.rounding == "squant":
         return torch.ops.ocs.squant_weight(*args)
-    return torch.ops.ocs.quantize_weight(*args, grid.split == "qa")
+    return torch.ops.ocs.quantize_weight(*args, grid.split != "naive")
 
 
 def passed(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
@@ -61,12 +52,12 @@ def passed(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tenso
     if source.numel() == grid.groups * w.shape[1]:
         return (u <= grid.edge).to(w.dtype)
     splits = torch.bincount(source, minlength=grid.groups * w.shape[1]) - 1
-    level = whole_halvings(splits)
-    deeper = 2 * (splits + 1 - 2**level)  # copies at depth level + 1, the others at depth level
+    n = largest_part(splits, grid.split)
+    smaller = torch.zeros_like(n) if grid.split == "even" else 2 * (splits + 1 - n)  # parts of 2 n, the others of n
     shape = (grid.groups, 1, -1, *[1] * (w.dim() - 2))
-    size, whole, halved = ((2.0**level).view(shape), (splits + 1 - deeper).view(shape), deeper.view(shape))
+    n, larger, smaller = (each.view(shape).to(w.dtype) for each in (n, splits + 1 - smaller, smaller))
     u = u.unflatten(0, (grid.groups, -1))
-    share = whole / size * (u <= grid.edge * size) + halved / (2 * size) * (u <= 2 * grid.edge * size)
+    share = larger / n * (u <= grid.edge * n) + smaller / (2 * n) * (u <= 2 * grid.edge * n)
     return share.flatten(0, 1)
 
 

@@ -52,7 +52,8 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
         ValueError: calibration is missing, empty, of another model, or has no effect on these plans.
     """
     sample, calibration = _with_sample(options)
-    seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None)
+    equalized = options.equalize and any(plan.quantizes_input for plan in plans)
+    seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None or equalized)
     plans = [_left_where_unreached(plan, seen) for plan in plans]
     means = _means(model, plans, seen)
     gain = _gain(model, plans)

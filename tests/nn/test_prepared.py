@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import ocs
 from ocs.functional import fake_quantize, fold, plan_splits, quantize_weight
 from ocs.kernels import ops
-from ocs.nn.straight_through import TrainedGrid, split_places, trained_weight
+from ocs.nn.input_parts import parts_of
+from ocs.nn.straight_through import TrainedGrid, trained_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,13 +44,13 @@ def test_weights_without_splits_have_the_gradients_of_lsq(bits: int, granularity
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("split", ["qa", "naive"])
+@pytest.mark.parametrize("split", ["qa", "naive", "even"])
 def test_copies_pass_what_is_within_their_threshold(split: str, groups: int) -> None:
     w = torch.from_numpy(outlier_weight((6, 8, 2)))
     w[:, 2] *= 8
     w[:3, 5] *= 4
-    plan = plan_splits(w, 0.7, groups=groups)
-    assert plan.depth.max() >= 2
+    plan = plan_splits(w, 0.7, groups=groups, split=split)
+    assert plan.parts.max() >= 4
     q = quantize_weight(w, 3, 0.7, clip=0.25, split=split, groups=groups)
     w.requires_grad_()
     q.scale.requires_grad_()
@@ -60,9 +61,9 @@ def test_copies_pass_what_is_within_their_threshold(split: str, groups: int) -> 
     share, rows = torch.zeros_like(w), 6 // groups
     for j, channel in enumerate(q.source.tolist()):
         g, c = divmod(channel, 8)
-        part = w.detach()[g * rows : (g + 1) * rows, c] * 0.5 ** int(plan.depth[j])
-        share[g * rows : (g + 1) * rows, c] += (part.abs() / q.scale.detach() <= 3) * 0.5 ** int(plan.depth[j])
-    assert ((share > 0) & (share < 1)).any()
+        part = w.detach()[g * rows : (g + 1) * rows, c] / int(plan.parts[j])
+        share[g * rows : (g + 1) * rows, c] += (part.abs() / q.scale.detach() <= 3) / int(plan.parts[j])
+    assert ((share > 0.1) & (share < 0.9)).any() == (split != "even")  # equal parts pass all, or none
     torch.testing.assert_close(of_w, grad * share)
     expected = grad * (w_hat - share * w).detach() / q.scale.detach()
     torch.testing.assert_close(of_s, expected.sum() / math.sqrt(96 * 3))
@@ -76,13 +77,14 @@ def test_what_rounds_to_the_grid_passes_where_thresholds_are_searched() -> None:
         assert of_w.tolist() == [expected]
 
 
+@pytest.mark.parametrize("split", ["qa", "even"])
 @pytest.mark.parametrize(("r", "groups"), [(0.4, 1), (1.0, 1), (0.7, 2)])
-def test_the_order_of_copies_says_their_places(r: float, groups: int) -> None:
+def test_the_order_of_copies_says_their_places(r: float, groups: int, split: str) -> None:
     w = torch.from_numpy(outlier_weight((4, 30, 2)))
-    plan = plan_splits(w, r, groups=groups)
-    depth, offset = split_places(plan.source, groups * 30)
-    assert torch.equal(depth, plan.depth)
-    assert torch.equal(offset, plan.offset)
+    plan = plan_splits(w, r, groups=groups, split=split)
+    parts, offset = parts_of(plan.source, groups * 30, split)
+    assert torch.equal(parts.int(), plan.parts)
+    assert torch.equal(offset.int(), plan.offset)
 
 
 def test_no_number_stays_none() -> None:
