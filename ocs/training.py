@@ -171,10 +171,9 @@ def convert(model: nn.Module, *, expand: bool = False) -> Report:
         targets = for_a_while(steps, partial(find_targets, model))
         layers = {id(twins[id(layer)]): layer for layer in prepared.values()}
         results = [_converted(target, layers.get(id(target.module)), expand) for target in targets]
-    replacements = {
-        id(layers[id(result.plan.module)]): result.replacement for result in results if result.replacement is not None
-    }
-    report = _report(model, results, replacements, {"expand": expand}, begin)
+    of_twins = {id(result.plan.module): result.replacement for result in results if result.replacement is not None}
+    report = for_a_while(steps, partial(_report, model, results, of_twins, {"expand": expand}, begin))
+    replacements = {id(layers[twin]): replacement for twin, replacement in of_twins.items()}
     exchange([*module_slots(model, replacements), *refused_slots(model, replacements)])
     return report
 
@@ -188,9 +187,14 @@ def _report(
     """Say what became of each layer."""
     lines, sizes = report_lines(results), sizes_of(model, replacements)
     packed = sum(line.packed_bytes or 0 for line in lines)
-    seconds = time.perf_counter() - begin
     return Report(
-        tuple(lines), settings, seconds, {}, sizes.model, sizes.weights, sizes.float_weights, sizes.beside + packed
+        tuple(lines),
+        settings,
+        time.perf_counter() - begin,
+        model_bytes=sizes.model,
+        weight_bytes=sizes.weights,
+        float_weight_bytes=sizes.float_weights,
+        file_bytes=sizes.beside + packed,
     )
 
 

@@ -392,10 +392,13 @@ def test_everything_and_back(tmp_path: Path) -> None:
     assert isinstance(net.again, PreparedLayer)
     before, twin = outputs(net, inputs), copy.deepcopy(net)
     converted = ocs.training.convert(net)
+    assert "9 layers quantized (17 weights), 3 left float" in str(report)
+    assert "learned" in str(converted)
     assert equal(outputs(net, inputs), before)
     assert net.again is net.net.head
     assert not any(isinstance(each, PreparedLayer) for each in net.modules())
-    assert converted.packed_bytes == report.packed_bytes
+    for total in ("packed_bytes", "model_bytes", "weight_bytes", "float_weight_bytes", "file_bytes"):
+        assert getattr(converted, total) == getattr(report, total) > 0, total
     assert {line.clip for line in converted.quantized} == {"learned"}
     ocs.save(net, tmp_path / "model")
     other = Everything().eval()

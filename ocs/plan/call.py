@@ -44,7 +44,10 @@ def explained_call(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if len(args) > 1:
             example = f"wbits={args[1]!r}" if isinstance(args[1], int) else "wbits=..., ..."
-            raise TypeError(f"{function.__name__} takes its options by name: ocs.{function.__name__}(model, {example})")
+            home = "ocs.training" if function.__module__ == "ocs.training" else "ocs"
+            raise TypeError(
+                f"{function.__name__} takes its options by name: {home}.{function.__name__}(model, {example})"
+            )
         unknown = next((name for name in kwargs if name not in own.parameters), None)
         if unknown is not None:
             raise TypeError(f"{function.__name__} has no option {unknown!r}: {meant(unknown, names)}")
