@@ -238,10 +238,9 @@ def _reason_not_trained(plan: LayerPlan) -> str:
         return "its gradients are sparse"
     if any(p is not None and p.is_inference() for p in module._parameters.values()):
         return "its parameters were made in inference mode, where nothing is trained"
-    taken = STEPS in vars(module) or STEPS in module._parameters or STEPS in module._buffers or hasattr(module, STEPS)
-    return (
-        f"{type(module).__name__} has an attribute {STEPS}, a name that prepared layers use: rename it" if taken else ""
-    )
+    if hasattr(module, STEPS):
+        return f"{type(module).__name__} has an attribute {STEPS}, a name that prepared layers use: rename it"
+    return ""
 
 
 def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | NewEntry]:
@@ -249,13 +248,18 @@ def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | Ne
     layer, plan, options, quantized = result.plan.target.module, result.plan, result.options, result.replacement
     learned = training.thresholds == "learned"
     scheme = LayerQuantizer(plan, InputFacts()).scheme(result.weights[0].name, options)
-    names, grid, ranges = (
-        tuple(quantized.channels),
-        quantized.input_grid,
-        (quantized.input_range, quantized.output_range),
-    )
     preparation = Preparation(
-        plan.name, scheme, options.select, learned, training.replan, names, grid, options, *ranges, plan.overridden
+        layer=plan.name,
+        scheme=scheme,
+        select=options.select,
+        learned=learned,
+        replan=training.replan,
+        names=tuple(quantized.channels),
+        input_grid=quantized.input_grid,
+        options=options,
+        input_range=quantized.input_range,
+        output_range=quantized.output_range,
+        overridden=plan.overridden,
     )
     scales = {weight_buffers(each.name)[1]: each.quantization.quantized.scale for each in result.weights}
     sources = {weight_buffers(each.name)[2]: each.quantization.quantized.source for each in result.weights}

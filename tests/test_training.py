@@ -269,8 +269,9 @@ def test_compiled() -> None:
         torch.testing.assert_close(first, second)
 
 
-def test_as_a_function_of_its_parameters() -> None:
-    net = prepared().eval()
+@pytest.mark.parametrize("options", [{}, {"abits": 4, "act_clip": "mse", "calibration": [IMAGES]}])
+def test_as_a_function_of_its_parameters(options: dict[str, Any]) -> None:
+    net = prepared(**options).eval()
     parameters = {name: each.detach() for name, each in net.named_parameters()}
 
     def total(given: dict[str, Tensor]) -> Tensor:

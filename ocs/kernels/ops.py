@@ -60,13 +60,19 @@ class LearnedStep(torch.autograd.Function):
     smallest integer beyond.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
         """x_hat, in x's shape and dtype."""
-        x_hat = torch.ops.ocs.fake_quantize(x, scale, bits, signed)
-        ctx.save_for_backward(x, x_hat, scale)
+        return torch.ops.ocs.fake_quantize(x, scale, bits, signed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Remembers what both gradients need."""
+        x, scale, bits, signed = inputs
+        ctx.save_for_backward(x, output, scale)
         ctx.grid = composite.grid(bits, signed)
-        return x_hat
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -118,11 +118,17 @@ def positive(scale: Tensor) -> Tensor:
 class ScaledGradient(torch.autograd.Function):
     """The identity, whose gradient is multiplied by a number."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+    def forward(x: Tensor, factor: float) -> Tensor:
         """Give x itself."""
-        ctx.factor = factor
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the number."""
+        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
