@@ -126,3 +126,15 @@ def test_a_layer_scales_the_gradient_of_its_inputs_scale(act_r: float) -> None:
             inside, of_s = lsq(part, s, -3, 3, torch.round(part / s))
             expected += (of_input[:, c] * (of_s + ((k + 0.5) / n - 0.5) * inside)).sum()
     torch.testing.assert_close(layer.input_scale.grad, expected / math.sqrt(6 * 5 * 5 * 3), rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_that_crossed_zero_is_its_size() -> None:
+    net = nn.Sequential(nn.Linear(6, 4))
+    ocs.training.prepare(net, wbits=3, r=0.3)
+    weight = net[0].weight.detach()
+    with torch.no_grad():
+        net[0].scale.neg_()
+    assert torch.equal(net[0].weight, weight)
+    with torch.no_grad():
+        net[0].scale.zero_()
+    assert net[0].weight.isfinite().all()
