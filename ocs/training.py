@@ -209,7 +209,9 @@ def _check_fresh(model: Any) -> None:
         raise ValueError(f"{found or 'model'}: prepared already; train it, then ocs.training.convert(model)")
 
 
-_NOT_TRAINED = {"wbits": "auto", "rounding": "gptq", "correct_bias": True, "act_split": "oracle"}
+_NOT_TRAINED = {
+    "wbits": "auto", "granularity": "group", "rounding": "gptq", "correct_bias": True, "act_split": "oracle"
+}  # fmt: skip
 
 
 def _trained(plan: LayerPlan) -> LayerPlan:
