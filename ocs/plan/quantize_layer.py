@@ -90,12 +90,13 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
             weights.append(quantizer.quantize_weight(name, options, plan.splits))
     quantized = {each.name: each.quantization.quantized for each in weights}
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
-    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
+    group = options.group if options.granularity == "group" else 0
+    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid, group)
     replacement.settings = options.shown
     if grid is not None and facts.statistics is not None and not plan.rounds_rows:
         replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
         replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
-    _check_range(replacement)
+    check_range(replacement)
     if facts.mean is not None:
         restore_mean(replacement, plan.module.weight, facts.mean.mean)
     if explain:
@@ -155,7 +156,7 @@ class LayerQuantizer:
         """How a weight is quantized by these options."""
         hessian = self.hessians[name] if options.rounding == "gptq" else None
         given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
-        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain)
+        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
 
     def quantize_weight(
         self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None
@@ -204,7 +205,7 @@ class LayerQuantizer:
         return 1 + weight.groups * splits
 
 
-def _check_range(layer: QuantizedLayer) -> None:
+def check_range(layer: QuantizedLayer) -> None:
     """Refuse weights that the layer's dtype cannot hold once they are rounded: up, or copies added up."""
     for name in layer.channels:
         weight = layer._buffers[layer.forward_buffer(name)]

@@ -22,7 +22,7 @@ import table5
 import table6
 import torch
 from cells import FLOAT, Cell, Run, Store
-from layout import Block, aligned, as_csv, markdown, picture, records
+from layout import Block, aligned, as_csv, markdown, records
 from ranks import Ranks
 from results import fill
 from tasks import PERPLEXITY, TOP1, perplexity, wilson
@@ -233,15 +233,6 @@ def test_csv_and_records_hold_every_cell() -> None:
     assert rows[2]["r"] == "0.1"
     assert rows[2]["paper"] == "72.0"
     json.dumps(list(records([block()])), allow_nan=False)
-
-
-def test_picture_has_a_panel_for_each_axis() -> None:
-    panels = picture(block(), "Table 0").axes
-    assert [panel.get_xlabel() for panel in panels] == ["bits", "expand ratio r"]
-    labels = [text.get_text() for text in panels[1].get_legend().get_texts()]
-    assert sorted(labels) == ["OCS, bits = 4", "OCS, bits = 5", "float"]
-    one = Block("net", "", TOP1, block().cells[:1], block().results)
-    assert picture(one, "") is None
 
 
 def test_results_page_takes_new_tables_and_keeps_the_rest(tmp_path: Path) -> None:
