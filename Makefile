@@ -1,7 +1,7 @@
 # make demo     set up, then from a float ResNet-20 to integers that run, on real images
 # make tables   the paper's tables and those beyond it, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
-# make sanitize the C kernels of packed weights under GCC's sanitizers, over random shapes and bytes: half a minute
+# make sanitize every C entry under GCC's sanitizers, with random and hostile arguments, in threads too
 # make arm      the same for 64-bit ARM, in an emulator
 # make docs     the site, into build/site: its pages, options, C API, with every link checked
 # make bench    kernels, calibration and whole networks against their rivals
@@ -22,7 +22,10 @@ export OCS_WERROR ?= $(CI)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 C_FILES := $(wildcard $(foreach ending,c h def cpp,csrc/*.$(ending) csrc/*/*.$(ending) tests/c/*.$(ending)))
 KERNELS := $(wildcard csrc/*.c csrc/arch/*.c)
-KERNEL_TEST := -std=c11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc tests/c/products.c $(KERNELS)
+C_TEST := -std=c11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc $(KERNELS)
+KERNEL_TEST := $(C_TEST) tests/c/products.c
+ENTRY_TEST := $(C_TEST) tests/c/entries.c
+STRICT := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist
@@ -79,6 +82,10 @@ sanitize:
 	@mkdir -p build
 	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover $(KERNEL_TEST) -o build/sanitize -lm
 	build/sanitize 5000
+	$(CC) -O1 $(STRICT) $(ENTRY_TEST) -o build/entries -lm -pthread
+	ASAN_OPTIONS=allocator_may_return_null=1 build/entries 5000
+	$(CC) -O1 -fsanitize=thread $(ENTRY_TEST) -o build/threads -lm -pthread
+	TSAN_OPTIONS="allocator_may_return_null=1 halt_on_error=1" build/threads 100 4
 
 ARM := aarch64-linux-gnu
 

@@ -7,8 +7,8 @@
 
 #include <stdlib.h>
 
-static void *arrays[64];
-static int array_count;
+static _Thread_local void *arrays[64];
+static _Thread_local int array_count;
 
 static inline void *new_array(int64_t count, size_t size) {
     void *array = count > 0 ? calloc((size_t)count, size) : NULL;
@@ -22,7 +22,7 @@ static inline void free_arrays(void) {
     }
 }
 
-static uint64_t seed = 1;
+static _Thread_local uint64_t seed = 1;
 
 /* 0 .. n - 1 */
 static inline int64_t any(int64_t n) {
@@ -31,11 +31,11 @@ static inline int64_t any(int64_t n) {
 }
 
 static inline float *any_floats(int64_t count) {
-    static const float odd[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1e-42f, -3e38f, 1e30f};
+    static const float odd[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, -NAN, 1e-42f, -3e38f, 1e30f};
     float *x = new_array(count, sizeof *x);
     const bool some_odd = any(4) == 0;
     for (int64_t i = 0; i < count; ++i) {
-        x[i] = some_odd && any(20) == 0 ? odd[any(8)] : (float)(any(4001) - 2000) * 1e-3f;
+        x[i] = some_odd && any(20) == 0 ? odd[any(9)] : (float)(any(4001) - 2000) * 1e-3f;
     }
     return x;
 }
