@@ -53,7 +53,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
             tensors, parameters without values.
     """
     check_order("ocs.save(model, path)", model, path)
-    _write(*stored(unwrapped(model), progress), path)
+    write_model(model, path, {}, progress)
+
+
+def write_model(
+    model: nn.Module, path: str | os.PathLike[str], notes: Mapping[str, str], progress: bool | None = None
+) -> None:
+    """Save a model as save() does, with more entries in the file's metadata, which load() does not look at."""
+    tensors, metadata = stored(unwrapped(model), progress)
+    _write(tensors, {**notes, **metadata}, path)
 
 
 def stored(model: nn.Module, progress: bool | None = False) -> tuple[dict[str, Tensor], dict[str, str]]:

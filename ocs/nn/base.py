@@ -282,7 +282,7 @@ class QuantizedLayer(nn.Module):
 
     def set_forward_buffer(self, buffer: str, weight: Tensor, like: Tensor) -> None:
         """Put a weight into a buffer that forward reads, in the dtype and memory format of `like`."""
-        self._buffers[buffer] = weight.to(like.dtype).contiguous(memory_format=_memory_format(like))
+        self._buffers[buffer] = weight.to(like.dtype).contiguous(memory_format=memory_format(like))
 
     def round_input(self, x: Tensor) -> Tensor:
         """Round an input to its grid, the parts of split channels added up; a float input stays as it is."""
@@ -437,7 +437,8 @@ def state_hooks(layer: nn.Module) -> list[Callable[..., Any]]:
     return [getattr(hook, "hook", hook) for hook in hooks]  # those before loading are wrapped
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """Find the memory format of a weight."""
     if weight.is_contiguous():
         return torch.contiguous_format
     for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):

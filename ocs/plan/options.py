@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ActSelect = Literal["percentile", "max", "error"]
 Allocate = Literal["uniform", "knapsack", "error"]
 Recipe = Literal["paper", "best"]
+Thresholds = Literal["learned", "searched"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as plain Python has it, or a ValueError
 
 
@@ -84,6 +85,12 @@ def _signed(name: str, value: Any) -> bool | str:
 def _budget(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name}={value!r}: use a positive integer, bytes")
+    return int(value)
+
+
+def _steps(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name}={value!r}: use a positive number of training steps, or None")
     return int(value)
 
 
@@ -222,6 +229,18 @@ class ModelOptions:
         }
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is asked for of training beyond how layers are quantized; see ocs.training.prepare()."""
+
+    thresholds: Thresholds = _option("learned", _one_of(Thresholds), "weights' and inputs' thresholds while training")
+    replan: int | None = _option(100, _or(None, _steps), "training steps after which splits are planned anew")
+
+    def __post_init__(self) -> None:
+        for name, definition in definitions(TrainingOptions).items():
+            object.__setattr__(self, name, definition.check(name, getattr(self, name)))
+
+
 def shown_value(value: Any) -> Any:
     """Name a callable; leave all else as it is."""
     return shown_selector(value) if callable(value) else value
@@ -236,7 +255,11 @@ class Request(NamedTuple):
 
     @staticmethod
     def of(arguments: Mapping[str, Any]) -> Request:
-        """Check the arguments of quantize(), by name; a ValueError or TypeError says which is out of range."""
+        """Check the arguments of quantize(), by name; a ValueError or TypeError says which is out of range.
+
+        Options that are not among them are as by default.
+        """
+        arguments = _DEFAULTS | arguments
         whole = ModelOptions(**{name: arguments[name] for name in definitions(ModelOptions)})
         given = {
             name: arguments[name]
@@ -252,3 +275,10 @@ def _check_group_has_effect(options: Collection[Mapping[str, Any]]) -> None:
     group = next((each["group"] for each in options if each.get("group", GROUP) != GROUP), None)
     if group is not None and all(each.get("granularity") != "group" for each in options):
         raise ValueError(f"group={group!r} has no effect: it is for granularity='group'")
+
+
+_DEFAULTS = {
+    each.name: None if each.metadata["definition"].left_open else each.default
+    for options in (LayerOptions, ModelOptions)
+    for each in fields(options)
+}

@@ -96,7 +96,7 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     if grid is not None and facts.statistics is not None and not plan.rounds_rows:
         replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
         replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
-    _check_range(replacement)
+    check_range(replacement)
     if facts.mean is not None:
         restore_mean(replacement, plan.module.weight, facts.mean.mean)
     if explain:
@@ -205,7 +205,7 @@ class LayerQuantizer:
         return 1 + weight.groups * splits
 
 
-def _check_range(layer: QuantizedLayer) -> None:
+def check_range(layer: QuantizedLayer) -> None:
     """Refuse weights that the layer's dtype cannot hold once they are rounded: up, or copies added up."""
     for name in layer.channels:
         weight = layer._buffers[layer.forward_buffer(name)]
