@@ -124,7 +124,8 @@ def prepare(
 
     Raises:
         ValueError: as ocs.quantize does; an override asks for what does not train (rounding="gptq", wbits="auto",
-            correct_bias, Oracle OCS, hidden states that are quantized), or the model is prepared already.
+            granularity="group", correct_bias, Oracle OCS, hidden states that are quantized), or the model is prepared
+            already.
         TypeError: as ocs.quantize does.
     """
     begin, request = time.perf_counter(), Request.of({k: v for k, v in locals().items() if k in _REQUESTED})
@@ -209,7 +210,9 @@ def _check_fresh(model: Any) -> None:
         raise ValueError(f"{found or 'model'}: prepared already; train it, then ocs.training.convert(model)")
 
 
-_NOT_TRAINED = {"wbits": "auto", "rounding": "gptq", "correct_bias": True, "act_split": "oracle"}
+_NOT_TRAINED = {
+    "wbits": "auto", "rounding": "gptq", "granularity": "group", "correct_bias": True, "act_split": "oracle",
+}  # fmt: skip
 
 
 def _trained(plan: LayerPlan) -> LayerPlan:
