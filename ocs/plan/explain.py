@@ -50,5 +50,5 @@ def _differ(options: LayerOptions, names: Sequence[str]) -> bool:
 
 def _shown(label: str, options: LayerOptions) -> str:
     if label == "rounding":
-        return "naive" if options.split == "naive" else options.rounding
+        return "naive" if options.split == "naive" else "gptq" if options.learned else options.rounding
     return f"clip {options.clip}" if label == "clip" else label

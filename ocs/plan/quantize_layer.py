@@ -95,7 +95,7 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     if grid is not None and facts.statistics is not None and not plan.rounds_rows:
         replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
         replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
-    _check_range(replacement)
+    check_range(replacement)
     if facts.mean is not None:
         restore_mean(replacement, plan.module.weight, facts.mean.mean)
     if explain:
@@ -124,13 +124,13 @@ class LayerQuantizer:
 
     def possible(self, options: LayerOptions) -> LayerOptions:
         """The options, with nearest rounding where nothing is known that gptq could round by."""
-        if options.rounding == "gptq" and not self.hessians:
+        if options.compensated and not self.hessians:
             return replace(options, rounding="nearest")
         return options
 
     def rounding_note(self, options: LayerOptions) -> str:
         """Say where gptq knew nothing, or little: blocks, or fewer vectors than they have numbers."""
-        if options.rounding != "gptq":
+        if not options.compensated:
             return ""
         if not self.hessians:
             return f"rounded to nearest: {self.plan.kind.unseen(self.plan.module) or 'calibration never reached it'}"
@@ -153,8 +153,9 @@ class LayerQuantizer:
 
     def scheme(self, name: str, options: LayerOptions) -> Scheme:
         """How a weight is quantized by these options."""
-        hessian = self.hessians[name] if options.rounding == "gptq" else None
-        given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
+        hessian = self.hessians[name] if options.compensated else None
+        rounding = "gptq" if options.compensated else options.rounding
+        given = (options.wbits, options.clip, options.granularity, options.split, rounding)
         return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain)
 
     def quantize_weight(
@@ -204,7 +205,7 @@ class LayerQuantizer:
         return 1 + weight.groups * splits
 
 
-def _check_range(layer: QuantizedLayer) -> None:
+def check_range(layer: QuantizedLayer) -> None:
     """Refuse weights that the layer's dtype cannot hold once they are rounded: up, or copies added up."""
     for name in layer.channels:
         weight = layer._buffers[layer.forward_buffer(name)]
@@ -234,7 +235,7 @@ def probe(plan: LayerPlan, bits: int, gain: float) -> tuple[nn.Module, float]:
         plan.options,
         wbits=bits if plan.options.automatic else plan.options.wbits,
         r=0.0,
-        rounding="nearest" if plan.options.rounding == "gptq" else plan.options.rounding,
+        rounding="nearest" if plan.options.compensated else plan.options.rounding,
         abits=None,
         correct_bias=False,
         expand=False,
