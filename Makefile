@@ -1,8 +1,9 @@
-# make demo     set up, then OCS on a trained ResNet-20 and real images
+# make demo     set up, then from a float ResNet-20 to integers that run, on real images
 # make tables   the paper's tables and those beyond it, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
 # make sanitize the C kernels of packed weights under GCC's sanitizers, over random shapes and bytes: half a minute
 # make arm      the same for 64-bit ARM, in an emulator
+# make docs     the site, into build/site: its pages, options, C API, with every link checked
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
 # make compat   the tests against that wheel under another torch, TORCH=2.10.0 say: 7 GB and two minutes to install
@@ -27,13 +28,9 @@ IMAGES := --dataset fashion-mnist
 TEXT := --dataset bible --limit 8000 --out build/tables/lstm
 VIT := --models ViT --out build/tables/vit
 
-.PHONY: demo tables test lint format sanitize arm bench wheel compat clean
+.PHONY: demo tables test lint format sanitize arm docs bench wheel compat clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python benchmarks/tables/table1.py $(IMAGES) --bits 5 4 3 2 --limit 2000 --out build/demo
-	$(BIN)/python benchmarks/tables/table3.py $(IMAGES) --bits 8 6 5 4 3 --limit 500 --out build/demo
-	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES) --out build/demo
-	$(BIN)/python benchmarks/tables/recipes.py --bits 4 3 2 --limit 500 --out build/demo
 	$(BIN)/python examples/demo.py --out build/demo
 
 tables: $(VENV)/.test
@@ -85,6 +82,10 @@ arm:
 	@mkdir -p build
 	$(ARM)-gcc -O2 $(KERNEL_TEST) -o build/arm -lm
 	qemu-aarch64 -L /usr/$(ARM) build/arm 2000
+
+docs: $(VENV)/.test
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,8 @@ from ocs.calibration.run import Data
 from ocs.formats.contents import sizes_of
 from ocs.formats.pretrained import refused_slots
 from ocs.model.batchnorm_folding import Folding, plan_folding
-from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
+from ocs.model.equalization import Equalization
+from ocs.model.rewrite import exchange, for_a_while, keeps_grad_mode, module_slots
 from ocs.model.wrappers import unwrapped
 from ocs.nn.input import ActScale, ActSplit
 from ocs.nn.weights import weights_of
@@ -23,6 +25,7 @@ from ocs.plan.allocate import check_allocation
 from ocs.plan.call import explained_call
 from ocs.plan.choose import choose
 from ocs.plan.coverage import check_coverage
+from ocs.plan.equalize import plan_equalization
 from ocs.plan.input_facts import InputFacts, learn
 from ocs.plan.options import ActSelect, Allocate, Recipe, Request, Rounding
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
@@ -54,6 +57,7 @@ def quantize(
     correct_bias: bool = False,
     calibration: Data | Calibration | None = None,
     fold_bn: bool = False,
+    equalize: bool = False,
     skip: Selector | Collection[Selector] | None = FIRST_LAYER,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     embeddings: bool = False,
@@ -84,19 +88,23 @@ def quantize(
             "auto" is for each layer, or output channel that has a scale, what leaves the least functional.output_error,
             with rounding="gptq" by what calibration measured; then a few thresholds are tried.
         granularity: one scale per "tensor", or per output "channel".
-        split: "qa" (quantization-aware: exact) or "naive" (halves).
-        rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
-            rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
-            for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
-            moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a weight with C K
-            columns, and some four times as much for one layer after the other; where that is more than ocs.calibrate
-            keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest. The report says
-            so of both. Or "learned", for few bits and a few hundred inputs: from the integers of gptq on, up or down by
-            gradient so that the outputs of each block (a layer, or the outermost module of a class that the model has
-            more than once) are those of the float model, then those of a model of up to four million weights as a
-            whole; quantized inputs included (Nagel et al. 2020; Li et al. 2021; see ocs.tune.learned_rounding).
-            Calibration must be batches, of some 32 inputs each, or a callable that does the same each time, no
-            ocs.Calibration; each block's inputs and outputs are held in memory. It takes some 120 steps for each block.
+        split: "qa" (quantization-aware: exact) or "naive" (halves), of weights and inputs alike. Or "even": as exact,
+            but a channel split n - 1 times becomes n equal parts, which narrows the grid wherever a channel is split
+            more than once; see functional.quantize_weight.
+        rounding: "nearest": floor(w / scale + 1/2). Or "squant", but for split="naive": then some integers move a step
+            so that rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or
+            "gptq", but for split="naive", with calibration: errors of each column are compensated in those that follow,
+            by the second moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a
+            weight with C K columns, and some four times as much for one layer after the other; where that is more than
+            ocs.calibrate keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest.
+            The report says so of both. Or "learned", but for split="naive", with calibration, for few bits: from the
+            integers of gptq on, up or down by gradient, so that the outputs of each block (a layer, or the outermost
+            module of a class that the model has more than once), then those of a model of up to four million weights as
+            a whole, are those of the float model, whose inputs are quantized as they will be (Nagel et al. 2020; Li et
+            al. 2021; see ocs.tune.learned_rounding). Calibration is then batches, some hundred inputs in batches of
+            some 32, or a callable that does the same each time, but no ocs.Calibration; each block's inputs and outputs
+            are held in memory. It takes some 120 steps for each block, with what stays quantized as before where that
+            was better, as the report says.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
@@ -135,6 +143,13 @@ def quantize(
             own and sees those of all.
         fold_bn: fold each BatchNorm into the convolution before it, where torch.fx proves that this is all that it
             sees; the report says of the others why not.
+        equalize: before anything is quantized, divide channels of what a convolution, linear layer or norm gives and
+            multiply the weights that they meet by as much, so that all have about one range; the function of the model
+            stays as it is, to rounding. Done where torch.fx proves that between the two is nothing but ReLU, pooling,
+            dropout or flattening and that nothing else sees it (or torch's transformer layers are known to do so); the
+            report says of the others why not. Data-free (Nagel et al. 2019); where inputs are quantized, with their
+            ranges in calibration (SmoothQuant, Xiao et al. 2023), which so runs twice: batches or a callable, no
+            ocs.Calibration. docs/accuracy.md says where it helps.
         skip: what stays float: ocs.FIRST_LAYER (the first convolution, where it has at most four input channels and one
             group and is no patch embedding: the one that sees an image), names, glob patterns, module types, predicates
             (name, module) -> bool, or a list of these. It replaces the default; None skips nothing.
@@ -176,32 +191,42 @@ def quantize(
     Raises:
         ValueError: an option is out of range, a name or pattern fits no layer, a weight or an input holds NaN, Inf or
             nothing yet, calibration is missing or empty, an option has no effect (select or allocate without r, act_
-            options without abits, act_select without act_r, calibration that nothing uses) or does not go with another
-            or with a layer (act_scale="dynamic"), the model is quantized already or has no layer to quantize, or every
-            layer stays float: the error names the reason that most weights have.
+            options without abits, act_select without act_r, calibration that nothing uses, equalize where no scale can
+            be moved) or does not go with another or with a layer (act_scale="dynamic"), the model is quantized already
+            or has no layer to quantize, or every layer stays float: the error names the reason that most weights have.
         TypeError: the model is no nn.Module, is a ScriptModule, or is itself one of the layers to replace.
     """
     begin, request = time.perf_counter(), Request.of(locals())
     model = unwrapped(model)
+    equalization, request = plan_equalization(model, request)
+    work = partial(_quantize, model, request, equalization)
+    report, replacements = for_a_while(equalization.steps(model), work)  # on the equalized model
+    exchange([*module_slots(model, replacements), *refused_slots(model, replacements)])
+    return replace(report, seconds=time.perf_counter() - begin)
+
+
+def _quantize(model: nn.Module, request: Request, equalization: Equalization) -> tuple[Report, dict[int, nn.Module]]:
+    """Make all that shall stand in the model, by id of what stands there now, and the report; change nothing."""
     plans, settings = choose(model, request)
     check_allocation(plans, request.model)
     plans, facts, sample, inputs = learn(model, plans, request.model)
     check_coverage(plans)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
-        folding = plan_folding(model) if fold_bn else Folding({}, {}, {})
+        folding = plan_folding(model) if request.model.fold_bn else Folding({}, {}, {})
         plans = [replace(plan, norm_folded=folding.layers.get(id(plan.target.module))) for plan in plans]
         plans = allocate_sizes(model, plans, facts, sample, request.model)
-        results = quantize_layers(plans, facts, explain=request.model.explained, progress=progress)
+        results = quantize_layers(plans, facts, explain=request.model.explained, progress=request.model.progress)
         replacements = _replacements(folding, results)
-        results = _learned(model, replacements, results, facts, inputs, progress)
-    lines, batch_norms = report_lines(results), folding.by_name(model)
+        results = _learned(model, replacements, results, facts, inputs, request.model.progress)
+    lines, replacements = report_lines(results), equalization.modules | replacements
     bytes_of = sizes_of(model, replacements)
     packed = sum(line.packed_bytes or 0 for line in lines)
-    exchange([*module_slots(model, replacements), *refused_slots(model, replacements)])
-    return Report(
-        tuple(lines), settings, time.perf_counter() - begin, batch_norms,
-        bytes_of.model, bytes_of.weights, bytes_of.float_weights, bytes_of.beside + packed,
+    report = Report(
+        tuple(lines), settings, batch_norms=folding.by_name(model), equalized=equalization.by_name,
+        model_bytes=bytes_of.model, weight_bytes=bytes_of.weights, float_weight_bytes=bytes_of.float_weights,
+        file_bytes=bytes_of.beside + packed,
     )  # fmt: skip
+    return report, replacements
 
 
 def _learned(

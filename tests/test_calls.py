@@ -32,6 +32,7 @@ CALLS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         "nearest is granularity: one scale per tensor or per",
     ),
     "data": (lambda net: ocs.quantize(net, data=[x]), "no option 'data': the nearest is calibration"),
+    "smoothquant": (lambda net: ocs.quantize(net, smoothquant=True), "'smoothquant': the nearest is equalize: move"),
     "a typing error": (lambda net: ocs.quantize(net, roundng="gptq"), "no option 'roundng': the nearest is rounding"),
     "anything": (lambda net: ocs.quantize(net, zzz=1), "no option 'zzz': use wbits, r, clip, "),
     "no model": (lambda net: ocs.quantize(), "missing 1 required positional argument: 'model'"),

@@ -68,6 +68,22 @@ def normed(*, data: bool) -> Callable[[], list[Tensor]]:
     return run
 
 
+def equalized() -> Callable[[], list[Tensor]]:
+    """Move scales by weights alone, and by what calibration saw."""
+    torch.manual_seed(0)
+    model, batches = SmallNet().eval(), [torch.randn(4, 3, 8, 8)]
+
+    def run() -> list[Tensor]:
+        found: list[Tensor] = []
+        for options in ({}, {"fold_bn": True}, {"abits": 4, "calibration": batches}):
+            ours = copy.deepcopy(model)
+            ocs.quantize(ours, wbits=4, r=0.1, equalize=True, **options)
+            found += ours.state_dict().values()
+        return found
+
+    return run
+
+
 def pure() -> list[Tensor]:
     """Quantize one weight and one input by themselves."""
     w = torch.randn(8, 6, 3, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
@@ -95,6 +111,7 @@ RUNS: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
     "synthesized": lambda: normed(data=False),
     "reestimated": lambda: normed(data=True),
     "functional": lambda: pure,
+    "equalized": lambda: equalized(),
 }
 
 

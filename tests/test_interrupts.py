@@ -104,6 +104,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return {
         "quantize": Case(lambda net: ocs.quantize(net, **ALL, fold_bn=True), is_folded),
         "quantize by data": Case(lambda net: ocs.quantize(net, **ALL, **OPTIONS), is_quantized),
+        "equalize": Case(lambda net: ocs.quantize(net, **ALL, equalize=True), is_quantized),
         "calibrate": Case(lambda net: ocs.calibrate(net, BATCHES, moments=True)),
         "load": Case(lambda net: ocs.load(path, net), is_folded),
         "load packed": Case(lambda net: ocs.load(path, net, packed=True), is_packed),
@@ -116,7 +117,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 
 NAMES = [
-    "quantize", "quantize by data", "calibrate", "load", "load packed", "pack", "unpack",
+    "quantize", "quantize by data", "equalize", "calibrate", "load", "load packed", "pack", "unpack",
     "reestimate", "compare", "synthesize",
 ]  # fmt: skip
 

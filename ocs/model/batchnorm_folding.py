@@ -6,22 +6,20 @@ A pair is folded only where a symbolic trace of the model shows that nothing els
 """
 
 import copy
-from collections import Counter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ocs.model.graph import Trace, first_line, has_hooks, traces
-from ocs.model.references import held_elsewhere
+from ocs.model.exclusive import only_call, problem_of, shared_parts
+from ocs.model.graph import Trace, first_line, traces
 from ocs.model.wrappers import named_modules
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
 from ocs.nn.weights import input_weight
 
 _NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # spatial dimensions of the convolutions they fit
-_METHODS = ("forward", "_conv_forward", "_check_input_dim", "__call__")
 
 
 class FoldedBatchNorm(nn.Identity):
@@ -57,7 +55,7 @@ def plan_folding(model: nn.Module) -> Folding:
     except Exception as error:  # noqa: BLE001 - the model's own code runs here, on what are no tensors
         folding.left.update(dict.fromkeys(norms, f"the model cannot be traced: {first_line(error)}"))
         return folding
-    modules, shared = dict(named_modules(model)), _shared(model)
+    modules, shared = dict(named_modules(model)), shared_parts(model)
     for name, norm in norms.items():
         before, reason = _layer_before(name, modules, found, shared)
         layer = None if reason else folded_layer(modules[before], norm)
@@ -135,7 +133,7 @@ def _layer_before(
 
 def _traced_before(name: str, modules: dict[str, nn.Module], trace: Trace) -> tuple[str, str]:
     """Name the convolution whose output goes into this norm and nowhere else, and "", or say why there is none."""
-    call, reason = _only_call(name, trace)
+    call, reason = only_call(name, trace)
     if call is None:
         return "", f"it {reason}"
     node = next(iter(call.all_input_nodes), call)
@@ -145,52 +143,21 @@ def _traced_before(name: str, modules: dict[str, nn.Module], trace: Trace) -> tu
     if not isinstance(layer, CONVOLUTIONS):
         what = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", node.target)
         return "", f"it follows {what}, not a convolution"
-    _, reason = _only_call(node.target, trace)
+    _, reason = only_call(node.target, trace)
     if not reason and len(node.users) > 1:
         reason = f"has an output that is used {len(node.users)} times"
     return node.target, f"the {type(layer).__name__} before it {reason}" if reason else ""
 
 
-def _only_call(name: str, trace: Trace) -> tuple[fx.Node | None, str]:
-    """Find the one node that calls a module, and "", or say what else the model does with it or around it."""
-    nodes = [node for node in trace.graph.nodes if node.op in ("call_module", "get_attr")]
-    uses = [node for node in nodes if f"{node.target}.".startswith(f"{name}.") or name.startswith(f"{node.target}.")]
-    if name in trace.read:
-        return None, "has tensors that the model reads itself"
-    if len(uses) == 1 and uses[0].op == "call_module" and uses[0].target == name:
-        return uses[0], ""
-    return None, f"is used {len(uses)} times" if len(uses) > 1 else "is not called where the trace sees it"
-
-
 def _problem(module: nn.Module, kind: type[nn.Module], shared: dict[int, str]) -> str:
     """Say why a norm or layer cannot be folded, whatever the model does with it, or ""."""
-    parameters, buffers = module._parameters, module._buffers
-    tensors = [t for t in (*parameters.values(), *buffers.values()) if t is not None]
-    problems = {
-        f"has a forward of its own ({type(module).__name__})": any(
-            getattr(type(module), m, None) is not getattr(kind, m, None) or m in vars(module) for m in _METHODS
-        ),
-        "is re-parametrized (weight_norm, pruning or parametrize)": not {"weight", "bias"} <= parameters.keys(),
-        "holds no values yet": any(nn.parameter.is_lazy(t) or t.is_meta for t in tensors),
-        "has hooks": has_hooks(module),
-        shared.get(id(module), ""): id(module) in shared,
-        "shares its parameters": any(id(t) in shared for t in tensors),
-    }
-    if kind in _NORMS:
-        statistics = (buffers.get("running_mean"), buffers.get("running_var"))
-        problems |= {
-            "is in training mode": module.training,
-            "has no running statistics": any(s is None for s in statistics),
-        }
-    else:
-        weight = parameters.get("weight")
-        problems |= {"has no weight of floats": weight is None or not weight.is_floating_point()}
-    return next((problem for problem, is_so in problems.items() if is_so), "")
-
-
-def _shared(model: nn.Module) -> dict[int, str]:
-    """Find by id the modules that stand in several places or where they cannot be exchanged, and shared parameters."""
-    modules = Counter(id(module) for _, module in named_modules(model, every_name=True))
-    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    several = {key: "stands in several places" for key, count in [*modules.items(), *held.items()] if count > 1}
-    return held_elsewhere(model) | several
+    problem, buffers = problem_of(module, kind, shared), module._buffers
+    if problem:
+        return problem
+    if kind not in _NORMS:
+        weight = module._parameters["weight"]
+        return "has no weight of floats" if weight is None or not weight.is_floating_point() else ""
+    if module.training:
+        return "is in training mode"
+    lacks = any(buffers.get(each) is None for each in ("running_mean", "running_var"))
+    return "has no running statistics" if lacks else ""

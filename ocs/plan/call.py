@@ -17,6 +17,7 @@ _ELSEWHERE = {  # what other tools call it
     "r": "ratio expand_ratio split_ratio ocs_ratio",
     "rounding": "method algorithm quant_method gptq squant adaround",
     "calibration": "data dataset dataloader loader batches calib calib_data calibration_data example_inputs",
+    "equalize": "equalization cle cross_layer_equalization smoothquant smooth_quant",
     "skip": "exclude excluded ignore ignored_layers skip_modules modules_to_not_convert",
     "overrides": "config qconfig quantization_config layers",
     "act_signed": "sym symmetric",

@@ -49,7 +49,7 @@ def check_coverage(plans: Sequence[LayerPlan]) -> None:
     if share < ENOUGH:
         left = [plan for plan in considered if not plan.quantized]
         text = f"only {share:.0%} of the matmul weights are quantized: {_largest_cause(left, counts)}"
-        warnings.warn(text, UserWarning, stacklevel=5)  # above quantize and its decorators
+        warnings.warn(text, UserWarning, stacklevel=7)  # above quantize, its parts and decorators
 
 
 def _largest_cause(plans: Sequence[LayerPlan], counts: dict[str, int]) -> str:

@@ -54,7 +54,8 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
     """
     inputs = _inputs(plans, options.calibration)
     sample, calibration = _with_sample(options.calibration if inputs is None else inputs, options)
-    seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None)
+    equalized = options.equalize and any(plan.quantizes_input for plan in plans)
+    seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None or equalized)
     plans = [_left_where_unreached(plan, seen) for plan in plans]
     means = _means(model, plans, seen)
     gain = _gain(model, plans)

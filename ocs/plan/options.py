@@ -115,7 +115,7 @@ class LayerOptions:
     r: float = _option(0.0, check_ratio, "expand ratio, 0 to 1: ceil(r C) of C input channels are split")
     clip: str | float = _open("none", _WEIGHT_CLIP, "clip method of the split weights, or a fraction")
     granularity: Granularity = _open("tensor", _one_of(Granularity), "one scale per tensor or per output channel")
-    split: Split = _option("qa", _one_of(Split), "how a channel is halved: quantization-aware or naive")
+    split: Split = _option("qa", _one_of(Split), "how channels are split: halved (quantization-aware or naive) or even")
     rounding: Rounding = _open("nearest", _one_of(Rounding), "how weights are rounded")
     abits: int | None = _open(None, _or(None, check_bits), "bits of layer inputs, 2 to 8; float without")
     act_clip: str | float = _open("none", check_clip, "clip method of layer inputs, or a fraction", of_input=True)
@@ -191,6 +191,7 @@ class ModelOptions:
 
     calibration: Data | Calibration | None = _option(None, _anything, "what shows the inputs: batches, say")
     fold_bn: bool = _option(False, check_flag, "fold each BatchNorm into the convolution before it")
+    equalize: bool = _option(False, check_flag, "move scales between layers, so that channels have one range")
     skip: Selector | Collection[Selector] | None = _option(FIRST_LAYER, _anything, "what stays float")
     overrides: Mapping[str, Mapping[str, Any]] | None = _option(None, _overrides, "options by layer name or pattern")
     embeddings: bool = _option(False, check_flag, "quantize embeddings, too, with a scale for each row")
@@ -220,6 +221,7 @@ class ModelOptions:
             "skip": [shown_selector(selector) for selector in selectors(self.skip)],
             "overrides": overrides,
             "fold_bn": self.fold_bn,
+            "equalize": self.equalize,
             "embeddings": self.embeddings,
             "allocate": self.allocate,
             "budget": self.budget,

@@ -94,6 +94,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     batch_norms: dict[str, str] = field(default_factory=dict)  # where fold_bn: "" if folded, else why not
+    equalized: dict[str, str] = field(default_factory=dict)  # where equalize: "" if its scales were moved, else why not
 
     # Bytes, each tensor once; 0 where nobody counted
     model_bytes: int = 0  # parameters and buffers of the float model
@@ -163,7 +164,8 @@ class Report:
         content = {"settings": self.settings, "totals": totals, "layers": [asdict(layer) for layer in self.layers]}
         if self.mean_steps:
             content["totals"]["mean_steps_db"] = self.mean_steps
-        return plain(content | ({"batch_norms": self.batch_norms} if self.batch_norms else {}))
+        beside = {"batch_norms": self.batch_norms, "equalized": self.equalized}
+        return plain(content | {name: each for name, each in beside.items() if each})
 
     def to_json(self) -> str:
         """Write to_dict() as JSON."""

@@ -105,6 +105,9 @@ def summary_of(report: Report) -> str:
     if report.batch_norms:
         folded = sum(not reason for reason in report.batch_norms.values())
         text += f", {folded} of {len(report.batch_norms)} batch norms folded"
+    if report.equalized:
+        moved = sum(not reason for reason in report.equalized.values())
+        text += f", {moved} of {len(report.equalized)} norms and layers equalized with those after them"
     if not report.quantized:
         return text
     text += _roundings(report)

@@ -84,7 +84,8 @@ def check_rounding(rounding: Any, split: Any, choices: tuple[str, ...] = get_arg
     check_choice("rounding", rounding, choices)
     if rounding != "nearest" and split == "naive":
         raise ValueError(
-            f"rounding={rounding!r} with split='naive': naive halves do not add up to a moved integer; use split='qa'"
+            f"rounding={rounding!r} with split='naive': naive halves do not add up to a moved integer;"
+            " use split='qa' or 'even'"
         )
 
 

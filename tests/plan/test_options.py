@@ -48,6 +48,7 @@ def test_report_and_file_have_the_options_by_name(net: SmallNet) -> None:
         "skip",
         "overrides",
         "fold_bn",
+        "equalize",
         "embeddings",
         "allocate",
         "budget",
