@@ -17,7 +17,7 @@ A split channel has one integer, its copies' added up; what it moves by, the cop
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import NamedTuple
@@ -124,6 +124,9 @@ def _learn(
     data: Data,
     progress: bool | None,
 ) -> dict[str, Outcome]:
+    made_there = next((name for name, tensor in _tensors_of(model) if tensor.is_inference()), None)
+    if made_there is not None:
+        raise ValueError(f"{made_there} was made in inference mode, which knows no gradients: make the model outside")
     blocks = blocks_of(model, layers)
     integers = sum(w.numel() for each in layers for w in each.weights.values())
     if integers <= SMALL and blocks[0].module is not model:
@@ -135,6 +138,11 @@ def _learn(
             for name, outcome in _learn_block(model, block, replacements, swap, data).items():
                 outcomes[name] = max(outcomes[name], outcome)
     return outcomes
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def blocks_of(model: nn.Module, layers: Sequence[Learnable]) -> list[Block]:
@@ -242,13 +250,14 @@ class BlockTraining:
             layer.rebuild()
 
     def _loss(self, i: int) -> Tensor:
-        """Compute how far the outputs of a call are off: the mean of squares over the variance, of all its tensors."""
+        """Compute how far the outputs of a call are off: the mean square of all numbers, over their tensor's variance."""
         args, kwargs = copy.deepcopy((self.calls[i].args, self.calls[i].kwargs))  # which modules may write to
         found, expected = list(float_tensors(self.student(*args, **kwargs))), self.expected[i]
         if [y.shape for y in found] != [y.shape for y in expected]:
             raise ValueError("its outputs have other shapes each time: the same batch must give the same")
         parts = zip(found, expected, self.powers, strict=True)
-        return sum((y.float() - y0.float()).square().mean() / power for y, y0, power in parts if y.numel()) / len(found)
+        squares = sum((y.float() - y0.float()).square().sum() / power for y, y0, power in parts)
+        return squares / sum(y.numel() for y in found)
 
     def _error(self, which: Sequence[int]) -> float:
         """Compute the mean loss of some calls."""
