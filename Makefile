@@ -52,6 +52,9 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/calibrated.py --limit 2000
 	$(BIN)/python benchmarks/tables/calibrated.py $(VIT) --limit 2000 --bits 4 3 2
 	$(BIN)/python benchmarks/tables/calibrated.py $(TEXT) --calibration 4000
+	$(BIN)/python benchmarks/tables/learned.py
+	$(BIN)/python benchmarks/tables/learned.py $(VIT)
+	$(BIN)/python benchmarks/tables/learned.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 

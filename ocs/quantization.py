@@ -99,12 +99,12 @@ def quantize(
             ocs.calibrate keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest.
             The report says so of both. Or "learned", but for split="naive", with calibration, for few bits: from the
             integers of gptq on, up or down by gradient, so that the outputs of each block (a layer, or the outermost
-            module of a class that the model has more than once), then those of a model of up to four million weights as
-            a whole, are those of the float model, whose inputs are quantized as they will be (Nagel et al. 2020; Li et
-            al. 2021; see ocs.tune.learned_rounding). Calibration is then batches, some hundred inputs in batches of
-            some 32, or a callable that does the same each time, but no ocs.Calibration; each block's inputs and outputs
-            are held in memory. It takes some 120 steps for each block, with what stays quantized as before where that
-            was better, as the report says.
+            module of a class that the model has more than once) are those of the float model, then those of a model of
+            several blocks and up to four million weights as a whole (Nagel et al. 2020; Li et al. 2021; see
+            ocs.tune.learned_rounding); quantized inputs are taken into account. Calibration is then some hundred
+            inputs, in batches of some 32, or a callable that does the same each time, but no ocs.Calibration. It takes
+            some 120 steps for each block, whose inputs and outputs are held in memory; integers that left less error
+            before stay, and the report says so.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
@@ -262,7 +262,7 @@ def _learned(
 _WHY_NOT = {
     Outcome.LEARNED: "",
     Outcome.TRIED: "not learned: what learning gave left more error",
-    Outcome.UNREACHED: "not learned: calibration's outputs do not depend on it, or are exact",
+    Outcome.UNREACHED: "not learned: its outputs are exact, or of other shapes than the float ones, or it has none",
 }
 
 

@@ -11,7 +11,10 @@ from ocs.weight.error import signal_and_noise, sqnr_db, weight_error
 def after_learning(result: LayerResult, facts: InputFacts, *, note: str) -> LayerResult:
     """Measure the weights of a layer again; note: why its integers are still those that it had, if so."""
     if note:
-        return replace(result, rounding_note="; ".join(filter(None, (result.rounding_note, note))))
+        rounding = "gptq" if result.options.learned else result.options.rounding
+        options, notes = replace(result.options, rounding=rounding), filter(None, (result.rounding_note, note))
+        result.replacement.settings = options.shown
+        return replace(result, options=options, rounding_note="; ".join(notes))
     options = replace(result.options, rounding="learned")
     result.replacement.settings = options.shown
     check_range(result.replacement)

@@ -15,7 +15,7 @@ _ELSEWHERE = {  # what other tools call it
     "abits": "act_bits a_bits activation_bits activations input_bits",
     "granularity": "group_size groupsize block_size per_channel axis ch_axis",
     "r": "ratio expand_ratio split_ratio ocs_ratio",
-    "rounding": "method algorithm quant_method gptq squant adaround",
+    "rounding": "method algorithm quant_method gptq squant adaround brecq",
     "calibration": "data dataset dataloader loader batches calib calib_data calibration_data example_inputs",
     "equalize": "equalization cle cross_layer_equalization smoothquant smooth_quant",
     "skip": "exclude excluded ignore ignored_layers skip_modules modules_to_not_convert",

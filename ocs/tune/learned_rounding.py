@@ -3,7 +3,8 @@
 Nagel et al., "Up or Down? Adaptive Rounding", ICML 2020, arXiv 2004.10568, let each weight choose between two integers
 by a rectified sigmoid h of a number that is learned; Li et al., "BRECQ", ICLR 2021, arXiv 2102.05426, do so for the
 outputs of a block, in the order of the model, and so does this: on the block's inputs in the quantized model so far,
-towards its outputs in the float one; then for the outputs of the whole model, where that is small. What differs:
+towards its outputs in the float one; then for the outputs of the whole model, where it is small and has several blocks.
+What differs:
 
 - The integers that gptq found, not those beside the float weight, are one of the two choices, the other is next to it
   on the float weight's side; and h starts nearer to the former. So a few hundred steps are enough, where the papers
@@ -57,7 +58,7 @@ class Learnable(NamedTuple):
 class Outcome(IntEnum):
     """What became of a layer's integers."""
 
-    UNREACHED = 0  # no gradient reaches them, or the outputs are exact
+    UNREACHED = 0  # no gradient reaches them, or outputs are exact, or cannot be compared
     TRIED = 1  # those that were learned left more error
     LEARNED = 2
 
@@ -129,7 +130,7 @@ def _learn(
         raise ValueError(f"{made_there} was made in inference mode, which knows no gradients: make the model outside")
     blocks = blocks_of(model, layers)
     integers = sum(w.numel() for each in layers for w in each.weights.values())
-    if integers <= SMALL and blocks[0].module is not model:
+    if integers <= SMALL and len(blocks) > 1:
         blocks.append(Block("", model, list(layers)))
     swap = [slot.step() for slot in module_slots(model, replacements)]
     outcomes = {layer.name: Outcome.UNREACHED for layer in layers}
@@ -177,14 +178,20 @@ def _learn_block(
     expected = [list(float_tensors(call.output)) for call in calls_of(model, data, block.module)]
     student = replacements.get(id(block.module), block.module)
     calls = for_a_while(swap, partial(calls_of, model, data, student))
-    if len(calls) != len(expected):
-        raise ValueError("calibration calls it another number of times each time: the same batches must do the same")
+    if [_shapes(float_tensors(call.output)) for call in calls] != [_shapes(each) for each in expected]:
+        if block.module is model:
+            raise ValueError("calibration gives outputs of other shapes each time: the same batches must give the same")
+        return {each.name: Outcome.UNREACHED for each in block.layers}  # as experts that are given other tokens
     training = BlockTraining(student, block.layers, calls, expected)
     with torch.backends.cudnn.flags(enabled=not _is_recurrent(student)):  # cuDNN's have no gradient in eval mode
         kept = for_a_while(swap, lambda: undisturbed(model, lambda: _as_folded(block.layers, training.run)))
     outcome = Outcome.LEARNED if kept else Outcome.TRIED
     moved = [id(w.layer) for w in training.weights if w.steps]
     return {each.name: outcome if id(each.layer) in moved else Outcome.UNREACHED for each in block.layers}
+
+
+def _shapes(tensors: Iterable[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
 
 
 def _is_recurrent(module: nn.Module) -> bool:
@@ -250,10 +257,10 @@ class BlockTraining:
             layer.rebuild()
 
     def _loss(self, i: int) -> Tensor:
-        """Compute how far the outputs of a call are off: the mean square of all numbers, over their tensor's variance."""
+        """Compute how far the outputs of a call are off: the mean square over all numbers, in standard deviations."""
         args, kwargs = copy.deepcopy((self.calls[i].args, self.calls[i].kwargs))  # which modules may write to
         found, expected = list(float_tensors(self.student(*args, **kwargs))), self.expected[i]
-        if [y.shape for y in found] != [y.shape for y in expected]:
+        if _shapes(found) != _shapes(expected):
             raise ValueError("its outputs have other shapes each time: the same batch must give the same")
         parts = zip(found, expected, self.powers, strict=True)
         squares = sum((y.float() - y0.float()).square().sum() / power for y, y0, power in parts)
