@@ -18,6 +18,7 @@ LAYERS = (  # each may import from those before it, and all may import what stan
     ("report", "formats"),
     ("runtime",),
     ("quantization",),
+    ("hf",),
 )
 ALONE = {"_C", "errors", "progress", "__version__"}  # these import nothing of the package
 FACADES = {"__init__", "functional", "plot"}  # these import from everywhere, and nobody imports them

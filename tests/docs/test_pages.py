@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from torch import nn
 
 import ocs
@@ -56,6 +57,19 @@ def test_examples_of_packed_layers_run(tmp_path, monkeypatch):
     space = names(small_lstm, torch.randint(50, (7, 4)))
     for code in blocks("docs/packed.md", "python"):
         run(code, space)
+
+
+def test_examples_of_transformers_run(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    zoo.torchvision_models()  # transformers imports torchvision, which needs help beside a torch for CPUs
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes)).save_pretrained("language")
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained("encoder")
+    space = {"ocs": ocs, "token_ids": torch.randint(50, (2, 8))}
+    for code in blocks("docs/transformers.md", "python"):
+        run(code, space | {"language_folder": "language", "encoder_folder": "encoder"})
 
 
 ERRORS = re.findall(
