@@ -58,6 +58,8 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/learned.py
 	$(BIN)/python benchmarks/tables/learned.py $(VIT)
 	$(BIN)/python benchmarks/tables/learned.py $(TEXT) --calibration 4000
+	$(BIN)/python benchmarks/tables/groups.py $(VIT) --limit 2000
+	$(BIN)/python benchmarks/tables/groups.py --dataset bible --limit 20000 --calibration 4000 --out build/tables/lstm
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 

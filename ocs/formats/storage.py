@@ -53,7 +53,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
             tensors, parameters without values.
     """
     check_order("ocs.save(model, path)", model, path)
-    _write(*stored(unwrapped(model), progress), path)
+    write_model(model, path, {}, progress)
+
+
+def write_model(
+    model: nn.Module, path: str | os.PathLike[str], notes: Mapping[str, str], progress: bool | None = None
+) -> None:
+    """Save a model as save() does, with more entries in the file's metadata, which load() does not look at."""
+    tensors, metadata = stored(unwrapped(model), progress)
+    _write(tensors, {**notes, **metadata}, path)
 
 
 def stored(model: nn.Module, progress: bool | None = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -81,9 +89,12 @@ def stored(model: nn.Module, progress: bool | None = False) -> tuple[dict[str, T
 
 def _format(layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> int:
     """Choose the oldest format that has what these layers need, so that readers as old as that take the file."""
+    grids = [layer.input_grid for layer in layers.values() if layer.input_grid is not None]
+    if any(layer.scale_group for layer in layers.values()) or any(grid.split == "even" for grid in grids):
+        return 6
     if any(_splits_repeatedly(layer) for layer in layers.values()):
         return 5
-    if any(layer.input_grid is not None and layer.input_grid.dynamic for layer in layers.values()):
+    if any(grid.dynamic for grid in grids):
         return 4
     return 3 if tied else 2
 

@@ -90,7 +90,8 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
             weights.append(quantizer.quantize_weight(name, options, plan.splits))
     quantized = {each.name: each.quantization.quantized for each in weights}
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
-    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
+    group = options.group if options.granularity == "group" else 0
+    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid, group)
     replacement.settings = options.shown
     if grid is not None and facts.statistics is not None and not plan.rounds_rows:
         replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
@@ -156,7 +157,7 @@ class LayerQuantizer:
         hessian = self.hessians[name] if options.compensated else None
         rounding = "gptq" if options.compensated else options.rounding
         given = (options.wbits, options.clip, options.granularity, options.split, rounding)
-        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain)
+        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
 
     def quantize_weight(
         self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None

@@ -274,6 +274,7 @@ def test_what_cannot_be_learned_from_is_refused() -> None:
         "rounding='learned' needs calibration=": {},
         "rounding='learned' with split='naive'": {"calibration": batches(1), "split": "naive"},
         "each time": {"calibration": changing},
+        "rounding='learned' with granularity='group'": {"calibration": batches(1), "granularity": "group"},
     }
     for message, options in cases.items():
         with pytest.raises(ValueError, match=message):
