@@ -140,10 +140,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.data is None:
-        args.data = Path("build/bible")
-        write_bible(args.data)
-    train(args)
+    try:
+        if args.data is None:
+            args.data = Path("build/bible")
+            write_bible(args.data)
+        train(args)
+    except FileNotFoundError as error:
+        hint = "; without --data this needs Debian's package bible-kjv" if error.filename == "bible" else ""
+        raise SystemExit(f"{error}{hint}") from None
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def _check_fresh(model: Any) -> None:
 
 _NOT_TRAINED = {
     "wbits": ("auto",),
+    "granularity": ("group",),
     "rounding": ("gptq", "learned"),
     "correct_bias": (True,),
     "act_split": ("oracle",),

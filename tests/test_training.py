@@ -429,6 +429,7 @@ def test_a_failure_leaves_the_model_as_it_was(net: SmallNet) -> None:
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no option": (lambda: prepared(bits=3), TypeError, "prepare has no option 'bits': the nearest is wbits"),
     "gptq": (lambda: prepared(rounding="gptq"), ValueError, "body.0: rounding='gptq' is not for training"),
+    "group": (lambda: prepared(granularity="group"), ValueError, "body.0: granularity='group' is not for training"),
     "auto": (lambda: prepared(wbits="auto"), ValueError, "body.0: wbits='auto' is not for training"),
     "oracle": (
         lambda: prepared(overrides={"head": {"abits": 4, "act_split": "oracle"}}), ValueError, "act_split='oracle'",

@@ -12,6 +12,7 @@ from ocs.nn.weights import bytes_of, float_weight, is_weight, weights_of
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, WeightResult, packed_bytes
 from ocs.report.data import Histogram, LayerReport
+from ocs.weight.blocks import blocks_of
 from ocs.weight.error import sqnr_db
 from ocs.weight.types import QuantizedWeight
 
@@ -73,7 +74,7 @@ def _quantized_weight(result: LayerResult, weight: WeightResult, w: Tensor) -> L
         max_before=max(weight.plan.channel_max.tolist(), default=0.0),
         max_after=max(weight.plan.split_max.tolist(), default=0.0),
         sqnr_db=sqnr_db(*quantization.error),
-        histogram=_histogram(w, quantized, qmax(options.wbits)),
+        histogram=_histogram(w, quantized, qmax(options.wbits), options.group),
         steps=weight.steps,
         packed_bytes=first * packed_bytes(quantization, options.wbits, len(sources), numbers_of_input),
         expanded_shape=replacement.expanded_shape(weight.name),
@@ -83,14 +84,17 @@ def _quantized_weight(result: LayerResult, weight: WeightResult, w: Tensor) -> L
     )
 
 
-def _histogram(w: Tensor, quantized: QuantizedWeight, most: int) -> Histogram | None:
+def _histogram(w: Tensor, quantized: QuantizedWeight, most: int, group: int) -> Histogram | None:
     """Count a weight [O, C, ...] before and after in steps of its grid, of some output channels."""
     if not w.numel():
         return None
     step = -(-w.shape[0] // max(COUNTED * w.shape[0] // w.numel(), 1))
     scale = quantized.scale[::step] if quantized.scale.dim() else quantized.scale
+    if scale.dim() > 1:  # [O, B]: that of each channel's block
+        scale = scale[:, blocks_of(w.shape[1], 0, group)]
     ints = quantized.ints[::step].cpu().numpy().ravel().astype(np.int64)
-    steps = w[::step].float().cpu().numpy().reshape(-1, w.numel() // w.shape[0]) / scale.cpu().numpy().reshape(-1, 1)
+    channels = w[::step].float().cpu().numpy().reshape(-1, w.shape[1], w[0, 0].numel())
+    steps = channels / scale.cpu().numpy().reshape(*scale.shape, *[1] * (3 - scale.dim()))
     reach = max(float(np.abs(steps).max()), most + 0.5)
     places = (steps.ravel() * (BINS / 2 / reach) + BINS / 2).astype(np.int64)
     before = np.bincount(np.minimum(places, BINS - 1), minlength=BINS)

@@ -89,7 +89,8 @@ def _by_bits(report: Report) -> str:
 
 def _granularity(report: Report) -> str:
     per = sorted({layer.granularity for layer in report.quantized}, reverse=True)
-    return " or ".join(f"one scale per {'output channel' if each == 'channel' else each}" for each in per)
+    names = {"channel": "output channel", "group": "group of input channels"}
+    return " or ".join(f"one scale per {names.get(each, each)}" for each in per)
 
 
 def _size(report: Report) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SmallNet
+from torch import nn
 
 import ocs
 from ocs import functional
@@ -229,3 +230,12 @@ def test_repr_is_short_however_many_scales_there_are() -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(30)))
     report = ocs.quantize(model, r=0.5, granularity="channel")
     assert len(repr(report)) < 300 < 300 * 30 < len(report.to_json())
+
+
+def test_a_histogram_is_in_steps_of_each_groups_own_scale():
+    model = nn.Sequential(nn.Linear(96, 64))
+    with torch.no_grad():
+        model[0].weight[:, 32:64] *= 50  # without its own scale this block would reach 50 times as far
+    [line] = ocs.quantize(model, wbits=4, granularity="group", group=32).quantized
+    assert line.histogram.reach == 7.5
+    assert sum(line.histogram.before) == sum(line.histogram.after) == line.histogram.channels * 96
