@@ -16,6 +16,7 @@ Rounding = Literal["nearest", "squant", "gptq"]
 Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one group, n -> n of its input channels
 Select = Literal["max", "error"] | Choice
 GAIN = 10.0  # what changes of gain weigh in output_error where the model is not known
+MEAN = 1 / 3  # the share of an input's power that is its squared mean, where nothing is known of it
 
 
 class SplitPlan(NamedTuple):
@@ -48,6 +49,7 @@ class Scheme(NamedTuple):
     groups: int = 1
     hessian: Hessian | None = None  # of what it meets, for rounding="gptq"
     gain: float = GAIN  # see output_error
+    mean: float = MEAN
 
 
 class Quantization(NamedTuple):
