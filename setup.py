@@ -15,8 +15,9 @@ TORCH = Path(torch.__file__).parent
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("OCS_WERROR") else [])]
 COMMON = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", *WARNINGS]
 C_FLAGS = [*COMMON, "-std=c11", "-falign-loops=32"]  # else what stands before a loop decides up to 30 % of its time
-CXX_FLAGS = [*COMMON, "-std=c++20", "-fvisibility-inlines-hidden"]
+CXX_FLAGS = [*COMMON, "-std=c++17", "-fvisibility-inlines-hidden"]  # C++20's string streams are GCC 11's
 SYSTEM_INCLUDES = [numpy.get_include(), str(TORCH / "include")]
+PLACES = [f"-ffile-prefix-map={TORCH.parent}/=", f"-ffile-prefix-map={Path.cwd()}/="]  # not in what errors say
 
 
 class BuildExt(build_ext):
@@ -39,7 +40,7 @@ extension = Extension(
     sources=sorted(str(path) for ending in ("c", "cpp") for path in Path("csrc").rglob(f"*.{ending}")),
     depends=sorted(str(path) for ending in ("h", "def") for path in Path("csrc").rglob(f"*.{ending}")),
     include_dirs=["csrc"],
-    extra_compile_args=[f"-isystem{path}" for path in SYSTEM_INCLUDES],
+    extra_compile_args=[*(f"-isystem{path}" for path in SYSTEM_INCLUDES), *PLACES],
     define_macros=[("Py_LIMITED_API", "0x030b0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
     library_dirs=[str(TORCH / "lib")],
     libraries=["torch_cpu"],

@@ -3,6 +3,7 @@
  * A histogram stands for a density that is constant within each bin. Positions are counted in bins, so that the values
  * in bin i lie in [i, i + 1); the threshold of a position t is t * limit / bins. The grid has the integers -Q .. Q.
  */
+#include "glibc.h"
 #include "kernels.h"
 
 #include <float.h>

@@ -3,6 +3,7 @@
  * It counts the values themselves, with their signs, into few bins, as numpy.histogram does; a bin's center stands for
  * its values. Its quantizer uses one integer more than ours, -2^(k - 1). All is in double.
  */
+#include "glibc.h"
 #include "kernels.h"
 
 #include <float.h>

@@ -19,42 +19,56 @@ ocs_status ocs_check_scale(ocs_scale scale, int64_t O) {
     return OCS_OK;
 }
 
-/* Whether expanded channel j of group g can be what the plan says, which may come from a stranger's file. */
-static bool entry_valid(const ocs_plan *plan, const ocs_shape *shape, int64_t g, int64_t j) {
-    const int64_t at = g * (shape->C + shape->S) + j, first = g * shape->C;
-    const int64_t source = plan->source[at];
-    if (source < first || source >= first + shape->C || (j < shape->C && source != first + j)) {
-        return false;
-    }
-    if (plan->depth == NULL) {
-        return true;
-    }
-    if (plan->depth[at] < 0 || plan->depth[at] > OCS_MAX_DEPTH) {
-        return false;
-    }
-    return plan->offset == NULL || (plan->offset[at] >= 0 && plan->offset[at] < INT32_C(1) << plan->depth[at]);
+/* What a plan says of one expanded channel, read once: another thread could change it. */
+typedef struct {
+    int64_t source;
+    int32_t parts, offset;
+} entry;
+
+static entry entry_of(const ocs_plan *plan, int64_t at) {
+    return (entry){plan->source[at], plan->parts == NULL ? 1 : plan->parts[at],
+                   plan->offset == NULL ? 0 : plan->offset[at]};
 }
 
-/* How expanded channel `at` follows from floor(2 u): see ocs_columns. */
-static int32_t addend_of(const ocs_plan *plan, int64_t at) {
-    return plan->offset == NULL ? INT32_C(1) << plan->depth[at] : 2 * plan->offset[at] + 1;
+/* Whether it can be expanded channel j of group g; plans may come from a stranger's file. */
+static bool entry_valid(entry e, const ocs_shape *shape, int64_t g, int64_t j) {
+    const int64_t first = g * shape->C;
+    const bool of_group = e.source >= first && e.source < first + shape->C;
+    const bool part = e.parts >= 1 && e.parts <= OCS_MAX_PARTS && e.offset >= 0 && e.offset < e.parts;
+    return of_group && part && (j >= shape->C || e.source == first + j);
+}
+
+static bool all_powers_of_two(const int32_t *parts, int64_t E) {
+    for (int64_t at = 0; at < E; ++at) {
+        const uint32_t n = (uint32_t)parts[at];
+        if ((n & (n - 1)) != 0) {
+            return false;
+        }
+    }
+    return true;
 }
 
 static ocs_status fill_columns(const ocs_rows *rows, const ocs_plan *plan, int64_t g) {
     const ocs_columns columns = ocs_columns_of_group(rows, g);
     const int64_t C = rows->shape->C, K = rows->shape->K, E = C + rows->shape->S;
     for (int64_t j = 0; j < E; ++j) {
-        if (!entry_valid(plan, rows->shape, g, j)) {
+        const entry e = entry_of(plan, g * E + j);
+        if (!entry_valid(e, rows->shape, g, j)) {
             return OCS_BAD_PLAN;
         }
-        const int64_t at = g * E + j, c = plan->source[at] - g * C;
+        const int64_t c = e.source - g * C;
+        const int32_t addend = plan->offset == NULL ? e.parts : 2 * e.offset + 1;
+        const int32_t twos = __builtin_ctz((unsigned)e.parts);
         for (int64_t k = 0; k < K; ++k) {
             if (j >= C) {
                 columns.index[(j - C) * K + k] = (int32_t)(c * K + k);
             }
-            if (plan->depth != NULL) {
-                columns.addend[j * K + k] = addend_of(plan, at);
-                columns.shift[j * K + k] = plan->depth[at] + 1;
+            if (columns.addend != NULL) {
+                columns.addend[j * K + k] = addend;
+                columns.shift[j * K + k] = twos + 1;
+            }
+            if (columns.odd != NULL) {
+                columns.odd[j * K + k] = e.parts >> twos;
             }
         }
     }
@@ -68,15 +82,17 @@ ocs_status ocs_rows_begin(ocs_rows *rows, const ocs_plan *plan, const ocs_shape 
         return OCS_TOO_LARGE;
     }
     const int64_t N = shape->C * shape->K, M = E * shape->K;
-    const int64_t copies = shape->G * (M - N), all = plan->depth == NULL ? 0 : shape->G * M;
-    int32_t *memory = malloc((size_t)(copies + 2 * all + 1) * sizeof *memory);
+    const int64_t copies = shape->G * (M - N), all = plan->parts == NULL ? 0 : shape->G * M;
+    const bool shifts = plan->parts == NULL || all_powers_of_two(plan->parts, shape->G * E);
+    int32_t *memory = malloc((size_t)(copies + (shifts ? 2 : 3) * all + 1) * sizeof *memory);
     if (memory == NULL) {
         return OCS_NO_MEMORY;
     }
-    *rows = (ocs_rows){ocs_kernel_table(), shape, {N, M, memory, NULL, NULL}};
-    if (plan->depth != NULL) {
+    *rows = (ocs_rows){ocs_kernel_table(), shape, {N, M, memory, NULL, NULL, NULL}};
+    if (plan->parts != NULL) {
         rows->columns.addend = memory + copies;
         rows->columns.shift = rows->columns.addend + all;
+        rows->columns.odd = shifts ? NULL : rows->columns.shift + all;
     }
     ocs_status status = OCS_OK;
     for (int64_t g = 0; g < shape->G && status == OCS_OK; ++g) {
@@ -98,6 +114,9 @@ ocs_columns ocs_columns_of_group(const ocs_rows *rows, int64_t g) {
     if (columns.addend != NULL) {
         columns.addend += g * columns.M;
         columns.shift += g * columns.M;
+    }
+    if (columns.odd != NULL) {
+        columns.odd += g * columns.M;
     }
     return columns;
 }

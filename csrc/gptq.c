@@ -73,7 +73,8 @@ static void write_parts(const tile *t, const int64_t *order) {
         for (int64_t j = 0; j < L; ++j) {
             for (int64_t n = order[j], c = n / K, e = n < N ? c : -1; e >= 0; e = t->next[e]) {
                 const int64_t at = n + (e - c) * K;
-                q[at] = ocs_split_column(2 * t->whole[j * R + r], addend[at], shift[at], t->job->qmax);
+                q[at] = ocs_split_column(2 * t->whole[j * R + r], addend[at], shift[at], ocs_odd_of(&t->columns, at),
+                                         t->job->qmax);
             }
         }
     }
@@ -103,9 +104,10 @@ static void round_column(tile *t, int64_t j, int64_t n, const float *sum, double
         whole[r] = whole_number((double)u[r] - sum[r]);
     }
     for (int64_t e = c; e >= 0; e = t->next[e]) {
-        const int32_t addend = t->columns.addend[n + (e - c) * K], shift = t->columns.shift[n + (e - c) * K];
+        const int64_t at = n + (e - c) * K;
+        const int32_t addend = t->columns.addend[at], shift = t->columns.shift[at], odd = ocs_odd_of(&t->columns, at);
         for (int64_t r = 0; r < R; ++r) {
-            T[r] += ocs_split_column(2 * whole[r], addend, shift, t->job->qmax);
+            T[r] += ocs_split_column(2 * whole[r], addend, shift, odd, t->job->qmax);
         }
     }
     for (int64_t r = 0; r < R; ++r) {

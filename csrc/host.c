@@ -43,7 +43,7 @@ ocs_status ocs_parallel_for(int64_t n, int64_t grain, size_t scratch, ocs_work_f
 /* The limits of ocs.h in words. */
 _Static_assert(OCS_MIN_BITS == 2 && OCS_MAX_BITS == 8, "as ocs_status_text says");
 _Static_assert(OCS_MAX_BINS == 1 << 24 && OCS_MAX_SEARCH_BINS == 1 << 16, "as ocs_status_text says");
-_Static_assert(OCS_MAX_DEPTH == 22, "as ocs_status_text says");
+_Static_assert(OCS_MAX_DEPTH == 22 && OCS_MAX_PARTS == 1 << OCS_MAX_DEPTH, "as ocs_status_text says");
 
 const char *ocs_status_text(ocs_status status) {
     switch (status) {
@@ -56,10 +56,12 @@ const char *ocs_status_text(ocs_status status) {
     case OCS_BAD_LIMIT: return "the limit must be a power of two, 2^-110 or more";
     case OCS_BAD_SHAPE:
         return "sizes must not be negative, and groups must divide the output channels and be at most their number";
-    case OCS_BAD_PLAN: return "source, depth and offset are no split plan of this shape";
+    case OCS_BAD_PLAN: return "source, parts and offset are no split plan of this shape";
     case OCS_BAD_ORDER: return "order must have each column once";
     case OCS_NOT_FINITE: return "the values hold NaN or Inf";
-    case OCS_TOO_LARGE: return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep";
+    case OCS_TOO_LARGE:
+        return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep, into over 2^22 "
+               "parts";
     case OCS_BAD_CODE: return "an integer is outside -qmax .. qmax, or bits beyond the last one are not 0";
     case OCS_BAD_METHOD: return "there is no such clip method";
     case OCS_BAD_ISA: return "this build or CPU does not have that instruction set";

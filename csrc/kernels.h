@@ -16,18 +16,20 @@
 /* What a split plan says of each column, so that one loop serves every K (columns.c). An expanded row is [M] columns:
    the row's own N = C K, then M - N = S K of the copies.
 
-   Column j of the split row is clamp((floor(2 u) + addend[j]) >> shift[j]), where u is the grid-unit weight of column j
-   itself (j < N) or of column index[j - N]. So a copy costs one addition and one shift: with U = floor(2 u), depth m,
+   Column j of the split row is clamp(floor((floor(2 u) + addend[j]) / (odd[j] 2^shift[j]))), where u is the grid-unit
+   weight of column j itself (j < N) or of column index[j - N]. With U = floor(2 u),
 
-       floor((u + 1/2 + i) / 2^m) = (U + 1 + 2 i) >> (m + 1)    part i of 2^m, quantization-aware
-       floor(u / 2^m + 1/2)       = (U + 2^m)     >> (m + 1)    naive
+       floor((u + 1/2 + i) / n) = floor((U + 1 + 2 i) / (2 n))    part i of n, quantization-aware
+       floor(u / n + 1/2)       = floor((U + n)       / (2 n))    naive
 
-   because floor(x / 2^m) = floor(floor(x) / 2^m). Doubling a float and taking its floor are exact. */
+   because floor(x / ab) = floor(floor(x / a) / b). So a copy costs one addition and one shift, and where n is no power
+   of two, one division. Doubling a float and taking its floor are exact. */
 typedef struct {
     int64_t N, M;
     int32_t *index;  /* [M - N] */
     int32_t *addend; /* [M] */
     int32_t *shift;  /* [M] */
+    int32_t *odd;    /* [M], or NULL where all are 1 */
 } ocs_columns;
 
 /* --- The table -------------------------------------------------------------------------------- */
@@ -81,8 +83,11 @@ static inline int32_t ocs_half_steps(float w, float scale) {
 }
 
 /* One column of a split row; >> of a negative number is arithmetic in every compiler that we build with. */
-static inline int8_t ocs_split_column(int32_t half_steps, int32_t addend, int32_t shift, int32_t qmax) {
+static inline int8_t ocs_split_column(int32_t half_steps, int32_t addend, int32_t shift, int32_t odd, int32_t qmax) {
     int32_t q = (half_steps + addend) >> shift;
+    if (odd > 1) {
+        q = q / odd - (q % odd < 0);
+    }
     q = q > qmax ? qmax : q;
     return (int8_t)(q < -qmax ? -qmax : q);
 }
@@ -163,10 +168,20 @@ typedef struct {
     ocs_columns columns; /* of every group, one after the other */
 } ocs_rows;
 
-/* Checks shape and plan, and makes the columns. plan->depth may be NULL (addend and shift are then not made),
+/* Checks shape and plan, and makes the columns. plan->parts may be NULL (of the columns only index is then made),
    plan->offset too (naive splitting). There is nothing to free after an error. */
 ocs_status ocs_rows_begin(ocs_rows *rows, const ocs_plan *plan, const ocs_shape *shape);
 void ocs_rows_end(ocs_rows *rows);
+
+/* odd[m], 1 where there is none. */
+static inline int32_t ocs_odd_of(const ocs_columns *columns, int64_t m) {
+    return columns->odd == NULL ? 1 : columns->odd[m];
+}
+
+/* Of how many parts column m is one. */
+static inline int32_t ocs_parts_of(const ocs_columns *columns, int64_t m) {
+    return ocs_odd_of(columns, m) << (columns->shift[m] - 1);
+}
 
 /* The columns of group g, and of the group of output channel o. */
 ocs_columns ocs_columns_of_group(const ocs_rows *rows, int64_t g);

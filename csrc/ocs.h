@@ -5,8 +5,8 @@
  *
  *     ocs_shape shape = {.G = 1, .O = O, .C = C, .K = K, .S = S};
  *     ocs_channel_max_f32(channel_max, w, &shape);                            where the outliers are
- *     ocs_split_plan(source, depth, offset, split_max, channel_max, 1, C, S);  which channels to split, how often
- *     ocs_plan plan = {source, depth, offset};
+ *     ocs_split_plan(source, parts, offset, split_max, channel_max, 1, C, S, false);   which channels to split
+ *     ocs_plan plan = {source, parts, offset};
  *     float step = ocs_abs_max_f32(split_max, C + S) / ocs_qmax(bits);
  *     ocs_scale scale = {&step, 0};                                           one for all output channels
  *     ocs_quantize_weight_f32(ints, w, &plan, scale, &shape, bits, true);
@@ -44,6 +44,7 @@ extern "C" {
 #define OCS_MIN_BITS 2
 #define OCS_MAX_BITS 8
 #define OCS_MAX_DEPTH 22              /* how often a channel can be halved: keeps all that follows inside 32 bits */
+#define OCS_MAX_PARTS (1 << 22)       /* of a channel, for the same reason */
 #define OCS_MAX_BINS (1 << 24)        /* of a histogram: float32 tells no more of them apart */
 #define OCS_MAX_SEARCH_BINS (1 << 16) /* of one that is searched: beyond, sums of squared positions cancel too much */
 #define OCS_OCTAVES 16                /* of a logarithmic histogram */
@@ -57,10 +58,10 @@ typedef enum {
     OCS_BAD_BINS,   /* bins outside 1 .. OCS_MAX_BINS, a negative count, or a limit that is negative or not finite */
     OCS_BAD_LIMIT,  /* a limit that is no power of two, or below 2^-110 */
     OCS_BAD_SHAPE,  /* a negative size, G that does not divide O or exceeds it, or splits without channels */
-    OCS_BAD_PLAN,   /* source, depth or offset that no split plan of this shape has */
+    OCS_BAD_PLAN,   /* source, parts or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
     OCS_BAD_ORDER,  /* an order of columns that leaves one out */
-    OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split more than OCS_MAX_DEPTH deep */
+    OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split into more than OCS_MAX_PARTS */
     OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
     OCS_BAD_METHOD, /* a clip method that there is not */
     OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
@@ -120,27 +121,29 @@ ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_sha
 
 /* A split plan; every array is [G (C + S)], over expanded channels.
 
-   source: the original channel. depth m: how often this copy was halved, so that its weights are about w / 2^m.
-   offset i in 0 .. 2^m - 1: which of the 2^m parts it is in quantization-aware splitting. */
+   source: the original channel. parts n: how many like this one make it up, so that its weights are about w / n; 2^m
+   after m halvings. offset i in 0 .. n - 1: which of the n parts it is in quantization-aware splitting. */
 typedef struct {
     const int64_t *source;
-    const int32_t *depth;
+    const int32_t *parts;
     const int32_t *offset;
 } ocs_plan;
 
 /* Fills a plan's arrays and split_max [G (C + S)], the max |w| of each expanded channel, from channel_max [G C].
 
    In each group, S times: the channel with the largest maximum (copies included, lowest index on ties) is halved into
-   itself and a copy at the end, or copied as it is where its maximum is 0. O(S log C). */
-ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, float *split_max, const float *channel_max,
-                          int64_t G, int64_t C, int64_t S);
+   itself and a copy at the end, or copied as it is where its maximum is 0. Where even, the original channel whose parts
+   have the largest maximum gets one part more at the end, and all of its parts are equal: channel_max / n, offsets
+   0 .. n - 1 in order. O(S log C). */
+ocs_status ocs_split_plan(int64_t *source, int32_t *parts, int32_t *offset, float *split_max, const float *channel_max,
+                          int64_t G, int64_t C, int64_t S, bool even);
 
 /* output_max [O]: max |w| of each output channel after splitting, for one threshold per output channel. */
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape);
 
 /* counts [R, bins]: the histogram of |w| after splitting over [0, limit], of the whole weight (R = 1) or of each output
-   channel (R = O, limit [O]), as ocs_histogram_f32 counts. A copy of depth m counts as w / 2^m; zeros, which are on
-   every grid, do not count. */
+   channel (R = O, limit [O]), as ocs_histogram_f32 counts. A copy that is one of n parts counts as w / n; zeros, which
+   are on every grid, do not count. */
 ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_plan *plan, const ocs_shape *shape,
                                    int64_t R, int64_t bins, const float *limit);
 
@@ -203,8 +206,9 @@ typedef struct {
 
 /* ints [O, C + S, K] of the split weight, in [-qmax, qmax].
 
-   In grid units u = w / scale, a channel becomes itself and its copy by (u - 1/2) / 2 and (u + 1/2) / 2 where
-   quantization_aware, by u / 2 both where not, again for each further split, and rounds as floor(u + 1/2). */
+   In grid units u = w / scale, part i of n is (u + 1/2 + i) / n - 1/2 where quantization_aware, u / n where not, and
+   rounds as floor(v + 1/2). The former are what halving gives, (u - 1/2) / 2 and (u + 1/2) / 2, again and again; the
+   n of them that make up a channel add up to floor(u + 1/2) (Hermite) while none saturates. */
 ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan *plan, ocs_scale scale,
                                    const ocs_shape *shape, int bits, bool quantization_aware);
 

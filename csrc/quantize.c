@@ -11,7 +11,8 @@
 void ocs_quantize_row_ref(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale, int32_t qmax) {
     for (int64_t m = 0; m < columns->M; ++m) {
         int64_t from = m < columns->N ? m : columns->index[m - columns->N];
-        q[m] = ocs_split_column(ocs_half_steps(w[from], scale), columns->addend[m], columns->shift[m], qmax);
+        q[m] = ocs_split_column(ocs_half_steps(w[from], scale), columns->addend[m], columns->shift[m],
+                                ocs_odd_of(columns, m), qmax);
     }
 }
 
@@ -119,7 +120,7 @@ ocs_status ocs_quantize_weight_f32(int8_t *ints, const float *w, const ocs_plan 
                                    const ocs_shape *shape, int bits, bool quantization_aware) {
     OCS_TRY(ocs_check_bits(bits));
     weight_job job = {.scale = scale, .w = w, .ints_out = ints, .qmax = ocs_qmax(bits)};
-    const ocs_plan used = {plan->source, plan->depth, quantization_aware ? plan->offset : NULL};
+    const ocs_plan used = {plan->source, plan->parts, quantization_aware ? plan->offset : NULL};
     return for_rows(&job, &used, shape, false, quantize_rows);
 }
 

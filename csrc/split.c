@@ -1,14 +1,14 @@
 /* Which channels to split, how often, and what each copy is of its original (section 3 of the paper).
 
-   Splitting is simulated on the maxima alone: a copy of depth m is an affine image of the original channel, so nothing
-   is moved until the integers are written. Shapes as in ocs.h. */
+   Splitting is simulated on the maxima alone: part i of n is an affine image of the original channel, so nothing is
+   moved until the integers are written. Shapes as in ocs.h. */
 #include "kernels.h"
 
 #include <stdlib.h>
 
 /* --- The plan --------------------------------------------------------------------------------- */
 
-/* A binary heap of expanded channels, the one to split next on top. */
+/* A binary heap of channels, the one to split next on top. */
 typedef struct {
     const float *max;
     int64_t *channel;
@@ -44,53 +44,80 @@ static void push(heap *h, int64_t pushed) {
 /* One group's part of the plan that is being made. */
 typedef struct {
     int64_t *source;
-    int32_t *depth;
+    int32_t *parts;
     int32_t *offset;
     float *split_max;
+    const float *channel_max;
+    int64_t C, S, first; /* the number that the group's first channel has */
 } group_plan;
 
-/* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i into i and i + 2^m. Zeros
-   are copied without counting as halved, however often they come up: all their integers are 0 anyway. */
-static void split_top(heap *h, const group_plan *plan, int64_t copy) {
+/* Halves the top channel into itself and expanded channel `copy`, quantization-aware part i of n into i and i + n of
+   2 n. Zeros are copied without counting as halved, however often they come up: all their integers are 0 anyway. */
+static ocs_status halve_top(heap *h, const group_plan *plan, int64_t copy) {
     const int64_t top = h->channel[0];
     const bool halved = plan->split_max[top] > 0.0f;
-    const int32_t m = plan->depth[top];
+    const int32_t n = plan->parts[top];
+    if (halved && n == OCS_MAX_PARTS) {
+        return OCS_TOO_LARGE;
+    }
     plan->source[copy] = plan->source[top];
-    plan->offset[copy] = plan->offset[top] + (halved ? INT32_C(1) << m : 0);
-    plan->depth[copy] = plan->depth[top] = m + halved;
+    plan->offset[copy] = plan->offset[top] + (halved ? n : 0);
+    plan->parts[copy] = plan->parts[top] = halved ? 2 * n : n;
     plan->split_max[copy] = plan->split_max[top] *= 0.5f;
     sift_down(h, 0);
     push(h, copy);
+    return OCS_OK;
 }
 
-/* The group's channels have the numbers from `first` on; scratch [C + S]. */
-static ocs_status plan_group(const group_plan *plan, const float *channel_max, int64_t *scratch, int64_t C, int64_t S,
-                             int64_t first) {
-    heap h = {plan->split_max, scratch, C};
-    for (int64_t c = 0; c < C; ++c) {
-        plan->source[c] = first + c;
-        plan->depth[c] = plan->offset[c] = 0;
-        plan->split_max[c] = channel_max[c];
-        h.channel[c] = c;
-        if (!isfinite(channel_max[c])) {
+/* Gives the top channel a part more, expanded channel `copy`; the numbers of the channel itself count for all parts. */
+static ocs_status add_part(heap *h, const group_plan *plan, int64_t copy) {
+    const int64_t top = h->channel[0];
+    if (plan->parts[top] == OCS_MAX_PARTS) {
+        return OCS_TOO_LARGE;
+    }
+    plan->source[copy] = plan->source[top];
+    plan->offset[copy] = plan->parts[top]++;
+    plan->split_max[top] = plan->channel_max[top] / (float)plan->parts[top];
+    sift_down(h, 0);
+    return OCS_OK;
+}
+
+/* Each channel as its only part; scratch [C + S] is the heap's. */
+static ocs_status begin_group(heap *h, const group_plan *plan, int64_t *scratch) {
+    *h = (heap){plan->split_max, scratch, plan->C};
+    for (int64_t c = 0; c < plan->C; ++c) {
+        plan->source[c] = plan->first + c;
+        plan->parts[c] = 1;
+        plan->offset[c] = 0;
+        plan->split_max[c] = plan->channel_max[c];
+        h->channel[c] = c;
+        if (!isfinite(plan->channel_max[c])) {
             return OCS_NOT_FINITE;
         }
     }
-    for (int64_t at = C / 2 - 1; at >= 0; --at) {
-        sift_down(&h, at);
-    }
-    for (int64_t s = 0; s < S; ++s) {
-        const int64_t top = h.channel[0];
-        if (plan->depth[top] == OCS_MAX_DEPTH && plan->split_max[top] > 0.0f) {
-            return OCS_TOO_LARGE;
-        }
-        split_top(&h, plan, C + s);
+    for (int64_t at = plan->C / 2 - 1; at >= 0; --at) {
+        sift_down(h, at);
     }
     return OCS_OK;
 }
 
-ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, float *split_max, const float *channel_max,
-                          int64_t G, int64_t C, int64_t S) {
+static ocs_status plan_group(const group_plan *plan, int64_t *scratch, bool even) {
+    const int64_t C = plan->C;
+    heap h;
+    OCS_TRY(begin_group(&h, plan, scratch));
+    for (int64_t s = 0; s < plan->S; ++s) {
+        OCS_TRY(even ? add_part(&h, plan, C + s) : halve_top(&h, plan, C + s));
+    }
+    for (int64_t copy = C; even && copy < C + plan->S; ++copy) {
+        const int64_t c = plan->source[copy] - plan->first;
+        plan->parts[copy] = plan->parts[c];
+        plan->split_max[copy] = plan->split_max[c];
+    }
+    return OCS_OK;
+}
+
+ocs_status ocs_split_plan(int64_t *source, int32_t *parts, int32_t *offset, float *split_max, const float *channel_max,
+                          int64_t G, int64_t C, int64_t S, bool even) {
     if (G < 1 || C < 0 || S < 0 || (C == 0 && S > 0)) {
         return OCS_BAD_SHAPE;
     }
@@ -101,8 +128,9 @@ ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, floa
     ocs_status status = scratch == NULL ? OCS_NO_MEMORY : OCS_OK;
     for (int64_t g = 0; g < G && status == OCS_OK; ++g) {
         const int64_t at = g * (C + S);
-        const group_plan plan = {source + at, depth + at, offset + at, split_max + at};
-        status = plan_group(&plan, channel_max + g * C, scratch, C, S, g * C);
+        const group_plan plan = {source + at,         parts + at, offset + at, split_max + at,
+                                 channel_max + g * C, C,          S,           g * C};
+        status = plan_group(&plan, scratch, even);
     }
     free(scratch);
     return status;
@@ -110,10 +138,12 @@ ocs_status ocs_split_plan(int64_t *source, int32_t *depth, int32_t *offset, floa
 
 /* --- The split weight without splitting it ---------------------------------------------------- */
 
-/* The rows of a weight, and factor [G M]: 2^-depth of each column. */
+/* The rows of a weight, and what each of the columns [G M] is split by. Where all numbers of parts are powers of two,
+   by multiplying with 2^-m, which is exact and fast; else by dividing by the number. */
 typedef struct {
     ocs_rows rows;
-    float *factor;
+    float *by;
+    bool divides;
     const float *w;
 } split_rows;
 
@@ -122,38 +152,62 @@ static ocs_status split_rows_begin(split_rows *split, const float *w, const ocs_
     *split = (split_rows){.w = w};
     OCS_TRY(ocs_rows_begin(&split->rows, plan, shape));
     const ocs_columns *columns = &split->rows.columns;
-    split->factor = malloc((size_t)(shape->G * columns->M + 1) * sizeof *split->factor);
-    if (split->factor == NULL) {
+    split->by = malloc((size_t)(shape->G * columns->M + 1) * sizeof *split->by);
+    if (split->by == NULL) {
         ocs_rows_end(&split->rows);
         return OCS_NO_MEMORY;
     }
+    split->divides = columns->odd != NULL;
     for (int64_t i = 0; i < shape->G * columns->M; ++i) {
-        split->factor[i] = ldexpf(1.0f, 1 - columns->shift[i]);
+        split->by[i] = split->divides ? (float)ocs_parts_of(columns, i) : ldexpf(1.0f, 1 - columns->shift[i]);
     }
     return OCS_OK;
 }
 
 static void split_rows_end(split_rows *split) {
-    free(split->factor);
+    free(split->by);
     ocs_rows_end(&split->rows);
 }
 
-/* The factors [M] of output channel o. */
-static const float *factor_of_row(const split_rows *split, int64_t o) {
-    const ocs_shape *shape = split->rows.shape;
-    return split->factor + o / (shape->O / shape->G) * split->rows.columns.M;
+static inline float split_value(float w, float by, bool divides) {
+    return divides ? w / by : w * by;
 }
 
-/* Of all copies of a channel, the one halved least has the largest weights: its factor goes to the channel itself. */
-static void keep_largest_factors(split_rows *split) {
+/* What output channel o is split by, [M]. */
+static const float *by_of_row(const split_rows *split, int64_t o) {
+    const ocs_shape *shape = split->rows.shape;
+    return split->by + o / (shape->O / shape->G) * split->rows.columns.M;
+}
+
+/* Of all copies of a channel, the one split least has the largest weights: the channel itself gets what that has. */
+static void keep_largest_parts(split_rows *split) {
     for (int64_t g = 0; g < split->rows.shape->G; ++g) {
         const ocs_columns columns = ocs_columns_of_group(&split->rows, g);
-        float *factor = split->factor + g * columns.M;
+        float *by = split->by + g * columns.M;
         for (int64_t m = columns.N; m < columns.M; ++m) {
-            float *of_source = &factor[columns.index[m - columns.N]];
-            *of_source = *of_source < factor[m] ? factor[m] : *of_source;
+            float *of_source = &by[columns.index[m - columns.N]];
+            *of_source = (split->divides ? by[m] < *of_source : by[m] > *of_source) ? by[m] : *of_source;
         }
     }
+}
+
+enum { BLOCK = 256 };
+
+static float largest_part(const split_rows *split, int64_t o) {
+    const int64_t N = split->rows.columns.N;
+    const float *w = split->w + o * N, *by = by_of_row(split, o);
+    if (!split->divides) {
+        return split->rows.kernels->scaled_max(w, by, N);
+    }
+    float max = 0.0f, parts[BLOCK];
+    for (int64_t begin = 0; begin < N; begin += BLOCK) {
+        const int64_t count = N - begin < BLOCK ? N - begin : BLOCK;
+        for (int64_t i = 0; i < count; ++i) {
+            parts[i] = w[begin + i] / by[begin + i];
+        }
+        max = ocs_larger_abs(max, split->rows.kernels->abs_max(parts, count));
+    }
+    return max;
 }
 
 typedef struct {
@@ -163,18 +217,15 @@ typedef struct {
 
 static void output_max_range(ocs_range *range) {
     const output_max_job *job = range->ctx;
-    const ocs_rows *rows = &job->split.rows;
-    const int64_t N = rows->columns.N;
     for (int64_t o = range->begin; o < range->end; ++o) {
-        const float *w = job->split.w + o * N;
-        job->output_max[o] = rows->kernels->scaled_max(w, factor_of_row(&job->split, o), N);
+        job->output_max[o] = largest_part(&job->split, o);
     }
 }
 
 ocs_status ocs_output_max_f32(float *output_max, const float *w, const ocs_plan *plan, const ocs_shape *shape) {
     output_max_job job = {.output_max = output_max};
     OCS_TRY(split_rows_begin(&job.split, w, plan, shape));
-    keep_largest_factors(&job.split);
+    keep_largest_parts(&job.split);
     ocs_status status = ocs_parallel_for(shape->O, ocs_grain(job.split.rows.columns.N), 0, output_max_range, &job);
     split_rows_end(&job.split);
     return status;
@@ -190,14 +241,15 @@ typedef struct {
 /* Output channel o split: returns how many of its M columns are not zero; those are in values [M]. */
 static int64_t split_row(float *restrict values, const split_rows *split, int64_t o) {
     const ocs_columns columns = ocs_columns_of_row(&split->rows, o);
-    const float *w = split->w + o * columns.N, *factor = factor_of_row(split, o);
+    const float *w = split->w + o * columns.N, *by = by_of_row(split, o);
+    const bool divides = split->divides;
     int64_t count = 0;
     for (int64_t m = 0; m < columns.N; ++m) {
-        values[count] = w[m] * factor[m];
+        values[count] = split_value(w[m], by[m], divides);
         count += values[count] != 0.0f;
     }
     for (int64_t m = columns.N; m < columns.M; ++m) {
-        values[count] = w[columns.index[m - columns.N]] * factor[m];
+        values[count] = split_value(w[columns.index[m - columns.N]], by[m], divides);
         count += values[count] != 0.0f;
     }
     return count;

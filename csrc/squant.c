@@ -88,7 +88,8 @@ static void move(row *r, int64_t c, int64_t i, int32_t sign) {
     r->error[i] -= sign * STEP;
     for (int64_t j = c; j >= 0; j = r->next[j]) {
         const int64_t at = i + (j - c) * r->K;
-        r->q[at] = ocs_split_column(2 * (int32_t)r->sum[i], r->columns.addend[at], r->columns.shift[at], r->qmax);
+        r->q[at] = ocs_split_column(2 * (int32_t)r->sum[i], r->columns.addend[at], r->columns.shift[at],
+                                    ocs_odd_of(&r->columns, at), r->qmax);
     }
 }
 
@@ -192,8 +193,7 @@ typedef struct {
     int32_t qmax;
 } squant_job;
 
-/* The parts of each channel of group g, and the sums T that all of them can hold: part i of 2^m is floor((T + i) /
-   2^m). */
+/* The parts of each channel of group g, and the sums T that all of them can hold: part i of n is floor((T + i) / n). */
 static void fill_parts(squant_job *job, int64_t g) {
     const ocs_columns columns = ocs_columns_of_group(&job->rows, g);
     const int64_t C = job->rows.shape->C, K = job->rows.shape->K, E = C + job->rows.shape->S;
@@ -201,8 +201,8 @@ static void fill_parts(squant_job *job, int64_t g) {
     ocs_link_parts(job->next + g * E, &job->rows, g);
     for (int64_t j = 0; j < E; ++j) {
         const int64_t c = j < C ? j : columns.index[(j - C) * K] / K;
-        const int32_t m = columns.shift[j * K] - 1, i = columns.addend[j * K] / 2;
-        const int32_t lowest = -job->qmax * (1 << m) - i, highest = (job->qmax + 1) * (1 << m) - 1 - i;
+        const int32_t n = ocs_parts_of(&columns, j * K), i = columns.addend[j * K] / 2;
+        const int32_t lowest = -job->qmax * n - i, highest = (job->qmax + 1) * n - 1 - i;
         low[c] = j < C || lowest > low[c] ? lowest : low[c];
         high[c] = j < C || highest < high[c] ? highest : high[c];
     }

@@ -1,8 +1,9 @@
-"""A word-level LSTM language model and its text: what the tables, tests and notebooks share.
+"""Word-level language models and their text: what the tables, tests and notebooks share.
 
 Text comes as WikiText-2 has it: a file for each split, words separated by blanks, an end-of-sentence token for each
-line. The network is Zaremba, Sutskever and Vinyals' (arXiv 1409.2329): embedding, LSTM layers with dropout between
-them, linear layer over the vocabulary. The bundled one was trained on the King James Bible.
+line. The LSTM is Zaremba, Sutskever and Vinyals' (arXiv 1409.2329): embedding, LSTM layers with dropout between
+them, linear layer over the vocabulary; decoder.py has a transformer. The bundled ones were trained on the King James
+Bible.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from decoder import Decoder
 from torch import Tensor, nn
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "bible"
-WEIGHTS = ASSETS / "lstm.safetensors"
+WEIGHTS, DECODER_WEIGHTS = ASSETS / "lstm.safetensors", ASSETS / "decoder.safetensors"
 EOS, UNKNOWN = "<eos>", "<unk>"
 STEPS = 35  # that a state is carried over before gradients are cut, and in one forward pass
 
@@ -26,6 +28,8 @@ State = tuple[Tensor, Tensor]
 
 class LanguageModel(nn.Module):
     """Next-word logits from words; `tied`: the last layer's weight is the embedding's (and then stays float)."""
+
+    steps = STEPS
 
     def __init__(
         self, words: int, *, hidden: int = 650, layers: int = 2, dropout: float = 0.5, tied: bool = False
@@ -94,9 +98,9 @@ def windows(text: Tensor, steps: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def losses(model: nn.Module, text: Tensor) -> Iterator[Tensor]:
-    """-log p of the words that are to be predicted, float32 [up to STEPS, B], window by window of streams [T, B]."""
+    """-log p of the words that are to be predicted, float32 [up to steps, B], window by window of streams [T, B]."""
     state = None
-    for inputs, targets in windows(text):
+    for inputs, targets in windows(text, model.steps):
         logits, state = model(inputs, state)
         yield F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
@@ -108,7 +112,9 @@ def perplexity(model: nn.Module, words: Tensor, count: int = 10) -> float:
     return math.exp(found.double().mean())
 
 
-def save_model(model: LanguageModel, vocabulary: list[str], path: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_model(
+    model: LanguageModel | Decoder, vocabulary: list[str], path: Path, dtype: torch.dtype = torch.float32
+) -> None:
     """Weights, shape and vocabulary in one safetensors file."""
     from safetensors.torch import save_file
 
@@ -118,8 +124,8 @@ def save_model(model: LanguageModel, vocabulary: list[str], path: Path, dtype: t
     save_file(state, path, {"config": json.dumps(model.config), "vocabulary": "\n".join(vocabulary)})
 
 
-def load_model(path: str | Path = WEIGHTS) -> tuple[LanguageModel, list[str]]:
-    """The float32 network in eval mode, and its vocabulary."""
+def load_model(path: str | Path = WEIGHTS) -> tuple[LanguageModel | Decoder, list[str]]:
+    """The float32 network in eval mode, an LSTM or a transformer as the file says, and its vocabulary."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
@@ -127,7 +133,8 @@ def load_model(path: str | Path = WEIGHTS) -> tuple[LanguageModel, list[str]]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
         state = {name: tensor.float() for name, tensor in load_file(path).items()}
-        model, vocabulary = LanguageModel(**json.loads(header["config"])), header["vocabulary"].split("\n")
+        config, vocabulary = json.loads(header["config"]), header["vocabulary"].split("\n")
+        model = (Decoder if "heads" in config else LanguageModel)(**config)
         if model.config["tied"]:
             state["decoder.weight"] = state["embedding.weight"]
         model.load_state_dict(state)

@@ -85,14 +85,16 @@ def quantize(
             "auto" is for each layer, or output channel that has a scale, what leaves the least functional.output_error,
             with rounding="gptq" by what calibration measured; then a few thresholds are tried.
         granularity: one scale per "tensor", or per output "channel".
-        split: "qa" (quantization-aware: exact) or "naive" (halves).
-        rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": then some integers move a step so that
-            rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or "gptq",
-            for split="qa", with calibration: errors of each column are compensated in those that follow, by the second
-            moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a weight with C K
-            columns, and some four times as much for one layer after the other; where that is more than ocs.calibrate
-            keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest. The report says
-            so of both.
+        split: "qa" (quantization-aware: exact) or "naive" (halves), of weights and inputs alike. Or "even": as exact,
+            but a channel split n - 1 times becomes n equal parts, which narrows the grid wherever a channel is split
+            more than once; see functional.quantize_weight.
+        rounding: "nearest": floor(w / scale + 1/2). Or "squant", but for split="naive": then some integers move a step
+            so that rounding errors cancel in each filter and each output channel, see functional.quantize_weight. Or
+            "gptq", but for split="naive", with calibration: errors of each column are compensated in those that follow,
+            by the second moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a
+            weight with C K columns, and some four times as much for one layer after the other; where that is more than
+            ocs.calibrate keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest.
+            The report says so of both.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.

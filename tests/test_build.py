@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -57,6 +59,17 @@ def test_only_the_limited_python_api() -> None:
     assert Path(_C.__file__).name == "_C.abi3.so"
 
 
+@needs_nm
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="of glibc on x86-64")
+def test_runs_where_torch_does() -> None:
+    """Below the versions that manylinux_2_28 allows, the tag of torch's own wheels."""
+    listing = subprocess.run(["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True)
+    needed = re.findall(r"@(GLIBC|GLIBCXX|CXXABI)_([\d.]+)", listing.stdout)
+    most = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+    assert {name for name, _ in needed} == set(most)
+    assert [(name, version) for name, version in needed if tuple(map(int, version.split("."))) > most[name]] == []
+
+
 ANOTHER_SET = """
 #include "kernels.h"
 static bool yes(void) { return true; }
@@ -93,18 +106,42 @@ def test_an_instruction_set_is_a_file_and_a_name_and_lacks_what_the_one_before_i
     assert c.ocs_abs_max_f32(x, ctypes.c_int64(3)) == 7.0
 
 
+def repository() -> list[str]:
+    """What belongs to the repository, without what is built or cached: in an unpacked source archive all there is."""
+    if (ROOT / ".git").exists():
+        listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+        return [name for name in listing.stdout.splitlines() if (ROOT / name).exists()]
+    made = re.compile(r"\.so$|\.pyc$|\.egg-info/|^(build|dist|\.venv|\.\w+_cache|\.hypothesis)/")
+    names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
+    return [name for name in names if not made.search(name) and name not in ("PKG-INFO", "setup.cfg")]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("sdist")
+    for name in repository():
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).symlink_to(ROOT / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", out], cwd=sources, check=True)
+    (built,) = out.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    sources = tmp_path_factory.mktemp("sources")
-    for name in ("ocs", "csrc"):
-        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", out, sources]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", out, sdist]
     subprocess.run(command, check=True, env={**os.environ, "OCS_WERROR": "1"})
     (built,) = out.glob("*.whl")
     return built
+
+
+def test_the_source_archive_has_the_whole_repository(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        top, *_ = archive.getnames()
+        files = {member.name.removeprefix(f"{top}/") for member in archive if not member.isdir()}
+    made = {name for name in files if name.startswith("torch_ocs.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert files - made == set(repository())
 
 
 def test_wheel_serves_every_python(wheel: Path) -> None:
@@ -112,9 +149,19 @@ def test_wheel_serves_every_python(wheel: Path) -> None:
     assert (name, version) == ("torch_ocs", __import__("ocs").__version__)
     assert tags[:2] == ["cp311", "abi3"]
     files = [name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("torch_ocs-")]
-    assert sorted(files) == sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / "ocs").rglob("*.*") if path.suffix in (".py", ".so", ".typed")
-    )
+    assert "ocs/py.typed" in files
+    assert sorted(files) == sorted([*(name for name in repository() if name.startswith("ocs/")), "ocs/_C.abi3.so"])
+
+
+def test_the_binary_says_nothing_of_where_it_was_built(wheel: Path) -> None:
+    binary = zipfile.ZipFile(wheel).read("ocs/_C.abi3.so")
+    assert b"torch/include/torch/csrc/stable/" in binary  # what torch's errors say, below its folder
+    assert re.findall(rb"(?<![\w/])(?:/[\w.+-]{3,}){2,}/[\w.+-]*", binary) == []
+
+
+def test_the_version_is_the_newest_in_the_changelog() -> None:
+    (newest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest == __import__("ocs").__version__
 
 
 def test_wheel_quantizes_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def numpy_of(x: object) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("split", ["qa", "naive"])
+@pytest.mark.parametrize("split", ["qa", "naive", "even"])
 @pytest.mark.parametrize(("r", "groups", "copies"), [(0, 1, 0), (0.05, 1, 2), (1, 1, 30), (0.1, 3, 9)])
 def test_quantize_weight(kind, granularity: str, split: str, r: float, groups: int, copies: int) -> None:
     q = F.quantize_weight(kind(W), 5, r, granularity=granularity, split=split, groups=groups)
@@ -38,12 +38,13 @@ def test_quantize_weight(kind, granularity: str, split: str, r: float, groups: i
     assert (per_group // 30 == np.arange(groups)[:, None]).all()
     np.testing.assert_array_equal(scale, threshold / np.float32(15))
     assert np.abs(ints).max() == 15
-    expected = reference.quantize_weight(W, scale, *reference_plan(r, groups)[:3], groups, 5, split == "qa")
+    plan = reference_plan(r, groups, split == "even")
+    expected = reference.quantize_weight(W, scale, *plan[:3], groups, 5, split != "naive")
     np.testing.assert_array_equal(ints, expected)
 
 
-def reference_plan(r: float, groups: int) -> reference.Plan:
-    return reference.split_plan(reference.channel_max(W, groups), groups, F.splits_for(r, W.shape[1], groups))
+def reference_plan(r: float, groups: int, even: bool = False) -> reference.Plan:
+    return reference.split_plan(reference.channel_max(W, groups), groups, F.splits_for(r, W.shape[1], groups), even)
 
 
 def test_splitting_narrows_the_grid_and_helps() -> None:

@@ -18,6 +18,9 @@ LAYERS = (  # each may import from those before it, and all may import what stan
     ("report", "formats"),
     ("runtime",),
     ("quantization",),
+    ("hf",),
+    ("cli",),
+    ("__main__",),
 )
 ALONE = {"_C", "errors", "progress", "__version__"}  # these import nothing of the package
 FACADES = {"__init__", "functional", "plot"}  # these import from everywhere, and nobody imports them

@@ -12,13 +12,14 @@ from typing import Any
 
 import data
 import torch
-from language_model import ASSETS, WEIGHTS, encode, load_model, read_words, streams
+from language_model import ASSETS, DECODER_WEIGHTS, WEIGHTS, encode, load_model, read_words, streams
 from networks import Network, load_network
 from options import TEXTS
 from ranks import Ranks
 from tasks import Classification, LanguageModelling
 from torch.utils.data import Dataset
 
+BUNDLED_TEXT = {"lstm": WEIGHTS, "decoder": DECODER_WEIGHTS}
 CALIBRATION_BATCH = 32  # small, so that several ranks share 512 images
 
 
@@ -81,7 +82,10 @@ def open_split(args: argparse.Namespace, network: Network, split: str) -> Datase
 def open_text(args: argparse.Namespace, name: str, weights: str | None, ranks: Ranks) -> LanguageModelling:
     """A language model on test text, in groups of streams."""
     bundled = args.dataset == "bible"
-    folder, weights = args.data or (ASSETS if bundled else None), weights or (WEIGHTS if bundled else None)
+    if bundled and not weights and name.lower() not in BUNDLED_TEXT:
+        raise data.DataError(f"no network {name!r} for the bundled text, only LSTM and decoder; give its --weights")
+    folder = args.data or (ASSETS if bundled else None)
+    weights = weights or (BUNDLED_TEXT[name.lower()] if bundled else None)
     if folder is None or weights is None:
         raise data.DataError(
             f"{args.dataset} needs --data, the folder with wiki.test.tokens, and --weights, a file of "
@@ -100,10 +104,11 @@ def open_text(args: argparse.Namespace, name: str, weights: str | None, ranks: R
     where = str(Path(folder).resolve()) if args.data else "bundled"
     digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     config = model.config
-    papers = (config["hidden"], config["layers"], config["words"]) == (650, 2, 33278)
+    units = config["width" if "width" in config else "hidden"]
+    papers = (units, config["layers"], config["words"]) == (650, 2, 33278)
     return LanguageModelling(
-        name if papers else f"{name}-{config['hidden']}",
-        f"{len(words):,} words of {TEXTS[args.dataset]}, {config['layers']} layers of {config['hidden']} units, "
+        name if papers else f"{name}-{units}",
+        f"{len(words):,} words of {TEXTS[args.dataset]}, {config['layers']} layers of {units} units, "
         f"vocabulary {config['words']:,}",
         [digest, args.dataset, where, len(words), args.streams, args.batch_size, calibrated, ranks.device.type],
         model.to(ranks.device),

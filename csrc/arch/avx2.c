@@ -137,15 +137,29 @@ AVX2 static inline __m256i split_columns(__m256 w, __m256 scale, const int32_t *
     return _mm256_srav_epi32(sum, _mm256_loadu_si256((const __m256i *)shift));
 }
 
+/* floor(x / odd) of eight integers; most are 1. Doubles hold both, and a quotient that is no integer is at least 2^-22
+   away from one, which is more than it is rounded by. */
+AVX2 static inline __m256i floor_divide(__m256i x, const int32_t *odd) {
+    const __m256i by = _mm256_loadu_si256((const __m256i *)odd), above = _mm256_sub_epi32(by, _mm256_set1_epi32(1));
+    if (_mm256_testz_si256(above, above)) {
+        return x;
+    }
+    const __m256d low =
+        _mm256_div_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)), _mm256_cvtepi32_pd(_mm256_castsi256_si128(by)));
+    const __m256d high = _mm256_div_pd(_mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1)),
+                                       _mm256_cvtepi32_pd(_mm256_extracti128_si256(by, 1)));
+    return _mm256_set_m128i(_mm256_cvttpd_epi32(_mm256_floor_pd(high)), _mm256_cvttpd_epi32(_mm256_floor_pd(low)));
+}
+
 AVX2 static inline void store_clamped(int8_t *q, __m256i bytes, int32_t qmax) {
     const __m256i most = _mm256_set1_epi8((char)qmax), least = _mm256_set1_epi8((char)-qmax);
     _mm256_storeu_si256((__m256i *)q, _mm256_max_epi8(_mm256_min_epi8(bytes, most), least));
 }
 
-/* q [N] of columns, each of w where it is, or of w[index] where an index is given. */
+/* q [N] of columns, each of w where it is, or of w[index] where an index is given; odd may be NULL. */
 AVX2 static inline void quantize_columns(int8_t *restrict q, const float *w, const int32_t *index,
-                                         const int32_t *addend, const int32_t *shift, int64_t N, float scale,
-                                         int32_t qmax) {
+                                         const int32_t *addend, const int32_t *shift, const int32_t *odd, int64_t N,
+                                         float scale, int32_t qmax) {
     const __m256 scales = _mm256_set1_ps(scale);
     __m256i four[4];
     int64_t m = 0;
@@ -156,21 +170,29 @@ AVX2 static inline void quantize_columns(int8_t *restrict q, const float *w, con
                                      ? _mm256_loadu_ps(w + at)
                                      : _mm256_i32gather_ps(w, _mm256_loadu_si256((const __m256i *)(index + at)), 4);
             four[j] = split_columns(eight, scales, addend + at, shift + at);
+            if (odd != NULL) {
+                four[j] = floor_divide(four[j], odd + at);
+            }
         }
         store_clamped(q + m, ocs_pack_bytes(four[0], four[1], four[2], four[3]), qmax);
     }
     for (; m < N; ++m) {
         const float one = index == NULL ? w[m] : w[index[m]];
-        q[m] = ocs_split_column(ocs_half_steps(one, scale), addend[m], shift[m], qmax);
+        q[m] = ocs_split_column(ocs_half_steps(one, scale), addend[m], shift[m], odd == NULL ? 1 : odd[m], qmax);
     }
 }
 
 AVX2 static void quantize_row_avx2(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale,
                                    int32_t qmax) {
     const int64_t N = columns->N, copies = columns->M - N;
-    const int32_t *addend = columns->addend, *shift = columns->shift;
-    quantize_columns(q, w, NULL, addend, shift, N, scale, qmax);
-    quantize_columns(q + N, w, columns->index, addend + N, shift + N, copies, scale, qmax);
+    const int32_t *addend = columns->addend, *shift = columns->shift, *odd = columns->odd;
+    if (odd == NULL) {
+        quantize_columns(q, w, NULL, addend, shift, NULL, N, scale, qmax);
+        quantize_columns(q + N, w, columns->index, addend + N, shift + N, NULL, copies, scale, qmax);
+    } else {
+        quantize_columns(q, w, NULL, addend, shift, odd, N, scale, qmax);
+        quantize_columns(q + N, w, columns->index, addend + N, shift + N, odd + N, copies, scale, qmax);
+    }
 }
 
 AVX2 static inline __m256 load_bytes(const void *q, bool is_signed) {

@@ -92,11 +92,11 @@ static inline ocs_shape read_split_shape(ocs_call *call, const ocs_array *w, int
 }
 
 /* A plan whose offset may be NULL. */
-static inline ocs_plan read_plan(ocs_call *call, const ocs_array *source, const ocs_array *depth,
+static inline ocs_plan read_plan(ocs_call *call, const ocs_array *source, const ocs_array *parts,
                                  const ocs_array *offset) {
-    require(call, depth->numel == source->numel, OCS_BAD_PLAN);
+    require(call, parts->numel == source->numel, OCS_BAD_PLAN);
     require(call, offset == NULL || offset->numel == source->numel, OCS_BAD_PLAN);
-    return (ocs_plan){source->data, depth->data, offset != NULL ? offset->data : NULL};
+    return (ocs_plan){source->data, parts->data, offset != NULL ? offset->data : NULL};
 }
 
 /* One number for all output channels, or one for each. */

@@ -264,6 +264,7 @@ static bool add_constants(PyObject *module) {
     return PyModule_AddIntConstant(module, "MIN_BITS", OCS_MIN_BITS) == 0 &&
            PyModule_AddIntConstant(module, "MAX_BITS", OCS_MAX_BITS) == 0 &&
            PyModule_AddIntConstant(module, "MAX_DEPTH", OCS_MAX_DEPTH) == 0 &&
+           PyModule_AddIntConstant(module, "MAX_PARTS", OCS_MAX_PARTS) == 0 &&
            PyModule_AddIntConstant(module, "MAX_BINS", OCS_MAX_BINS) == 0 &&
            PyModule_AddIntConstant(module, "MAX_SEARCH_BINS", OCS_MAX_SEARCH_BINS) == 0 &&
            PyModule_AddIntConstant(module, "OCTAVES", OCS_OCTAVES) == 0 &&

@@ -58,7 +58,7 @@ static ocs_status split_plan(ocs_call *call) {
         return call->status;
     }
     const ocs_result *r = call->results;
-    return ocs_split_plan(r[0].data, r[1].data, r[2].data, r[3].data, max->data, G, channels / G, S);
+    return ocs_split_plan(r[0].data, r[1].data, r[2].data, r[3].data, max->data, G, channels / G, S, integer(call, 3));
 }
 
 static ocs_status output_max(ocs_call *call) {
@@ -114,7 +114,7 @@ static ocs_status release_threshold(ocs_call *call) {
 
 /* --- Weights to integers and back ------------------------------------------------------------- */
 
-/* What quantize_weight and squant_weight share: w, scale, source, depth, offset, groups, bits. */
+/* What quantize_weight and squant_weight share: w, scale, source, parts, offset, groups, bits. */
 typedef struct {
     ocs_shape shape;
     ocs_scale scale;
@@ -283,10 +283,11 @@ const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
     OPERATOR(octave_histogram, 1, "int64 [C, 128]", FLOATS(x, 2), FLOAT(limit)),
     OPERATOR(channel_max, 1, "float32 [C]", FLOATS(w, 2), INT(groups)),
 
-    OPERATOR(split_plan, 4, "(source, depth, offset, split_max)", FLOATS(channel_max, 1), INT(groups), INT(splits)),
-    OPERATOR(output_max, 1, "float32 [O]", FLOATS(w, 2), INT64S(source, 1), INT32S(depth, 1), INT(groups)),
+    OPERATOR(split_plan, 4, "(source, parts, offset, split_max)", FLOATS(channel_max, 1), INT(groups), INT(splits),
+             BOOL(even)),
+    OPERATOR(output_max, 1, "float32 [O]", FLOATS(w, 2), INT64S(source, 1), INT32S(parts, 1), INT(groups)),
 
-    OPERATOR(split_histogram, 1, "int64 [bins] or [O, bins]", FLOATS(w, 2), INT64S(source, 1), INT32S(depth, 1),
+    OPERATOR(split_histogram, 1, "int64 [bins] or [O, bins]", FLOATS(w, 2), INT64S(source, 1), INT32S(parts, 1),
              INT(groups), INT(bins), FLOATS(limit, 0)),
     OPERATOR(clip_threshold, 1, "float32, shaped like limit", INT64S(counts, 1), FLOATS(limit, 0), INT(bits),
              BOOL(signed), INT(method)),
@@ -294,10 +295,10 @@ const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
              INT(method)),
 
     OPERATOR(quantize_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
-             INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits), BOOL(quantization_aware)),
+             INT32S(parts, 1), INT32S(offset, 1), INT(groups), INT(bits), BOOL(quantization_aware)),
     OPERATOR(squant_weight, 1, "int8 [O, C + n, ...]", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1),
-             INT32S(depth, 1), INT32S(offset, 1), INT(groups), INT(bits)),
-    OPERATOR(gptq_weight, 2, "(ints, error)", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1), INT32S(depth, 1),
+             INT32S(parts, 1), INT32S(offset, 1), INT(groups), INT(bits)),
+    OPERATOR(gptq_weight, 2, "(ints, error)", FLOATS(w, 2), FLOATS(scale, 0), INT64S(source, 1), INT32S(parts, 1),
              INT32S(offset, 1), INT(bits), INT64S(order, 2), FLOATS(factor, 3)),
     OPERATOR(fold, 1, "float32 [O, C, ...]", INT8S(ints, 2), FLOATS(scale, 0), INT64S(source, 1), INT(groups),
              INT(channels)),

@@ -19,9 +19,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ocs.calibration.ranks import reduced
 from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
-from ocs.nn.input_parts import as_nck, whole_halvings
+from ocs.nn.input_parts import as_nck, largest_part
 from ocs.nn.registry import replacement_of
 from ocs.weight.threshold import Clip, count_zeros
+from ocs.weight.types import Split
 
 BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
 PARTS = 16  # of a bin, over which its values are spread to be counted into other bins
@@ -165,13 +166,15 @@ class Statistics:
         """Compute the mean of each channel, float64 [C]; None where there is none, or inputs differ in size."""
         return self.sums / self.rows if self.sums.numel() else None
 
-    def threshold(self, bits: int, method: str | float, signed: bool, split: Tensor | None = None) -> float:
+    def threshold(
+        self, bits: int, method: str | float, signed: bool, split: Tensor | None = None, how: Split = "qa"
+    ) -> float:
         """Find where to clip the inputs, by functional.clip_threshold's methods; at most max|x|, but by the release's.
 
-        split: the channels (int64) whose values are halved first, the largest copy of one that is named again; the
-        release's methods look at them before.
+        split: the channels (int64) whose values are halved first, the largest copy of one that is named again, or where
+        how="even" cut into one part more of equal size; the release's methods look at them before.
         """
-        clip, largest = Clip(method, bits, signed), self._split_max(split)
+        clip, largest = Clip(method, bits, signed), self._split_max(split, how)
         if not largest:
             return largest
         if clip.takes_values:
@@ -180,13 +183,13 @@ class Statistics:
             return float(clip.threshold(largest))
         zoom = max(math.frexp(self.limit / largest)[1] - 2, 0) if split is not None else 0  # lest most bins be empty
         limit = torch.tensor(math.ldexp(self.limit, -zoom), dtype=torch.float32, device="cpu")
-        return min(float(clip.threshold(limit, self.split_counts(split, zoom))), largest)
+        return min(float(clip.threshold(limit, self.split_counts(split, zoom, how))), largest)
 
-    def _split_max(self, split: Tensor | None) -> float:
-        """Find max |x| once the values of these channels are halved, as often as each is named."""
+    def _split_max(self, split: Tensor | None, how: Split) -> float:
+        """Find max |x| once these channels are split, as often as each is named."""
         if split is None:
             return self.largest
-        return float((self.channel_max / 2 ** whole_halvings(self._times(split))).amax())
+        return float((self.channel_max / largest_part(self._times(split), how)).amax())
 
     def _times(self, split: Tensor) -> Tensor:
         """Count how often each channel is split, int64 [channels]."""
@@ -209,22 +212,22 @@ class Statistics:
         counts = torch.cat([parts, torch.tensor([self.zeros, *(1 for _ in ends)], device="cpu")])
         return values.clamp(self.smallest, self.highest).float()[None], counts[None]
 
-    def split_counts(self, split: Tensor | None, zoom: int = 0) -> Tensor:
-        """Count |x| once the values of these channels are halved and there twice, copies that are split again included.
+    def split_counts(self, split: Tensor | None, zoom: int = 0, how: Split = "qa") -> Tensor:
+        """Count |x| once these channels are split, as often as each is named: all parts, see `threshold`.
 
-        In each eighth of an octave they are taken to be spread as all values are.
+        In each eighth of an octave their values are taken to be spread as all values are.
 
         zoom: count over [0, limit / 2^zoom], beyond which nothing must be left.
         """
         if split is None or not split.numel():
             return self.counts
         times = self._times(split)
-        found = _halved(self._counts_of(times == 0), -zoom)
-        for splits in times[times > 0].unique().tolist():
-            whole, halvings = self._counts_of(times == splits), (splits + 1).bit_length() - 1
-            smaller = 2 * (splits + 1 - 2**halvings)  # are halved once more
-            found += (splits + 1 - smaller) * _halved(whole, halvings - zoom)
-            found += smaller * _halved(whole, halvings - zoom + 1)
+        found = _scaled(self._counts_of(times == 0), 2**zoom)
+        for splits in times[times > 0].unique():
+            whole, equal = self._counts_of(times == splits), int(largest_part(splits, how))
+            smaller = 2 * (int(splits) + 1 - equal)  # are halved once more
+            found += (int(splits) + 1 - smaller) * _scaled(whole, 2**zoom / equal)
+            found += smaller * _scaled(whole, 2**zoom / (2 * equal))
         return nn.functional.pad(found.cumsum(0), (1, 0)).round().diff().long()  # so that rounding adds up
 
     def _counts_of(self, channels: Tensor) -> Tensor:
@@ -244,12 +247,12 @@ class Statistics:
         order = self.outliers().view(groups, -1).argsort(dim=1, descending=True, stable=True)
         return order[:, :splits] + own[:, :1]
 
-    def largest_first(self, splits: int, groups: int = 1) -> Tensor:
+    def largest_first(self, splits: int, groups: int = 1, how: Split = "qa") -> Tensor:
         """Choose each group's channel with the largest |x|, copies included, so many times, int64 [groups, splits].
 
         This is the paper's rule for weights.
         """
-        source = torch.ops.ocs.split_plan(self.channel_max, groups, splits)[0]
+        source = torch.ops.ocs.split_plan(self.channel_max, groups, splits, how == "even")[0]
         return source.view(groups, -1)[:, self.channels // groups :]
 
     def outliers(self) -> Tensor:
@@ -263,15 +266,15 @@ class Statistics:
         return of_channel[:, at + 1 :].sum(1) + share * of_channel[:, max(at, 0)]
 
 
-def _halved(counts: Tensor, times: int) -> Tensor:
-    """Count values of |x|, counted by [BINS], in the same bins once they were halved, or where negative doubled.
+def _scaled(counts: Tensor, factor: float) -> Tensor:
+    """Count values of |x|, counted by [BINS], in the same bins once they are so many times as large.
 
-    Those that are doubled are taken to be spread evenly within their bins.
+    They are taken to be spread evenly within their bins.
     """
-    factor = 2 ** min(abs(times), BINS.bit_length() - 1)
-    if times < 0:
-        return counts[: BINS // factor].repeat_interleave(factor) / factor
-    return nn.functional.pad(counts.view(-1, factor).sum(1), (0, BINS - BINS // factor))
+    edges = (torch.arange(BINS + 1, dtype=torch.float64, device="cpu") / factor).clamp(max=BINS)
+    below = nn.functional.pad(counts.cumsum(0), (1, 0))
+    whole = edges.long()
+    return (below[whole] + (edges - whole) * counts[whole.clamp(max=BINS - 1)]).diff()
 
 
 def _channel_sums(rows: Tensor) -> Tensor:

@@ -27,5 +27,6 @@ def refuse_save_pretrained(*_: Any, **__: Any) -> None:
     raise ValueError(
         "save_pretrained would write integers, of which from_pretrained makes random weights: write the model with"
         " ocs.save(model, path) and its configuration with model.config.save_pretrained(folder); read them with"
-        " ocs.load(path, model) into a float model made from that configuration"
+        " ocs.load(path, model) into a float model made from that configuration; or, of a model of transformers, call"
+        " ocs.hf.OcsConfig().attach(model) first"
     )

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ocs.formats.contents import crc32
+from ocs.formats.contents import crc32, full_name
 from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.nn.input import InputGrid, check_grid
+from ocs.nn.state import calibrated_buffers, weight_buffers
 
 FORMAT = 5  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
 # with a scale for each row, 4 none of which a channel is split repeatedly
@@ -74,6 +75,15 @@ class Reader:
             raise ValueError("its header is damaged") from error
         if set(self.sums) != set(file.keys()):
             raise ValueError("its header is damaged")
+
+    def of_layers(self) -> set[str]:
+        """Name the tensors of quantized layers: integers, scales and sources of weights and inputs."""
+        names = set()
+        for layer, saved in self.layers.items():
+            if not saved.tied:
+                names |= {full_name(layer, buffer) for weight in saved.weights for buffer in weight_buffers(weight)}
+            names |= {full_name(layer, buffer) for buffer in calibrated_buffers(saved.grid())}
+        return names
 
     def shape(self, name: str) -> list[int]:
         """Tell the shape of a tensor without reading it."""

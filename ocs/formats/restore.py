@@ -25,7 +25,7 @@ from ocs.nn.embedding import share_tied
 from ocs.nn.input import InputGrid, QuantizedInput
 from ocs.nn.packed.kinds import packed_kind
 from ocs.nn.registry import replacement_of
-from ocs.nn.state import calibrated_buffers, input_problem, weight_buffers, weight_problem, with_originals
+from ocs.nn.state import input_problem, weight_buffers, weight_problem, with_originals
 from ocs.nn.weights import Weight, weights_of
 from ocs.progress import with_progress
 from ocs.weight.types import QuantizedWeight
@@ -192,11 +192,7 @@ def plan_floats(reader: Reader, model: nn.Module, replacements: Mapping[int, nn.
 
 def _check_names(reader: Reader, floats: set[str]) -> None:
     """Refuse a file that lacks a tensor of the model, or has one more."""
-    expected = set(floats)
-    for name, saved in reader.layers.items():
-        if not saved.tied:
-            expected |= {full_name(name, buffer) for weight in saved.weights for buffer in weight_buffers(weight)}
-        expected |= {full_name(name, buffer) for buffer in calibrated_buffers(saved.grid())}
+    expected = floats | reader.of_layers()
     for what, names in (("has no", expected - set(reader.sums)), ("has besides", set(reader.sums) - expected)):
         if names:
             raise ValueError(f"it was saved from another model: it {what} {', '.join(sorted(names)[:3])}")

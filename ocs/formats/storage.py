@@ -53,7 +53,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
             tensors, parameters without values.
     """
     check_order("ocs.save(model, path)", model, path)
-    model = unwrapped(model)
+    write_model(model, path, {}, progress)
+
+
+def write_model(
+    model: nn.Module, path: str | os.PathLike[str], notes: Mapping[str, str], progress: bool | None = None
+) -> None:
+    """Save a model as save() does, with more entries in the file's metadata, which load() does not look at."""
+    tensors, metadata = stored(unwrapped(model), progress)
+    _write(tensors, {**notes, **metadata}, path)
+
+
+def stored(model: nn.Module, progress: bool | None = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Give what a file holds of a quantized model: tensors by name, and the metadata that says how to read them."""
     layers = {name: layer for name, layer in named_modules(model) if isinstance(layer, QuantizedLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: call ocs.quantize first, or use torch.save")
@@ -71,7 +83,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
         **{f"{what}s": _ranges(layers, what) for what in RANGES},
         "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
-    _write(tensors, json.dumps(header), path)
+    text = json.dumps(header)
+    return tensors, {"ocs": text, "crc32": str(zlib.crc32(text.encode()))}
 
 
 def _format(layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> int:
@@ -130,10 +143,9 @@ def _packed(name: str, layer: QuantizedLayer, weights: list[str]) -> Iterator[tu
         yield full_name(name, buffer), tensor.to("cpu", copy=True)
 
 
-def _write(tensors: dict[str, Tensor], header: str, path: str | os.PathLike[str]) -> None:
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
     """Write all of the file under another name, which then becomes its own."""
     safetensors = _safetensors()
-    metadata = {"ocs": header, "crc32": str(zlib.crc32(header.encode()))}
     try:
         with replacing(path) as partial:
             safetensors.torch.save_file(tensors, partial, metadata=metadata)

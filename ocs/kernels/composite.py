@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ocs import _C
 from ocs.kernels import constants
-from ocs.kernels.constants import MAX_BINS, MAX_DEPTH, OCTAVE_BINS, SQUANT_LIMIT, SQUANT_STEP
+from ocs.kernels.constants import MAX_BINS, MAX_PARTS, OCTAVE_BINS, SQUANT_LIMIT, SQUANT_STEP
 
 KERNELS = _C.OPERATORS  # each has a function of its name here
 GPTQ_BLOCK = 128  # columns between updates of all that follow
@@ -58,15 +58,15 @@ def source_valid(source: Tensor, groups: int, channels: int) -> bool:
 
 
 def _check_plan(
-    op: str, groups: int, channels: int, source: Tensor, depth: Tensor | None = None, offset: Tensor | None = None
+    op: str, groups: int, channels: int, source: Tensor, parts: Tensor | None = None, offset: Tensor | None = None
 ) -> None:
     """Check that all fit one another and the shape: an index out of range would end a CUDA process."""
     valid = source_valid(source, groups, channels)
-    if valid and depth is not None:
-        valid = depth.numel() == source.numel() and _all((depth >= 0) & (depth <= MAX_DEPTH))
+    if valid and parts is not None:
+        valid = parts.numel() == source.numel() and _all((parts >= 1) & (parts <= MAX_PARTS))
     if valid and offset is not None:
-        valid = offset.numel() == depth.numel() and _all((offset >= 0) & (offset < 1 << depth))
-    _require(valid, op, "source, depth and offset are no split plan of this shape")
+        valid = offset.numel() == parts.numel() and _all((offset >= 0) & (offset < parts))
+    _require(valid, op, "source, parts and offset are no split plan of this shape")
 
 
 def _all(conditions: Tensor) -> bool:
@@ -129,39 +129,39 @@ def channel_max(w: Tensor, groups: int) -> Tensor:
     return grouped.amax((1, 3)).flatten()
 
 
-def _empty_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, ...]:
+def _empty_plan(channel_max: Tensor, groups: int, splits: int, even: bool) -> tuple[Tensor, ...]:
     size = channel_max.numel() + groups * splits
     dtypes = (torch.int64, torch.int32, torch.int32, torch.float32)
     return tuple(channel_max.new_empty(size, dtype=dtype) for dtype in dtypes)
 
 
 @kernel(_empty_plan)
-def split_plan(channel_max: Tensor, groups: int, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split_plan(channel_max: Tensor, groups: int, splits: int, even: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plan on the CPU by the C kernel: it is a few numbers, and a heap is nothing for a GPU."""
-    plan = torch.ops.ocs.split_plan(channel_max.cpu(), groups, splits)
+    plan = torch.ops.ocs.split_plan(channel_max.cpu(), groups, splits, even)
     return tuple(part.to(channel_max.device, copy=True) for part in plan)
 
 
 @kernel(lambda w, *_: w.new_empty(w.shape[0], dtype=torch.float32))
-def output_max(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
+def output_max(w: Tensor, source: Tensor, parts: Tensor, groups: int) -> Tensor:
     """Find max|w| of each output channel after splitting [O]."""
-    _check_plan("output_max", groups, w.shape[1], source, depth)
-    expanded = _halved(_floats("output_max", w), source, depth, groups)
+    _check_plan("output_max", groups, w.shape[1], source, parts)
+    expanded = _divided(_floats("output_max", w), source, parts, groups)
     if 0 in expanded.shape:
         return w.new_zeros(w.shape[0], dtype=torch.float32)
     return expanded.abs().amax((2, 3)).flatten()
 
 
-@kernel(lambda w, source, depth, groups, bins, limit: limit.new_empty((*limit.shape, bins), dtype=torch.int64))
-def split_histogram(w: Tensor, source: Tensor, depth: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
+@kernel(lambda w, source, parts, groups, bins, limit: limit.new_empty((*limit.shape, bins), dtype=torch.int64))
+def split_histogram(w: Tensor, source: Tensor, parts: Tensor, groups: int, bins: int, limit: Tensor) -> Tensor:
     """Count the |w| after splitting that are not zero: int64 [bins], or [O, bins] where limit is [O]."""
-    _check_plan("split_histogram", groups, w.shape[1], source, depth)
+    _check_plan("split_histogram", groups, w.shape[1], source, parts)
     limit = _floats("split_histogram", limit)
     valid = 1 <= bins <= MAX_BINS and _all((limit >= 0) & limit.isfinite()) and limit.shape in ((), w.shape[:1])
     _require(valid, "split_histogram", "bins must be 1 to 2^24, and limit [] or [O], finite and not negative")
     if not w.shape[0]:
         return torch.zeros((*limit.shape, bins), dtype=torch.int64, device=w.device)
-    split = _halved(_floats("split_histogram", w), source, depth, groups)
+    split = _divided(_floats("split_histogram", w), source, parts, groups)
     rows = split.abs().reshape(limit.numel(), math.prod(split.shape) // limit.numel())
     width = limit.to(w.device).reshape(-1, 1)
     position = torch.where(width > 0, rows / width, 0.0) * bins
@@ -188,7 +188,7 @@ def _with_channels(w: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 
 
 def _empty_ints(
-    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, *_: int
+    w: Tensor, scale: Tensor, source: Tensor, parts: Tensor, offset: Tensor, groups: int, *_: int
 ) -> Tensor:
     return _with_channels(w, source.numel() // groups, torch.int8)
 
@@ -198,57 +198,57 @@ def quantize_weight(
     w: Tensor,
     scale: Tensor,
     source: Tensor,
-    depth: Tensor,
+    parts: Tensor,
     offset: Tensor,
     groups: int,
     bits: int,
     quantization_aware: bool,
 ) -> Tensor:
-    """Quantize the split weight to int8 [O, C + n, ...], by one addition and one shift each (csrc/kernels.h)."""
+    """Quantize the split weight to int8 [O, C + n, ...], by one addition and one division each (csrc/kernels.h)."""
     qmax = grid(bits, True)[1]
-    _check_plan("quantize_weight", groups, w.shape[1], source, depth, offset)
+    _check_plan("quantize_weight", groups, w.shape[1], source, parts, offset)
     _check_scales("quantize_weight", scale, w.shape[0])
     u = _floats("quantize_weight", w) / _per_row(scale, w)
     u2 = torch.nan_to_num(torch.floor(2 * u), nan=GRID_LIMIT).clamp(-GRID_LIMIT, GRID_LIMIT).int()
-    addend = 2 * offset + 1 if quantization_aware else torch.ones_like(depth) << depth
-    split = (_gather(u2, source, groups) + addend.reshape(groups, 1, -1, 1)) >> (depth + 1).reshape(groups, 1, -1, 1)
-    ints = split.clamp(-qmax, qmax).to(torch.int8)
+    addend = 2 * offset + 1 if quantization_aware else parts
+    added = _gather(u2, source, groups) + addend.reshape(groups, 1, -1, 1)
+    ints = (added // (2 * parts).reshape(groups, 1, -1, 1)).clamp(-qmax, qmax).to(torch.int8)
     return ints.reshape(w.shape[0], source.numel() // groups, *w.shape[2:])
 
 
 @kernel(_empty_ints)
 def squant_weight(
-    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, groups: int, bits: int
+    w: Tensor, scale: Tensor, source: Tensor, parts: Tensor, offset: Tensor, groups: int, bits: int
 ) -> Tensor:
     """Quantize to int8 [O, C + n, ...] and move integers so that rounding errors cancel (csrc/ocs.h)."""
-    nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
+    nearest = quantize_weight(w, scale, source, parts, offset, groups, bits, True)
     if not nearest.numel():
         return nearest
     qmax, within = grid(bits, True)[1], _within_group(source, groups, w.shape[1])
     u = _grouped(_floats("squant_weight", w) / _per_row(scale, w), groups)
-    parts = _grouped(nearest.int(), groups)
+    before = _grouped(nearest.int(), groups)
     total = torch.zeros_like(u, dtype=torch.int32)
-    total.scatter_add_(2, within.reshape(groups, 1, -1, 1).expand(parts.shape), parts)
-    depth, offset = depth.reshape(groups, -1), offset.reshape(groups, -1)
-    low, high = -(qmax << depth) - offset, ((qmax + 1) << depth) - 1 - offset
+    total.scatter_add_(2, within.reshape(groups, 1, -1, 1).expand(before.shape), before)
+    parts, offset = parts.reshape(groups, -1), offset.reshape(groups, -1)
+    low, high = -qmax * parts - offset, (qmax + 1) * parts - 1 - offset
     low = low[:, : w.shape[1]].scatter_reduce(1, within, low, "amax")[:, None, :, None]
     high = high[:, : w.shape[1]].scatter_reduce(1, within, high, "amin")[:, None, :, None]
     moved = _gather((total - _moves(total, u, low, high)).reshape(w.shape), source, groups)
-    split = (moved + offset.reshape(groups, 1, -1, 1)) >> depth.reshape(groups, 1, -1, 1)
+    split = (moved + offset.reshape(groups, 1, -1, 1)) // parts.reshape(groups, 1, -1, 1)
     changed = moved != _gather(total.reshape(w.shape), source, groups)
-    return torch.where(changed, split, parts).to(torch.int8).reshape(nearest.shape)
+    return torch.where(changed, split, before).to(torch.int8).reshape(nearest.shape)
 
 
 def _empty_ints_and_error(
-    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
+    w: Tensor, scale: Tensor, source: Tensor, parts: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    ints = _empty_ints(w, scale, source, depth, offset, order.shape[0])
+    ints = _empty_ints(w, scale, source, parts, offset, order.shape[0])
     return ints, w.new_empty(w.shape[0], dtype=torch.float64)
 
 
 @kernel(_empty_ints_and_error)
 def gptq_weight(
-    w: Tensor, scale: Tensor, source: Tensor, depth: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
+    w: Tensor, scale: Tensor, source: Tensor, parts: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Round column by column, each one's error compensated in those that follow (csrc/ocs.h).
 
@@ -257,7 +257,7 @@ def gptq_weight(
     groups, L, qmax = order.shape[0], factor.shape[1], grid(bits, True)[1]
     u = _grouped(_floats("gptq_weight", w) / _per_row(scale, w), groups).flatten(2)
     G, rows, N = u.shape
-    _check_plan("gptq_weight", G, w.shape[1], source, depth, offset)
+    _check_plan("gptq_weight", G, w.shape[1], source, parts, offset)
     _check_scales("gptq_weight", scale, w.shape[0])
     blocks = (N + L - 1) // L if L else 0
     shaped = order.shape == (G, blocks * L) and (L > 0 or not N) and order.dtype == torch.int64
@@ -266,22 +266,25 @@ def gptq_weight(
     columns = torch.arange(blocks * L, device=order.device).expand(G, -1)
     _require(torch.equal(order.sort(1)[0], columns), "gptq_weight", "order must have each column once")
     if not w.numel():
-        return _empty_ints(w, scale, source, depth, offset, groups), w.new_zeros(w.shape[0], dtype=torch.float64)
+        return _empty_ints(w, scale, source, parts, offset, groups), w.new_zeros(w.shape[0], dtype=torch.float64)
     u = torch.nn.functional.pad(u, (0, blocks * L - N)).gather(2, order[:, None].expand(-1, rows, -1))
     u = u.double().transpose(1, 2).reshape(G * blocks, L, rows)
     channel = order.clamp(max=N - 1) // (N // w.shape[1])
-    parts = _parts_of_columns(_within_group(source, G, w.shape[1]), depth, offset, channel, qmax)
-    whole, lost = _compensated(u, factor.double(), parts.reshape(3, G * blocks, L, -1), (order < N).reshape(-1, L, 1))
+    table = _parts_of_columns(_within_group(source, G, w.shape[1]), parts, offset, channel, qmax)
+    whole, lost = _compensated(u, factor.double(), table.reshape(3, G * blocks, L, -1), (order < N).reshape(-1, L, 1))
     whole = whole.view(G, -1, rows).gather(1, order.argsort(1)[:, :N, None].expand(-1, -1, rows))
     own = _gather(whole.transpose(1, 2).reshape(w.shape), source, G)
-    shift, addend = (x.reshape(G, 1, -1, 1).double() for x in (depth, offset))
-    ints = ((own + addend) * 2**-shift).floor().clamp(-qmax, qmax).to(torch.int8)
+    divisor, addend = (x.reshape(G, 1, -1, 1).double() for x in (parts, offset))
+    ints = ((own + addend) / divisor).floor().clamp(-qmax, qmax).to(torch.int8)
     error = lost.view(G, blocks, rows).sum(1).flatten() * scale.to(w.device, torch.float64).square()
     return ints.reshape(w.shape[0], source.numel() // G, *w.shape[2:]), error
 
 
-def _parts_of_columns(within: Tensor, depth: Tensor, offset: Tensor, channel: Tensor, qmax: int) -> Tensor:
-    """Collect 2^-depth, offset and qmax of the parts of each column's channel, zeros after the last: [3, G, N, P]."""
+def _parts_of_columns(within: Tensor, parts: Tensor, offset: Tensor, channel: Tensor, qmax: int) -> Tensor:
+    """Collect parts, offset and qmax of the parts of each column's channel: [3, G, N, P].
+
+    After a channel's last part they are 1, 0 and 0, those of a part that is 0 whatever it is of.
+    """
     G, E = within.shape
     counts = torch.zeros_like(within).scatter_add_(1, within, torch.ones_like(within))
     ordered, at = within.sort(dim=1, stable=True)
@@ -289,8 +292,9 @@ def _parts_of_columns(within: Tensor, depth: Tensor, offset: Tensor, channel: Te
     table = within.new_full((G, E, int(counts.max())), E)
     table[torch.arange(G, device=within.device)[:, None], ordered, place] = at
     table = table.gather(1, channel[:, :, None].expand(-1, -1, table.shape[2]))
-    each = torch.stack([2.0**-depth, offset, torch.full_like(offset, qmax)]).double().view(3, G, E)
-    each = torch.nn.functional.pad(each, (0, 1)).gather(2, table.flatten(1).expand(3, -1, -1))
+    each = torch.stack([parts, offset, torch.full_like(offset, qmax)]).double().view(3, G, E)
+    none = each.new_tensor([1, 0, 0]).view(3, 1, 1).expand(-1, G, -1)
+    each = torch.cat([each, none], 2).gather(2, table.flatten(1).expand(3, -1, -1))
     return each.view(3, *table.shape)
 
 
@@ -300,12 +304,12 @@ def _compensated(u: Tensor, factor: Tensor, parts: Tensor, exists: Tensor) -> tu
     Returns what is lost [blocks, rows], too.
     """
     v, error, whole, lost = u.clone(), torch.empty_like(u), torch.empty_like(u), torch.zeros_like(u[:, 0])
-    shrink, offset, limit = parts[..., None, :]
+    divisor, offset, limit = parts[..., None, :]
     for start in range(0, u.shape[1], GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, u.shape[1])
         for j in range(start, stop):
             whole[:, j] = (v[:, j] + 0.5).floor_()
-            split = ((whole[:, j, :, None] + offset[:, j]) * shrink[:, j]).floor_().clamp_(-limit[:, j], limit[:, j])
+            split = ((whole[:, j, :, None] + offset[:, j]) / divisor[:, j]).floor_().clamp_(-limit[:, j], limit[:, j])
             total = split.sum(-1)
             lost += factor[:, j, j, None] * ((total - v[:, j]) * exists[:, j]).square()
             error[:, j] = (total - u[:, j]) * exists[:, j]
@@ -462,10 +466,9 @@ def _within_group(source: Tensor, groups: int, channels: int) -> Tensor:
     return source.reshape(groups, -1) - torch.arange(groups, device=source.device)[:, None] * channels
 
 
-def _halved(w: Tensor, source: Tensor, depth: Tensor, groups: int) -> Tensor:
-    """Split the weight by halving: [groups, O / groups, C + n, K]."""
-    factor = torch.exp2(-depth.float())
-    return _gather(w, source, groups) * factor.reshape(groups, 1, -1, 1)
+def _divided(w: Tensor, source: Tensor, parts: Tensor, groups: int) -> Tensor:
+    """Split the weight into w / parts: [groups, O / groups, C + n, K]."""
+    return _gather(w, source, groups) / parts.float().reshape(groups, 1, -1, 1)
 
 
 def _gather(w: Tensor, source: Tensor, groups: int) -> Tensor:

@@ -94,7 +94,7 @@ def _check_packed(op: str, scale: Tensor, copies: Tensor, outputs: int, group: i
     """Check what is beside the packed bytes: an index out of range would end a CUDA process."""
     _require(group >= 0 and group % TILE_CHANNELS == 0, op, "a group must be a multiple of 32 channels")
     valid = copies.dtype == torch.int32 and _all((copies >= 0) & (copies < channels))
-    _require(valid, op, "source, depth and offset are no split plan of this shape")
+    _require(valid, op, "source, parts and offset are no split plan of this shape")
     if group:
         groups = -(-(channels + copies.numel()) // group)
         _require(scale.shape == (groups, outputs), op, "scale must be [groups, outputs]")

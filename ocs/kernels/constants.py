@@ -9,6 +9,7 @@ MAX_BINS = _C.MAX_BINS  # of a histogram
 OCTAVES, OCTAVE_BINS = _C.OCTAVES, _C.OCTAVE_BINS  # of a logarithmic histogram
 BINS_PER_OCTAVE = OCTAVE_BINS // OCTAVES
 MAX_DEPTH = _C.MAX_DEPTH  # how often one channel may be halved
+MAX_PARTS = _C.MAX_PARTS  # of one channel
 SQUANT_STEP = 2**24  # an error of one grid step, as a whole number
 SQUANT_LIMIT = 64 * SQUANT_STEP  # errors beyond count as this
 SMALLEST = 2.0**-149  # the smallest positive float32: a positive threshold never gives a scale of zero

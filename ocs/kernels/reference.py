@@ -59,24 +59,43 @@ def _grouped(w: NDArray, groups: int) -> NDArray:
 # --- Which channels to split: section 3 -------------------------------------------------------------------------------
 
 
-def split_plan(channel_max: Floats, groups: int, splits: int) -> Plan:
-    """Halve the largest channel, `splits` times: (source, depth, offset, split_max), each [groups (C + splits)]."""
-    parts = []
-    for g, largest in enumerate(channel_max.reshape(groups, -1)):
-        source = list(range(g * largest.size, (g + 1) * largest.size))
-        depth, offset, split_max = [0] * largest.size, [0] * largest.size, list(largest)
-        for _ in range(splits):
-            c = int(np.argmax(split_max))
-            source.append(source[c])
-            halved = split_max[c] > 0  # zeros are copied without counting as halved
-            offset.append(offset[c] + halved * 2 ** depth[c])
-            depth[c] += halved
-            depth.append(depth[c])
-            split_max[c] = split_max[c] * np.float32(0.5)
-            split_max.append(split_max[c])
-        parts.append((source, depth, offset, split_max))
-    source, depth, offset, split_max = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return source.astype(np.int64), depth.astype(np.int32), offset.astype(np.int32), split_max.astype(np.float32)
+def split_plan(channel_max: Floats, groups: int, splits: int, even: bool) -> Plan:
+    """Split the largest channel, `splits` times: (source, parts, offset, split_max), each [groups (C + splits)].
+
+    It is halved; or where even, it gets one part more, all of them equal.
+    """
+    plan_of_group = _plan_even if even else _plan_halves
+    plans = [plan_of_group(list(largest), splits) for largest in channel_max.reshape(groups, -1)]
+    for g, (source, *_) in enumerate(plans):
+        source[:] = [c + g * (channel_max.size // groups) for c in source]
+    source, parts, offset, split_max = (np.concatenate(columns) for columns in zip(*plans, strict=True))
+    return source.astype(np.int64), parts.astype(np.int32), offset.astype(np.int32), split_max.astype(np.float32)
+
+
+def _plan_halves(largest: list[np.float32], splits: int) -> tuple[list, ...]:
+    """Halve the largest channel, copies included, into itself and a copy at the end, again and again."""
+    source, parts, offset, split_max = list(range(len(largest))), [1] * len(largest), [0] * len(largest), largest
+    for _ in range(splits):
+        c = int(np.argmax(split_max))
+        source.append(source[c])
+        halved = split_max[c] > 0  # zeros are copied without counting as halved
+        offset.append(offset[c] + halved * parts[c])
+        parts[c] *= 1 + int(halved)
+        parts.append(parts[c])
+        split_max[c] = split_max[c] * np.float32(0.5)
+        split_max.append(split_max[c])
+    return source, parts, offset, split_max
+
+
+def _plan_even(largest: list[np.float32], splits: int) -> tuple[list, ...]:
+    """Give the channel whose parts are the largest one part more, again and again."""
+    source, parts, offset = list(range(len(largest))), [1] * len(largest), [0] * len(largest)
+    for _ in range(splits):
+        c = int(np.argmax([m / np.float32(n) for m, n in zip(largest, parts, strict=True)]))
+        source.append(c)
+        offset.append(parts[c])
+        parts[c] += 1
+    return source, [parts[c] for c in source], offset, [largest[c] / np.float32(parts[c]) for c in source]
 
 
 def pick_channels(w: NDArray, splits: int) -> list[int]:
@@ -106,15 +125,14 @@ def split_channels(w: NDArray, picks: list[int], aware: bool) -> tuple[NDArray, 
     return w, source
 
 
-def output_max(w: Floats, source: Int64s, depth: Int32s, groups: int) -> Floats:
+def output_max(w: Floats, source: Int64s, parts: Int32s, groups: int) -> Floats:
     """Find max|w| of each output channel after splitting [O]."""
-    return np.abs(halved(w, source, depth, groups)).max(axis=(2, 3), initial=np.float32(0)).ravel()
+    return np.abs(divided(w, source, parts, groups)).max(axis=(2, 3), initial=np.float32(0)).ravel()
 
 
-def halved(w: NDArray, source: Int64s, depth: Int32s, groups: int) -> NDArray:
-    """Split the weight by halving: [groups, O / groups, C + n, K]."""
-    factor = np.ldexp(np.float32(1), -depth).astype(np.float32).reshape(groups, 1, -1, 1)
-    return gather(w, source, groups) * factor
+def divided(w: NDArray, source: Int64s, parts: Int32s, groups: int) -> NDArray:
+    """Split the weight into w / parts: [groups, O / groups, C + n, K]."""
+    return gather(w, source, groups) / parts.astype(np.float32).reshape(groups, 1, -1, 1)
 
 
 def gather(w: NDArray, source: Int64s, groups: int) -> NDArray:
@@ -126,9 +144,9 @@ def gather(w: NDArray, source: Int64s, groups: int) -> NDArray:
 # --- Where to clip: sections 2.1 and 4 --------------------------------------------------------------------------------
 
 
-def split_histogram(w: Floats, source: Int64s, depth: Int32s, groups: int, bins: int, limit: Floats) -> Int64s:
+def split_histogram(w: Floats, source: Int64s, parts: Int32s, groups: int, bins: int, limit: Floats) -> Int64s:
     """Count the |w| after splitting that are not zero: int64 [bins], or [O, bins] where limit is [O]."""
-    rows = halved(w, source, depth, groups).reshape(w.shape[0], math.prod(w.shape[2:]) * (source.size // groups))
+    rows = divided(w, source, parts, groups).reshape(w.shape[0], math.prod(w.shape[2:]) * (source.size // groups))
     if limit.ndim == 0:
         return histogram(rows[rows != 0], bins, limit)
     counts = [histogram(row[row != 0], bins, of_row) for row, of_row in zip(rows, limit, strict=True)]
@@ -231,41 +249,43 @@ def _grid_units(w: Floats, scale: Floats) -> Floats:
 
 
 def quantize_weight(
-    w: Floats, scale: Floats, source: Int64s, depth: Int32s, offset: Int32s, groups: int, bits: int, aware: bool
+    w: Floats, scale: Floats, source: Int64s, parts: Int32s, offset: Int32s, groups: int, bits: int, aware: bool
 ) -> Ints:
-    """Quantize the split weight to int8 [O, C + n, ...]: the halvings in grid units one by one, in double."""
+    """Quantize the split weight to int8 [O, C + n, ...], in double.
+
+    Part i of n is v = (u + 1/2 + i) / n - 1/2 where aware, else u / n, and rounds to floor(v + 1/2). That 1/2 is added
+    before the division: the quotient is rounded, but neither to an integer nor beyond one.
+    """
     qmax = grid(bits, True)[1]
     u = gather(_grid_units(w, scale), source, groups).astype(np.float64)
-    depth, offset = (part.reshape(groups, 1, -1, 1) for part in (depth, offset))
-    for level in range(int(depth.max(initial=0))):
-        half = np.where((offset >> level) & 1, 0.5, -0.5) if aware else 0.0
-        u = np.where(level < depth, (u + half) / 2, u)
-    ints = np.clip(round_half_up(u), -qmax, qmax).astype(np.int8)
+    parts, offset = (part.reshape(groups, 1, -1, 1) for part in (parts, offset))
+    added = 0.5 + offset if aware else parts / 2
+    ints = np.clip(np.floor((u + added) / parts), -qmax, qmax).astype(np.int8)
     return ints.reshape(w.shape[0], source.size // groups, *w.shape[2:])
 
 
 def squant_weight(
-    w: Floats, scale: Floats, source: Int64s, depth: Int32s, offset: Int32s, groups: int, bits: int
+    w: Floats, scale: Floats, source: Int64s, parts: Int32s, offset: Int32s, groups: int, bits: int
 ) -> Ints:
     """Quantize to int8 [O, C + n, ...] and move integers so that rounding errors cancel (csrc/ocs.h).
 
-    What moves is T, the sum of a channel's integers and its copies'; part i of 2^m of it is floor((T + i) / 2^m).
+    What moves is T, the sum of a channel's integers and its copies'; part i of n of it is floor((T + i) / n).
     """
     qmax = grid(bits, True)[1]
-    nearest = quantize_weight(w, scale, source, depth, offset, groups, bits, True)
+    nearest = quantize_weight(w, scale, source, parts, offset, groups, bits, True)
     ints = _grouped(nearest, groups).astype(np.int64)
     u = _grouped(_grid_units(w, scale), groups)
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * w.shape[1]
-    depth, offset = (part.reshape(groups, -1).astype(np.int64) for part in (depth, offset))
+    parts, offset = (part.reshape(groups, -1).astype(np.int64) for part in (parts, offset))
     for g in range(groups):
-        parts = [(within[g] == c).nonzero()[0] for c in range(w.shape[1])]
-        lowest, highest = -qmax * 2 ** depth[g] - offset[g], (qmax + 1) * 2 ** depth[g] - 1 - offset[g]
-        low, high = [lowest[own].max() for own in parts], [highest[own].min() for own in parts]
+        own = [(within[g] == c).nonzero()[0] for c in range(w.shape[1])]
+        lowest, highest = -qmax * parts[g] - offset[g], (qmax + 1) * parts[g] - 1 - offset[g]
+        low, high = [lowest[each].max() for each in own], [highest[each].min() for each in own]
         for row, of_row in zip(ints[g], u[g], strict=True):
-            before = np.array([row[own].sum(0) for own in parts]).reshape(of_row.shape)
+            before = np.array([row[each].sum(0) for each in own]).reshape(of_row.shape)
             after = _squant_row(before.copy(), of_row, low, high)
             for c, k in np.argwhere(after != before):
-                row[parts[c], k] = (after[c, k] + offset[g][parts[c]]) >> depth[g][parts[c]]
+                row[own[c], k] = (after[c, k] + offset[g][own[c]]) // parts[g][own[c]]
     return ints.astype(np.int8).reshape(nearest.shape)
 
 
@@ -306,7 +326,7 @@ def gptq_weight(
     w: Floats,
     scale: Floats,
     source: Int64s,
-    depth: Int32s,
+    parts: Int32s,
     offset: Int32s,
     groups: int,
     bits: int,
@@ -316,13 +336,13 @@ def gptq_weight(
 
     H's diagonal is damped by 0.03 of its mean. The column with the largest diagonal comes first; each one's error is
     compensated by the inverse of H in those that are left, and then goes out of the inverse. What is rounded is M; part
-    i of 2^m of it is floor((M + i) / 2^m).
+    i of n of it is floor((M + i) / n).
     """
     qmax, C, K = grid(bits, True)[1], w.shape[1], math.prod(w.shape[2:])
     u = _grouped(_grid_units(w, scale), groups).astype(np.float64)
     ints = np.zeros((groups, u.shape[1], source.size // groups, K), np.int8)
     within = source.reshape(groups, -1) - np.arange(groups)[:, None] * C
-    depth, offset = (part.reshape(groups, -1).astype(np.int64) for part in (depth, offset))
+    parts, offset = (part.reshape(groups, -1).astype(np.int64) for part in (parts, offset))
     for g in range(groups):
         diagonal = np.diag(second[g])
         left = [int(i) for i in np.argsort(-diagonal, kind="stable")]
@@ -331,8 +351,8 @@ def gptq_weight(
         while left:
             c, k = divmod(left[0], K)
             own = (within[g] == c).nonzero()[0]
-            parts = (round_half_up(v[:, left[0], None]).astype(np.int64) + offset[g][own]) >> depth[g][own]
-            ints[g, :, own, k] = np.clip(parts, -qmax, qmax).T
+            split = (round_half_up(v[:, left[0], None]).astype(np.int64) + offset[g][own]) // parts[g][own]
+            ints[g, :, own, k] = np.clip(split, -qmax, qmax).T
             error = v[:, left[0]] - ints[g, :, own, k].sum(0, dtype=np.int64)
             v[:, left] -= np.outer(error, inverse[0]) / inverse[0, 0]
             inverse = (inverse - np.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]

@@ -4,8 +4,8 @@ An input x is rounded to k bits with one scale d, round_half_even(x / d). Where 
 in two, (x - d/2) / 2 and (x + d/2) / 2 where quantization-aware, x / 2 both where naive, and its weights are there
 twice. With u = x / d, round((u - 1/2) / 2) + round((u + 1/2) / 2) = round(u) but for ties (Hermite): the grid then
 holds values twice as large, or is twice as fine. Copies may be split again: a part is the k-th of n equal ones,
-(u + k + 1/2) / n - 1/2 for k = 0 .. n - 1, n a power of two. The channels are chosen once, from calibration, or (Oracle
-OCS) for each batch from its own values.
+(u + k + 1/2) / n - 1/2 for k = 0 .. n - 1, n a power of two, or where split="even" the number of all parts. The
+channels are chosen once, from calibration, or (Oracle OCS) for each batch from its own values.
 """
 
 import math
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ocs.kernels.ops import fake_quantize
 from ocs.nn.input import InputGrid
+from ocs.weight.plan import split_plan_of
 from ocs.weight.threshold import scale_for, split_thresholds
-from ocs.weight.types import Split, SplitPlan
+from ocs.weight.types import Split
 
 
 class InputParts(NamedTuple):
@@ -38,7 +39,7 @@ def _parts_of_plan(
 ) -> InputParts:
     """Make each channel of a plan part `offset` of `parts` equal ones; the plan has all original channels first."""
     factor = 1 / parts.float()
-    shift = (offset.float() + 0.5) / parts - 0.5 if split == "qa" else torch.zeros_like(factor)
+    shift = (offset.float() + 0.5) / parts - 0.5 if split != "naive" else torch.zeros_like(factor)
     return InputParts(scale, source[channels:], factor, shift)
 
 
@@ -48,41 +49,42 @@ def static_parts(grid: InputGrid, scale: Tensor, source: Tensor, groups: int) ->
         return InputParts(scale)
     source = _originals_first(source, groups, grid.splits).long()  # packed layers may hold int32
     channels = source.numel() - groups * grid.splits
-    parts, offset = halves_of(source, channels)
+    parts, offset = parts_of(source, channels, grid.split)
     return _parts_of_plan(scale, source, parts, offset, channels, grid.split)
 
 
-def halves_of(source: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+def parts_of(source: Tensor, channels: int, split: Split) -> tuple[Tensor, Tensor]:
     """Tell which part of its channel each copy is: one of how many equal ones, and which, int64 [C + n] both.
 
-    source: the original channels first, then copies in the order of splitting; always the largest copy of a channel is
-    halved, so that the order says all (ocs.weight.plan): the j-th copy is part j, of 2^M or 2^(M + 1).
+    source: the original channels first, then copies in the order of splitting, which says all (ocs.weight.plan): the
+    j-th copy is part j, of as many as there are where all are equal; else always the largest copy is halved, and part j
+    is one of 2^M or 2^(M + 1).
     """
     order = source.argsort(stable=True)
     ordered, places = source[order], torch.arange(source.numel(), device=source.device)
     copy = torch.empty_like(source).scatter(0, order, places - torch.searchsorted(ordered, ordered))
     splits = source.new_zeros(channels).index_add(0, source, torch.ones_like(source)) - 1
     last = splits[source]
-    equal = 2 ** whole_halvings(last)
+    equal = largest_part(last, split)
     return torch.where(copy % equal + equal <= last, 2 * equal, equal), copy
 
 
-def whole_halvings(splits: Tensor) -> Tensor:
-    """Count how often all copies of a channel were halved that was split so often: floor(log2(splits + 1))."""
-    return torch.frexp((splits + 1).float())[1].long() - 1
+def largest_part(splits: Tensor, split: Split) -> Tensor:
+    """Count how many of the largest part of a channel that is split so often would make it up."""
+    return splits + 1 if split == "even" else 2 ** (torch.frexp((splits + 1).float())[1].long() - 1)
 
 
 def oracle_parts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> InputParts:
     """Split the channels with the largest |x| in this batch, one at a time; the scale comes from the split values."""
     values = as_nck(x.detach(), axis)
     channel_max = torch.ops.ocs.channel_max(values, 1)
-    plan = torch.ops.ocs.split_plan(channel_max, groups, grid.splits)
-    plan = SplitPlan(*(_originals_first(array, groups, grid.splits) for array in plan), channel_max)
+    plan = torch.ops.ocs.split_plan(channel_max, groups, grid.splits, grid.split == "even")
+    plan = split_plan_of(*(_originals_first(array, groups, grid.splits) for array in plan), channel_max)
     (threshold,) = split_thresholds(values, plan, grid.bits, (grid.clip,), "tensor", signed=grid.signed)
     scale = scale_for(threshold, grid.qmax)
     if not grid.splits:
         return InputParts(scale)
-    return _parts_of_plan(scale, plan.source, 2**plan.depth, plan.offset, x.shape[axis], grid.split)
+    return _parts_of_plan(scale, plan.source, plan.parts, plan.offset, x.shape[axis], grid.split)
 
 
 def as_nck(x: Tensor, axis: int) -> Tensor:

@@ -39,7 +39,7 @@ def encode_grid(grid: InputGrid) -> Tensor:
     The scale is 0 from calibration, 1 each batch's own (Oracle OCS), 2 each row's own.
     """
     scale = 2 if grid.dynamic else int(grid.oracle)
-    return torch.tensor([grid.bits, grid.signed, grid.split == "qa", scale], dtype=torch.uint8, device="cpu")
+    return torch.tensor([grid.bits, grid.signed, grid.split != "naive", scale], dtype=torch.uint8, device="cpu")
 
 
 def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:

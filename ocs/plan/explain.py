@@ -12,7 +12,8 @@ from ocs.weight.types import Quantization, Scheme
 STEPS = {  # in this order
     "OCS": ("r", "select"),
     "channel": ("granularity",),
-    "rounding": ("split", "rounding"),
+    "split": ("split",),
+    "rounding": ("rounding",),
     "clip": ("clip",),
 }
 
@@ -49,6 +50,6 @@ def _differ(options: LayerOptions, names: Sequence[str]) -> bool:
 
 
 def _shown(label: str, options: LayerOptions) -> str:
-    if label == "rounding":
-        return "naive" if options.split == "naive" else options.rounding
+    if label in ("split", "rounding"):
+        return getattr(options, label)
     return f"clip {options.clip}" if label == "clip" else label

@@ -21,7 +21,7 @@ from torch import Tensor
 from ocs.calibration.statistics import Statistics
 from ocs.kernels.constants import BINS_PER_OCTAVE, OCTAVE_BINS, OCTAVES
 from ocs.nn.input import InputGrid
-from ocs.nn.input_parts import whole_halvings
+from ocs.nn.input_parts import largest_part
 from ocs.nn.weights import Weight
 from ocs.plan.options import ActSelect
 from ocs.weight.threshold import Clip
@@ -38,7 +38,7 @@ def choose_input_splits(statistics: Statistics, grid: InputGrid, select: ActSele
     if select == "percentile":
         return statistics.most_outliers(grid.splits, weight.groups)
     if select == "max" or not _is_searched(grid):
-        return statistics.largest_first(grid.splits, weight.groups)
+        return statistics.largest_first(grid.splits, weight.groups, grid.split)
     return _by_error(statistics, grid, _column_power(weight))
 
 
@@ -56,7 +56,7 @@ def _column_power(weight: Weight) -> Tensor:
 def _by_error(statistics: Statistics, grid: InputGrid, power: Tensor) -> Tensor:
     groups, C = power.shape
     if not statistics.largest:
-        return statistics.largest_first(grid.splits, groups)
+        return statistics.largest_first(grid.splits, groups, grid.split)
     counts = statistics.octaves.view(groups, C, OCTAVE_BINS).double() * power[:, :, None]
     middles, thresholds = _middles(), _upper_edges()[-TRIED:]
     once = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -75,7 +75,7 @@ def _by_error(statistics: Statistics, grid: InputGrid, power: Tensor) -> Tensor:
         after = times.gather(2, pick) + 1
         times.scatter_(2, pick, after)
         whole = statistics.channel_max.view(groups, C)[group, pick].double()
-        largest.scatter_(2, pick, whole / 2 ** whole_halvings(after))
+        largest.scatter_(2, pick, whole / largest_part(after, grid.split))
         lower = _errors(middles, thresholds[at], after, grid) - _errors(middles, thresholds[at], after + 1, grid)
         gains.scatter_(2, pick, (counts[group, pick] * lower).sum(3))
     own = C * torch.arange(groups, device="cpu")[:, None]
@@ -105,10 +105,10 @@ def _upper_edges() -> Tensor:
 
 def _errors(x: Tensor, threshold: Tensor, times: Tensor, grid: InputGrid) -> Tensor:
     """Estimate the squared errors of values x [bins] of a channel that was split so often, float64 [..., bins]."""
-    threshold, level = threshold[..., None], whole_halvings(times)[..., None]
-    smaller = 2 * (times[..., None] + 1 - 2**level)  # parts that were halved once more
+    threshold, equal = threshold[..., None], largest_part(times, grid.split)[..., None]
+    smaller = 2 * (times[..., None] + 1 - equal)  # parts that were halved once more
     larger = times[..., None] + 1 - smaller
-    part = x / 2**level
+    part = x / equal
     lost = larger * (part - threshold).clamp(min=0) + smaller * (part / 2 - threshold).clamp(min=0)
     steps = larger**2 + smaller**2 if grid.split == "naive" else 1
     return torch.minimum(x**2, steps * (threshold / grid.qmax) ** 2 / 12) + lost**2

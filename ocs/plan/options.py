@@ -114,7 +114,7 @@ class LayerOptions:
     r: float = _option(0.0, check_ratio, "expand ratio, 0 to 1: ceil(r C) of C input channels are split")
     clip: str | float = _open("none", _WEIGHT_CLIP, "clip method of the split weights, or a fraction")
     granularity: Granularity = _open("tensor", _one_of(Granularity), "one scale per tensor or per output channel")
-    split: Split = _option("qa", _one_of(Split), "how a channel is halved: quantization-aware or naive")
+    split: Split = _option("qa", _one_of(Split), "how channels are split: halved (quantization-aware or naive) or even")
     rounding: Rounding = _open("nearest", _one_of(Rounding), "how weights are rounded")
     abits: int | None = _open(None, _or(None, check_bits), "bits of layer inputs, 2 to 8; float without")
     act_clip: str | float = _open("none", check_clip, "clip method of layer inputs, or a fraction", of_input=True)

@@ -281,6 +281,6 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
     if grid.splits:
         split = choose_input_splits(statistics, grid, options.act_select, weight).flatten()
         source = with_originals(split, groups, C).to(device)
-    threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split)
+    threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split, grid.split)
     scale = scale_for(torch.tensor(threshold, dtype=torch.float32, device="cpu"), grid.qmax)
     return QuantizedInput(grid, scale.to(device), source)

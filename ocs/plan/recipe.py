@@ -37,7 +37,7 @@ class RecipeRule:
 
 def _favoured(options: LayerOptions, *, has_mean: bool) -> dict[str, Any]:
     """What docs/accuracy.md measured to be best for a layer, without data."""
-    compensates = has_mean and options.split == "qa"
+    compensates = has_mean and options.split != "naive"
     favoured = {"granularity": "channel", "clip": "auto", "rounding": "squant" if compensates else "nearest"}
     if options.abits is not None and options.act_scale != "dynamic":  # which neither clips nor asks for signs
         favoured["act_clip"] = "mse"

@@ -59,7 +59,8 @@ class Comparison:
         first = self.outputs[0]
         text = f"{self.batches} batches: SQNR {first.sqnr_db:.1f} dB, cosine {first.cosine:.6f}"
         text = text if self.top1 is None else f"{text}, the same top-1 in {_percent(self.top1)}"
-        return f"{text}; most is lost at {self.worst().name}" if self.layers else text
+        worst = self.worst()
+        return text if worst is None else f"{text}; most is lost at {worst.name}"
 
     def to_dict(self) -> dict[str, Any]:
         """Give all of it as plain values."""

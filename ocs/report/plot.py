@@ -264,9 +264,8 @@ def _as_floats(x: Array) -> np.ndarray:
 
 def _halves(w: np.ndarray, plan: SplitPlan, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Split a weight, [groups, O / groups, C + n, K] before it is rounded, and say which of it was halved."""
-    halvings = plan.depth.reshape(groups, 1, -1, 1)
-    split = reference.halved(w, plan.source, plan.depth, groups)
-    return split, np.broadcast_to(halvings > 0, split.shape)
+    split = reference.divided(w, plan.source, plan.parts, groups)
+    return split, np.broadcast_to(plan.parts.reshape(groups, 1, -1, 1) > 1, split.shape)
 
 
 def _new_figure(rows: int, height: float, xlabel: str, title: str) -> tuple[Figure, np.ndarray]:

@@ -50,7 +50,8 @@ def _compensated(w: Array, plan: SplitPlan, scheme: Scheme, threshold: Array) ->
     """Take step 3 by GPTQ, and say what outputs are off by then, float64 [O]."""
     scale, factored = scale_for(threshold, qmax(scheme.bits)), scheme.hessian.factored(scheme.groups)
     columns, factor = (each.to(w.device) if isinstance(w, Tensor) else each.numpy() for each in factored)
-    ints, error = kernels(w).gptq_weight(w, scale, *plan[:3], scheme.bits, columns, factor)
+    of_plan = (plan.source, plan.parts, plan.offset)
+    ints, error = kernels(w).gptq_weight(w, scale, *of_plan, scheme.bits, columns, factor)
     return QuantizedWeight(ints, scale, plan.source, threshold), error
 
 

@@ -84,7 +84,8 @@ def check_rounding(rounding: Any, split: Any) -> None:
     check_choice("rounding", rounding, get_args(Rounding))
     if rounding != "nearest" and split == "naive":
         raise ValueError(
-            f"rounding={rounding!r} with split='naive': naive halves do not add up to a moved integer; use split='qa'"
+            f"rounding={rounding!r} with split='naive': naive halves do not add up to a moved integer;"
+            " use split='qa' or 'even'"
         )
 
 

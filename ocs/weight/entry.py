@@ -32,13 +32,16 @@ def quantize_weight(
             |w| what leaves the least output_error, measured by `moments` where these are given (of which few are then
             tried, coarse to fine); for each output channel of its own where granularity="channel".
         granularity: one scale per "tensor", or per output "channel".
-        split: "qa" (quantization-aware: exact) or "naive" (halves).
-        rounding: "nearest": floor(w / scale + 1/2). Or "squant", for split="qa": from there, some integers move a step
-            so that rounding errors cancel (Guo et al., ICLR 2022), those with the largest errors first. In each filter
-            whose errors sum to e, floor(|e| + 1/2) move; then in each output channel, whose errors sum to E,
+        split: "qa" (quantization-aware: exact) or "naive" (halves); or "even": a channel split n - 1 times becomes n
+            equal parts, (u + 1/2 + k) / n - 1/2 for k = 0 .. n - 1 in grid units u, as exact as "qa", which it is where
+            none is split more than once; else the grid is narrower: thirds where halving leaves 1/2, 1/4, 1/4.
+        rounding: "nearest": floor(w / scale + 1/2). Or "squant", but for split="naive": from there, some integers move
+            a step so that rounding errors cancel (Guo et al., ICLR 2022), those with the largest errors first. In each
+            filter whose errors sum to e, floor(|e| + 1/2) move; then in each output channel, whose errors sum to E,
             floor(|E| + 1/2) filters with e of its sign move one more each. None leaves the grid, saturated ones stay.
-            Or "gptq", for split="qa": column by column, what rounding one does to the outputs is compensated in those
-            not yet rounded, as far as its inputs go together with theirs (Frantar et al., ICLR 2023; ocs.weight.gptq).
+            Or "gptq", but for split="naive": column by column, what rounding one does to the outputs is compensated in
+            those not yet rounded, as far as its inputs go together with theirs (Frantar et al., ICLR 2023;
+            ocs.weight.gptq).
         groups: of a grouped convolution; divides O.
         select: which channels to split, see plan_splits.
         moments: for rounding="gptq", the sum or mean of x x^T over the vectors x [C K] that the weight meets, as w has

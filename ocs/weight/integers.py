@@ -18,9 +18,9 @@ def quantize_split(
 ) -> QuantizedWeight:
     """Compute the integers of the split weight, step 3: scale = threshold / qmax (1 where the threshold is 0)."""
     scale = scale_for(threshold, qmax(bits))
-    args = (w, scale, plan.source, plan.depth, plan.offset, groups, bits)
+    args = (w, scale, plan.source, plan.parts, plan.offset, groups, bits)
     squant = rounding == "squant"
-    ints = kernels(w).squant_weight(*args) if squant else kernels(w).quantize_weight(*args, split == "qa")
+    ints = kernels(w).squant_weight(*args) if squant else kernels(w).quantize_weight(*args, split != "naive")
     return QuantizedWeight(ints, scale, plan.source, threshold)
 
 

@@ -13,8 +13,8 @@ from ocs.weight.apply_plan import quantize_plan
 from ocs.weight.arguments import check_select
 from ocs.weight.arrays import as_numpy
 from ocs.weight.error import remaining_error
-from ocs.weight.plan import floor_log2, largest_first, plan_channels
-from ocs.weight.types import Array, Choice, Scheme, Select, SplitPlan
+from ocs.weight.plan import largest_first, plan_channels
+from ocs.weight.types import Array, Choice, Scheme, Select, Split, SplitPlan
 
 Floats = NDArray[np.float64]
 
@@ -23,14 +23,15 @@ def choose_splits(w: Array, splits: int, select: Select, scheme: Scheme) -> Spli
     """Plan so many splits, 0 .. C, in each group of w [O, C, ...]; see functional.plan_splits for `select`."""
     check_select("select", select)
     groups = scheme.groups
-    plan = largest_first(w, splits, groups)
+    plan = largest_first(w, splits, groups, scheme.split)
     exact = scheme.clip == "none" and scheme.granularity == "tensor"  # the largest value is all that counts
     if select == "max" or not splits or (select == "error" and exact):
         return plan
     if callable(select):
         rows, C = w.shape[0] // groups, w.shape[1]
         chosen = (_chosen(select, w[g * rows : (g + 1) * rows], C, splits) for g in range(groups))
-        return plan_channels(w, [g * C + c for g, of_group in enumerate(chosen) for c in of_group], groups)
+        channels = [g * C + c for g, of_group in enumerate(chosen) for c in of_group]
+        return plan_channels(w, channels, groups, scheme.split)
     return _better_plan(w, plan, splits, scheme)
 
 
@@ -43,11 +44,11 @@ def _better_plan(w: Array, plan: SplitPlan, splits: int, scheme: Scheme) -> Spli
     channels = []
     for g, (of_group, t) in enumerate(zip(magnitudes, thresholds.reshape(groups, -1), strict=True)):
         if scheme.clip == "none":
-            chosen = lowering_thresholds(of_group.max(2, initial=0.0), splits)
+            chosen = lowering_thresholds(of_group.max(2, initial=0.0), splits, scheme.split)
         else:
-            chosen = lowering_saturation(of_group, t, splits)
+            chosen = lowering_saturation(of_group, t, splits, scheme.split)
         channels += [g * C + c for c in chosen]
-    other = plan_channels(w, channels, groups)
+    other = plan_channels(w, channels, groups, scheme.split)
     ours = quantize_plan(w, other, scheme)
     return other if remaining_error(w, ours, scheme) < remaining_error(w, theirs, scheme) else plan
 
@@ -73,19 +74,22 @@ def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:
 # In numpy on the CPU, in double: no choice depends on the device that a weight is on.
 
 
-def lowering_thresholds(largest: Floats, splits: int) -> list[int]:
+def lowering_thresholds(largest: Floats, splits: int, split: Split = "qa") -> list[int]:
     """Choose channels whose splits lower sum_o t_o^2 most, t_o = max_c |w_oc| after splitting, as rounding's error is.
 
-    largest: [O, C], max|w| of each filter. To halve a channel's largest value takes one split, then two, four ...: the
-    channel is taken whose next halving lowers the sum most per split; where none does, that with the largest |w|.
+    largest: [O, C], max|w| of each filter. To halve a channel's largest value takes one split, then two, four ...; with
+    equal parts, one split takes it from 1 / n to 1 / (n + 1). The channel is taken whose next such step lowers the sum
+    most per split; where none does, that with the largest |w|.
     """
-    largest, splits_of, level = largest.copy(), np.zeros(largest.shape[1], np.int64), np.zeros(largest.shape[1], int)
+    whole, largest, splits_of = largest, largest.copy(), np.zeros(largest.shape[1], np.int64)
+    parts, even = np.ones(largest.shape[1], np.int64), split == "even"  # parts: that the largest value is divided by
     picks: list[int] = []
     first, top, second = _two_largest(largest)
     while len(picks) < splits:
-        needed = 2 ** (level + 1) - 1 - splits_of
-        halved = np.maximum(second, top / 2)
-        gain = np.bincount(first, top * top - halved * halved, largest.shape[1]) / needed
+        next_parts = parts + 1 if even else 2 * parts
+        needed = next_parts - 1 - splits_of
+        lower = np.maximum(second, whole[np.arange(len(whole)), first] / next_parts[first])
+        gain = np.bincount(first, top * top - lower * lower, largest.shape[1]) / needed
         gain[needed > splits - len(picks)] = 0
         c = int(gain.argmax())
         count = int(needed[c])
@@ -94,9 +98,9 @@ def lowering_thresholds(largest: Floats, splits: int) -> list[int]:
         picks += [c] * count
         splits_of[c] += count
         if count == needed[c]:
-            level[c] += 1
+            parts[c] = next_parts[c]
             changed = largest[:, c] >= second
-            largest[:, c] /= 2
+            largest[:, c] = whole[:, c] / parts[c]
             first[changed], top[changed], second[changed] = _two_largest(largest[changed])
     return picks
 
@@ -110,47 +114,50 @@ def _two_largest(x: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
     return first, top, rest.max(1)
 
 
-def lowering_saturation(magnitudes: Floats, thresholds: Floats, splits: int) -> list[int]:
+def lowering_saturation(magnitudes: Floats, thresholds: Floats, splits: int, split: Split = "qa") -> list[int]:
     """Choose channels whose splits lower the squared error of saturation most, at fixed thresholds.
 
-    magnitudes: |w| [O, C, K]; thresholds: [] or [O]. Copies of depth m saturate by |w| 2^-m - t_o each; what they lose
-    together is squared. Where no value saturates any more, the largest |w| is split.
+    magnitudes: |w| [O, C, K]; thresholds: [] or [O]. Copies that are one of n parts saturate by |w| / n - t_o each;
+    what they lose together is squared. Where no value saturates any more, the largest |w| is split.
     """
     w = magnitudes.transpose(1, 0, 2)
     t = np.broadcast_to(thresholds, len(magnitudes))[:, None]
-    errors = [_saturation(w, t, k) for k in (0, 1)]
+    errors = [_saturation(w, t, k, split) for k in (0, 1)]
     heap = [(-gain, c, 0, rest) for c, (gain, rest) in enumerate(zip(errors[0] - errors[1], errors[1], strict=True))]
     heapq.heapify(heap)
     picks: list[int] = []
     while len(picks) < splits and heap[0][0] < 0:
         _, c, k, error = heap[0]
         picks.append(c)
-        rest = float(_saturation(w[c : c + 1], t, k + 2)[0])
+        rest = float(_saturation(w[c : c + 1], t, k + 2, split)[0])
         heapq.heapreplace(heap, (rest - error, c, k + 1, rest))
     counts = np.bincount(np.array(picks, np.int64), minlength=len(w))
-    return picks + _largest(w.max((1, 2), initial=0.0), counts, splits - len(picks))
+    return picks + _largest(w.max((1, 2), initial=0.0), counts, splits - len(picks), split)
 
 
-def _saturation(w: Floats, t: Floats, splits: int) -> Floats:
+def _saturation(w: Floats, t: Floats, splits: int, split: Split) -> Floats:
     """Sum the squared error [C] of channels [C, O, K] that are split so often."""
-    level = (splits + 1).bit_length() - 1
-    deeper = 2 * (splits + 1 - 2**level)  # copies at depth level + 1, the others at depth level
-    lost = (splits + 1 - deeper) * np.maximum(w / 2**level - t, 0)
-    if deeper:
-        lost += deeper * np.maximum(w / 2 ** (level + 1) - t, 0)
+    n = _largest_part(splits, split)
+    smaller = 0 if split == "even" else 2 * (splits + 1 - n)  # copies that are one of 2 n parts, the others one of n
+    lost = (splits + 1 - smaller) * np.maximum(w / n - t, 0)
+    if smaller:
+        lost += smaller * np.maximum(w / (2 * n) - t, 0)
     return np.einsum("cok,cok->c", lost, lost)
 
 
-def _largest(channel_max: Floats, counts: NDArray[np.int64], splits: int) -> list[int]:
+def _largest_part(splits: int, split: Split) -> int:
+    """Compute how many of the largest part of a channel that is split so often would make it up."""
+    return splits + 1 if split == "even" else 2 ** ((splits + 1).bit_length() - 1)
+
+
+def _largest(channel_max: Floats, counts: NDArray[np.int64], splits: int, split: Split) -> list[int]:
     """Choose by the paper's rule, the channel with the largest |w|, from channels that were split so often before."""
-    heap = [
-        (-largest / 2 ** floor_log2(k + 1), c) for c, (largest, k) in enumerate(zip(channel_max, counts, strict=True))
-    ]
+    counts, picks = counts.tolist(), []
+    heap = [(-w / _largest_part(k, split), c) for c, (w, k) in enumerate(zip(channel_max, counts, strict=True))]
     heapq.heapify(heap)
-    counts, picks = counts.copy(), []
     for _ in range(splits):
         c = heap[0][1]
         picks.append(c)
         counts[c] += 1
-        heapq.heapreplace(heap, (-channel_max[c] / 2 ** floor_log2(counts[c] + 1), c))
+        heapq.heapreplace(heap, (-channel_max[c] / _largest_part(counts[c], split), c))
     return picks

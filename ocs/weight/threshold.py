@@ -80,13 +80,13 @@ def split_thresholds(
     check_choice("granularity", granularity, get_args(Granularity))
     by_channel = granularity == "channel"
     if by_channel:
-        largest = kernels(w).output_max(w, plan.source, plan.depth, groups)
+        largest = kernels(w).output_max(w, plan.source, plan.parts, groups)
     else:
         largest = kernels(plan.split_max).abs_max(plan.split_max)
     counts, found = None, [Clip(clip, bits, signed) for clip in clips]
     if any(clip.searches for clip in found):
         bins = CHANNEL_BINS if by_channel else BINS
-        counts = kernels(w).split_histogram(w, plan.source, plan.depth, groups, bins, largest)
+        counts = kernels(w).split_histogram(w, plan.source, plan.parts, groups, bins, largest)
     rows = w if by_channel else w.reshape(1, -1)
     return [
         clip.threshold_of(rows).reshape(largest.shape) if clip.takes_values else clip.threshold(largest, counts)

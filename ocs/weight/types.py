@@ -11,7 +11,7 @@ from ocs.weight.hessian import Hessian
 Array = np.ndarray | Tensor
 ARRAYS = (np.ndarray, Tensor)  # for isinstance: Dynamo of torch 2.10 takes no union
 Granularity = Literal["tensor", "channel"]
-Split = Literal["qa", "naive"]
+Split = Literal["qa", "naive", "even"]
 Rounding = Literal["nearest", "squant", "gptq"]
 Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one group, n -> n of its input channels
 Select = Literal["max", "error"] | Choice
@@ -23,10 +23,11 @@ class SplitPlan(NamedTuple):
     """Splits of a weight's channels (section 3 of the paper), over C + n expanded channels, group by group."""
 
     source: Array  # int64: the original channel
-    depth: Array  # int32: how often this copy was halved
-    offset: Array  # int32: which of the 2^depth parts it is in quantization-aware splitting
+    depth: Array  # int32: how often this copy was halved; floor(log2 parts)
+    offset: Array  # int32: which of the parts it is in quantization-aware splitting
     split_max: Array  # float32: max|w| after splitting
     channel_max: Array  # float32 [C]: max|w| of the original channels
+    parts: Array  # int32: how many like this one make up the channel, 2^depth where it was halved
 
 
 class QuantizedWeight(NamedTuple):

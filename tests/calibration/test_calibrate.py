@@ -353,52 +353,50 @@ sys.path.insert(0, os.environ["TESTS"])
 from conftest import SmallNet
 import ocs
 dist.init_process_group("gloo")
-torch.manual_seed(0)
-net = SmallNet().eval()
-x = torch.load(os.environ["IMAGES"])
+x = torch.load(os.environ["FOLDER"] + "/images")
 uneven = [x[:7], x[7:]]
-shares = {"uneven": uneven, "one empty": [x[:0], x], "failing": [x, x * torch.nan], "moments": uneven}
-shares["release"] = uneven
-share = shares[os.environ["CASE"]][dist.get_rank()]
-try:
-    if os.environ["CASE"] == "moments":
-        moments = ocs.calibrate(net, share.split(3), moments=True).moments
-        kept = {name: (m["weight"].count, m["weight"].products) for name, m in moments.items()}
-    else:
-        clip = "kl-release" if os.environ["CASE"] == "release" else "mse"
-        options = {"abits": 4, "act_r": 0.2, "act_clip": clip, "correct_bias": True}
-        ocs.quantize(net, **options, calibration=share.split(3) if len(share) else [])
-        kept = net.state_dict()
-    torch.save(kept, os.environ["OUT"] + str(dist.get_rank()))
-except Exception as error:
-    open(os.environ["OUT"] + str(dist.get_rank()), "w").write(str(error))
+cases = {"uneven": uneven, "release": uneven, "moments": uneven, "one empty": [x[:0], x], "failing": [x, x * torch.nan]}
+for case, shares in cases.items():
+    share, out = shares[dist.get_rank()], f"{os.environ['FOLDER']}/{case}{dist.get_rank()}"
+    torch.manual_seed(0)
+    net = SmallNet().eval()
+    try:
+        if case == "moments":
+            moments = ocs.calibrate(net, share.split(3), moments=True).moments
+            kept = {name: (m["weight"].count, m["weight"].products) for name, m in moments.items()}
+        else:
+            clip = "kl-release" if case == "release" else "mse"
+            options = {"abits": 4, "act_r": 0.2, "act_clip": clip, "correct_bias": True}
+            ocs.quantize(net, **options, calibration=share.split(3) if len(share) else [])
+            kept = net.state_dict()
+        torch.save(kept, out)
+    except Exception as error:
+        open(out, "w").write(str(error))
 dist.barrier()
 dist.destroy_process_group()
 os._exit(0)  # torch's threads now and then abort an interpreter that ends in its own way
 """
 
 
-def run_ranks(folder: Path, case: str) -> list[Path]:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """What two ranks left of a case: all of them in one launch, which takes longer than they do."""
+    folder = tmp_path_factory.mktemp("ranks")
     torch.save(x, folder / "images")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = folder / "rank.py"
     script.write_text(RANK)
-    env = os.environ | {
-        "TESTS": str(Path(__file__).resolve().parents[1]),
-        "IMAGES": str(folder / "images"),
-        "OUT": str(folder / "out"),
-        "CASE": case,
-        "OMP_NUM_THREADS": "1",
-    }
+    tests = str(Path(__file__).resolve().parents[1])
+    env = os.environ | {"TESTS": tests, "FOLDER": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(script)], env=env, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return [folder / "out0", folder / "out1"]
+    return lambda case: [folder / f"{case}{rank}" for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", ["uneven", "one empty", "release"])
-def test_two_ranks_give_what_one_process_gives(net: SmallNet, tmp_path: Path, case: str) -> None:
+def test_two_ranks_give_what_one_process_gives(net: SmallNet, ranks: Callable[[str], list[Path]], case: str) -> None:
     """With uneven shares, and to the last bit, but for sums in another order."""
-    first, second = (torch.load(path) for path in run_ranks(tmp_path, case))
+    first, second = (torch.load(path) for path in ranks(case))
     clip = "kl-release" if case == "release" else "mse"
     ocs.quantize(net, abits=4, act_r=0.2, act_clip=clip, correct_bias=True, calibration=x)
     for name, tensor in net.state_dict().items():
@@ -407,9 +405,9 @@ def test_two_ranks_give_what_one_process_gives(net: SmallNet, tmp_path: Path, ca
         torch.testing.assert_close(first[name], tensor, rtol=tolerance, atol=tolerance)
 
 
-def test_second_moments_of_two_ranks(net: SmallNet, tmp_path: Path) -> None:
+def test_second_moments_of_two_ranks(net: SmallNet, ranks: Callable[[str], list[Path]]) -> None:
     """The same on both, and those of one process but for the order of summation."""
-    first, second = (torch.load(path) for path in run_ranks(tmp_path, "moments"))
+    first, second = (torch.load(path) for path in ranks("moments"))
     moments = ocs.calibrate(net, x, moments=True).moments
     assert set(first) == set(moments)
     for name, (count, products) in first.items():
@@ -419,7 +417,7 @@ def test_second_moments_of_two_ranks(net: SmallNet, tmp_path: Path) -> None:
         torch.testing.assert_close(products, sums, rtol=1e-5, atol=1e-6 * float(sums.max()))
 
 
-def test_no_rank_waits_for_one_that_failed(tmp_path: Path) -> None:
-    first, second = (path.read_text() for path in run_ranks(tmp_path, "failing"))
+def test_no_rank_waits_for_one_that_failed(ranks: Callable[[str], list[Path]]) -> None:
+    first, second = (path.read_text() for path in ranks("failing"))
     assert "calibration failed on 1 other rank" in first
     assert "body.0: its input holds NaN" in second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -138,8 +139,11 @@ def test_figure_1(bits: int, r: float, groups: int, tmp_path: Path) -> None:
 
 
 def test_demo_as_a_user_runs_it(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "examples" / "demo.py", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "19 layers quantized, 1 left float" in done.stdout
-    assert "into a fresh network: the same outputs" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"clips.png", "inputs.png", "resnet20.safetensors"}
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--out", tmp_path, "--limit", "100", "--bits", "4"]
+    done = subprocess.run([*command, "--engine", "onnxruntime"], capture_output=True, text=True, check=True)
+    assert "Loaded into a fresh network: the same outputs, bit for bit" in done.stdout
+    assert "the model" in done.stdout  # of the comparison
+    top1 = [float(word) for word in re.findall(r"(?:best \+ gptq|integers:) +([\d.]+)", done.stdout)]
+    assert len(top1) == 2
+    assert min(top1) > 90
+    assert {path.name for path in tmp_path.iterdir()} == {"recipes.png", "report.html", "resnet20.safetensors"}

@@ -66,13 +66,14 @@ def test_thresholds_equal_their_twin(kind: str, method: str) -> None:
                 assert (0 < ours <= limit) or limit == 0
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_split_histogram_equals_its_twin(isa: str, groups: int, threads: int) -> None:
+def test_split_histogram_equals_its_twin(isa: str, groups: int, threads: int, even: bool) -> None:
     w = outlier_weight((12, 40, 3, 3))
     w[w < -0.05] = 0
-    source, depth, _, split_max = _C.split_plan(_C.channel_max(w, groups), groups, 7)
-    for limit in (split_max.max(), _C.output_max(w, source, depth, groups), np.zeros((), np.float32)):
-        args = (w, source, depth, groups, 33, np.asarray(limit))
+    source, parts, _, split_max = _C.split_plan(_C.channel_max(w, groups), groups, 7, even)
+    for limit in (split_max.max(), _C.output_max(w, source, parts, groups), np.zeros((), np.float32)):
+        args = (w, source, parts, groups, 33, np.asarray(limit))
         assert_same(both("split_histogram", *args), reference.split_histogram(*args))
 
 
@@ -273,16 +274,16 @@ def test_one_value_keeps_it(method: str, bits: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_split_weight_is_what_is_clipped(method: str, groups: int) -> None:
-    """OCS followed by clipping: the search sees the halved channels, and both of them."""
+@pytest.mark.parametrize("how", ["qa", "even"])
+def test_the_split_weight_is_what_is_clipped(method: str, groups: int, how: str) -> None:
+    """OCS followed by clipping: the search sees the parts of split channels, and all of them."""
     w = outlier_weight((16, 30, 3, 3))
-    plan = functional.plan_splits(w, 0.1, groups)
-    halved = np.ldexp(np.float32(1), -plan.depth).astype(np.float32).reshape(groups, 1, -1, 1)
-    split = reference.gather(w, plan.source, groups) * halved
-    quantized = functional.quantize_weight(w, 5, 0.1, clip=method, groups=groups)
+    plan = functional.plan_splits(w, 0.2, groups, split=how)
+    split = reference.gather(w, plan.source, groups) / plan.parts.astype(np.float32).reshape(groups, 1, -1, 1)
+    quantized = functional.quantize_weight(w, 5, 0.2, clip=method, groups=groups, split=how)
     assert float(quantized.threshold) == functional.clip_threshold(split, 5, method)
     assert float(quantized.scale) == np.float32(quantized.threshold) / np.float32(15)
-    by_channel = functional.quantize_weight(w, 5, 0.1, clip=method, granularity="channel", groups=groups)
+    by_channel = functional.quantize_weight(w, 5, 0.2, clip=method, granularity="channel", groups=groups, split=how)
     assert by_channel.threshold.shape == (16,)
     for threshold, row in zip(by_channel.threshold, split.reshape(16, -1), strict=True):
         limit = np.abs(row).max()

@@ -15,6 +15,7 @@ def test_values() -> None:
     assert names == constants.CLIP_METHODS
     assert constants.RELEASE_METHODS == ("aciq-release", "mse-release", "kl-release")
     assert (constants.MIN_BITS, constants.MAX_BITS, constants.MAX_BINS, constants.MAX_DEPTH) == (2, 8, 2**24, 22)
+    assert constants.MAX_PARTS == 2**constants.MAX_DEPTH
     assert (constants.OCTAVES, constants.BINS_PER_OCTAVE, constants.OCTAVE_BINS) == (16, 8, 128)
 
 
@@ -25,7 +26,7 @@ def test_limits_are_those_of_the_kernels() -> None:
     assert _C.histogram(x, constants.MAX_BINS, 1.0).shape == (constants.MAX_BINS,)
     with pytest.raises(ValueError, match="bins"):
         _C.histogram(x, constants.MAX_BINS + 1, 1.0)
-    plan = _C.split_plan(np.ones(1, np.float32), 1, 0)
+    plan = _C.split_plan(np.ones(1, np.float32), 1, 0, False)
     for bits in range(constants.MIN_BITS - 1, constants.MAX_BITS + 2):
         args = (x[:, :1], np.ones((), np.float32), *plan[:3], 1, bits, True)
         if constants.MIN_BITS <= bits <= constants.MAX_BITS:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,7 @@ WEIGHTS = {
     "no inputs": ((4, 0, 3), 1, 0),
     "empty filter": ((4, 3, 0), 1, 2),
 }
+SMALL = [name for name in WEIGHTS if name != "several threads"]  # twins are slow
 VALUES = {
     "heavy tails": lambda shape: outlier_weight(shape),
     "all zeros": lambda shape: np.zeros(shape, np.float32),
@@ -69,22 +73,22 @@ def scales_for(plan: reference.Plan, output_max: np.ndarray, bits: int) -> list[
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("weight", WEIGHTS)
-def test_weight_kernels_equal_their_twins(isa: str, weight: str, values: str) -> None:
+@pytest.mark.parametrize(("weight", "even"), [*((name, False) for name in WEIGHTS), *((name, True) for name in SMALL)])
+def test_weight_kernels_equal_their_twins(isa: str, weight: str, values: str, even: bool) -> None:
     shape, groups, splits = WEIGHTS[weight]
     w = VALUES[values](shape)
     largest = both("channel_max", w, groups)
     assert_same(largest, reference.channel_max(w, groups))
-    plan = both("split_plan", largest, groups, splits)
-    for ours, twin in zip(plan, reference.split_plan(largest, groups, splits), strict=True):
+    plan = both("split_plan", largest, groups, splits, even)
+    for ours, twin in zip(plan, reference.split_plan(largest, groups, splits, even), strict=True):
         assert_same(ours, twin)
-    source, depth, offset, _ = plan
-    output_max = both("output_max", w, source, depth, groups)
-    assert_same(output_max, reference.output_max(w, source, depth, groups))
+    source, parts, offset, _ = plan
+    output_max = both("output_max", w, source, parts, groups)
+    assert_same(output_max, reference.output_max(w, source, parts, groups))
     for bits in (2, 5, 8):
         for scale in scales_for(plan, output_max, bits):
             for quantization_aware in (True, False):
-                args = (w, scale, source, depth, offset, groups, bits, quantization_aware)
+                args = (w, scale, source, parts, offset, groups, bits, quantization_aware)
                 ints = both("quantize_weight", *args)
                 assert_same(ints, reference.quantize_weight(*args))
             assert_same(both("fold", ints, scale, source, groups, shape[1]),
@@ -105,24 +109,26 @@ def test_integers_are_those_of_the_papers_procedure(isa: str, splits: int, quant
     picks = reference.pick_channels(w, splits)
     scale = np.abs(reference.split_channels(w, picks, False)[0]).max() / np.float32(qmax)
     u, source = reference.split_channels((w / scale).astype(np.float64), picks, quantization_aware)
-    plan = _C.split_plan(_C.channel_max(w, 1), 1, splits)
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, splits, False)
     assert_same(plan[0], source)
     ours = _C.quantize_weight(w, np.asarray(scale), *plan[:3], 1, bits, quantization_aware)
     assert_same(ours, np.clip(reference.round_half_up(u), -qmax, qmax).astype(np.int8))
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("weight", [name for name in WEIGHTS if name != "several threads"])  # the twin is slow
-def test_squant_equals_its_twin(isa: str, weight: str, values: str) -> None:
+@pytest.mark.parametrize("weight", SMALL)
+def test_squant_equals_its_twin(isa: str, weight: str, values: str, even: bool) -> None:
     """Numpy, torch and what other devices run; with and without clipping, and with every error half a step."""
     shape, groups, splits = WEIGHTS[weight]
     w = VALUES[values](shape)
-    source, depth, offset, split_max = reference.split_plan(reference.channel_max(w, groups), groups, splits)
-    output_max = reference.output_max(w, source, depth, groups)
+    plan = reference.split_plan(reference.channel_max(w, groups), groups, splits, even)
+    source, parts, offset, _ = plan
+    output_max = reference.output_max(w, source, parts, groups)
     for bits in (2, 3, 4, 8):
-        whole = scales_for((source, depth, offset, split_max), output_max, bits)
+        whole = scales_for(plan, output_max, bits)
         for scale in (*whole, *(s * np.float32(0.4) for s in whole), np.asarray(0.5, np.float32)):
-            args = (w, np.asarray(np.maximum(scale, np.float32(1e-44))), source, depth, offset, groups, bits)
+            args = (w, np.asarray(np.maximum(scale, np.float32(1e-44))), source, parts, offset, groups, bits)
             ints = both("squant_weight", *args)
             assert_same(ints, reference.squant_weight(*args))
             tensors = [torch.from_numpy(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
@@ -135,11 +141,12 @@ FINITE = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=3, max_sid
 
 
 @settings(max_examples=200, deadline=None)
-@given(w=FINITE, splits=st.integers(0, 9), bits=st.integers(2, 8), share=st.sampled_from([1, 1, 0.5, 0.1]))
-def test_squant_cancels_errors(w: np.ndarray, splits: int, bits: int, share: float) -> None:
+@given(w=FINITE, splits=st.integers(0, 9), bits=st.integers(2, 8), share=st.sampled_from([1, 1, 0.5, 0.1]),
+       even=st.booleans())  # fmt: skip
+def test_squant_cancels_errors(w: np.ndarray, splits: int, bits: int, share: float, even: bool) -> None:
     """What csrc/ocs.h promises; u that rounds to one of its neighbours has an error below 1."""
     qmax = 2 ** (bits - 1) - 1
-    plan = _C.split_plan(_C.channel_max(w, 1), 1, min(splits, w.shape[1]))
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, min(splits, w.shape[1]), even)
     scale = np.asarray(max(plan[3].max() * np.float32(share) / np.float32(qmax), np.float32(1e-30)), np.float32)
     args = (w, scale, *plan[:3], 1, bits)
     nearest, ints = _C.quantize_weight(*args, True), _C.squant_weight(*args)
@@ -147,9 +154,9 @@ def test_squant_cancels_errors(w: np.ndarray, splits: int, bits: int, share: flo
     before, after = (_C.fold(q, ONE, plan[0], 1, w.shape[1]).astype(np.float64) for q in (nearest, ints))
     u = (w / scale).astype(np.float64)
     saturated = before != reference.round_half_up(u)
-    depth, offset = (part.reshape(-1, *[1] * (w.ndim - 2)) for part in plan[1:3])
-    parts = (after.astype(np.int64)[:, plan[0]] + offset) >> depth
-    assert_same(ints, np.where(saturated[:, plan[0]], nearest, parts).astype(np.int8))
+    parts, offset = (part.reshape(-1, *[1] * (w.ndim - 2)) for part in plan[1:3])
+    split = (after.astype(np.int64)[:, plan[0]] + offset) // parts
+    assert_same(ints, np.where(saturated[:, plan[0]], nearest, split).astype(np.int8))
     np.testing.assert_array_equal(after[saturated], before[saturated])
     assert (np.abs(after - u)[~saturated] < 1).all()
     if share == 1:
@@ -160,11 +167,12 @@ def test_squant_cancels_errors(w: np.ndarray, splits: int, bits: int, share: flo
         assert (np.abs(errors.sum((1, 2))) <= 0.5 + cut_off).all()
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3), (17, 70), (40, 9, 3), (33, 130)])
-def test_gptq_is_the_same_by_every_instruction_set(shape: tuple[int, ...]) -> None:
+def test_gptq_is_the_same_by_every_instruction_set(shape: tuple[int, ...], even: bool) -> None:
     """The plain kernel adds up products in the order of the columns; so do all others, and torch's door."""
     w, N = outlier_weight(shape), int(np.prod(shape[1:]))
-    plan = _C.split_plan(_C.channel_max(w, 1), 1, shape[1] // 3)[:3]
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, shape[1] // 3, even)[:3]
     for width in {N, N // 2 + 1}:
         blocks = -(-N // width)
         rng = np.random.default_rng(0)
@@ -192,15 +200,15 @@ def test_squant_by_hand() -> None:
 def squant(weight: list) -> list:
     """Without splits, at scale 1, in 3 bits."""
     w = np.float32(weight)
-    return _C.squant_weight(w, ONE, *_C.split_plan(_C.channel_max(w, 1), 1, 0)[:3], 1, 3).tolist()
+    return _C.squant_weight(w, ONE, *_C.split_plan(_C.channel_max(w, 1), 1, 0, False)[:3], 1, 3).tolist()
 
 
-@settings(max_examples=150, deadline=None)
-@given(w=FINITE, splits=st.integers(0, 9), bits=st.integers(2, 8))
-def test_hermites_identity(w: np.ndarray, splits: int, bits: int) -> None:
+@settings(max_examples=200, deadline=None)
+@given(w=FINITE, splits=st.integers(0, 9), bits=st.integers(2, 8), even=st.booleans())
+def test_hermites_identity(w: np.ndarray, splits: int, bits: int, even: bool) -> None:
     """Folding the quantization-aware integers gives Q(w) for every w, ties included."""
     qmax = 2 ** (bits - 1) - 1
-    plan = _C.split_plan(_C.channel_max(w, 1), 1, min(splits, w.shape[1]))
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, min(splits, w.shape[1]), even)
     scale = np.asarray(max(plan[3].max() / np.float32(qmax), np.float32(1e-30)), np.float32)
     for name in _C.isas():
         ops.set_isa(name)
@@ -213,17 +221,97 @@ def test_rounding_one_ulp_from_a_tie(isa: str) -> None:
     """Where adding 1/2 in float32 would round up to the next integer."""
     below, above = np.float32(0.49999997), np.float32(-0.50000006)
     w = np.float32([[below, above, 0.5, -0.5, 1.5, -1.5, 2.4999998, 3]])
-    plan = _C.split_plan(_C.channel_max(w, 1), 1, 0)
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, 0, False)
     ints = _C.quantize_weight(w, np.asarray(1, np.float32), *plan[:3], 1, 4, True)
     assert ints.tolist() == [[0, -1, 1, 0, 2, -1, 2, 3]]
 
 
 def test_splitting_a_tie_of_channels_takes_the_lowest_first() -> None:
-    source, depth, offset, largest = _C.split_plan(np.float32([1, 2, 2, 0.5]), 1, 4)
+    source, parts, offset, largest = _C.split_plan(np.float32([1, 2, 2, 0.5]), 1, 4, False)
     assert source.tolist() == [0, 1, 2, 3, 1, 2, 0, 1]
-    assert depth.tolist() == [1, 2, 1, 0, 1, 1, 1, 2]
+    assert parts.tolist() == [2, 4, 2, 1, 2, 2, 2, 4]
     assert offset.tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
     assert largest.tolist() == [0.5, 0.5, 1, 0.5, 1, 1, 0.5, 0.5]
+
+
+def test_of_equal_parts_the_channel_that_has_the_largest_gets_one_more() -> None:
+    source, parts, offset, largest = _C.split_plan(np.float32([1, 2, 6, 0.5, 0, 0, 0, 0]), 2, 4, True)
+    assert source.tolist() == [0, 1, 2, 3, 2, 2, 1, 2, 4, 5, 6, 7, 4, 4, 4, 4]  # 6, 3, 2 and 2, then 2
+    assert parts.tolist() == [1, 2, 4, 1, 4, 4, 2, 4, 5, 1, 1, 1, 5, 5, 5, 5]
+    assert offset.tolist() == [0, 0, 0, 0, 1, 2, 1, 3, 0, 0, 0, 0, 1, 2, 3, 4]
+    assert largest.tolist() == [1, 1, 1.5, 0.5, 1.5, 1.5, 1, 1.5, *[0] * 8]
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("n", [*range(1, 16), 21, 24, 40, 1000, 65535, 2**20 + 1, 2**22 - 1, 2**22])
+def test_any_number_of_equal_parts_adds_up(isa: str, n: int, bits: int) -> None:
+    """Around every integer and tie and far outside the grid, for divisors with and without a power of two in them.
+
+    Of so many parts a few are looked at: the floor of an exact fraction, in whole numbers of any size.
+    """
+    qmax, rng = 2 ** (bits - 1) - 1, np.random.default_rng(n)
+    whole = np.unique(rng.integers(-n * (qmax + 1), n * (qmax + 1), 500))
+    near = np.float32((whole[:, None] + [-0.5, 0, 0.5]).ravel())
+    w = np.concatenate([near, np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf))])
+    w = np.concatenate([w, np.float32([-0.0, 1e-40, -1e-40, 3e38, -3e38])])[:, None]
+    offset = np.unique(np.r_[0, rng.integers(0, n, 50), n - 1]).astype(np.int32)
+    if n <= 40:
+        offset = np.arange(n, dtype=np.int32)
+    plan = (np.zeros(len(offset), np.int64), np.full(len(offset), n, np.int32), offset)
+    ints = both("quantize_weight", w, ONE, *plan, 1, bits, True)
+    assert_same(ints, reference.quantize_weight(w, ONE, *plan, 1, bits, True))
+    halves = [math.floor(2 * Fraction(float(u))) for u in w.ravel()]
+    exact = [[min(max((u2 + 1 + 2 * int(k)) // (2 * n), -qmax), qmax) for k in offset] for u2 in halves]
+    assert ints.tolist() == exact
+    if n <= 40:
+        inside = (np.abs(ints) < qmax).all(1)
+        assert inside.any() or bits == 2
+        np.testing.assert_array_equal(
+            ints.sum(1, dtype=np.int64)[inside], reference.round_half_up(w[inside, 0].astype(np.float64))
+        )
+
+
+@settings(max_examples=200, deadline=None)
+@given(w=FINITE, splits=st.integers(0, 9), bits=st.integers(2, 8))
+def test_equal_parts_are_never_wider_than_halves(w: np.ndarray, splits: int, bits: int) -> None:
+    """The narrowest range that so many copies can give; where none is split twice, halving's integers."""
+    largest = _C.channel_max(w, 1)
+    halves, even = (_C.split_plan(largest, 1, min(splits, w.shape[1]), each) for each in (False, True))
+    assert even[3].max() <= halves[3].max()
+    for source, parts, offset in (plan[:3] for plan in (halves, even)):
+        for c in range(w.shape[1]):
+            own = source == c
+            if largest[c] > 0:
+                assert sum(Fraction(1, int(n)) for n in parts[own]) == 1
+                assert sorted((offset[own] * (parts.max() // parts[own])).tolist())[0] == 0
+    if even[1].max() == 2 and largest.min() > 0:
+        for a, b in zip(halves, even, strict=True):
+            assert_same(a, b)
+        scale = np.asarray(max(even[3].max() / np.float32(2 ** (bits - 1) - 1), np.float32(1e-30)), np.float32)
+        assert_same(*(_C.quantize_weight(w, scale, *plan[:3], 1, bits, True) for plan in (halves, even)))
+
+
+def test_a_plan_of_halves_and_thirds(isa: str) -> None:
+    """Which no rule makes, but a kernel takes: channel 0 is a quarter, a half, a quarter, channel 1 three thirds."""
+    w = outlier_weight((5, 2, 9))
+    w[:, 0] *= 20
+    plan = (np.int64([0, 1, 0, 0, 1, 1]), np.int32([4, 3, 2, 4, 3, 3]), np.int32([0, 0, 1, 2, 1, 2]))
+    output_max = both("output_max", w, *plan[:2], 1)
+    assert_same(output_max, reference.output_max(w, *plan[:2], 1))
+    for name in ("quantize_weight", "squant_weight"):
+        args = (w, output_max / np.float32(7), *plan, 1, 4) + ((True,) if name == "quantize_weight" else ())
+        assert_same(both(name, *args), getattr(reference, name)(*args))
+
+
+@pytest.mark.parametrize("share", [1, 0.3])
+def test_parts_saturate_each(isa: str, share: float) -> None:
+    """A channel of n parts reaches n qmax, whichever way it is split."""
+    w, n = np.float32([[100, 1], [-100, 1], [0, 0]]), 3
+    plan = _C.split_plan(np.float32([100, 1]), 1, n - 1, True)
+    scale = np.asarray(plan[3].max() * np.float32(share / 7), np.float32)
+    ints = _C.quantize_weight(w, scale, *plan[:3], 1, 4, True)
+    assert ints[:, [0, 2, 3]].tolist() == [[7] * 3, [-7] * 3, [0] * 3]
+    assert_same(_C.squant_weight(w, scale, *plan[:3], 1, 4)[:, [0, 2, 3]], ints[:, [0, 2, 3]])
 
 
 ACTIVATIONS = np.concatenate([
@@ -263,7 +351,7 @@ def test_histogram_counts_what_lies_beyond_in_the_last_bin(isa: str) -> None:
 
 def test_results_do_not_depend_on_threads(threads: int) -> None:
     w, x = outlier_weight((200, 300, 3)), outlier_weight((300_000,))
-    plan = _C.split_plan(_C.channel_max(w, 1), 1, 30)
+    plan = _C.split_plan(_C.channel_max(w, 1), 1, 30, False)
     scale = np.asarray(plan[3].max() / np.float32(15))
     ints = _C.quantize_weight(w, scale, *plan[:3], 1, 5, True)
     assert_same(ints, reference.quantize_weight(w, scale, *plan[:3], 1, 5, True))
@@ -315,7 +403,7 @@ def test_maxima_tell_what_is_not_finite(isa: str, bad: float, at: int) -> None:
     largest = _C.channel_max(x.reshape(10, 30), 1)
     assert np.flatnonzero(~np.isfinite(largest)).tolist() == [at % 30]
     with pytest.raises(ValueError, match="NaN or Inf"):
-        _C.split_plan(largest, 1, 1)
+        _C.split_plan(largest, 1, 1, False)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

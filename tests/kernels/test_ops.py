@@ -18,10 +18,12 @@ from conftest import outlier_weight
 
 from ocs import _C, functional
 from ocs.functional import fake_quantize
-from ocs.kernels import composite, composite_product, ops
+from ocs.kernels import composite, composite_product, constants, ops
 
 W = torch.from_numpy(outlier_weight((12, 10, 3, 3)))
-PLAN = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(W, 3), 3, 4)
+PLAN = torch.ops.ocs.split_plan(torch.ops.ocs.channel_max(W, 3), 3, 4, False)
+EVEN = torch.ops.ocs.split_plan(torch.tensor([1.0, 9, 4] + [0.1] * 27), 3, 9, True)  # 10 parts of one, halves, a whole
+PLANS = (PLAN, EVEN)
 SCALE = torch.tensor(0.1)
 SCALES = torch.linspace(0.05, 0.2, 12)
 INTS = torch.ops.ocs.quantize_weight(W, SCALE, *PLAN[:3], 3, 5, True)
@@ -69,14 +71,17 @@ CALLS = {
     "histogram": [(W, 32, 3.0)],
     "octave_histogram": [(W, 4.0), (W.half().flatten(1), 4.0)],
     "channel_max": [(W, 3), (W.double().transpose(0, 1), 1)],
-    "split_plan": [(torch.rand(30), 3, 4), (torch.rand(5), 1, 0)],
-    "output_max": [(W, PLAN[0], PLAN[1], 3)],
-    "split_histogram": [(W, *PLAN[:2], 3, 32, limit) for limit in (PLAN[3].max(), W.abs().amax((1, 2, 3)))],
+    "split_plan": [(torch.rand(30), 3, 4, False), (torch.rand(30), 3, 9, True), (torch.rand(5), 1, 0, False)],
+    "output_max": [(W, *plan[:2], 3) for plan in PLANS],
+    "split_histogram": [(W, *plan[:2], 3, 32, limit) for plan in PLANS
+                        for limit in (PLAN[3].max(), W.abs().amax((1, 2, 3)))],
     "clip_threshold": [(COUNTS, torch.tensor([1.0, 2.0]), 4, True, method) for method in (0, 1, 3, 4, 5, 6)],
     "release_threshold": [(W, counts, 4, True, method) for counts in (OFTEN, OFTEN[:0]) for method in (2, 7, 8)],
-    "quantize_weight": [(W, s, *PLAN[:3], 3, 5, qa) for s in (SCALE, SCALES) for qa in (True, False)],
-    "squant_weight": [(w, s, *PLAN[:3], 3, 4) for w in (W, W.flatten(2)[..., 0]) for s in (SCALE, SCALES)],
-    "gptq_weight": [(W, s, *PLAN[:3], 4, ORDER, FACTOR) for s in (SCALE, SCALES)],
+    "quantize_weight": [(W, s, *plan[:3], 3, 5, qa) for plan in PLANS for s in (SCALE, SCALES)
+                        for qa in (True, False)],
+    "squant_weight": [(w, s, *plan[:3], 3, 4) for plan in PLANS for w in (W, W.flatten(2)[..., 0])
+                      for s in (SCALE, SCALES)],
+    "gptq_weight": [(W, s, *plan[:3], 4, ORDER, FACTOR) for plan in PLANS for s in (SCALE, SCALES)],
     "fold": [(INTS, s, PLAN[0], 3, 10) for s in (SCALE, SCALES)],
     "weight_error": [(W, INTS, SCALE, PLAN[0], 3)],
     "output_error": [(W, INTS, s, PLAN[0], 3, 10.0, 0.25) for s in (SCALE, SCALES)],
@@ -133,7 +138,7 @@ def test_constants_are_those_of_the_header() -> None:
     header = (Path(__file__).resolve().parents[2] / "csrc" / "ocs.h").read_text()
     methods = re.findall(r"^    OCS_CLIP_(\w+),", header, re.MULTILINE)
     assert tuple(name.lower().replace("_", "-") for name in methods) == _C.CLIP_METHODS == functional.CLIP_METHODS
-    assert (_C.MIN_BITS, _C.MAX_BITS, _C.MAX_DEPTH) == (2, 8, composite.MAX_DEPTH)
+    assert (_C.MIN_BITS, _C.MAX_BITS, _C.MAX_DEPTH) == (2, 8, constants.MAX_DEPTH)
     assert (_C.MAX_BINS, _C.MAX_SEARCH_BINS) == (2**24, 2**16)
     assert (_C.OCTAVES, _C.OCTAVE_BINS) == (16, 128)
 
@@ -250,14 +255,15 @@ HOSTILE = [
     ("output_max", (W, PLAN[0] - 2**63, PLAN[1], 3), "no split plan"),
     ("histogram", (W, 4, 1e300), "bins must be"),
     ("channel_max", (torch.ones(3, 3, dtype=torch.int32), 1), "float tensor"),
-    ("split_plan", (torch.ones(4), 1, 5), "splits be at most"),
-    ("split_plan", (torch.ones(4), 1, 2**62), "splits be at most"),
-    ("split_plan", (torch.ones(4), 0, 1), "groups must divide"),
-    ("split_plan", (torch.tensor([1, torch.nan]), 1, 1), "NaN or Inf"),
+    ("split_plan", (torch.ones(4), 1, 5, False), "splits be at most"),
+    ("split_plan", (torch.ones(4), 1, 2**62, True), "splits be at most"),
+    ("split_plan", (torch.ones(4), 0, 1, False), "groups must divide"),
+    ("split_plan", (torch.tensor([1, torch.nan]), 1, 1, False), "NaN or Inf"),
+    ("split_plan", (torch.tensor([1, torch.nan]), 1, 1, True), "NaN or Inf"),
     ("output_max", (W, PLAN[0] + 100, PLAN[1], 3), "no split plan"),
     ("output_max", (W, PLAN[0], PLAN[1][:-1], 3), "no split plan"),
     ("quantize_weight", (W, SCALE, PLAN[0] - 1, *PLAN[1:3], 3, 5, True), "no split plan"),
-    ("quantize_weight", (W, SCALE, PLAN[0], PLAN[1] + 99, PLAN[2], 3, 5, True), "no split plan"),
+    ("quantize_weight", (W, SCALE, PLAN[0], PLAN[1] + 2**22, PLAN[2], 3, 5, True), "no split plan"),
     ("quantize_weight", (W, SCALE, PLAN[0], PLAN[1] - 1, PLAN[2], 3, 5, True), "no split plan"),
     ("quantize_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2] - 1, 3, 5, True), "no split plan"),
     ("quantize_weight", (W, SCALE, PLAN[0][:-1], *PLAN[1:3], 3, 5, True), "does not fit"),
@@ -270,7 +276,7 @@ HOSTILE = [
     ("squant_weight", (W, SCALE, BEYOND, *PLAN[1:3], 3, 5), "no split plan"),
     ("squant_weight", (torch.zeros(0, 0), SCALE, long(), int32(), int32(), 2**62, 8), "groups must divide"),
     ("squant_weight", (W, SCALE, PLAN[0] - 2**63, *PLAN[1:3], 3, 5), "no split plan"),
-    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1] + 99, PLAN[2], 3, 5), "no split plan"),
+    ("squant_weight", (W, SCALE, PLAN[0], PLAN[1] + 2**22, PLAN[2], 3, 5), "no split plan"),
     ("squant_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2] - 1, 3, 5), "no split plan"),
     ("squant_weight", (W, SCALE, PLAN[0], PLAN[1], PLAN[2][:-1], 3, 5), "no split plan"),
     ("squant_weight", (W, SCALE, PLAN[0][:-1], *PLAN[1:3], 3, 5), "does not fit"),
@@ -401,7 +407,7 @@ def test_other_devices_refuse_the_same(name: str, args: tuple, message: str) -> 
 
 
 def test_an_empty_plan_of_any_number_of_groups_ends() -> None:
-    assert [part.numel() for part in torch.ops.ocs.split_plan(torch.zeros(0), 2**62, 0)] == [0] * 4
+    assert [part.numel() for part in torch.ops.ocs.split_plan(torch.zeros(0), 2**62, 0, False)] == [0] * 4
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))

@@ -20,8 +20,8 @@ from ocs.nn.input import InputGrid
 from ocs.nn.input_parts import (
     InputParts,
     _originals_first,
-    halves_of,
     oracle_parts,
+    parts_of,
     round_folded,
     static_parts,
 )
@@ -42,6 +42,7 @@ CASES = {
     "repeated, naive": {**REPEATED, "split": "naive"},
     "repeated, clipped": {**REPEATED, "act_clip": "mse"},
     "repeated, unsigned": {**REPEATED, "act_signed": "auto"},
+    "repeated, equal parts": {**REPEATED, "split": "even"},
     "by error": {**REPEATED, "act_select": "error", "act_clip": "mse"},
     "by error, naive": {**REPEATED, "act_select": "error", "act_clip": "mse", "split": "naive"},
 }
@@ -111,14 +112,15 @@ def test_repeated_splits_halve_the_largest_copy(split: str, signed: bool, groups
     np.testing.assert_allclose(ours, np.concatenate(expected, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("split", ["qa", "naive", "even"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_order_of_copies_says_what_part_each_is(groups: int) -> None:
+def test_the_order_of_copies_says_what_part_each_is(groups: int, split: str) -> None:
     for seed in range(20):
         channel_max, splits = torch.rand(60, generator=torch.Generator().manual_seed(seed)) ** 9 + 1e-6, 60 // groups
-        plan = torch.ops.ocs.split_plan(channel_max, groups, splits)
-        source, depth, offset = (_originals_first(each, groups, splits) for each in plan[:3])
-        parts, which = halves_of(source, 60)
-        assert torch.equal(parts, 2 ** depth.long())
+        plan = torch.ops.ocs.split_plan(channel_max, groups, splits, split == "even")
+        source, parts, offset = (_originals_first(each, groups, splits) for each in plan[:3])
+        of_source, which = parts_of(source, 60, split)
+        assert torch.equal(of_source, parts.long())
         assert torch.equal(which, offset.long())
 
 

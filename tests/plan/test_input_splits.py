@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,22 @@ def test_max_splits_the_channel_with_the_largest_value_again_and_again(groups: i
         assert chosen.flatten().tolist() == copies
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_max_with_equal_parts_splits_what_has_the_largest_of_them(groups: int) -> None:
+    x, chosen = outlying(12, seed=2), []
+    largest, parts = x.abs().amax(0).view(groups, -1), torch.ones(groups, 12 // groups)
+    for g in range(groups):
+        for _ in range(12 // groups):
+            c = int((largest[g] / parts[g]).argmax())
+            parts[g, c] += 1
+            chosen.append(g * 12 // groups + c)
+    grid = InputGrid(4, splits=12 // groups, split="even")
+    ours = choose_input_splits(statistics_of(x), grid, "max", weight_of(12, groups)).flatten()
+    assert ours.tolist() == chosen
+    by_halves = choose_input_splits(statistics_of(x), replace(grid, split="qa"), "max", weight_of(12, groups)).flatten()
+    assert (by_halves.tolist() != chosen) or groups > 1
+
+
 def test_percentile_splits_each_channel_once() -> None:
     x, grid = outlying(12), InputGrid(4, splits=4)
     beyond = (x.abs() > x.abs().quantile(0.99)).sum(0)
@@ -75,7 +92,7 @@ def test_percentile_splits_each_channel_once() -> None:
 def literal_error(x: np.ndarray, counts: np.ndarray, sizes: list[float], threshold: float, grid: InputGrid) -> float:
     """What one channel adds: values x of counts, cut into parts of these sizes, rounded with this threshold."""
     step, total = threshold / grid.qmax, 0.0
-    steps = 1 if grid.split == "qa" else sum(sizes.count(size) ** 2 for size in set(sizes))
+    steps = 1 if grid.split != "naive" else sum(sizes.count(size) ** 2 for size in set(sizes))
     for value, count in zip(x, counts, strict=True):
         lost = sum(max(value * size - threshold, 0.0) for size in sizes)
         total += count * (min(value**2, steps * step**2 / 12) + lost**2)
@@ -96,6 +113,8 @@ def literal_by_error(seen: Statistics, grid: InputGrid, w: np.ndarray) -> list[i
             return power[c] * literal_error(x, counts[c], sizes, threshold, grid)
 
         def halved(sizes: list[float]) -> list[float]:
+            if grid.split == "even":
+                return [1 / (len(sizes) + 1)] * (len(sizes) + 1)
             return sorted(sizes)[:-1] + [max(sizes) / 2] * 2
 
         gains = [error(c, sizes[c]) - error(c, halved(sizes[c])) for c in range(len(power))]
@@ -113,7 +132,7 @@ def literal_by_error(seen: Statistics, grid: InputGrid, w: np.ndarray) -> list[i
     return best[1]
 
 
-@pytest.mark.parametrize("split", ["qa", "naive"])
+@pytest.mark.parametrize("split", ["qa", "naive", "even"])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("kernel", [(), (3,)])
 def test_error_splits_what_lowers_the_estimate_most(split: str, signed: bool, kernel: tuple[int, ...]) -> None:
@@ -185,6 +204,16 @@ def test_thresholds_are_those_of_the_split_values(clip: str | float) -> None:
     expected = functional.clip_threshold(halved, 5, clip)
     tolerance = {"none": 1e-6, 0.7: 1e-6, "kl": 0.1}.get(clip, 0.01)  # kl looks at bins, of which ours are others
     assert seen.threshold(5, clip, True, copies) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("clip", ["none", 0.7, "mse", "aciq", "kl", "percentile"])
+def test_thresholds_of_equal_parts(clip: str | float) -> None:
+    x, copies = outlying(12, seed=4), torch.tensor([1, 1, 1, 1, 1, 7, 7, 3])
+    parts = [x[:, 1] / 6] * 6 + [x[:, 7] / 3] * 3 + [x[:, 3] / 2] * 2
+    values = torch.stack(parts + [x[:, c] for c in range(12) if c not in (1, 3, 7)])
+    expected = functional.clip_threshold(values, 5, clip)
+    tolerance = {"none": 1e-6, 0.7: 1e-6, "kl": 0.1}.get(clip, 0.015)
+    assert statistics_of(x).threshold(5, clip, True, copies, "even") == pytest.approx(expected, rel=tolerance)
 
 
 def test_split_counts_are_those_of_the_split_values() -> None:

@@ -380,6 +380,7 @@ def test_a_failing_model_does_not_lose_the_others(tmp_path: Path, capsys: pytest
         (table6, [], "--weights, a file of examples/train_language_model.py"),
         (table6, ["--dataset", "bible", "--data", "/nowhere"], "the test split should be here"),
         (table6, ["--dataset", "bible", "--weights", str(ROOT / "README.md")], "train_language_model.py expected"),
+        (table6, ["--dataset", "bible", "--models", "GPT-9"], "only LSTM and decoder; give its --weights"),
         (table6, ["--dataset", "bible", "--limit", "15"], "15 words cannot be read in 10 streams"),
         (table2, [*FASHION, "--models", "ResNet-21"], "ResNet-21"),
         (table2, [*FASHION, "--weights", "a", "b"], "2 for 1 models"),

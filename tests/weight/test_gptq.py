@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ def correlated(groups: int, columns: int, count: int = 400, seed: int = 0) -> np
     return x.swapaxes(1, 2) @ x
 
 
+def of_kernels(plan: functional.SplitPlan) -> tuple:
+    """What the kernels take of a plan."""
+    return plan.source, plan.parts, plan.offset
+
+
 def quantized(w: Any, bits: int, r: float = 0.0, **options: Any) -> functional.QuantizedWeight:
     return functional.quantize_weight(w, bits, r, rounding="gptq", **options)
 
@@ -54,27 +60,29 @@ def test_it_equals_its_twin(kind, granularity: str, shape: tuple[int, ...], grou
     """Which inverts H and takes out column after column; with splits, with clipping, beyond one block of columns."""
     w, H = outlier_weight(shape), correlated(groups, int(np.prod(shape[1:])))
     for bits, r, clip in ((2, 0.0, "none"), (3, 0.4, "none"), (4, 0.2, 0.3), (8, 1.0, "mse")):
-        q = quantized(kind(w), bits, r, clip=clip, granularity=granularity, groups=groups, moments=kind(H))
+        split = "even" if r == 1 else "qa"
+        q = quantized(kind(w), bits, r, clip=clip, granularity=granularity, split=split, groups=groups, moments=kind(H))
         assert all(type(part) is type(kind(w)) for part in q)
         ints, scale = np.asarray(q.ints), np.asarray(q.scale)
-        plan = functional.plan_splits(w, r, groups)
-        np.testing.assert_array_equal(ints, reference.gptq_weight(w, scale, *plan[:3], groups, bits, H))
-        nearest = functional.quantize_weight(w, bits, r, clip, granularity, groups=groups)
+        plan = functional.plan_splits(w, r, groups, split=split)
+        np.testing.assert_array_equal(ints, reference.gptq_weight(w, scale, *of_kernels(plan), groups, bits, H))
+        nearest = functional.quantize_weight(w, bits, r, clip, granularity, split, groups=groups)
         np.testing.assert_array_equal(scale, nearest.scale)
         assert (ints != nearest.ints).any()
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 @pytest.mark.parametrize("gptq_weight", [torch.ops.ocs.gptq_weight, composite.gptq_weight], ids=["C", "torch"])
-def test_parts_add_up(gptq_weight: Callable, bits: int) -> None:
-    """A column's error is that of what nearest rounding makes of it, at every integer, depth and saturation.
+def test_parts_add_up(gptq_weight: Callable, bits: int, even: bool) -> None:
+    """A column's error is that of what nearest rounding makes of it, at every integer, number of parts and saturation.
 
     The next column, which is zeros, takes all of it over with the other sign.
     """
     most, one = 2 ** (bits - 1) - 1, torch.ones(())
     factor = torch.tensor([[[0.0, 0], [1, 0]]])
     for splits in range(9):
-        plan = [torch.from_numpy(x) for x in reference.split_plan(np.float32([1, 2**-20]), 1, splits)[:3]]
+        plan = [torch.from_numpy(x) for x in reference.split_plan(np.float32([1, 2**-20]), 1, splits, even)[:3]]
         whole = torch.arange(-40 * most, 40 * most + 1, dtype=torch.float32) + 0.25
         w = torch.stack([whole, torch.zeros_like(whole)], 1)
         nearest = torch.ops.ocs.quantize_weight(w, one, *plan, 1, bits, True)
@@ -95,9 +103,9 @@ def test_other_devices_round_alike(shape: tuple[int, ...], groups: int, width: i
     if width < N:
         hessian = Hessian(diagonal_blocks(rows, width))
     order, factor = hessian.factored(groups)
-    plan = functional.plan_splits(w, 0.3, groups)
-    for scale in (w.abs().max() / 7, w.abs().flatten(1).amax(1) / 20):
-        args = (w, scale, *plan[:3], 4, order, factor)
+    plans = [functional.plan_splits(w, 0.3, groups), functional.plan_splits(w, 1.0, groups, split="even")]
+    for plan, scale in product(plans, (w.abs().max() / 7, w.abs().flatten(1).amax(1) / 20)):
+        args = (w, scale, *of_kernels(plan), 4, order, factor)
         (ints, error), (expected, lost) = torch.ops.ocs.gptq_weight(*args), composite.gptq_weight(*args)
         assert torch.equal(ints, expected)
         torch.testing.assert_close(error, lost, rtol=1e-4, atol=0)
@@ -121,8 +129,8 @@ def test_blocks_are_rounded_as_if_they_had_nothing_in_common() -> None:
         own = apart[0, columns, columns].diagonal().mean() if b < 2 else H[0, columns, columns].diagonal().sum() / 12
         apart[0, columns, columns] += np.eye(len(apart[0, columns, columns])) * 0.03 * (own - H[0].diagonal().mean())
     order, factor = (each.numpy() for each in Hessian(blocks).factored(1))
-    ours, lost = _C.gptq_weight(w, scale, *plan[:3], 4, order, factor)
-    np.testing.assert_array_equal(ours, reference.gptq_weight(w, scale, *plan[:3], 1, 4, apart))
+    ours, lost = _C.gptq_weight(w, scale, *of_kernels(plan), 4, order, factor)
+    np.testing.assert_array_equal(ours, reference.gptq_weight(w, scale, *of_kernels(plan), 1, 4, apart))
     d = (_C.fold(ours, scale, plan[0], 1, 10) - w).reshape(20, 30).astype(np.float64)
     damped = apart[0] + np.eye(30) * 0.03 * H[0].diagonal().mean()
     np.testing.assert_allclose(lost, (d @ damped * d).sum(1), rtol=1e-4)

@@ -70,7 +70,7 @@ def test_impossible_picks(channels: list[int]) -> None:
 
 def test_a_channel_cannot_be_split_forever() -> None:
     with pytest.raises(ValueError, match="more than 22 deep"):
-        plans.plan_of(np.ones(1, np.float32), np.zeros(2**22, np.int64), 1)
+        plans.halves(np.ones(1, np.float32), np.zeros(2**22 + 1, np.int64))
 
 
 # --- select="error" ---------------------------------------------------------------------------------------------------

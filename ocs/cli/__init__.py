@@ -1,0 +1,1 @@
+"""The command line: `ocs`, or `python -m ocs`; see docs/command-line.md."""

@@ -1,0 +1,44 @@
+"""Several safetensors files that hold one model, read as one."""
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+
+class Shards:
+    """Open safetensors files with one set of names, as one of them looks."""
+
+    def __init__(self, files: Collection[Any]) -> None:
+        self._files = list(files)
+        self._of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - not a dict
+        if len(self._of) != sum(len(file.keys()) for file in self._files):
+            raise ValueError("two of the files have a tensor of the same name")
+
+    def metadata(self) -> dict[str, str] | None:
+        """Give the metadata of all files; a ValueError where one has others, as it is of another model then."""
+        first = self._files[0].metadata()
+        if any(file.metadata() != first for file in self._files):
+            raise ValueError("the files are of different models")
+        return first
+
+    def keys(self) -> Collection[str]:
+        """Name all tensors."""
+        return self._of.keys()
+
+    def get_slice(self, name: str) -> Any:
+        """Look at a tensor without reading it."""
+        return self._of[name].get_slice(name)
+
+    def get_tensor(self, name: str) -> Any:
+        """Read a tensor."""
+        return self._of[name].get_tensor(name)
+
+
+@contextmanager
+def open_shards(paths: Collection[str | os.PathLike[str]]) -> Iterator[Shards]:
+    """Open safetensors files as one."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        yield Shards([stack.enter_context(safe_open(path, framework="pt")) for path in paths])
