@@ -11,12 +11,13 @@ ocs_status ocs_check_shape(const ocs_shape *shape) {
 
 ocs_status ocs_check_scale(ocs_scale scale, int64_t O) {
     const int64_t count = scale.stride == 0 ? 1 : O;
+    uint32_t invalid = 0; /* its first bit: positive finite floats are the integers 1 .. 0x7f7fffff */
     for (int64_t i = 0; i < count; ++i) {
-        if (!isfinite(scale.value[i]) || scale.value[i] <= 0.0f) {
-            return OCS_BAD_SCALE;
-        }
+        uint32_t bits;
+        memcpy(&bits, &scale.value[i], sizeof bits);
+        invalid |= (bits - 1u) | (0x7f7fffffu - bits);
     }
-    return OCS_OK;
+    return invalid >> 31 ? OCS_BAD_SCALE : OCS_OK;
 }
 
 /* What a plan says of one expanded channel, read once: another thread could change it. */

@@ -33,15 +33,51 @@ static void add_tile(int32_t *restrict sum, const uint8_t *codes, const uint8_t 
 }
 
 void ocs_product_ref(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
-                     int64_t block, int64_t stride, int bits, bool is_signed) {
+                     int64_t tile_step, int64_t x_step, int64_t stride, int bits, bool is_signed) {
     uint8_t codes[OCS_TILE_CODES];
     memset(sum, 0, (size_t)(B * R) * OCS_TILE_OUTPUTS * sizeof *sum);
     for (int64_t b = 0; b < B; ++b, sum += R * OCS_TILE_OUTPUTS) {
-        const uint8_t *tile = tiles + b * block;
+        const uint8_t *tile = tiles + b * tile_step, *of_x = x + b * x_step;
         for (int64_t v = 0; v < V; v += OCS_TILE_LINES, tile += ocs_tile_bytes(bits)) {
             const int lines = ocs_tile_lines(V - v), channels = lines * OCS_LINE_CHANNELS;
             ocs_unpack_tile_ref(codes, tile, lines, bits);
-            add_tile(sum, codes, x + v * OCS_LINE_CHANNELS, R, stride, channels, bits, is_signed);
+            add_tile(sum, codes, of_x + v * OCS_LINE_CHANNELS, R, stride, channels, bits, is_signed);
+        }
+    }
+}
+
+/* value [16] = the integers that sums [places, 16] stand for; below 2^53, so that nothing is rounded before the end. */
+static void values_of_sums(float *restrict value, const int32_t *sum, const int32_t *row_sum, int64_t places,
+                           int64_t row_stride, int32_t qmax) {
+    if (places == 1) {
+        const int32_t offset = qmax * row_sum[0];
+        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+            value[o] = (float)(sum[o] - offset);
+        }
+        return;
+    }
+    double whole[OCS_TILE_OUTPUTS] = {0.0};
+    for (int64_t place = 0; place < places; ++place, sum += OCS_TILE_OUTPUTS) {
+        const int32_t offset = qmax * row_sum[place * row_stride];
+        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+            whole[o] = 256.0 * whole[o] + (double)(sum[o] - offset);
+        }
+    }
+    for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+        value[o] = (float)whole[o];
+    }
+}
+
+void ocs_scale_sums_ref(float *restrict total, const int32_t *sum, const int32_t *row_sum, const float *scale,
+                        int64_t B, int64_t S, int64_t places, int64_t sum_step, int64_t row_stride,
+                        int64_t scale_stride, int32_t qmax) {
+    float value[OCS_TILE_OUTPUTS];
+    for (int64_t b = 0; b < B; ++b, total += OCS_TILE_OUTPUTS, scale += OCS_TILE_OUTPUTS) {
+        for (int64_t s = 0; s < S; ++s, sum += sum_step) {
+            values_of_sums(value, sum, row_sum + s, places, row_stride, qmax);
+            for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+                total[o] += value[o] * scale[s * scale_stride + o];
+            }
         }
     }
 }
@@ -194,140 +230,102 @@ static void prepare_rows(ocs_range *range) {
 
 /* --- Products --------------------------------------------------------------------------------- */
 
-typedef float row_of_outputs[OCS_TILE_OUTPUTS];
-
-/* The sums of one row's segment as floats; sum [places, 16] of products with codes that are qmax too large. */
-static inline void sums_as_floats(row_of_outputs part, const int32_t *sum, const int32_t *of_row, int64_t row_stride,
-                                  int64_t places, int32_t qmax) {
-    if (places == 1) {
-        const int32_t offset = qmax * of_row[0];
-        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-            part[o] = (float)(sum[o] - offset);
-        }
-        return;
-    }
-    double total[OCS_TILE_OUTPUTS] = {0.0}; /* exact: below 2^53 */
-    for (int64_t place = 0; place < places; ++place, sum += OCS_TILE_OUTPUTS) {
-        const int32_t offset = qmax * of_row[place * row_stride];
-        for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-            total[o] = 256.0 * total[o] + (double)(sum[o] - offset);
-        }
-    }
-    for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-        part[o] = (float)total[o];
-    }
-}
-
-/* The scales of a block's outputs in one segment: where they are, or in `room`; those beyond the weight are any. */
-static const float *scales_of_block(row_of_outputs room, const product_job *job, int64_t block, int64_t segment) {
-    const ocs_packed_weight *w = job->weight;
-    const int64_t group = w->group > 0 ? segment * job->span / w->group : 0;
-    const int64_t first = block * OCS_TILE_OUTPUTS, left = w->O - first;
-    const ocs_scale scale = {w->scale.value + (group * w->O + first) * w->scale.stride, w->scale.stride};
-    if (scale.stride == 1 && left >= OCS_TILE_OUTPUTS) {
-        return scale.value;
-    }
-    for (int64_t i = 0; i < OCS_TILE_OUTPUTS; ++i) {
-        room[i] = scale.value[0];
-    }
-    for (int64_t i = 1; scale.stride == 1 && i < left; ++i) {
-        room[i] = scale.value[i];
-    }
-    return room;
-}
-
-/* x [N] += y. Nearly always N is a block's outputs, a number that lets the compiler do without a loop. */
-static inline void add(float *restrict x, const float *y, int N) {
-    if (N == OCS_TILE_OUTPUTS) {
-        for (int i = 0; i < OCS_TILE_OUTPUTS; ++i) {
-            x[i] += y[i];
-        }
-        return;
-    }
-    for (int i = 0; i < N; ++i) {
-        x[i] += y[i];
-    }
-}
-
-/* N floats to memory of any alignment; N as above. */
-static inline void copy(void *restrict to, const float *from, int N) {
-    if (N == OCS_TILE_OUTPUTS) {
-        memcpy(to, from, OCS_TILE_OUTPUTS * sizeof *from);
-    } else {
-        memcpy(to, from, (size_t)N * sizeof *from);
-    }
-}
-
-static void write_row(const product_job *job, float *restrict total, int64_t r, int64_t block) {
-    const int64_t O = job->weight->O, first = block * OCS_TILE_OUTPUTS;
-    const int outputs = O - first < OCS_TILE_OUTPUTS ? (int)(O - first) : OCS_TILE_OUTPUTS;
-    for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-        total[o] *= job->row_scale[r];
-    }
-    if (job->bias != NULL) {
-        add(total, job->bias + first, outputs);
-    }
-    char *y = job->y + (size_t)(r * O + first) * size_of(job->dtype);
-    if (job->dtype == OCS_ROWS_F32) {
-        copy(y, total, outputs);
-        return;
-    }
-    for (int o = 0; o < outputs; ++o) {
-        const uint16_t bits = to_bf16(total[o]);
-        memcpy(y + 2 * o, &bits, sizeof bits);
-    }
-}
-
 /* Rows first .. first + R - 1 of B blocks of outputs. */
 typedef struct {
     int64_t block, B, first, R;
-    int32_t sum[OCS_MOST_ROWS * OCS_TILE_OUTPUTS]; /* [B, R, places, 16] of one segment */
-    row_of_outputs total[OCS_MOST_ROWS];           /* [B, R] of all segments, scaled */
+    int32_t sum[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];  /* [B, S, R, places, 16] of S segments; B or S is 1 */
+    float total[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];  /* [R, B, 16] of all segments, scaled */
+    float scales[OCS_MOST_ROWS * OCS_TILE_OUTPUTS]; /* [S, B, 16], where they are not read in place */
 } product_part;
 
-/* Adds what one segment gives. */
-static void add_segment(product_part *part, const product_job *job, int64_t segment) {
+/* How many of a part's outputs the weight has. */
+static int64_t outputs_of(const product_part *part, const ocs_packed_weight *w) {
+    const int64_t outputs = part->B * OCS_TILE_OUTPUTS, left = w->O - part->block * OCS_TILE_OUTPUTS;
+    return left < outputs ? left : outputs;
+}
+
+/* The scales of the outputs in S segments, each *stride after the one before: where they are, or in the part's memory;
+   those of outputs that the weight lacks are any. */
+static const float *scales_of(product_part *part, int64_t *stride, const product_job *job, int64_t segment, int64_t S) {
     const ocs_packed_weight *w = job->weight;
-    const int64_t begin = segment * job->span, left = w->C + w->S - begin, places = job->places;
-    const int64_t V = ocs_ceil_div(left < job->span ? left : job->span, OCS_LINE_CHANNELS);
-    const int64_t block = ocs_block_bytes(w->C + w->S, w->bits);
-    const uint8_t *tiles = w->packed + part->block * block + begin / OCS_TILE_CHANNELS * ocs_tile_bytes(w->bits);
-    const uint8_t *x = job->rows + part->first * places * job->stride + begin;
-    const int32_t qmax = job->is_signed ? ocs_qmax(w->bits) : 0, *sum = part->sum;
-    job->kernels->product(part->sum, tiles, x, part->B, V, part->R * places, block, job->stride, w->bits,
-                          job->is_signed);
-    row_of_outputs room, value;
-    for (int64_t b = 0; b < part->B; ++b) {
-        const float *scale = scales_of_block(room, job, part->block + b, segment);
-        for (int64_t r = 0; r < part->R; ++r, sum += places * OCS_TILE_OUTPUTS) {
-            const int32_t *of_row = job->row_sum + (part->first + r) * places * job->segments + segment;
-            float *total = part->total[b * part->R + r];
-            sums_as_floats(value, sum, of_row, job->segments, places, qmax);
-            for (int o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-                total[o] = (segment > 0 ? total[o] : 0.0f) + value[o] * scale[o];
-            }
+    const int64_t size = part->B * OCS_TILE_OUTPUTS, outputs = outputs_of(part, w);
+    const int64_t group = w->group > 0 ? segment * job->span / w->group : 0, next = w->group > 0 ? w->O : 0;
+    const ocs_scale scale = {w->scale.value + (group * w->O + part->block * OCS_TILE_OUTPUTS) * w->scale.stride,
+                             w->scale.stride};
+    *stride = scale.stride == 1 && outputs == size ? next : size;
+    if (scale.stride == 1 && outputs == size) {
+        return scale.value;
+    }
+    for (int64_t s = 0; s < S; ++s) {
+        for (int64_t i = 0; i < size; ++i) {
+            part->scales[s * size + i] = scale.value[i < outputs ? (s * next + i) * scale.stride : 0];
         }
+    }
+    return part->scales;
+}
+
+/* Adds what S segments give, which are whole ones where there are several. */
+static void add_segments(product_part *part, const product_job *job, int64_t segment, int64_t S) {
+    const ocs_packed_weight *w = job->weight;
+    const int64_t begin = segment * job->span, left = w->C + w->S - begin, rows = part->R * job->places;
+    const int64_t V = ocs_ceil_div(left < job->span ? left : job->span, OCS_LINE_CHANNELS);
+    const int64_t block = ocs_block_bytes(w->C + w->S, w->bits), tile = ocs_tile_bytes(w->bits);
+    const uint8_t *tiles = w->packed + part->block * block + begin / OCS_TILE_CHANNELS * tile;
+    const uint8_t *x = job->rows + part->first * job->places * job->stride + begin;
+    const int64_t tile_step = S > 1 ? job->span / OCS_TILE_CHANNELS * tile : block, x_step = S > 1 ? job->span : 0;
+    job->kernels->product(part->sum, tiles, x, part->B * S, V, rows, tile_step, x_step, job->stride, w->bits,
+                          job->is_signed);
+    int64_t stride;
+    const float *scale = scales_of(part, &stride, job, segment, S);
+    for (int64_t r = 0; r < part->R; ++r) {
+        const int32_t *of_row = job->row_sum + (part->first + r) * job->places * job->segments + segment;
+        job->kernels->scale_sums(part->total + r * part->B * OCS_TILE_OUTPUTS,
+                                 part->sum + r * job->places * OCS_TILE_OUTPUTS, of_row, scale, part->B, S, job->places,
+                                 rows * OCS_TILE_OUTPUTS, job->segments, stride,
+                                 job->is_signed ? ocs_qmax(w->bits) : 0);
+    }
+}
+
+/* Scales row r once more, adds the bias and writes it. */
+static void write_row(const product_job *job, product_part *part, int64_t r) {
+    const int64_t O = job->weight->O, first = part->block * OCS_TILE_OUTPUTS, N = outputs_of(part, job->weight);
+    const float scale = job->row_scale[part->first + r];
+    float *restrict total = part->total + r * part->B * OCS_TILE_OUTPUTS;
+    for (int64_t i = 0; i < N; ++i) {
+        total[i] *= scale;
+    }
+    for (int64_t i = 0; i < N && job->bias != NULL; ++i) {
+        total[i] += job->bias[first + i];
+    }
+    char *y = job->y + (size_t)((part->first + r) * O + first) * size_of(job->dtype);
+    if (job->dtype == OCS_ROWS_F32) {
+        memcpy(y, total, (size_t)N * sizeof *total);
+        return;
+    }
+    for (int64_t i = 0; i < N; ++i) {
+        const uint16_t bits = to_bf16(total[i]);
+        memcpy(y + 2 * i, &bits, sizeof bits);
     }
 }
 
 static void multiply_part(product_part *part, const product_job *job) {
-    if (job->segments == 0) { /* no channels */
-        memset(part->total, 0, sizeof part->total);
+    const int64_t whole = (job->weight->C + job->weight->S) / job->span;
+    const int64_t most = job->weight->group > job->span ? 1 : OCS_MOST_ROWS / (part->R * job->places);
+    memset(part->total, 0, (size_t)(part->R * part->B) * OCS_TILE_OUTPUTS * sizeof *part->total);
+    for (int64_t segment = 0, S; segment < job->segments; segment += S) {
+        S = part->B > 1 || whole - segment < 1 ? 1 : whole - segment < most ? whole - segment : most;
+        add_segments(part, job, segment, S);
     }
-    for (int64_t segment = 0; segment < job->segments; ++segment) {
-        add_segment(part, job, segment);
-    }
-    for (int64_t b = 0; b < part->B; ++b) {
-        for (int64_t r = 0; r < part->R; ++r) {
-            write_row(job, part->total[b * part->R + r], part->first + r, part->block + b);
-        }
+    for (int64_t r = 0; r < part->R; ++r) {
+        write_row(job, part, r);
     }
 }
 
+/* Where sums are of one segment, several blocks share a call of the kernels, else several segments do. */
 static void multiply_blocks(ocs_range *range) {
     const product_job *job = range->ctx;
     const int64_t most_rows = OCS_MOST_ROWS / job->places, rows = job->R < most_rows ? job->R : most_rows;
-    const int64_t blocks = most_rows / (rows > 0 ? rows : 1);
+    const int64_t blocks = job->segments > 1 || rows == 0 ? 1 : most_rows / rows;
     product_part part;
     for (part.block = range->begin; part.block < range->end; part.block += part.B) {
         part.B = range->end - part.block < blocks ? range->end - part.block : blocks;

@@ -9,7 +9,7 @@ if find_spec("ocs._C") is None:
         f"the kernels of ocs are not built in {__path__[0]}: run `pip install -e .` in the folder above it"
     )
 
-from ocs import functional, nn
+from ocs import functional, nn, plot, training
 from ocs.calibration.calibrate import Calibration, calibrate
 from ocs.formats.storage import load, save
 from ocs.nn.own_forward import register
@@ -28,6 +28,6 @@ from ocs.tune.synthesize import synthesize
 __version__ = "0.1.0"
 __all__ = [
     "FIRST_LAYER", "Calibration", "Comparison", "Compiled", "LayerReport", "Report", "calibrate", "compare", "compile",
-    "export", "functional", "load", "lower", "nn", "pack", "quantize", "reestimate_batchnorm", "register", "save",
-    "synthesize", "unpack",
+    "export", "functional", "load", "lower", "nn", "pack", "plot", "quantize", "reestimate_batchnorm", "register",
+    "save", "synthesize", "training", "unpack",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ from ocs.plan.quantize_layer import LayerResult, quantize_layers
 from ocs.plan.selectors import FIRST_LAYER, Selector
 from ocs.report.data import Report
 from ocs.report.lines import report_lines
-from ocs.weight.types import Granularity, Rounding, Select, Split
+from ocs.weight.types import GROUP, Granularity, Rounding, Select, Split
 
 
 @explained_call
@@ -42,6 +42,7 @@ def quantize(
     r: float = 0.0,
     clip: str | float | None = None,
     granularity: Granularity | None = None,
+    group: int = GROUP,
     split: Split = "qa",
     rounding: Rounding | None = None,
     abits: int | None = None,
@@ -83,8 +84,11 @@ def quantize(
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold ("mse-release" ..., as the paper's release does, find it in the unsplit weights);
             "auto" is for each layer, or output channel that has a scale, what leaves the least functional.output_error,
-            with rounding="gptq" by what calibration measured; then a few thresholds are tried.
-        granularity: one scale per "tensor", or per output "channel".
+            with rounding="gptq" by what calibration measured (but for scales of groups); then a few are tried.
+        granularity: one scale per "tensor", or per output "channel"; or per "group", that is per output channel and
+            `group` input channels, copies in groups of their own. There a copy rounds what is left of its channel once
+            the channel itself is rounded (split="naive": does not). Embeddings have a scale for each row.
+        group: with granularity="group", how many input channels share a scale, a multiple of 32.
         split: "qa" (quantization-aware: exact) or "naive" (halves), of weights and inputs alike. Or "even": as exact,
             but a channel split n - 1 times becomes n equal parts, which narrows the grid wherever a channel is split
             more than once; see functional.quantize_weight.

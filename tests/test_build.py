@@ -176,7 +176,9 @@ from pathlib import Path
 import ocs
 from fashion_mnist import load_model
 assert ocs.__file__.startswith({str(site)!r}), ocs.__file__
-print(ocs.quantize(load_model(Path({str(ROOT)!r}) / "assets/fashion-mnist/resnet20.safetensors"), wbits=5, r=0.02))
+report = ocs.quantize(load_model(Path({str(ROOT)!r}) / "assets/fashion-mnist/resnet20.safetensors"), wbits=5, r=0.02)
+print(report)
+assert "<style>.ocs-report" in report.to_html()
 """
     done = subprocess.run([sys.executable, "-P", "-c", "import sys; sys.path.insert(0, '.')" + code], cwd=tmp_path,
                           capture_output=True, text=True, check=True)  # fmt: skip

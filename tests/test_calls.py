@@ -29,7 +29,7 @@ CALLS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "act_bits": (lambda net: ocs.quantize(net, act_bits=4), "no option 'act_bits': the nearest is abits: bits of"),
     "group_size": (
         lambda net: ocs.quantize(net, group_size=128),
-        "nearest is granularity: one scale per tensor or per",
+        "nearest is group: input channels that share a scale",
     ),
     "data": (lambda net: ocs.quantize(net, data=[x]), "no option 'data': the nearest is calibration"),
     "smoothquant": (lambda net: ocs.quantize(net, smoothquant=True), "'smoothquant': the nearest is equalize: move"),

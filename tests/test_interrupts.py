@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import ocs
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.packed.layer import PackedLayer
+from ocs.nn.prepared import PreparedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REPEATS = 12  # of each case; by hand 300, which takes some minutes
@@ -86,6 +87,16 @@ def is_unpacked(model: Net) -> bool:
     return is_quantized(model) and not any(isinstance(module, PackedLayer) for module in model.modules())
 
 
+def prepared() -> Net:
+    net = fresh()
+    ocs.training.prepare(net, **ALL)
+    return net
+
+
+def is_prepared(model: Net) -> bool:
+    return sum(isinstance(module, PreparedLayer) for module in model.modules()) == 6
+
+
 def is_reestimated(model: Net) -> bool:
     twin = fresh()
     ocs.reestimate_batchnorm(twin, BATCHES)
@@ -111,6 +122,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "pack": Case(ocs.pack, is_packed, quantized),
         "unpack": Case(ocs.unpack, is_unpacked, lambda: ocs.pack(quantized())),
         "reestimate": Case(lambda net: ocs.reestimate_batchnorm(net, BATCHES), is_reestimated),
+        "prepare": Case(lambda net: ocs.training.prepare(net, **ALL), is_prepared),
+        "convert": Case(ocs.training.convert, is_quantized, prepared),
         "compare": Case(lambda net: ocs.compare(net, model, BATCHES)),
         "synthesize": Case(lambda net: ocs.synthesize(net, (2, 5, 5), images=2, steps=2)),
     }
@@ -118,7 +131,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 NAMES = [
     "quantize", "quantize by data", "equalize", "calibrate", "load", "load packed", "pack", "unpack",
-    "reestimate", "compare", "synthesize",
+    "reestimate", "prepare", "convert", "compare", "synthesize",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ LAYERS = (  # each may import from those before it, and all may import what stan
     ("report", "formats"),
     ("runtime",),
     ("quantization",),
-    ("hf",),
+    ("hf", "training"),
     ("cli",),
     ("__main__",),
 )

@@ -44,8 +44,8 @@ class Cell:
     options: Mapping[str, Any] | None = None  # of ocs.quantize, and `batch`; None: the float model
     best_of: tuple[str, ...] = ()
     paper: float | None = None
-    axes: Mapping[str, float] = field(default_factory=dict)  # for the plots: where it stands, by bits, r, batch size
-    curve: str = ""  # and on which curve
+    axes: Mapping[str, float] = field(default_factory=dict)  # for the picture: where it stands, by bits, r, batch size
+    curve: str = ""  # and on which curve; "": it is not drawn
 
     @property
     def is_picked(self) -> bool:

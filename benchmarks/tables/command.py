@@ -15,8 +15,9 @@ import numpy as np
 from bench import machine
 from cells import ModelError, Run, Store, say
 from data import DataError
-from layout import Block, as_csv, markdown, picture, records
+from layout import Block, as_csv, markdown, records
 from options import TEXTS, Table, parse
+from pictures import picture
 from ranks import Ranks
 from sources import open_images, open_text
 
@@ -108,7 +109,7 @@ def publish(table: Table, args: argparse.Namespace, blocks: list[Block], run: Ru
 
 
 def _save_picture(table: Table, block: Block, base: Path, blocks: int) -> Path | None:
-    figure = picture(block, table.label)
+    figure = picture(block, table.label, table.x, table.panels)
     if figure is None:
         return None
     path = base.with_name(f"{base.name}-{block.name}.png" if blocks > 1 else f"{base.name}.png")

@@ -1,4 +1,4 @@
-"""What a table looks like: Markdown as in the paper with ours, the paper's and the difference; CSV; JSON; a picture."""
+"""What a table looks like: Markdown as in the paper with ours, the paper's and the difference; CSV; JSON."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import csv
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cells import FLOAT, Cell, Result
 from tasks import Metric
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 FAILED = "failed"
-DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -167,72 +162,3 @@ def as_csv(blocks: list[Block]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-# --- A picture --------------------------------------------------------------------------------------------------------
-
-
-def picture(block: Block, title: str) -> Figure | None:
-    """A panel for each axis (bits, r, batch size) along which the table has several values; None without any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cells = [cell for cell in block.cells if "value" in block.result(cell)]
-    values = {axis: sorted({c.axes[axis] for c in cells if axis in c.axes}) for c in cells for axis in c.axes}
-    axes = [axis for axis, found in values.items() if len(found) > 1]
-    if not axes:
-        return None
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(6.5 * len(axes), 4.8), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes, panels[0], strict=True):
-        _draw_panel(panel, block, cells, axis)
-        panel.set_xticks(values[axis], [f"{x:g}" for x in values[axis]])
-    figure.suptitle(f"{title}: {block.name}, {block.what}", fontsize=11, wrap=True)
-    return figure
-
-
-def _draw_panel(panel: Axes, block: Block, cells: list[Cell], axis: str) -> None:
-    """A line for each curve and each value of the other axes: these have colours, curves have dashes."""
-    from ocs.report.plot import GREY, LINES, MARKS
-
-    lines: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        rest = ", ".join(f"{name} = {x:g}" for name, x in cell.axes.items() if name != axis)
-        lines.setdefault((cell.curve, rest), []).append(cell)
-    drawn = {key: points for key, points in lines.items() if sum(axis in cell.axes for cell in points) > 1}
-    colors = list(dict.fromkeys(rest or curve for curve, rest in drawn))
-    dashes = list(dict.fromkeys(curve for curve, rest in drawn if rest))
-    for (curve, rest), points in drawn.items():
-        i = colors.index(rest or curve)
-        style = {"color": LINES[i % len(LINES)], "marker": MARKS[i % len(MARKS)]}
-        style["linestyle"] = DASHES[dashes.index(curve) % len(DASHES)] if rest else "-"
-        points.sort(key=lambda cell: cell.axes[axis])
-        _draw_curve(panel, block, points, axis, {**style, "label": ", ".join(filter(None, (curve, rest)))})
-    if block.float_value is not None and not block.metric.relative:
-        panel.axhline(block.float_value, color=GREY, linewidth=1, label="float")
-    if block.same and any(cell.paper is not None for cell in cells):
-        panel.plot([], [], linestyle="", marker="o", fillstyle="none", color=GREY, label="hollow: the paper's")
-    if axis == "batch size":
-        panel.set_xscale("log", base=2)
-    numbers = [block.result(cell)["value"] for cell in cells]
-    if not block.metric.higher_is_better and max(numbers) > 3 * min(numbers):
-        panel.set_yscale("log")
-    panel.set_xlabel({"r": "expand ratio r"}.get(axis, axis))
-    panel.set_ylabel(block.metric.name)
-    panel.grid(alpha=0.25)
-    panel.legend(fontsize=7, ncols=2, handlelength=3.5)
-
-
-def _draw_curve(panel: Axes, block: Block, points: list[Cell], axis: str, style: dict[str, Any]) -> None:
-    """With bars for the intervals, and hollow marks for the paper's numbers where network and data are the same."""
-    x = [cell.axes[axis] for cell in points]
-    found = [block.result(cell) for cell in points]
-    bars = [[abs(result["value"] - result[end]) for result in found] for end in ("low", "high")]
-    if not block.metric.higher_is_better:
-        bars = None  # a text's own spread would hide everything else
-    panel.errorbar(x, [result["value"] for result in found], bars, linewidth=1.3, markersize=4, elinewidth=0.7, **style)
-    theirs = [(cell.axes[axis], cell.paper) for cell in points if cell.paper is not None]
-    if block.same and theirs:
-        panel.plot(*zip(*theirs, strict=True), linestyle="", marker=style["marker"], markersize=9, fillstyle="none",
-                   color=style["color"])  # fmt: skip

@@ -36,6 +36,8 @@ class Table:
     stands_for: str  # whose numbers stand beside those of a network that the paper does not have
     defaults: dict[str, Any]  # of the options that this table has, the paper's setting
     datasets: tuple[str, ...] = ()  # on which it can be run; by default on all of the same kind
+    x: str = "bits"  # the axis of its picture
+    panels: str = ""  # and the axis that has a panel for each value
     open: Callable[[argparse.Namespace, str, str | None, Ranks], Task] | None = None  # name, weights
 
     @property

@@ -39,9 +39,15 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
                 columns[f"{recipe}, r = {r:g}"] = options
         columns |= {column: options | given for column, given in MORE.items() if has_norms or given == GPTQ}
         found += [
-            Cell(f"{bits} bits", column, given, axes={"bits": bits}, curve=column) for column, given in columns.items()
+            Cell(f"{bits} bits", column, given, axes={"bits": bits}, curve=_curve(column))
+            for column, given in columns.items()
         ]
     return found
+
+
+def _curve(column: str) -> str:
+    """Name what is drawn: the recipes, and the best that little data gives."""
+    return "" if "norms" in column or column == "gptq, synthetic" else column
 
 
 TABLE = beyond("recipes", __doc__, cells, bits=(6, 5, 4, 3, 2), r=(0.0, 0.05), calibration=512)

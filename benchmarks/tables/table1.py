@@ -14,6 +14,7 @@ from cells import Cell
 from command import PAPER, Table, main
 
 SPLITS = ("qa", "naive")
+CURVES = {"qa": "quantization-aware", "naive": "naive"}
 
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
@@ -22,14 +23,16 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     for bits in args.bits:
         paper = PAPER["table1"]["bits"].get(str(bits), {})
         found.append(
-            Cell(f"{bits} bits", "no OCS", {"wbits": bits, "r": 0.0}, axes={"bits": bits, "r": 0.0}, curve="qa")
+            Cell(f"{bits} bits", "no OCS", {"wbits": bits, "r": 0.0}, axes={"bits": bits, "r": 0.0}, curve="no OCS")
         )
         for r in args.r:
             for split in SPLITS:
                 options = {"wbits": bits, "r": r, "split": split}
                 axes = {"bits": bits, "r": r}
                 theirs = paper.get(f"{r:g}", {}).get(split)
-                found.append(Cell(f"{bits} bits", f"r = {r:g} {split}", options, paper=theirs, axes=axes, curve=split))
+                found.append(
+                    Cell(f"{bits} bits", f"r = {r:g} {split}", options, paper=theirs, axes=axes, curve=CURVES[split])
+                )
     return found
 
 
@@ -42,6 +45,8 @@ TABLE = Table(
     models=("ResNet-20",),
     stands_for="ResNet-20",
     defaults={"bits": (6, 5, 4, 3), "r": (0.01, 0.05, 0.1, 0.2)},
+    x="r",
+    panels="bits",
 )
 
 if __name__ == "__main__":

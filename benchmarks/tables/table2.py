@@ -25,38 +25,39 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     for bits in args.bits:
         paper = of_model("table2", model).get(str(bits), {}) if args.abits == 8 else {}
         fixed = {"wbits": bits, "abits": args.abits}
-        found += clip_cells(bits, args.clip, fixed, "clip", paper, best=("OCS + best clip", {"r": 0.0}))
+        found += clip_cells(bits, args.clip, fixed, "clip", paper, best={"r": 0.0})
         found += split_cells(bits, args.r, fixed, "r", paper)
         methods = tuple(f"clip {clip}" for clip in args.clip if clip != "none")
         for r in args.r if methods else ():
             found.append(
                 Cell(
                     f"{bits} bits", f"OCS {r:g} + best clip", fixed | {"r": r}, best_of=methods,
-                    paper=paper.get(f"ocs_{r:g}+best_clip"), axes={"bits": bits, "r": r}, curve="OCS + best clip",
+                    paper=paper.get(f"ocs_{r:g}+best_clip"), axes={"bits": bits, "r": r},
+                    curve=f"OCS {r:g} + best clip" if r == max(args.r) else "",
                 )
             )  # fmt: skip
     return found
 
 
 def clip_cells(
-    bits: int, methods: list[str], fixed: dict, option: str, paper: dict, best: tuple[str, dict] = ("best clip", {})
+    bits: int, methods: list[str], fixed: dict, option: str, paper: dict, best: dict | None = None
 ) -> list[Cell]:
-    """A cell for each clip method, and their best; that one's curve in the picture, and where it is besides bits."""
+    """A cell for each clip method, and their best, which is drawn, and where that is besides bits."""
     row, names = f"{bits} bits", tuple(f"clip {method}" for method in methods)
     found = []
     for method, name in zip(methods, names, strict=True):
-        axes, curve = ({"bits": bits, "r": 0.0}, "OCS") if method == "none" else ({"bits": bits}, name)
+        axes, curve = ({"bits": bits, "r": 0.0}, "no OCS, no clip") if method == "none" else ({"bits": bits}, "")
         theirs = paper.get(f"clip_{method}")
         found.append(Cell(row, name, fixed | {option: number(method)}, paper=theirs, axes=axes, curve=curve))
-    curve, axes = best[0], {"bits": bits, **best[1]}
-    return [*found, Cell(row, "best", best_of=names, paper=paper.get("clip_best"), axes=axes, curve=curve)]
+    axes = {"bits": bits, **(best or {})}
+    return [*found, Cell(row, "best", best_of=names, paper=paper.get("clip_best"), axes=axes, curve="best clip")]
 
 
 def split_cells(bits: int, ratios: list[float], fixed: dict, option: str, paper: dict) -> list[Cell]:
     """A cell for each expand ratio, without clipping."""
     return [
         Cell(f"{bits} bits", f"OCS {r:g}", fixed | {option: r}, paper=paper.get(f"ocs_{r:g}"),
-             axes={"bits": bits, "r": r}, curve="OCS")
+             axes={"bits": bits, "r": r}, curve=f"OCS {r:g}" if r == max(ratios) else "")
         for r in ratios
     ]  # fmt: skip
 

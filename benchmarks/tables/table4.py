@@ -26,7 +26,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
         fixed = {"wbits": args.wbits, "abits": bits}
         for cell in clip_cells(bits, args.clip, fixed, "act_clip", columns):
             found.append(
-                Cell(cell.row, cell.column, cell.options, cell.best_of, cell.paper, {"bits": bits}, cell.column)
+                Cell(cell.row, cell.column, cell.options, cell.best_of, cell.paper, {"bits": bits}, cell.curve)
             )
         for size in args.batches:
             options = fixed | {"act_r": args.r, "act_split": "oracle", "batch": size}
@@ -48,6 +48,8 @@ TABLE = Table(
         "bits": (6,), "r": 0.02, "batches": (1, 2, 4, 8, 32, 128), "clip": ("none", "mse", "aciq", "kl"), "wbits": 8,
         "calibration": 512,
     },
+    x="batch size",
+    panels="bits",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ TABLE = Table(
     stands_for="ResNet-50",
     defaults={"r": (0.01, 0.02, 0.05, 0.1), "size": 224},
     datasets=("imagenet",),
+    x="r",
     open=open_sizes,
 )
 

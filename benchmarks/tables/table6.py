@@ -15,6 +15,8 @@ from cells import Cell
 from command import PAPER, Table, main
 from options import number
 
+CURVES = {"none": "no clip"}
+
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width and ratio, a column for each clip method."""
@@ -25,7 +27,16 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
             for clip in args.clip:
                 options = {"wbits": bits, "r": r, "clip": number(clip)}
                 row, axes = f"{bits} bits, r = {r:g}", {"bits": bits, "r": r}
-                found.append(Cell(row, f"clip {clip}", options, paper=paper.get(clip), axes=axes, curve=f"clip {clip}"))
+                found.append(
+                    Cell(
+                        row,
+                        f"clip {clip}",
+                        options,
+                        paper=paper.get(clip),
+                        axes=axes,
+                        curve=CURVES.get(clip, "best clip"),
+                    )
+                )
     return found
 
 
@@ -40,6 +51,8 @@ TABLE = Table(
     defaults={
         "bits": (6, 5), "r": (0.0, 0.01, 0.02, 0.05), "clip": ("none", "mse", "aciq", "kl"), "streams": 10,
     },
+    x="r",
+    panels="bits",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import math
 import time
@@ -134,11 +135,14 @@ class Evaluation(Task):
 
         Besides those of ocs.quantize, options may be `calibrated` (True: with what calibrates; or with "synthetic"
         inputs), `norms` (estimated again by what calibrates, "measured", or on "synthetic" inputs), `size_of`
-        (wbits="auto" in the size of so many bits).
+        (wbits="auto" in the size of so many bits), `within_group` (the largest r in the size of scales for groups of so
+        many channels).
         """
         suffices = _suffices(options)
         norms, size_of, shown = (options.pop(name, None) for name in ("norms", "size_of", "calibrated"))
         given: dict[str, Any] = {"expand": False, "progress": False, "explain": False, **self.left_float}
+        if "within_group" in options:
+            options["r"] = self._largest_r(options, options.pop("within_group"))
         if size_of is not None:
             report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
@@ -150,7 +154,18 @@ class Evaluation(Task):
             ocs.reestimate_batchnorm(model, self.shown(), progress=False)
         elif norms == "synthetic":
             ocs.reestimate_batchnorm(model, self._synthetic, reference=self.model, progress=False)
-        return model, {"mean_sqnr_db": report.mean_sqnr_db}
+        return model, {"mean_sqnr_db": report.mean_sqnr_db, "r": options.get("r", 0.0)}
+
+    def _largest_r(self, options: Options, group: int) -> float:
+        """The largest expand ratio, in thousandths, that takes no more bytes than groups without splits."""
+
+        def size(**given: Any) -> int:
+            common = {"wbits": options["wbits"], "explain": False, "progress": False, **self.left_float}
+            return ocs.quantize(copy.deepcopy(self.model), expand=False, **common, **given).packed_bytes
+
+        budget = size(granularity="group", group=group)
+        scales = {name: options[name] for name in ("granularity", "group") if name in options}
+        return bisect.bisect_right(range(1000), budget, key=lambda r: size(r=r / 1000, **scales)) / 1000 - 0.001
 
     @torch.inference_mode()
     def measure(self, options: Options | None, advance: Advance) -> Measured:

@@ -14,7 +14,7 @@ __attribute__((target("avx2"))) static inline __m256i ocs_pack_bytes(__m256i a, 
 
 void ocs_unpack_tile_avx2(uint8_t *restrict codes, const uint8_t *tile, int lines, int bits);
 void ocs_product_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,
-                      int64_t block, int64_t stride, int bits, bool is_signed);
+                      int64_t tile_step, int64_t x_step, int64_t stride, int bits, bool is_signed);
 void ocs_cut_row_avx2(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step);
 void ocs_cell_avx2(float *restrict h, float *restrict c, const float *from_x, const float *from_h, int64_t H,
                    int64_t first, ocs_cell_kind kind);

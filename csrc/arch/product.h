@@ -20,19 +20,20 @@
    stride, is_signed, bits) that a file has. linkage: static, or nothing. */
 #define OCS_DEFINE_PRODUCT(target, linkage, name)                                                                      \
     target static inline __attribute__((always_inline)) void product_of(                                               \
-        int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R, int64_t block, \
-        int64_t stride, bool is_signed, int bits) {                                                                    \
+        int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V, int64_t R,                \
+        int64_t tile_step, int64_t x_step, int64_t stride, bool is_signed, int bits) {                                 \
         for (int64_t b = 0; b < B; ++b) {                                                                              \
-            product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * block, x, V, R, stride, is_signed, bits);     \
+            product_of_block(sum + b * R * OCS_TILE_OUTPUTS, tiles + b * tile_step, x + b * x_step, V, R, stride,      \
+                             is_signed, bits);                                                                         \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
     target linkage void name(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t B, int64_t V,      \
-                             int64_t R, int64_t block, int64_t stride, int bits, bool is_signed) {                     \
+                             int64_t R, int64_t tile_step, int64_t x_step, int64_t stride, int bits, bool is_signed) { \
         if (is_signed) {                                                                                               \
-            OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, true)                      \
+            OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, tile_step, x_step, stride, true)          \
         } else {                                                                                                       \
-            OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, block, stride, false)                     \
+            OCS_WITH_CONSTANT_BITS(bits, product_of, sum, tiles, x, B, V, R, tile_step, x_step, stride, false)         \
         }                                                                                                              \
     }
 

@@ -123,10 +123,10 @@ INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t 
     }
 }
 
-/* upper and lower [rows] += the products of half the outputs of a tile of 8 bits: of their codes' upper four bits, and
-   of their lower. */
-INLINE void add_tile_8(__m256i *upper, __m256i *lower, const uint8_t *tile, const uint8_t *x, int64_t stride, int half,
-                       int lines, int rows) {
+/* upper and lower [rows] += the products of eight outputs of a tile of 8 bits, where the first's codes begin: of their
+   upper four bits, and of their lower. */
+INLINE void add_tile_8(__m256i *upper, __m256i *lower, const uint8_t *tile, const uint8_t *x, int64_t stride, int lines,
+                       int rows) {
     const __m256i low = _mm256_set1_epi8(15);
     __m256i upper_pairs[3], lower_pairs[3];
 #pragma GCC unroll 3
@@ -138,7 +138,7 @@ INLINE void add_tile_8(__m256i *upper, __m256i *lower, const uint8_t *tile, cons
         if (v >= lines) {
             continue;
         }
-        const __m256i codes = half_line(tile, v, half, lines, 8);
+        const __m256i codes = half_line(tile, v, 0, lines, 8);
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
 #pragma GCC unroll 3
         for (int r = 0; r < rows; ++r) {
@@ -158,19 +158,19 @@ INLINE void add_tile_8(__m256i *upper, __m256i *lower, const uint8_t *tile, cons
 /* sum [rows, 16] of up to 3 signed rows and codes of 8 bits. */
 INLINE void few_rows_8(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t stride,
                        int rows) {
-    const int64_t T = V / 8;
     for (int half = 0; half < 2; ++half) {
+        const uint8_t *tile = tiles + 32 * half, *row = x;
+        int64_t left = V;
         __m256i upper[3], lower[3];
 #pragma GCC unroll 3
         for (int r = 0; r < rows; ++r) {
             upper[r] = lower[r] = _mm256_setzero_si256();
         }
-        for (int64_t t = 0; t < T; ++t) {
-            add_tile_8(upper, lower, tiles + t * OCS_TILE_LINE * 8, x + t * OCS_TILE_CHANNELS, stride, half, 8, rows);
+        for (; left >= 8; left -= 8, tile += OCS_TILE_LINE * 8, row += OCS_TILE_CHANNELS) {
+            add_tile_8(upper, lower, tile, row, stride, 8, rows);
         }
-        if (V % 8 > 0) {
-            const uint8_t *tile = tiles + T * OCS_TILE_LINE * 8;
-            add_tile_8(upper, lower, tile, x + T * OCS_TILE_CHANNELS, stride, half, (int)(V % 8), rows);
+        if (left > 0) {
+            add_tile_8(upper, lower, tile, row, stride, (int)left, rows);
         }
 #pragma GCC unroll 3
         for (int r = 0; r < rows; ++r) {

@@ -7,28 +7,50 @@
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #define INLINE VNNI static inline __attribute__((always_inline))
 
-/* Line v of the codes of a tile of so many lines: a shift and a mask for each plane. */
-INLINE __m512i line_of(const uint8_t *tile, int v, int lines, int bits) {
+/* The planes of a tile of so many lines, each vector read once: `bits` of them where no line is missing. */
+INLINE void load_planes(__m512i planes[8], const uint8_t *tile, int lines, int bits) {
+#pragma GCC unroll 4
+    for (int width = 8; width > 0; width /= 2) {
+        if ((bits & width) == 0) {
+            continue;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < width; ++i) {
+            const bool there = i * 8 < lines * width;
+            __m512i plane = there ? _mm512_loadu_si512(tile + i * OCS_TILE_LINE) : _mm512_setzero_si512();
+            __asm__("" : "+v"(plane)); /* else GCC reads it again for every line */
+            planes[i] = plane;
+        }
+        tile += ocs_plane_bytes(lines, width);
+        planes += width;
+    }
+}
+
+/* Line v of the codes: a shift and a mask for each plane. */
+INLINE __m512i line_of(const __m512i planes[8], int v, int bits) {
     __m512i codes = _mm512_setzero_si512();
     int place = 0;
+#pragma GCC unroll 4
     for (int width = 8; width > 0; width /= 2) {
         if ((bits & width) == 0) {
             continue;
         }
         const int fields = 8 / width, right = v % fields * width - place;
-        const __m512i plane = _mm512_loadu_si512(tile + v / fields * OCS_TILE_LINE);
+        const __m512i plane = planes[v / fields];
         const __m512i moved =
             right >= 0 ? _mm512_srli_epi16(plane, (unsigned)right) : _mm512_slli_epi16(plane, (unsigned)-right);
         const __m512i mask = _mm512_set1_epi8((char)(((1 << width) - 1) << place));
         codes = _mm512_or_si512(codes, width == 8 ? plane : _mm512_and_si512(moved, mask));
-        tile += ocs_plane_bytes(lines, width);
+        planes += width;
         place += width;
     }
     return codes;
 }
 
-INLINE __m512i integers_of(const uint8_t *tile, int v, int lines, int bits) {
-    return _mm512_sub_epi8(line_of(tile, v, lines, bits), _mm512_set1_epi8((char)((1 << (bits - 1)) - 1)));
+/* What meets signed rows, or rows without sign. */
+INLINE __m512i factors_of(const __m512i planes[8], int v, bool is_signed, int bits) {
+    const __m512i line = line_of(planes, v, bits);
+    return is_signed ? line : _mm512_sub_epi8(line, _mm512_set1_epi8((char)((1 << (bits - 1)) - 1)));
 }
 
 /* Adds the products of four channels in 32 bits: u8 x s8, whichever of the two has no sign. */
@@ -39,13 +61,24 @@ INLINE __m512i add_four(__m512i sum, __m512i line, const uint8_t *x, bool is_sig
     return is_signed ? _mm512_dpbusd_epi32(sum, line, values) : _mm512_dpbusd_epi32(sum, values, line);
 }
 
+/* Lines of 4 or 2 bits need no shift where signed rows meet them: a sum of its own for each place of a field has all
+   products that many times, which is still below 2^31, as a code in its place is below 2^8. */
+INLINE bool stays_in_place(bool is_signed, int bits) {
+    return is_signed && (bits == 2 || bits == 4);
+}
+
 /* sums [rows, parts] += the products of a tile. */
 INLINE void add_tile(__m512i *sums, const uint8_t *tile, const uint8_t *x, int64_t stride, int lines, bool is_signed,
                      int rows, int parts, int bits) {
+    __m512i planes[8];
+    load_planes(planes, tile, lines, bits);
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
         if (v < lines) {
-            const __m512i line = is_signed ? line_of(tile, v, lines, bits) : integers_of(tile, v, lines, bits);
+            const int fields = 8 / bits, mask = ((1 << bits) - 1) << v % fields * bits;
+            const __m512i line = stays_in_place(is_signed, bits)
+                                     ? _mm512_and_si512(planes[v / fields], _mm512_set1_epi8((char)mask))
+                                     : factors_of(planes, v, is_signed, bits);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 __m512i *const of_row = &sums[r * parts + v % parts];
@@ -59,9 +92,9 @@ INLINE void add_tile(__m512i *sums, const uint8_t *tile, const uint8_t *x, int64
    that it is added to. */
 INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t stride,
                      bool is_signed, int rows, int bits) {
-    const int parts = rows == 1 ? 4 : 2;
-    __m512i sums[8];
-#pragma GCC unroll 8
+    const int parts = rows == 1 || (bits == 2 && is_signed) ? 4 : 2;
+    __m512i sums[16];
+#pragma GCC unroll 16
     for (int i = 0; i < rows * parts; ++i) {
         sums[i] = _mm512_setzero_si512();
     }
@@ -73,21 +106,25 @@ INLINE void few_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t 
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
+        __m512i total = sums[r * parts];
+#pragma GCC unroll 4
         for (int i = 1; i < parts; ++i) {
-            sums[r * parts] = _mm512_add_epi32(sums[r * parts], sums[r * parts + i]);
+            const unsigned place = stays_in_place(is_signed, bits) ? (unsigned)(i % (8 / bits) * bits) : 0;
+            total = _mm512_add_epi32(total, _mm512_srai_epi32(sums[r * parts + i], place));
         }
-        _mm512_storeu_si512(sum + r * OCS_TILE_OUTPUTS, sums[r * parts]);
+        _mm512_storeu_si512(sum + r * OCS_TILE_OUTPUTS, total);
     }
 }
 
 /* sum [R, 16] += the products of a tile, whose lines stay in registers. */
 INLINE void add_tile_to_rows(int32_t *restrict sum, const uint8_t *tile, const uint8_t *x, int64_t R, int64_t stride,
                              int lines, bool is_signed, int bits) {
-    __m512i of_tile[8];
+    __m512i planes[8], of_tile[8];
+    load_planes(planes, tile, lines, bits);
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
         if (v < lines) {
-            of_tile[v] = is_signed ? line_of(tile, v, lines, bits) : integers_of(tile, v, lines, bits);
+            of_tile[v] = factors_of(planes, v, is_signed, bits);
         }
     }
     for (int64_t r = 0; r < R; ++r) {
@@ -127,6 +164,43 @@ INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const 
 
 OCS_DEFINE_PRODUCT(VNNI, static, product_vnni)
 
+/* Half of the integers that sums [places, 16] stand for, in double, where they are exact. */
+INLINE __m256 half_of_sums(const int32_t *sum, const int32_t *row_sum, int64_t places, int64_t row_stride,
+                           int32_t qmax) {
+    __m512d whole = _mm512_setzero_pd();
+    for (int64_t place = 0; place < places; ++place, sum += OCS_TILE_OUTPUTS) {
+        const __m256i offset = _mm256_set1_epi32(qmax * row_sum[place * row_stride]);
+        const __m256i ints = _mm256_sub_epi32(_mm256_loadu_si256((const __m256i *)sum), offset);
+        whole = _mm512_fmadd_pd(whole, _mm512_set1_pd(256.0), _mm512_cvtepi32_pd(ints));
+    }
+    return _mm512_cvtpd_ps(whole);
+}
+
+INLINE __m512 values_of_sums(const int32_t *sum, const int32_t *row_sum, int64_t places, int64_t row_stride,
+                             int32_t qmax) {
+    if (places == 1) {
+        const __m512i offset = _mm512_set1_epi32(qmax * row_sum[0]);
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sum), offset));
+    }
+    const __m256 low = half_of_sums(sum, row_sum, places, row_stride, qmax);
+    const __m256 high = half_of_sums(sum + 8, row_sum, places, row_stride, qmax);
+    const __m512d both = _mm512_castps_pd(_mm512_castps256_ps512(low));
+    return _mm512_castpd_ps(_mm512_insertf64x4(both, _mm256_castps_pd(high), 1));
+}
+
+VNNI static void scale_sums_vnni(float *restrict total, const int32_t *sum, const int32_t *row_sum, const float *scale,
+                                 int64_t B, int64_t S, int64_t places, int64_t sum_step, int64_t row_stride,
+                                 int64_t scale_stride, int32_t qmax) {
+    for (int64_t b = 0; b < B; ++b, total += OCS_TILE_OUTPUTS, scale += OCS_TILE_OUTPUTS) {
+        __m512 totals = _mm512_loadu_ps(total);
+        for (int64_t s = 0; s < S; ++s, sum += sum_step) {
+            const __m512 values = values_of_sums(sum, row_sum + s, places, row_stride, qmax);
+            totals = _mm512_add_ps(totals, _mm512_mul_ps(values, _mm512_loadu_ps(scale + s * scale_stride)));
+        }
+        _mm512_storeu_ps(total, totals);
+    }
+}
+
 static bool has_vnni(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vnni");
@@ -136,5 +210,6 @@ const ocs_instruction_set ocs_isa_vnni = {
     .name = "vnni",
     .supported = has_vnni,
     .kernels.product = product_vnni,
+    .kernels.scale_sums = scale_sums_vnni,
 };
 #endif

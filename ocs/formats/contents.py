@@ -92,8 +92,9 @@ def full_name(prefix: str, name: str) -> str:
 
 
 def describe(layer: QuantizedLayer) -> dict[str, Any]:
-    """Describe a layer for the header of a file."""
-    return {
+    """Describe a layer for the header of a file; only one with scales of groups says so, as older readers know none."""
+    grouped = {"group": layer.scale_group} if layer.scale_group else {}
+    return grouped | {
         "kind": layer.float_kind.__name__,
         "bits": layer.bits,
         "expand": layer.expand,

@@ -13,9 +13,11 @@ from ocs.formats.contents import crc32, full_name
 from ocs.kernels.constants import MAX_BITS, MIN_BITS
 from ocs.nn.input import InputGrid, check_grid
 from ocs.nn.state import calibrated_buffers, weight_buffers
+from ocs.weight.blocks import GROUP_STEP
 
-FORMAT = 5  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
-# with a scale for each row, 4 none of which a channel is split repeatedly
+FORMAT = 6  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
+# with a scale for each row, 4 none of which a channel is split repeatedly, 5 no scales of groups of input channels, and
+# none split into equal parts
 MOST_LEVELS = 16  # of lists and dicts in a header; we write some 5
 
 
@@ -33,9 +35,12 @@ class SavedLayer:
     weights: dict[str, list[int]]  # the shapes of the integers
     input: dict[str, Any] | None = None  # of an InputGrid
     tied: str = ""  # the embedding whose integers it has
+    group: int = 0  # the input channels that share a scale, where there is one for each group of them
 
     def __post_init__(self) -> None:
         found = [type(each) for each in (self.kind, self.bits, self.expand, self.settings, self.weights, self.tied)]
+        if type(self.group) is not int or self.group < 0 or self.group % GROUP_STEP:
+            raise TypeError
         if found != [str, int, bool, dict, dict, str] or not MIN_BITS <= self.bits <= MAX_BITS:
             raise TypeError
         if type(self.input) not in (dict, type(None)) or not all(

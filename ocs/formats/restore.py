@@ -28,6 +28,7 @@ from ocs.nn.registry import replacement_of
 from ocs.nn.state import input_problem, weight_buffers, weight_problem, with_originals
 from ocs.nn.weights import Weight, weights_of
 from ocs.progress import with_progress
+from ocs.weight.blocks import count_blocks
 from ocs.weight.types import QuantizedWeight
 
 _LAZY = "run a batch through the model first, so that its lazy layers have shapes"
@@ -111,7 +112,9 @@ def _read_layer(reader: Reader, layer: Target, saved: SavedLayer, packed: bool) 
     grid = saved.grid()
     quantized_input = None if grid is None else _read_input(reader, layer, weights[0], grid)
     kind = packed_kind(kind) if packed else kind
-    replacement = kind(module, quantized, saved.bits, saved.expand and not layer.reason_folded, quantized_input)
+    replacement = kind(
+        module, quantized, saved.bits, saved.expand and not layer.reason_folded, quantized_input, saved.group
+    )
     replacement.settings = saved.settings
     return replacement
 
@@ -127,13 +130,20 @@ def _read_weight(reader: Reader, layer: str, weight: Weight, saved: SavedLayer) 
     if saved.weights[weight.name] != shape:
         raise ValueError(f"{weight.name} is {str(saved.weights[weight.name])[:80]}, the model needs {shape}")
     source = with_originals(reader.read(source_name, [copies], "I32").long(), groups, C)
-    scale = reader.read(scale_name, [weight.outputs] if reader.shape(scale_name) else [], "F32")
+    scale = reader.read(scale_name, _shape_of_scale(reader.shape(scale_name), shape, C, saved.group), "F32")
     ints = _read_integers(reader, ints_name, shape, saved.bits)
     problem = weight_problem((ints_name, scale_name, source_name), ints, scale, source, saved.bits, groups, C)
     if problem:
         raise ValueError(problem)
     device = _device_of(weight)
     return QuantizedWeight(ints.to(device), scale.to(device), source.to(device), scale)
+
+
+def _shape_of_scale(found: list[int], ints: list[int], channels: int, group: int) -> list[int]:
+    """Tell the shape that a scale must have, of which a file says only whether there is one for each output channel."""
+    if group:
+        return [ints[0], count_blocks(channels, ints[1] - channels, group)]
+    return [ints[0]] if found else []
 
 
 def _read_integers(reader: Reader, name: str, shape: list[int], bits: int) -> Tensor:

@@ -53,6 +53,37 @@ class StraightThrough(torch.autograd.Function):
         return grad * inside, None, None, None
 
 
+class LearnedStep(torch.autograd.Function):
+    """fake_quantize whose scale is learned, too, by LSQ's gradient (Esser et al., ICLR 2020, equations 3 and 5).
+
+    Of x it is 1 within the thresholds and 0 beyond; of the scale round(x / s) - x / s within and the largest or
+    smallest integer beyond.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+        """x_hat, in x's shape and dtype."""
+        return torch.ops.ocs.fake_quantize(x, scale, bits, signed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Remembers what both gradients need."""
+        x, scale, bits, signed = inputs
+        ctx.save_for_backward(x, output, scale)
+        ctx.grid = composite.grid(bits, signed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Both gradients."""
+        (x, x_hat, scale), (qmin, qmax) = ctx.saved_tensors, ctx.grid
+        u = x.float() / scale
+        inside = (u >= qmin) & (u <= qmax)
+        of_scale = (grad.float() * (x_hat.float() / scale - u * inside)).sum()
+        return grad * inside, of_scale.view_as(scale), None, None
+
+
 def _inside(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """Whether x rounds to the grid and is not clipped."""
     qmin, qmax = composite.grid(bits, signed)
@@ -70,6 +101,8 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     """The operator, with that gradient where one is asked for. Nothing is checked."""
     if forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return _straight_through(x, scale, bits, signed)
+    if torch.is_grad_enabled() and scale.requires_grad:
+        return LearnedStep.apply(x, scale, bits, signed)
     if torch.is_grad_enabled() and x.requires_grad:
         return StraightThrough.apply(x, scale, bits, signed)
     return torch.ops.ocs.fake_quantize(x, scale, bits, signed)

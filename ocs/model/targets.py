@@ -15,6 +15,7 @@ from ocs.model.wrappers import named_modules, submodule
 from ocs.nn.base import QuantizedLayer, state_hooks
 from ocs.nn.hooked import reason_of_forward
 from ocs.nn.own_forward import PROMISED
+from ocs.nn.prepared import PreparedLayer
 from ocs.nn.registry import is_quantizable, replacement_of
 from ocs.nn.weights import check_values as check_weight_values
 from ocs.nn.weights import is_weight
@@ -133,6 +134,8 @@ def _owners(aliases: Mapping[nn.Module, list[str]]) -> dict[int, list[str]]:
 def _reason_float(module: nn.Module, name: str, owners: Mapping[int, list[str]]) -> str:
     """Say why a module cannot be quantized, or ""."""
     kind = type(module).__name__
+    if isinstance(module, PreparedLayer):
+        return "it is prepared for training: ocs.training.convert(model) quantizes it"
     if not is_quantizable(module):
         own = ", ".join(name for name, parameter in module._parameters.items() if is_weight(parameter))
         return f"{own} of {kind}, which is not among the layers that are quantized"

@@ -4,8 +4,9 @@ Two executions with the same values (section 3 of the paper). Expanded: the laye
 fed by `source`; its integers fit k bits. This is the form to deploy. Folded (expand=False): the copies' weights are
 added back onto their source channel, so that the layer costs what the float one did. They agree to float rounding and
 hold the same state. A weight called `weight_hh_l0` is held as `weight_hh_l0_int` int8 [O, C + n, ...], `scale_hh_l0`
-float32 [] or [O] and `source_hh_l0` int64 [C + n]; plain `weight` as `weight_int`, `scale` and `source`. The float
-weights that run are not saved but rebuilt whenever the integers or the layer's dtype change.
+float32 [] or [O], or [O, B] for blocks of input channels (ocs.weight.blocks), and `source_hh_l0` int64 [C + n]; plain
+`weight` as `weight_int`, `scale` and `source`. The float weights that run are not saved but rebuilt whenever the
+integers or the layer's dtype change.
 
 A layer may quantize its input too (ocs.nn.input): `input_grid` says how, and the buffer `input_form` encodes that, lest
 a state be taken for that of another grid; `input_scale` float32 [] and, where channels of it are split, `input_source`
@@ -39,6 +40,7 @@ from ocs.nn.state import (
     weight_problem,
 )
 from ocs.nn.weights import parameter_of, weights_of
+from ocs.weight.blocks import dequantize_weight, fold_weight
 from ocs.weight.types import QuantizedWeight
 
 _STATE_HOOKS = ("state_dict", "state_dict_pre", "load_state_dict_pre", "load_state_dict_post")
@@ -59,6 +61,7 @@ class QuantizedLayer(nn.Module):
         bits: what the integers fit, 2 to 8.
         expand: run expanded, else folded.
         quantized_input: how the input is quantized; None keeps it float.
+        group: the input channels that share a scale, where scales are [O, B]; else 0.
     """
 
     float_kind: ClassVar[type[nn.Module]]  # what it replaces
@@ -78,6 +81,7 @@ class QuantizedLayer(nn.Module):
     groups: int = 1
     bits: int
     expand: bool
+    scale_group: int = 0  # input channels that share a scale (ocs.weight.blocks); 0 where scales are [] or [O]
     channels: dict[str, int]  # of each weight: C, the original input channels of one group
     settings: dict[str, object]  # the options that it was quantized with, for people and files
     input_grid: InputGrid | None = None
@@ -92,10 +96,11 @@ class QuantizedLayer(nn.Module):
         bits: int,
         expand: bool = True,
         quantized_input: QuantizedInput | None = None,
+        group: int = 0,
     ) -> None:
         nn.Module.__init__(self)
         self._take_attributes(float_layer)
-        self.bits, self.expand = bits, expand
+        self.bits, self.expand, self.scale_group = bits, expand, group
         self.channels, self.settings = {}, {"wbits": bits, "expand": expand}
         self._register_weights(float_layer, quantized)
         if quantized_input is not None:
@@ -111,7 +116,7 @@ class QuantizedLayer(nn.Module):
 
     def _take_attributes(self, float_layer: nn.Module) -> None:
         """Take over the float layer's public attributes, its hooks, and the private attributes that are needed."""
-        own = {"input_grid", "input_range", "output_range", "forward", *INPUT_BUFFERS}
+        own = {"scale_group", "input_grid", "input_range", "output_range", "forward", *INPUT_BUFFERS}
         take_hook(self, float_layer)
         for name, value in vars(float_layer).items():
             public = not name.startswith("_") and name not in own
@@ -242,11 +247,11 @@ class QuantizedLayer(nn.Module):
     def dequantized(self, name: str) -> Tensor:
         """Dequantize a weight to float32 [O, C + n, ...]."""
         ints, scale, _ = self.weight_state(name)
-        return torch.ops.ocs.dequantize(ints, scale)
+        return dequantize_weight(ints, scale, self.channels[name], self.scale_group)
 
     def folded(self, name: str) -> Tensor:
         """Dequantize a weight to float32 [O, C, ...], with the copies added back onto their source channel."""
-        return torch.ops.ocs.fold(*self.weight_state(name), self.groups, self.channels[name])
+        return fold_weight(*self.weight_state(name), self.groups, self.channels[name], self.scale_group)
 
     def copies(self, name: str = "weight") -> Tensor:
         """Give the original channel of each copy in a weight, group by group."""
@@ -277,7 +282,7 @@ class QuantizedLayer(nn.Module):
 
     def set_forward_buffer(self, buffer: str, weight: Tensor, like: Tensor) -> None:
         """Put a weight into a buffer that forward reads, in the dtype and memory format of `like`."""
-        self._buffers[buffer] = weight.to(like.dtype).contiguous(memory_format=_memory_format(like))
+        self._buffers[buffer] = weight.to(like.dtype).contiguous(memory_format=memory_format(like))
 
     def round_input(self, x: Tensor) -> Tensor:
         """Round an input to its grid, the parts of split channels added up; a float input stays as it is."""
@@ -413,7 +418,7 @@ class QuantizedLayer(nn.Module):
         """Show the hyperparameters as the float layer does, then what was quantized."""
         form = "expanded" if self.expand else "folded"
         _, scale, _ = self.weight_state(next(iter(self.channels)))
-        scales = "channel" if scale.dim() else "tensor"
+        scales = ("tensor", "channel", f"channel and {self.scale_group} inputs")[scale.dim()]
         shown = self.float_kind.extra_repr(self)
         shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""
@@ -432,7 +437,8 @@ def state_hooks(layer: nn.Module) -> list[Callable[..., Any]]:
     return [getattr(hook, "hook", hook) for hook in hooks]  # those before loading are wrapped
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """Find the memory format of a weight."""
     if weight.is_contiguous():
         return torch.contiguous_format
     for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):

@@ -71,16 +71,22 @@ class QuantProduct(QuantizedLayer):
             self._set_part("original", self.folded("weight"))
 
     def _rebuild_expanded(self, parts: InputParts) -> None:
-        ints, scale, source = self.weight_state("weight")
-        C = self.channels["weight"]
-        self._set_part("original", torch.ops.ocs.dequantize(ints[:, :C], scale))
+        source, C = self.source_of("weight"), self.channels["weight"]
+        self._set_part("original", self._columns(slice(C)))
         if parts.source is not None:
             copied = copied_channels(source, parts, self.groups, C)
             self._buffers.update(copied_index=copied.channel, copied_at=copied.part)
             self._set_part("copied", self._copied_weight(copied))
-        elif ints.shape[1] > C:
+        elif self.splits:
             self._buffers["copied_index"] = self.copies()
-            self._set_part("copied", torch.ops.ocs.dequantize(ints[:, C:], scale))
+            self._set_part("copied", self._columns(slice(C, None)))
+
+    def _columns(self, columns: slice) -> Tensor:
+        """Dequantize some columns of the expanded weight, float32 [O, m, ...]."""
+        if self.scale_group:
+            return self.dequantized("weight")[:, columns]
+        ints, scale, _ = self.weight_state("weight")
+        return torch.ops.ocs.dequantize(ints[:, columns], scale)
 
     def _set_part(self, buffer: str, weight: Tensor) -> None:
         self.set_forward_buffer(buffer, self.in_float_layout(weight), like=self.original)
@@ -105,11 +111,12 @@ class QuantProduct(QuantizedLayer):
     def _copied_weight(self, copied: CopiedChannels) -> Tensor:
         """Dequantize the columns of the expanded weight that these channels meet: float32 [O, m, ...]."""
         ints, scale, _ = self.weight_state("weight")
-        grouped = ints.unflatten(0, (self.groups, -1))
+        weight = self.dequantized("weight") if self.scale_group else ints
+        grouped = weight.unflatten(0, (self.groups, -1))
         shape = (self.groups, 1, -1, *[1] * (ints.dim() - 2))
         columns = copied.column.view(shape).expand(-1, grouped.shape[1], -1, *ints.shape[2:])
         chosen = (grouped.gather(2, columns) * copied.used.view(shape)).flatten(0, 1)
-        return torch.ops.ocs.dequantize(chosen, scale)
+        return chosen if self.scale_group else torch.ops.ocs.dequantize(chosen, scale)
 
     # --- What forward multiplies
 

@@ -34,12 +34,14 @@ def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
 
 
 def encode_grid(grid: InputGrid) -> Tensor:
-    """Encode a grid for a state_dict, uint8 [4]: bits, whether signed, whether quantization-aware, and its scale.
+    """Encode a grid for a state_dict, uint8 [4]: bits, whether signed, how it is split, and its scale.
 
-    The scale is 0 from calibration, 1 each batch's own (Oracle OCS), 2 each row's own.
+    Splits are 0 naive, 1 quantization-aware, 2 in equal parts. The scale is 0 from calibration, 1 each batch's own
+    (Oracle OCS), 2 each row's own.
     """
     scale = 2 if grid.dynamic else int(grid.oracle)
-    return torch.tensor([grid.bits, grid.signed, grid.split != "naive", scale], dtype=torch.uint8, device="cpu")
+    split = ("naive", "qa", "even").index(grid.split)
+    return torch.tensor([grid.bits, grid.signed, split, scale], dtype=torch.uint8, device="cpu")
 
 
 def with_originals(copies: Tensor, groups: int, channels: int) -> Tensor:

@@ -11,7 +11,7 @@ from ocs.weight.types import Quantization, Scheme
 
 STEPS = {  # in this order
     "OCS": ("r", "select"),
-    "channel": ("granularity",),
+    "channel": ("granularity", "group"),
     "split": ("split",),
     "rounding": ("rounding",),
     "clip": ("clip",),
@@ -46,10 +46,13 @@ def explained_steps(
 
 
 def _differ(options: LayerOptions, names: Sequence[str]) -> bool:
+    names = [name for name in names if name != "group"]  # which says nothing on its own
     return any(getattr(options, name) != getattr(LayerOptions, name) for name in names)
 
 
 def _shown(label: str, options: LayerOptions) -> str:
+    if label == "channel":
+        return options.granularity if options.granularity == "channel" else f"groups of {options.group}"
     if label in ("split", "rounding"):
         return getattr(options, label)
     return f"clip {options.clip}" if label == "clip" else label

@@ -20,11 +20,12 @@ from ocs.weight.arguments import (
     check_choice,
     check_clip,
     check_flag,
+    check_group,
     check_ratio,
     check_rounding,
     check_select,
 )
-from ocs.weight.types import Granularity, Rounding, Select, Split
+from ocs.weight.types import GROUP, Granularity, Rounding, Select, Split
 
 if TYPE_CHECKING:
     from ocs.calibration.calibrate import Calibration
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 ActSelect = Literal["percentile", "max", "error"]
 Allocate = Literal["uniform", "knapsack", "error"]
 Recipe = Literal["paper", "best"]
+Thresholds = Literal["learned", "searched"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as plain Python has it, or a ValueError
 
 
@@ -86,6 +88,12 @@ def _budget(name: str, value: Any) -> int:
     return int(value)
 
 
+def _steps(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name}={value!r}: use a positive number of training steps, or None")
+    return int(value)
+
+
 def _overrides(name: str, value: Any) -> Mapping[str, Mapping[str, Any]]:
     if not isinstance(value, Mapping | None):
         raise TypeError(f"{name}={value!r}: use a dict from names or patterns to dicts of options")
@@ -113,7 +121,10 @@ class LayerOptions:
     wbits: int | Literal["auto"] = _option(8, _BITS_OR_AUTO, 'bits of the weights, 2 to 8, or "auto" with budget')
     r: float = _option(0.0, check_ratio, "expand ratio, 0 to 1: ceil(r C) of C input channels are split")
     clip: str | float = _open("none", _WEIGHT_CLIP, "clip method of the split weights, or a fraction")
-    granularity: Granularity = _open("tensor", _one_of(Granularity), "one scale per tensor or per output channel")
+    granularity: Granularity = _open(
+        "tensor", _one_of(Granularity), "a scale per tensor, output channel, or group of inputs"
+    )
+    group: int = _option(GROUP, check_group, 'input channels that share a scale, with granularity="group"')
     split: Split = _option("qa", _one_of(Split), "how channels are split: halved (quantization-aware or naive) or even")
     rounding: Rounding = _open("nearest", _one_of(Rounding), "how weights are rounded")
     abits: int | None = _open(None, _or(None, check_bits), "bits of layer inputs, 2 to 8; float without")
@@ -218,6 +229,18 @@ class ModelOptions:
         }
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is asked for of training beyond how layers are quantized; see ocs.training.prepare()."""
+
+    thresholds: Thresholds = _option("learned", _one_of(Thresholds), "weights' and inputs' thresholds while training")
+    replan: int | None = _option(100, _or(None, _steps), "training steps after which splits are planned anew")
+
+    def __post_init__(self) -> None:
+        for name, definition in definitions(TrainingOptions).items():
+            object.__setattr__(self, name, definition.check(name, getattr(self, name)))
+
+
 def shown_value(value: Any) -> Any:
     """Name a callable; leave all else as it is."""
     return shown_selector(value) if callable(value) else value
@@ -232,11 +255,30 @@ class Request(NamedTuple):
 
     @staticmethod
     def of(arguments: Mapping[str, Any]) -> Request:
-        """Check the arguments of quantize(), by name; a ValueError or TypeError says which is out of range."""
+        """Check the arguments of quantize(), by name; a ValueError or TypeError says which is out of range.
+
+        Options that are not among them are as by default.
+        """
+        arguments = _DEFAULTS | arguments
         whole = ModelOptions(**{name: arguments[name] for name in definitions(ModelOptions)})
         given = {
             name: arguments[name]
             for name, definition in definitions(LayerOptions).items()
             if not (definition.left_open and arguments[name] is None)
         }
+        _check_group_has_effect([given, *whole.overrides.values()])
         return Request(LayerOptions(**given), frozenset(given), whole)
+
+
+def _check_group_has_effect(options: Collection[Mapping[str, Any]]) -> None:
+    """Refuse another number of channels than the usual where nothing has a scale for so many."""
+    group = next((each["group"] for each in options if each.get("group", GROUP) != GROUP), None)
+    if group is not None and all(each.get("granularity") != "group" for each in options):
+        raise ValueError(f"group={group!r} has no effect: it is for granularity='group'")
+
+
+_DEFAULTS = {
+    each.name: None if each.metadata["definition"].left_open else each.default
+    for options in (LayerOptions, ModelOptions)
+    for each in fields(options)
+}

@@ -90,12 +90,13 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
             weights.append(quantizer.quantize_weight(name, options, plan.splits))
     quantized = {each.name: each.quantization.quantized for each in weights}
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
-    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid)
+    group = options.group if options.granularity == "group" else 0
+    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid, group)
     replacement.settings = options.shown
     if grid is not None and facts.statistics is not None and not plan.rounds_rows:
         replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
         replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
-    _check_range(replacement)
+    check_range(replacement)
     if facts.mean is not None:
         restore_mean(replacement, plan.module.weight, facts.mean.mean)
     if explain:
@@ -161,7 +162,7 @@ class LayerQuantizer:
             gain = self._gain(name) if asked else 0.0
         mean = MEAN if self.plan.input_mean is None else self.plan.input_mean.share
         given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
-        return Scheme(*given, self.weights[name].groups, hessian, gain, mean)
+        return Scheme(*given, self.weights[name].groups, hessian, gain, options.group, mean)
 
     def _gain(self, name: str) -> float:
         """What changes of the outputs' gain weigh, where no inputs tell: as many times as there are layers.
@@ -220,7 +221,7 @@ class LayerQuantizer:
         return 1 + weight.groups * splits
 
 
-def _check_range(layer: QuantizedLayer) -> None:
+def check_range(layer: QuantizedLayer) -> None:
     """Refuse weights that the layer's dtype cannot hold once they are rounded: up, or copies added up."""
     for name in layer.channels:
         weight = layer._buffers[layer.forward_buffer(name)]

@@ -2,11 +2,16 @@
 
 import json
 import math
+import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
-from ocs.report.data import plain
-from ocs.report.text import table
+from ocs.report.data import plain, write
+from ocs.report.text import WORST, fitted, table, terminal_width
+from ocs.report.words import decibels, in_decibels, printable, span
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,14 @@ class Comparison:
     layers: tuple[Agreement, ...] = ()
 
     def worst(self) -> Agreement | None:
-        """Find the layer at which most is lost: whose output is furthest below that of the one before it, in dB."""
+        """Find the layer at which most is lost: whose output is furthest below that of the one before it, in dB.
+
+        The first whose output is NaN, where one is; None where all layers are exact.
+        """
         before, found, most = math.inf, None, -math.inf
         for layer in self.layers:
+            if math.isnan(layer.sqnr_db):
+                return layer
             lost = min(before, 1e3) - layer.sqnr_db if before < math.inf else -layer.sqnr_db
             if lost > most:
                 found, most = layer, lost
@@ -48,19 +58,33 @@ class Comparison:
         return found
 
     def __str__(self) -> str:
-        """Lay it out as a table, the outputs last."""
-        rows = [_row(each) for each in (*self.layers, *self.outputs)]
-        return "\n".join(
-            [*table([["output of", "kind", "SQNR dB", "cosine"], *rows], ("SQNR dB", "cosine")), self.summary()]
-        )
+        return self.to_text()
+
+    def to_text(self, *, all: bool = False, width: int | None = None) -> str:
+        """Write it for people: what it sums up to, the outputs, in running order the layers where most is lost.
+
+        Args:
+            all: every layer, however many and however wide.
+            width: columns of text to fit into otherwise; by default the terminal's, or 80 where none looks on.
+        """
+        lines = [_row(each, lost) for each, lost in zip((*self.layers, *self.outputs), losses(self), strict=True)]
+        columns, numbers = [*lines[0]], ("SQNR dB", "lost dB", "cosine")
+        if all:
+            laid_out = table([columns, *([line[name] for name in columns] for line in lines)], numbers)
+            return "\n".join([self.summary(), "", *laid_out])
+        width = terminal_width() if width is None else width
+        shown = [*_folded(self.layers, losses(self), lines), *lines[len(self.layers) :]]
+        laid_out = fitted(shown, columns, width, numbers, ("kind", "cosine", "lost dB"))
+        return "\n".join([*textwrap.wrap(self.summary(), width), "", *laid_out])
 
     def summary(self) -> str:
         """Sum it up in a sentence."""
         first = self.outputs[0]
-        text = f"{self.batches} batches: SQNR {first.sqnr_db:.1f} dB, cosine {first.cosine:.6f}"
+        batches = "batch" if self.batches == 1 else "batches"
+        text = f"{self.batches} {batches}: SQNR {in_decibels(first.sqnr_db)}, cosine {first.cosine:.6f}"
         text = text if self.top1 is None else f"{text}, the same top-1 in {_percent(self.top1)}"
         worst = self.worst()
-        return text if worst is None else f"{text}; most is lost at {worst.name}"
+        return text if worst is None else f"{text}; most is lost at {printable(worst.name)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Give all of it as plain values."""
@@ -70,6 +94,21 @@ class Comparison:
         """Give all of it as JSON; infinite ratios are null."""
         return json.dumps(self.to_dict(), indent=1)
 
+    def to_html(self) -> str:
+        """Make a page of its own, which needs nothing else: numbers, the layers as a chart, and a table to sort."""
+        from ocs.report.html import comparison_piece, page
+
+        return page("ocs comparison", comparison_piece(self))
+
+    def save(self, path: str | Path) -> None:
+        """Write it: JSON where the path ends in .json, a page where it ends in .html."""
+        write(path, {".json": self.to_json, ".html": self.to_html})
+
+    def _repr_html_(self) -> str:
+        from ocs.report.html import comparison_piece
+
+        return comparison_piece(self)
+
     def plot(self) -> Any:
         """Draw the SQNR of each layer's output, in running order; a matplotlib Figure (the extra `plot`)."""
         from ocs.report.plot import layer_agreement
@@ -77,8 +116,49 @@ class Comparison:
         return layer_agreement(self)
 
 
-def _row(each: Agreement) -> list[str]:
-    return [each.name, each.kind, f"{each.sqnr_db:.1f}", f"{each.cosine:.6f}"]
+def losses(comparison: Comparison) -> list[float | None]:
+    """Say for each layer, then each output, how many dB are lost since the layer before it, None of the first."""
+    ratios = [min(each.sqnr_db, 1e3) for each in comparison.layers]
+    lost = [None, *(before - after for before, after in pairwise(ratios))] if ratios else []
+    return [*lost, *(None for _ in comparison.outputs)]
+
+
+def lost_text(lost: float | None) -> str:
+    """Write how many dB are lost."""
+    return "" if lost is None or math.isnan(lost) else f"{round(lost, 1) + 0.0:.1f}"  # no -0.0
+
+
+def _row(each: Agreement, lost: float | None) -> dict[str, str]:
+    return {
+        "output of": printable(each.name),
+        "kind": each.kind,
+        "SQNR dB": decibels(each.sqnr_db),
+        "lost dB": lost_text(lost),
+        "cosine": f"{each.cosine:.6f}",
+    }
+
+
+def _folded(
+    layers: Sequence[Agreement], losses: Sequence[float | None], lines: Sequence[dict[str, str]]
+) -> list[dict[str, str]]:
+    """Leave the layers at which most is lost in their order, and fold what lies between them into a line each.
+
+    Few layers are left as they are.
+    """
+    if len(layers) <= 2 * WORST:
+        return [*lines[: len(layers)]]
+    lost = [math.inf if each is None else each for each in losses]
+    most = set(sorted(range(len(layers)), key=lambda i: -lost[i])[:WORST])
+    found = []
+    for alone, run in groupby(range(len(layers)), key=lambda i: i in most):
+        places = [*run]
+        if alone or len(places) == 1:
+            found += [lines[i] for i in places]
+        else:
+            between = dict.fromkeys(lines[0], "")
+            ratios = span([layers[i].sqnr_db for i in places])
+            found.append(between | {"output of": f"({len(places)} layers)", "SQNR dB": ratios})
+    return found
 
 
 def _percent(share: float) -> str:

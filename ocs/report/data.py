@@ -2,12 +2,32 @@
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ocs.report.comparison import Comparison
 
 Status = Literal["quantized", "skipped", "float"]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A weight before and after, counted in steps of its grid: w / scale, and the integers of the expanded weight.
+
+    Of a large weight every so-many-th output channel is counted, so that counting takes little time; `max_before` and
+    `max_after` are of all.
+    """
+
+    channels: int  # output channels that were counted
+    reach: float  # the bins of `before` are equal parts of -reach .. reach
+    before: tuple[int, ...]
+    after: tuple[int, ...]  # bins are equal parts of -qmax - 1/2 .. qmax + 1/2, a whole number of integers in each
 
 
 @dataclass(frozen=True)
@@ -34,7 +54,9 @@ class LayerReport:
     channels: int | None = None  # C over all groups
     splits: int | None = None  # n over all groups
     sources: tuple[int, ...] = ()  # the channel that each copy came from, in the order of splitting
-    threshold: float | tuple[float, ...] | None = None  # per output channel where the granularity is "channel"
+    threshold: float | tuple[float, ...] | None = None  # per output channel where the granularity is "channel"; of each
+    # its groups where it is "group"
+
     scale: float | tuple[float, ...] | None = None
     max_before: float | None = None  # max|w|
     max_after: float | None = None  # max|w| of the split weight
@@ -59,6 +81,8 @@ class LayerReport:
     act_sources: tuple[int, ...] = ()  # the channel that each copy came from
     act_threshold: float | None = None
     act_scale: float | None = None
+
+    histogram: Histogram | None = None  # None where the weight is empty
 
     @property
     def weights(self) -> int:
@@ -87,7 +111,8 @@ class LayerReport:
 class Report:
     """What quantize() did, layer by layer in the model's order, with which settings and in how many seconds.
 
-    str() gives the table, in which layers that stay float for the same reason share a line; repr() the summary alone.
+    str() fits the terminal: what it sums up to, then the worst layers and groups of the rest; to_text(all=True) has all
+    layers, repr() a sentence. In a notebook it shows itself as the page that save("report.html") writes.
     """
 
     layers: tuple[LayerReport, ...]
@@ -171,34 +196,58 @@ class Report:
         """Write to_dict() as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
-    def save(self, path: str | Path) -> None:
-        """Write the report: JSON where the path ends in .json, a page where it ends in .html."""
-        writers = {".json": self.to_json, ".html": self.to_html}
-        suffix = Path(path).suffix
-        if suffix not in writers:
-            raise ValueError(f"path={str(path)!r}: end it in .json or .html")
-        Path(path).write_text(writers[suffix](), encoding="utf-8")
+    def save(self, path: str | Path, *, comparison: "Comparison | None" = None) -> None:
+        """Write the report: JSON where the path ends in .json, a page where it ends in .html (see to_html)."""
+        if comparison is not None and Path(path).suffix == ".json":
+            raise ValueError(f"path={str(path)!r}, comparison=...: the page alone shows both; save the comparison, too")
+        write(path, {".json": self.to_json, ".html": lambda: self.to_html(comparison=comparison)})
 
-    def to_html(self) -> str:
-        """Make a page of its own."""
-        from ocs.report.html import report_page
+    def to_html(self, *, comparison: "Comparison | None" = None) -> str:
+        """Make a page of its own, which needs nothing else: what it sums up to, charts, and a table to sort and open.
 
-        return report_page(self)
+        comparison: from ocs.compare; then the page also shows the error of each layer's output, in running order.
+        """
+        from ocs.report.html import page, report_piece
 
-    def __str__(self) -> str:
+        return page("ocs report", report_piece(self, comparison))
+
+    def plot(self) -> "Figure":
+        """Draw the error of each weight and how far its range was narrowed; a matplotlib Figure (the extra `plot`)."""
+        from ocs.report.overview import report_overview
+
+        return report_overview(self)
+
+    def to_text(self, *, all: bool = False, width: int | None = None) -> str:
+        """Write it for people: what it sums up to, then the ten worst weights and a line for the others of each kind.
+
+        Args:
+            all: every layer in the model's order, with every column, however wide.
+            width: columns of text to fit into otherwise; by default the terminal's, or 80 where none looks on.
+        """
         from ocs.report.text import report_text
 
-        return report_text(self)
+        return report_text(self, every=all, width=width)
+
+    def __str__(self) -> str:
+        return self.to_text()
 
     def __repr__(self) -> str:
-        from ocs.report.text import summary_of
+        from ocs.report.summary import summary_of
 
         return f"<Report: {summary_of(self)}>"
 
     def _repr_html_(self) -> str:
-        from ocs.report.html import report_table
+        from ocs.report.html import report_piece
 
-        return report_table(self)
+        return report_piece(self)
+
+
+def write(path: str | Path, writers: Mapping[str, Callable[[], str]]) -> None:
+    """Write a file by its ending."""
+    suffix = Path(path).suffix
+    if suffix not in writers:
+        raise ValueError(f"path={str(path)!r}: end it in {' or '.join(writers)}")
+    Path(path).write_text(writers[suffix](), encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

@@ -3,14 +3,21 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
+from ocs.kernels.constants import qmax
 from ocs.nn.base import QuantizedLayer
-from ocs.nn.weights import bytes_of, float_weight, is_weight
+from ocs.nn.weights import bytes_of, float_weight, is_weight, weights_of
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, WeightResult, packed_bytes
-from ocs.report.data import LayerReport
+from ocs.report.data import Histogram, LayerReport
 from ocs.weight.error import sqnr_db
+from ocs.weight.types import QuantizedWeight
+
+COUNTED = 4096  # weights that a histogram is of, or all of one output channel
+BINS = 64  # of float weights
+MOST_BINS = 127  # of integers: 8 bits have three of them in each
 
 
 def report_lines(results: Iterable[LayerResult]) -> list[LayerReport]:
@@ -25,7 +32,8 @@ def report_lines(results: Iterable[LayerResult]) -> list[LayerReport]:
                 LayerReport(**_float_weight(result.plan, *each), reason=result.plan.reason) for each in held.items()
             ]
         else:
-            lines += [_quantized_weight(result, weight) for weight in result.weights]
+            floats = {weight.name: weight.tensor for weight in weights_of(result.plan.module)}
+            lines += [_quantized_weight(result, weight, floats[weight.name]) for weight in result.weights]
     return lines
 
 
@@ -42,7 +50,7 @@ def _float_weight(plan: LayerPlan, name: str, weight: Tensor | None) -> dict[str
     }
 
 
-def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
+def _quantized_weight(result: LayerResult, weight: WeightResult, w: Tensor) -> LayerReport:
     plan, options, replacement = result.plan, result.options, result.replacement
     quantization, quantized = weight.quantization, weight.quantization.quantized
     sources, of_input = replacement.copies(weight.name).tolist(), _quantized_input(replacement)
@@ -65,6 +73,7 @@ def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
         max_before=max(weight.plan.channel_max.tolist(), default=0.0),
         max_after=max(weight.plan.split_max.tolist(), default=0.0),
         sqnr_db=sqnr_db(*quantization.error),
+        histogram=_histogram(w, quantized, qmax(options.wbits)),
         steps=weight.steps,
         packed_bytes=first * packed_bytes(quantization, options.wbits, len(sources), numbers_of_input),
         expanded_shape=replacement.expanded_shape(weight.name),
@@ -72,6 +81,22 @@ def _quantized_weight(result: LayerResult, weight: WeightResult) -> LayerReport:
         reason=_notes(result, replacement.channels[weight.name]),
         bias_from=result.bias_from,
     )
+
+
+def _histogram(w: Tensor, quantized: QuantizedWeight, most: int) -> Histogram | None:
+    """Count a weight [O, C, ...] before and after in steps of its grid, of some output channels."""
+    if not w.numel():
+        return None
+    step = -(-w.shape[0] // max(COUNTED * w.shape[0] // w.numel(), 1))
+    scale = quantized.scale[::step] if quantized.scale.dim() else quantized.scale
+    ints = quantized.ints[::step].cpu().numpy().ravel().astype(np.int64)
+    steps = w[::step].float().cpu().numpy().reshape(-1, w.numel() // w.shape[0]) / scale.cpu().numpy().reshape(-1, 1)
+    reach = max(float(np.abs(steps).max()), most + 0.5)
+    places = (steps.ravel() * (BINS / 2 / reach) + BINS / 2).astype(np.int64)
+    before = np.bincount(np.minimum(places, BINS - 1), minlength=BINS)
+    width = 1 if 2 * most + 1 <= MOST_BINS else 3
+    after = np.bincount((ints + most) // width, minlength=(2 * most + 1) // width)
+    return Histogram(len(steps), reach, tuple(before.tolist()), tuple(after.tolist()))
 
 
 def _quantized_input(replacement: QuantizedLayer) -> dict[str, Any]:
@@ -118,5 +143,4 @@ def _notes(result: LayerResult, channels: int) -> str:
 
 
 def _numbers(x: Tensor) -> float | tuple[float, ...]:
-    values = x.tolist()
-    return values if isinstance(values, float) else tuple(values)
+    return tuple(x.flatten().tolist()) if x.dim() else float(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
 from ocs.kernels.constants import RELEASE_METHODS, SMALLEST, qmax
-from ocs.report.text import plural
+from ocs.report.words import plural
 from ocs.weight.arguments import check_array, check_bits, check_choice, check_clip, check_groups, check_ratio
 from ocs.weight.entry import plan_splits, quantize_weight
 from ocs.weight.error import sqnr_db, weight_error
@@ -268,12 +268,25 @@ def _halves(w: np.ndarray, plan: SplitPlan, groups: int) -> tuple[np.ndarray, np
     return split, np.broadcast_to(plan.parts.reshape(groups, 1, -1, 1) > 1, split.shape)
 
 
-def _new_figure(rows: int, height: float, xlabel: str, title: str) -> tuple[Figure, np.ndarray]:
+def new_figure(height: float) -> Figure:
+    """Make an empty figure of so many inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("ocs.plot needs matplotlib: pip install torch-ocs[plot]") from None
-    figure = Figure(figsize=(8, height), layout="constrained")
+    return Figure(figsize=(8, height), layout="constrained")
+
+
+def new_panels(rows: int, height: float, xlabel: str) -> tuple[Figure, np.ndarray]:
+    """Make a figure with panels one above the other, over the same places."""
+    figure = new_figure(height)
+    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    panels[-1].set_xlabel(xlabel)
+    return figure, panels
+
+
+def _new_figure(rows: int, height: float, xlabel: str, title: str) -> tuple[Figure, np.ndarray]:
+    figure = new_figure(height)
     panels = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     panels[-1].set_xlabel(xlabel)
     if title:

@@ -134,6 +134,11 @@ def lower_layer(layer: QuantizedLayer, arithmetic: Arithmetic, *, read: bool = F
     """
     if layer.input_grid is not None and layer.input_grid.oracle:
         raise ValueError("act_split='oracle' chooses splits and scale for each batch: quantize with 'static'")
+    if layer.scale_group:
+        raise ValueError(
+            "granularity='group' has a scale for each group of input channels, and engines take one for each output"
+            " channel: quantize with granularity='channel', or run the model by ocs.pack"
+        )
     if dtype_of(layer) == torch.float64:
         raise ValueError("it is in float64, in which no engine quantizes: use model.float()")
     return (readable(layer) if read else lowering_of(layer)(layer, arithmetic)).eval()

@@ -9,6 +9,7 @@ from ocs.kernels.constants import qmax
 from ocs.kernels.ops import kernels
 from ocs.weight.arrays import array_like, as_numpy
 from ocs.weight.error import measured_outputs, output_error, weight_error
+from ocs.weight.grouped import quantize_in_blocks
 from ocs.weight.integers import fold, quantize_split
 from ocs.weight.threshold import scale_for, split_thresholds
 from ocs.weight.types import Array, Quantization, QuantizedWeight, Scheme, SplitPlan
@@ -20,12 +21,14 @@ FEW = (2, 6, 11, 16)  # and what it tries of these: 0.3, 0.5, 0.75, none
 
 def quantize_plan(w: Array, plan: SplitPlan, scheme: Scheme) -> Quantization:
     """Take steps 2 and 3 for a weight [O, C, ...]: find its threshold, and its integers."""
-    if scheme.clip == "auto":
+    if scheme.granularity == "group":
+        clip, quantized = quantize_in_blocks(w, plan, scheme, quantize_plan)
+    elif scheme.clip == "auto":
         clip, quantized = _least_output_error(w, plan, scheme)
     else:
         (threshold,) = _thresholds(w, plan, scheme, (scheme.clip,))
         clip, quantized = scheme.clip, _quantized(w, plan, scheme, threshold)
-    error = weight_error(w, quantized, scheme.groups)
+    error = weight_error(w, quantized, scheme.groups, scheme.group)
     if not math.isfinite(sum(error)):
         largest = float(kernels(plan.channel_max).abs_max(plan.channel_max))
         raise ValueError(
@@ -71,7 +74,7 @@ def _least_of_all(
     errors = []
     for threshold in thresholds:
         quantized = _quantized(w, plan, scheme, array_like(np.asarray(threshold), w))
-        error = output_error(w, quantized, scheme.groups, scheme.gain, scheme.mean)
+        error = output_error(w, quantized, scheme.groups, scheme.gain, scheme.group, scheme.mean)
         errors.append(_by_scale(error, scheme))
     chosen = np.stack(errors).argmin(0)
     return np.asarray(chosen), _quantized(w, plan, scheme, array_like(_picked(thresholds, chosen), w))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ocs.kernels.constants import CLIP_METHODS, MAX_BITS, MIN_BITS
 from ocs.weight.arrays import as_tensor, dtype_name, kind_of
+from ocs.weight.blocks import GROUP_STEP
 from ocs.weight.types import ARRAYS, Array, Granularity, Rounding, Scheme, Select, Split
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -55,6 +56,13 @@ def check_groups(groups: Any, outputs: int) -> None:
     whole = isinstance(groups, Integral) and not isinstance(groups, bool)
     if not whole or groups < 1 or groups > max(outputs, 1) or outputs % groups:
         raise ValueError(f"groups={groups!r}: use a positive integer that divides the {outputs} output channels")
+
+
+def check_group(name: str, group: Any) -> int:
+    """Check that group is a multiple of 32, as products with packed weights cut them."""
+    if not isinstance(group, Integral) or isinstance(group, bool) or group <= 0 or group % GROUP_STEP:
+        raise ValueError(f"{name}={group!r}: use a multiple of {GROUP_STEP}, the input channels that share a scale")
+    return int(group)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -108,7 +116,7 @@ def check_scheme(w: Array, scheme: Scheme) -> tuple[Array, Scheme]:
     check_choice("granularity", scheme.granularity, get_args(Granularity))
     check_groups(scheme.groups, w.shape[0])
     check_clip("clip", scheme.clip, auto=True)
-    return w, scheme._replace(bits=check_bits("bits", scheme.bits))
+    return w, scheme._replace(bits=check_bits("bits", scheme.bits), group=check_group("group", scheme.group))
 
 
 def check_second_moments(moments: Any, rounding: str, w: Array, groups: int) -> Tensor | None:

@@ -7,7 +7,7 @@ from ocs.weight.arguments import check_choice, check_ratio, check_scheme, check_
 from ocs.weight.hessian import Hessian
 from ocs.weight.plan import splits_for
 from ocs.weight.selection import choose_splits
-from ocs.weight.types import Array, Granularity, QuantizedWeight, Rounding, Scheme, Select, Split, SplitPlan
+from ocs.weight.types import GROUP, Array, Granularity, QuantizedWeight, Rounding, Scheme, Select, Split, SplitPlan
 
 
 def quantize_weight(
@@ -21,6 +21,7 @@ def quantize_weight(
     groups: int = 1,
     select: Select = "max",
     moments: Array | None = None,
+    group: int = GROUP,
 ) -> QuantizedWeight:
     """Split the outlier channels of a weight and quantize it (section 3 of the paper).
 
@@ -31,7 +32,9 @@ def quantize_weight(
         clip: where the split weights saturate, see clip_threshold; or "auto": of none, mse and fractions of the largest
             |w| what leaves the least output_error, measured by `moments` where these are given (of which few are then
             tried, coarse to fine); for each output channel of its own where granularity="channel".
-        granularity: one scale per "tensor", or per output "channel".
+        granularity: one scale per "tensor", or per output "channel"; or per "group": of each output channel and so many
+            input channels, the copies in groups of their own, so that the scale is [O, B]. A copy then rounds what is
+            left of its channel, which naive ones do not.
         split: "qa" (quantization-aware: exact) or "naive" (halves); or "even": a channel split n - 1 times becomes n
             equal parts, (u + 1/2 + k) / n - 1/2 for k = 0 .. n - 1 in grid units u, as exact as "qa", which it is where
             none is split more than once; else the grid is narrower: thirds where halving leaves 1/2, 1/4, 1/4.
@@ -46,13 +49,14 @@ def quantize_weight(
         select: which channels to split, see plan_splits.
         moments: for rounding="gptq", the sum or mean of x x^T over the vectors x [C K] that the weight meets, as w has
             them (the K values of a filter side by side): [C K, C K], or for G groups [G, C K, C K], of any float dtype.
+        group: with granularity="group" the input channels that share a scale, a multiple of 32.
 
     Raises:
         TypeError: w or moments is no float array or tensor.
         ValueError: w has fewer than two dimensions or holds NaN or Inf, an option is out of range, or moments are
             missing where rounding="gptq" needs them, given where not, of another shape, not finite or none.
     """
-    w, scheme = check_scheme(w, Scheme(bits, clip, granularity, split, rounding, groups))
+    w, scheme = check_scheme(w, Scheme(bits, clip, granularity, split, rounding, groups, group=group))
     second = check_second_moments(moments, rounding, w, groups)
     scheme = scheme._replace(hessian=None if second is None else Hessian(second))
     splits = splits_for(check_ratio("r", r), w.shape[1], groups)
@@ -69,6 +73,7 @@ def plan_splits(
     granularity: Granularity = "tensor",
     split: Split = "qa",
     rounding: Literal["nearest", "squant"] = "nearest",
+    group: int = GROUP,
 ) -> SplitPlan:
     """Plan which channels to split, step 1; see quantize_weight for w [O, C, ...], r, groups and how it is quantized.
 
@@ -81,5 +86,5 @@ def plan_splits(
     Errors are those of quantize_weight.
     """
     check_choice("rounding", rounding, ("nearest", "squant"))  # gptq's splits are quantize_weight's to choose
-    w, scheme = check_scheme(w, Scheme(bits, clip, granularity, split, rounding, groups))
+    w, scheme = check_scheme(w, Scheme(bits, clip, granularity, split, rounding, groups, group=group))
     return choose_splits(w, splits_for(check_ratio("r", r), w.shape[1], groups), select, scheme)

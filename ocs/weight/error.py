@@ -12,19 +12,30 @@ from ocs.weight.arguments import check_array, check_groups
 from ocs.weight.arrays import array_like, as_tensor
 from ocs.weight.hessian import Hessian, in_blocks
 from ocs.weight.integers import fold
-from ocs.weight.types import GAIN, MEAN, Array, Quantization, QuantizedWeight, Scheme
+from ocs.weight.types import GAIN, GROUP, MEAN, Array, Quantization, QuantizedWeight, Scheme
 
 
-def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1) -> tuple[float, float]:
-    """Measure signal and noise of a quantized weight: the sums of w^2 and of (w - w_hat)^2."""
+def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1, group: int = GROUP) -> tuple[float, float]:
+    """Measure signal and noise of a quantized weight: the sums of w^2 and of (w - w_hat)^2.
+
+    group: as of functional.fold.
+    """
     w = check_array("w", w, min_rank=2)
     check_groups(groups, w.shape[0])
+    if quantized.scale.ndim > 1:
+        v, d = _with_error(w, quantized, groups, group)
+        return float(v.square().sum()), float(d.square().sum())
     signal, noise = kernels(w).weight_error(w, quantized.ints, quantized.scale, quantized.source, groups).tolist()
     return signal, noise
 
 
 def output_error(
-    w: Array, quantized: QuantizedWeight, groups: int = 1, gain: float = GAIN, mean: float = MEAN
+    w: Array,
+    quantized: QuantizedWeight,
+    groups: int = 1,
+    gain: float = GAIN,
+    group: int = GROUP,
+    mean: float = MEAN,
 ) -> Array:
     """Estimate how far each output of a layer is off with the quantized weight: float64 [O], without inputs.
 
@@ -39,7 +50,19 @@ def output_error(
     """
     w = check_array("w", w, min_rank=2)
     check_groups(groups, w.shape[0])
+    if quantized.scale.ndim > 1:
+        v, d = _with_error(w, quantized, groups, group)
+        power = v.square().flatten(1).sum(1)
+        of_gain = (d * v).flatten(1).sum(1) / (power + (power == 0))
+        error = output_power(d.float(), mean) + gain * output_power(v.float(), mean) * of_gain.square()
+        return error if isinstance(w, Tensor) else error.numpy()
     return kernels(w).output_error(w, quantized.ints, quantized.scale, quantized.source, groups, gain, mean)
+
+
+def _with_error(w: Array, quantized: QuantizedWeight, groups: int, group: int) -> tuple[Tensor, Tensor]:
+    """Give a weight and what it is off by once it is quantized, float64 both."""
+    v = as_tensor(w).double()
+    return v, as_tensor(fold(quantized, w.shape[1], groups, group)) - v
 
 
 def output_power(w: Array, mean: float = MEAN) -> Array:
@@ -140,10 +163,11 @@ def signal_and_noise(w: Array, quantized: QuantizedWeight, scheme: Scheme) -> tu
     """Measure the power of a layer's outputs and what they are off by; estimate both where scheme has no Hessian."""
     if scheme.hessian is None:
         power = output_power(w, scheme.mean)
-        error = output_error(w, quantized, scheme.groups, scheme.gain, scheme.mean)
+        error = output_error(w, quantized, scheme.groups, scheme.gain, scheme.group, scheme.mean)
     else:
         measured = measured_outputs(w, scheme)
-        power, error = measured.power, measured.error(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
+        w_hat = fold(quantized, w.shape[1], scheme.groups, scheme.group)
+        power, error = measured.power, measured.error(w_hat, scheme.gain)
     return float(power.sum()), float(error.sum())
 
 

@@ -14,6 +14,8 @@ What many columns have in common takes memory by the square of their number. Whe
 of neighbouring columns, as if those of one block had nothing in common with others.
 """
 
+from __future__ import annotations
+
 from functools import cached_property
 
 import torch
@@ -45,11 +47,17 @@ class Hessian:
     second: sum or mean of x x^T, [G, C K, C K], the K values of a filter side by side; or in B blocks of L columns,
     [G B, L, L], zeros where the last has none. count: over so many vectors x; 0 where that is not known. What few
     vectors seem to have in common is mostly chance: a share of the diagonal's mean is added to the diagonal, DAMPING
-    and SHRINKAGE for each column per vector.
+    and SHRINKAGE for each column per vector. order: of rounding, if not the one below.
     """
 
-    def __init__(self, second: Tensor, count: int = 0) -> None:
+    def __init__(self, second: Tensor, count: int = 0, order: Tensor | None = None) -> None:
         self.second, self.count = second, count
+        if order is not None:
+            self.order = order
+
+    def of_group(self, g: int, groups: int) -> Hessian:
+        """Give that of one of so many groups."""
+        return Hessian(self.second.chunk(groups)[g], self.count) if groups > 1 else self
 
     @cached_property
     def order(self) -> Tensor:

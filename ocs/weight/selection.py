@@ -40,10 +40,13 @@ def _better_plan(w: Array, plan: SplitPlan, splits: int, scheme: Scheme) -> Spli
     theirs, C, groups = quantize_plan(w, plan, scheme), w.shape[1], scheme.groups
     magnitudes = np.abs(as_numpy(w.float() if isinstance(w, Tensor) else w).astype(np.float64))
     magnitudes = magnitudes.reshape(groups, w.shape[0] // groups, C, math.prod(w.shape[2:]))
-    thresholds = np.broadcast_to(as_numpy(theirs.quantized.threshold).astype(np.float64), w.shape[:1])
+    thresholds = as_numpy(theirs.quantized.threshold).astype(np.float64)
+    thresholds = np.split(np.broadcast_to(thresholds, w.shape[:1]) if thresholds.ndim < 2 else thresholds, groups)
     channels = []
-    for g, (of_group, t) in enumerate(zip(magnitudes, thresholds.reshape(groups, -1), strict=True)):
-        if scheme.clip == "none":
+    for g, (of_group, t) in enumerate(zip(magnitudes, thresholds, strict=True)):
+        if scheme.granularity == "group":
+            chosen = lowering_blocks(of_group.max(2, initial=0.0), splits, scheme.group)
+        elif scheme.clip == "none":
             chosen = lowering_thresholds(of_group.max(2, initial=0.0), splits, scheme.split)
         else:
             chosen = lowering_saturation(of_group, t, splits, scheme.split)
@@ -103,6 +106,22 @@ def lowering_thresholds(largest: Floats, splits: int, split: Split = "qa") -> li
             largest[:, c] = whole[:, c] / parts[c]
             first[changed], top[changed], second[changed] = _two_largest(largest[changed])
     return picks
+
+
+def lowering_blocks(largest: Floats, splits: int, group: int) -> list[int]:
+    """Choose channels whose halves lower sum t_ob^2 most, each once: t_ob the largest |w| of a filter in a block.
+
+    largest: [O, C], max|w| of each filter.
+    """
+    outputs, C = largest.shape
+    blocks = -(-C // group)
+    padded = np.zeros((outputs, blocks * group))
+    padded[:, :C] = largest
+    first, top, second = _two_largest(padded.reshape(-1, group))
+    first += np.tile(np.arange(blocks) * group, outputs)
+    lower = np.maximum(second, top / 2)
+    gain = np.bincount(first, top * top - lower * lower, blocks * group)[:C]
+    return np.lexsort((-largest.max(0, initial=0.0), -gain))[:splits].tolist()
 
 
 def _two_largest(x: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:

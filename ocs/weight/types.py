@@ -10,11 +10,12 @@ from ocs.weight.hessian import Hessian
 
 Array = np.ndarray | Tensor
 ARRAYS = (np.ndarray, Tensor)  # for isinstance: Dynamo of torch 2.10 takes no union
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["tensor", "channel", "group"]
 Split = Literal["qa", "naive", "even"]
 Rounding = Literal["nearest", "squant", "gptq"]
 Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one group, n -> n of its input channels
 Select = Literal["max", "error"] | Choice
+GROUP = 64  # input channels that share a scale where granularity="group" says no more
 GAIN = 10.0  # what changes of gain weigh in output_error where the model is not known
 MEAN = 1 / 3  # the share of an input's power that is its squared mean, where nothing is known of it
 
@@ -34,7 +35,7 @@ class QuantizedWeight(NamedTuple):
     """A weight as k-bit integers: w is about scale * ints, a channel's integers and its copies' added up."""
 
     ints: Array  # int8 [O, C + n, ...]
-    scale: Array  # float32 [], or [O] per output channel; always positive
+    scale: Array  # float32 [], or [O] per output channel, or [O, B] per block of input channels too; always positive
     source: Array  # int64 [C + n]: the original channel of each expanded one, 0 .. C - 1 first (per group)
     threshold: Array  # float32, shaped like scale: the largest magnitude on the grid
 
@@ -50,7 +51,8 @@ class Scheme(NamedTuple):
     groups: int = 1
     hessian: Hessian | None = None  # of what it meets, for rounding="gptq"
     gain: float = GAIN  # see output_error
-    mean: float = MEAN
+    group: int = GROUP  # with granularity="group": input channels that share a scale
+    mean: float = MEAN  # see output_error
 
 
 class Quantization(NamedTuple):

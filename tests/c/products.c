@@ -62,16 +62,17 @@ static void check_inner_kernels(void) {
     const bool is_signed = any(2);
     const int lines = 1 + (int)any(OCS_TILE_LINES);
     const int64_t V = any(30), B = 1 + any(3), R = 1 + any(OCS_MOST_ROWS / B), stride = 4 * V + any(40);
+    const int64_t x_step = any(2) ? 4 * any(9) : 0, width = stride + (B - 1) * x_step;
     const int64_t block = ocs_block_bytes(4 * V, bits), sums = B * R * OCS_TILE_OUTPUTS;
     const uint8_t *tile = any_bytes(ocs_block_bytes(4 * lines, bits)), *tiles = any_bytes(B * block);
-    const uint8_t *x = any_bytes(R * stride);
+    const uint8_t *x = any_bytes(R * width);
     void *first[2];
     for (int i = 0; ocs_isa_name(i) != NULL; ++i) {
         ocs_set_isa(ocs_isa_name(i));
         uint8_t *codes = new_array(lines * OCS_TILE_LINE, 1);
         int32_t *whole = new_array(sums, sizeof *whole);
         ocs_kernel_table()->unpack_tile(codes, tile, lines, bits);
-        ocs_kernel_table()->product(whole, tiles, x, B, V, R, block, stride, bits, is_signed);
+        ocs_kernel_table()->product(whole, tiles, x, B, V, R, block, x_step, width, bits, is_signed);
         require_first(&first[0], codes, lines * OCS_TILE_LINE / 4, i, OCS_ROWS_F32, "a tile");
         require_first(&first[1], whole, sums, i, OCS_ROWS_F32, "a sum of integers");
     }
@@ -149,27 +150,29 @@ static void check_changing_arrays(void) {
     const int64_t H = 1 + any(40), N = 1 + any(4);
     ocs_packed_weight w = any_weight(H, H);
     int32_t *given = new_array(w.S, sizeof *given);
-    const float *x = any_floats(N * H);
+    const float *x = any_floats(2 * N * H);
     float *y[3][2], *h = new_array(N * H, sizeof *h);
-    int64_t index[] = {any(H)}, size = N;
+    int64_t index[] = {any(H)}, sizes[] = {N, N};
     for (int i = 0; i < 2; ++i) {
         const ocs_packed_weight changing = {w.packed, w.scale, given, w.O, w.C, w.S, w.group, w.bits};
         const ocs_recurrent_layer layer = {.hidden = changing, .kind = OCS_RNN_TANH};
         ocs_set_parallel_for(one_by_one);
         copies_to_change = given, count_to_change = i > 0 ? w.S : 0;
         for (int kind = 0; kind < 3; ++kind) {
-            y[kind][i] = new_array(N * H, sizeof(float));
+            y[kind][i] = new_array(2 * N * H, sizeof(float));
             ocs_copy(given, w.copies, w.S * (int64_t)sizeof *given);
+            ocs_status status;
             if (kind == 0) {
-                ocs_product(y[kind][i], x, NULL, &changing, layer.grid, N, OCS_ROWS_F32);
+                status = ocs_product(y[kind][i], x, NULL, &changing, layer.grid, N, OCS_ROWS_F32);
             } else if (kind == 1) {
-                ocs_product_rows_f32(y[kind][i], index, &changing, 1);
+                status = ocs_product_rows_f32(y[kind][i], index, &changing, 1);
             } else {
                 memset(h, 0, (size_t)(N * H) * sizeof *h);
-                size_to_change = i > 0 ? &size : NULL;
-                ocs_recurrent_f32(y[kind][i], h, NULL, x, &layer, &size, N, 1, N, any(2));
+                size_to_change = i > 0 ? &sizes[1] : NULL;
+                status = ocs_recurrent_f32(y[kind][i], h, NULL, x, &layer, sizes, 2 * N, 2, N, false);
             }
-            require_first((void **)&y[kind][0], y[kind][i], N * H, i, OCS_ROWS_F32, "what is read once");
+            require(status == OCS_OK, "what a call returns");
+            require_first((void **)&y[kind][0], y[kind][i], 2 * N * H, i, OCS_ROWS_F32, "what is read once");
         }
     }
     count_to_change = 0, size_to_change = NULL;

@@ -44,7 +44,9 @@ def run(code: str, space: dict) -> None:
     exec(compile(GIVEN.sub("", code), "<example>", "exec"), space)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quick-start.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/quick-start.md", "docs/report.md", "docs/training.md"]
+)
 def test_examples_of_convolutional_networks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = names(small_network, torch.randn(32, 3, 8, 8))

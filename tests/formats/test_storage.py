@@ -147,10 +147,10 @@ def test_the_file_is_readable_by_others(saved: tuple[nn.Module, Path]) -> None:
         "kind": "Linear",
         "bits": 5,
         "expand": True,
-        "settings": {"wbits": 5, "r": 0.1, "clip": "none", "granularity": "tensor", "split": "qa",
-                     "rounding": "nearest", "abits": None, "act_clip": "none", "act_r": 0.0, "act_split": "static",
-                     "act_select": "percentile", "act_signed": True, "act_scale": "static", "correct_bias": False,
-                     "expand": True, "select": "max"},
+        "settings": {"wbits": 5, "r": 0.1, "clip": "none", "granularity": "tensor", "group": 64,
+                     "split": "qa", "rounding": "nearest", "abits": None, "act_clip": "none", "act_r": 0.0,
+                     "act_split": "static", "act_select": "percentile", "act_signed": True, "act_scale": "static",
+                     "correct_bias": False, "expand": True, "select": "max"},
         "input": None,
         "weights": {"weight": [5, 18]},
     }  # fmt: skip
@@ -353,7 +353,7 @@ def nested(levels: int) -> list:
 HEAD = ("layers", "net.head")
 LAYER = {"kind": "Linear", "bits": 5, "expand": True, "settings": {}, "weights": {}}
 FORGED = {
-    "newer": (setting("format", to=6), "wrote it in format 6, newer than 5: upgrade torch-ocs"),
+    "newer": (setting("format", to=7), "wrote it in format 7, newer than 6: upgrade torch-ocs"),
     "format of another type": (setting("format", to="1"), "header is damaged"),
     "format zero": (setting("format", to=0), "header is damaged"),
     "format of no number": (setting("format", to=True), "header is damaged"),

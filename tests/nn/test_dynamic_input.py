@@ -241,7 +241,7 @@ def test_reports_and_repr_show_it() -> None:
     report = ocs.quantize(model, **DYNAMIC)
     (line,) = report.quantized
     assert (line.act_bits, line.act_dynamic, line.act_scale, line.act_threshold) == (8, True, None, None)
-    assert "8 bits, a scale per row" in str(report)
+    assert "8 bits, a scale per row" in report.to_text(all=True)
     assert "8 bits, a scale per row" in report.to_html()
     assert "input of 8 bits, a scale per row" in repr(model)
     assert json.loads(report.to_json())["settings"]["act_scale"] == "dynamic"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_the_layer_that_breaks_a_model_is_named(net: SmallNet) -> None:
     ocs.quantize(quantized, wbits=8, overrides={"body.3": {"wbits": 2}})
     comparison = ocs.compare(net, quantized, batches())
     assert comparison.worst().name == "body.3"
-    assert "most is lost at body.3" in str(comparison)
+    assert "most is lost at body.3" in comparison.summary()
 
 
 def test_a_model_against_itself(net: SmallNet) -> None:
@@ -97,8 +98,12 @@ def test_table_and_plot(net: SmallNet) -> None:
     ocs.quantize(quantized, wbits=4)
     comparison = ocs.compare(net, quantized, batches())
     lines = str(comparison).splitlines()
-    assert lines[0].split() == ["output", "of", "kind", "SQNR", "dB", "cosine"]
-    assert len(lines) == 1 + 4 + 1 + 1
+    assert " ".join(lines[: lines.index("")]) == comparison.summary()
+    rows = lines[lines.index("") + 1 :]
+    assert rows[0].split() == ["output", "of", "kind", "SQNR", "dB", "lost", "dB", "cosine"]
+    assert [row.split()[0] for row in rows[1:]] == ["body.0", "body.3", "body.5", "head", "the"]
+    lost = [f"{a.sqnr_db - b.sqnr_db:.1f}" for a, b in pairwise(comparison.layers)]
+    assert [row.split()[3] for row in rows[2:5]] == lost
     pytest.importorskip("matplotlib")
     (axes,) = comparison.plot().axes
     assert list(axes.lines[0].get_ydata()) == [each.sqnr_db for each in comparison.layers]

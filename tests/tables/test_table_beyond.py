@@ -12,6 +12,7 @@ import bits
 import calibrated
 import command
 import encoder
+import groups
 import networks
 import pytest
 import recipes
@@ -168,7 +169,7 @@ def test_several_ratios_are_several_cells(table: ModuleType) -> None:
     assert len({(cell.row, cell.column) for cell in found}) == len(found)
 
 
-@pytest.mark.parametrize("table", [splits, bits, calibrated, recipes, rounding])
+@pytest.mark.parametrize("table", [splits, bits, calibrated, recipes, rounding, groups])
 def test_help_shows_commands_that_work(table: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """The lines of the module's text are parsed."""
     with pytest.raises(SystemExit):
@@ -178,6 +179,25 @@ def test_help_shows_commands_that_work(table: ModuleType, capsys: pytest.Capture
     start = f"    python benchmarks/tables/{table.TABLE.name}.py "
     usage = [line.removeprefix(start).split() for line in text.splitlines() if line.startswith(start)]
     assert {parse(table.TABLE, arguments).dataset for arguments in usage} == {"fashion-mnist", "bible"}
+
+
+def test_groups_on_text(
+    text_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(groups, "GROUPS", (32,))
+    command.main(groups.TABLE, [*text_options, "--out", str(tmp_path / "out")])
+    rows = [f"3 bits, {method}, size of groups of 32" for method in groups.METHODS]
+    check_files(groups, tmp_path / "out", rows, ["per channel + OCS", "groups of 32 + OCS"], capsys.readouterr().out)
+
+
+def test_as_many_splits_as_fit_the_bytes_of_groups(text_options: list[str]) -> None:
+    """Two scales more for each of 50 outputs are 400 bytes, which hold 17 copies of 50 3-bit weights and a source."""
+    task = opened(groups.TABLE, text_options)
+    task.model = nn.Sequential(nn.Linear(96, 50))
+    for given, splits_that_fit in (({"granularity": "channel"}, 17), ({"granularity": "group", "group": 32}, 0)):
+        model, details = task.quantized({"wbits": 3, "within_group": 32, **given})
+        assert model[0].splits == splits_that_fit
+        assert details["r"] == pytest.approx(splits_that_fit / 96, abs=0.001)
 
 
 # --- What reaches the quantizer ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import table5
 import table6
 import torch
 from cells import FLOAT, Cell, Run, Store
-from layout import Block, aligned, as_csv, markdown, picture, records
+from layout import Block, aligned, as_csv, markdown, records
 from ranks import Ranks
 from results import fill
 from tasks import PERPLEXITY, TOP1, perplexity, wilson
@@ -235,15 +235,6 @@ def test_csv_and_records_hold_every_cell() -> None:
     json.dumps(list(records([block()])), allow_nan=False)
 
 
-def test_picture_has_a_panel_for_each_axis() -> None:
-    panels = picture(block(), "Table 0").axes
-    assert [panel.get_xlabel() for panel in panels] == ["bits", "expand ratio r"]
-    labels = [text.get_text() for text in panels[1].get_legend().get_texts()]
-    assert sorted(labels) == ["OCS, bits = 4", "OCS, bits = 5", "float"]
-    one = Block("net", "", TOP1, block().cells[:1], block().results)
-    assert picture(one, "") is None
-
-
 def test_results_page_takes_new_tables_and_keeps_the_rest(tmp_path: Path) -> None:
     (tmp_path / "table1.md").write_text("NEW\n")
     (tmp_path / "table1.png").write_bytes(b"png")
@@ -280,13 +271,14 @@ def ranks_run(number: int, arguments: list[str], folder: Path, ranks: int) -> su
     return subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
 
 
-IMAGES = [*FASHION, "--limit", "266", "--batch-size", "64", "--bits", "4", "--r", "0.05", "--clip", "none", "mse"]
+IMAGES = [*FASHION, "--limit", "138", "--batch-size", "32", "--calibration", "160"]
+IMAGES += ["--bits", "4", "--r", "0.05", "--clip", "none", "mse"]
 WORDS = ["--dataset", "bible", "--limit", "3000", "--batch-size", "3", "--bits", "5", "--r", "0.05", "--clip", "mse"]
 
 
 @pytest.mark.parametrize(("number", "arguments"), [(2, IMAGES), (6, WORDS)])
 def test_two_ranks_count_what_one_process_counts(number: int, arguments: list[str], tmp_path: Path) -> None:
-    """Batches of 64, 64, 64, 64 and 10 images, statistics of inputs from both ranks; 3, 3, 3 and 1 streams of text."""
+    """Batches of 32, 32, 32, 32 and 10 images, statistics of inputs from both ranks; 3, 3, 3 and 1 streams of text."""
     ranks_run(number, arguments, tmp_path / "one", 1)
     done = ranks_run(number, arguments, tmp_path / "two", 2)
     assert done.stdout.count(f"Table {number}.") == 1  # rank 0 alone prints
@@ -295,7 +287,7 @@ def test_two_ranks_count_what_one_process_counts(number: int, arguments: list[st
     for name, theirs in two.items():  # float64 sums of losses come in another order
         assert theirs == (one[name] if number == 2 else pytest.approx(one[name], rel=1e-12))
     if number == 2:
-        assert {count for count, _ in one.values()} == {266}
+        assert {count for count, _ in one.values()} == {138}
         again = ranks_run(number, arguments, tmp_path / "two", 2)
         assert "cells were on disk" in again.stderr
 

@@ -42,7 +42,8 @@ class PackedLayer(QuantizedLayer):
         others, packed._buffers, vars(packed)["forms"] = packed._buffers, {}, {}
         for name in layer.channels:
             ints, scale, source = layer.weight_state(name)
-            packed._hold(name, pack(ints, scale, source, layer.bits, layer.groups, layer.channels[name]))
+            form = (layer.bits, layer.groups, layer.channels[name], layer.scale_group)
+            packed._hold(name, pack(ints, scale, source, *form))
         packed._take_buffers(layer, others)
         return packed
 
@@ -77,7 +78,8 @@ class PackedLayer(QuantizedLayer):
     def hold(self, name: str, ints: Tensor, scale: Tensor, source: Tensor) -> None:
         """Pack what a weight consists of, and hold that."""
         vars(self).setdefault("forms", {})
-        self._hold(name, PackedWeight.of(ints, scale, source, self.bits, self.groups, self.channels[name]))
+        form = (self.bits, self.groups, self.channels[name], self.scale_group)
+        self._hold(name, PackedWeight.of(ints, scale, source, *form))
 
     def _hold(self, name: str, weight: PackedWeight) -> None:
         self.forms[name] = weight.form
@@ -175,7 +177,7 @@ class PackedLayer(QuantizedLayer):
         shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""
         size = sum(form.packed_bytes() for form in self.forms.values())
-        scales = "channel" if weight.scale.dim() else "tensor"
+        scales = ("tensor", "channel", f"channel and {self.scale_group} inputs")[weight.scale.dim()]
         return f"{shown}bits={self.bits}, splits={self.splits}, packed in {size:,} bytes, scale per {scales}{grid}"
 
 

@@ -1,7 +1,9 @@
 """A quantized weight in k bits for each integer: what a packed layer holds of it, and what it multiplies.
 
 Weights [O, C + n] are in the tiles that products read (csrc/tiles.c), those of convolutions the gapless codes of files
-(csrc/pack.c). Where that takes less, the two halves of each split channel are added up, in one bit more.
+(csrc/pack.c). Where that takes less, the two halves of each split channel are added up, in one bit more. Where a
+group of input channels has its own scale, products count groups over all columns: columns of zeros fill up the last one
+of the original channels, lest copies lie in it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from ocs.kernels.composite_product import packed_bytes
 from ocs.kernels.constants import MAX_BITS, TILE_OUTPUTS, qmax
 from ocs.nn.state import with_originals
+from ocs.weight.blocks import fold_weight
 
 
 class Form(NamedTuple):
@@ -25,6 +28,7 @@ class Form(NamedTuple):
     channels: int  # C, the original input channels of one group
     bits: int  # of each code
     added_up: bool = False  # whether codes are of sums over a channel and its copy
+    group: int = 0  # the input channels that share a scale, where scales are [B, O] (tiled), or [O, B]
 
     @property
     def tiled(self) -> bool:
@@ -34,7 +38,12 @@ class Form(NamedTuple):
     @property
     def held_channels(self) -> int:
         """The columns that a tiled weight has codes of."""
-        return self.channels if self.added_up else self.shape[1]
+        return self.channels if self.added_up else self.shape[1] + self.padding
+
+    @property
+    def padding(self) -> int:
+        """The columns of zeros between the original channels of a tiled weight and its copies."""
+        return -self.channels % self.group if self.group and self.tiled and self.shape[1] > self.channels else 0
 
     def packed_bytes(self) -> int:
         """Count the bytes of the codes."""
@@ -58,19 +67,26 @@ class PackedWeight(NamedTuple):
     """A weight in k bits for each integer."""
 
     codes: Tensor  # uint8 [form.packed_bytes()]
-    scale: Tensor  # float32 [] or [O]
-    copies: Tensor  # int32 [groups n]: the original channel of each copy, group by group
+    scale: Tensor  # float32 [], [O], or see Form.group
+    copies: Tensor  # int32 [groups n]: the original channel of each copy, group by group, those of zeros before them
     form: Form
 
     @staticmethod
-    def of(ints: Tensor, scale: Tensor, source: Tensor, bits: int, groups: int, channels: int) -> PackedWeight:
+    def of(
+        ints: Tensor, scale: Tensor, source: Tensor, bits: int, groups: int, channels: int, group: int = 0
+    ) -> PackedWeight:
         """Pack integers int8 [O, C + n, ...]; source [groups (C + n)] is the original channel of each column."""
         if ints.is_meta:
             raise ValueError("its weight holds no values yet: load them first (it is on the meta device)")
         copies = source.view(groups, -1)[:, channels:].flatten().int()
-        form = Form(tuple(ints.shape), groups, channels, bits)
+        form = Form(tuple(ints.shape), groups, channels, bits, group=group)
         if not form.tiled:
             return PackedWeight(torch.ops.ocs.pack(ints, bits), scale, copies, form)
+        if group:
+            own, copied = ints.tensor_split([channels], 1)
+            padded = torch.cat([own, own.new_zeros(len(ints), form.padding), copied], 1)
+            copies = torch.nn.functional.pad(copies, (form.padding, 0))
+            return PackedWeight(torch.ops.ocs.product_pack(padded, bits), scale.t().contiguous(), copies, form)
         smaller = form._replace(bits=bits + 1, added_up=True)
         if bits < MAX_BITS and smaller.packed_bytes() < form.packed_bytes() and _are_halves(ints, copies, channels):
             sums = ints[:, :channels].index_add(1, copies, ints[:, channels:])
@@ -81,7 +97,7 @@ class PackedWeight(NamedTuple):
     def state(codes: Tensor, scale: Tensor, copies: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
         """Unpack integers int8 [O, C + n, ...], and give scale and source of these."""
         weight = PackedWeight(codes, scale, copies, form)
-        return weight.integers(), scale, weight.source()
+        return weight.integers(), scale.t().contiguous() if form.group and form.tiled else scale, weight.source()
 
     def integers(self) -> Tensor:
         """Unpack the integers, int8 [O, C + n, ...]."""
@@ -89,16 +105,18 @@ class PackedWeight(NamedTuple):
         if not form.tiled:
             return torch.ops.ocs.unpack(self.codes, math.prod(form.shape), form.bits).view(form.shape)
         held = torch.ops.ocs.product_unpack(self.codes, form.shape[0], form.held_channels, form.bits)
+        if form.padding:
+            held = torch.cat([held[:, : form.channels], held[:, form.channels + form.padding :]], 1)
         return _halves(held, self.copies.long()) if form.added_up else held
 
     def source(self) -> Tensor:
         """Give the original channel of each column, int64 [groups (C + n)]."""
-        return with_originals(self.copies.long(), self.form.groups, self.form.channels)
+        return with_originals(self.copies[self.form.padding :].long(), self.form.groups, self.form.channels)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
         """Give the six arguments that stand for a tiled weight in torch.ops.ocs.product and its like."""
         copies = self.copies[:0] if self.form.added_up else self.copies
-        return self.codes, self.scale, copies, self.form.shape[0], 0, self.form.bits
+        return self.codes, self.scale, copies, self.form.shape[0], self.form.group, self.form.bits
 
     def multiply(self, x: Tensor, bias: Tensor | None, grid: RowGrid = FLOAT_ROWS) -> Tensor:
         """Compute x w^T + bias, x [..., C], in the dtype that torch's products have: x's, or that of autocast."""
@@ -120,7 +138,8 @@ class PackedWeight(NamedTuple):
         block = self.form.packed_bytes() // -(-self.form.shape[0] // TILE_OUTPUTS)
         codes = self.codes[begin // TILE_OUTPUTS * block : -(-end // TILE_OUTPUTS) * block]
         form = self.form._replace(shape=(end - begin, self.form.shape[1]))
-        return PackedWeight(codes, self.scale[begin:end] if self.scale.dim() else self.scale, self.copies, form)
+        scale = self.scale[..., begin:end].contiguous() if self.scale.dim() else self.scale
+        return PackedWeight(codes, scale, self.copies, form)
 
     def rows(self, index: Tensor) -> Tensor:
         """Dequantize the rows [..., C] that an index asks for, float32."""
@@ -131,7 +150,8 @@ class PackedWeight(NamedTuple):
         """Dequantize to float32 [O, C, ...], with the copies added back onto their source channel."""
         if self.form.tiled:
             return self.rows(torch.arange(self.form.shape[0], device=self.codes.device))
-        return torch.ops.ocs.fold(self.integers(), self.scale, self.source(), self.form.groups, self.form.channels)
+        form = self.form
+        return fold_weight(self.integers(), self.scale, self.source(), form.groups, form.channels, form.group)
 
     def problem(self, codes: str) -> str:
         """Say why this, from a stranger's state, is no such weight, or ""; codes: the name of those."""
