@@ -244,14 +244,12 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
 
 /* error [O]: an estimate of how far each output is off, without inputs. With rows d = w_hat - w and w it is
 
-       q(d) + gain q(w) (sum d w / sum w^2)^2,
-       q(v) = (1 - mean) / 2 (sum v^2 + sum_c (sum_k v)^2) + mean (sum_ck v)^2:
+       q(d) + gain q(w) (sum d w / sum w^2)^2,   q(v) = (sum v^2 + sum_c (sum_k v)^2 + (sum_ck v)^2) / 3:
 
-   v^T E[x x^T] v for inputs of which E[x^2] = 1, a share `mean` of it the squared mean, half of the rest common to the
-   K inputs of a filter. gain: how much more a change of the output's gain weighs, the number of layers that it
-   multiplies through. */
+   v^T E[x x^T] v for inputs of which E[x^2] = 1, a third of it the squared mean, a third common to the K inputs of a
+   filter. gain: how much more a change of the output's gain weighs, the number of layers that it multiplies through. */
 ocs_status ocs_output_error_f32(double *error, const float *w, const int8_t *ints, const int64_t *source,
-                                ocs_scale scale, const ocs_shape *shape, double gain, double mean);
+                                ocs_scale scale, const ocs_shape *shape, double gain);
 
 /* --- Any array to the grid and back (quantize.c) ---------------------------------------------- */
 

@@ -91,7 +91,7 @@ typedef struct {
     int8_t *ints_out;
     int32_t qmax;
     double *error; /* [O][2], or of output_error [O] */
-    double gain, mean;
+    double gain;
 } weight_job;
 
 /* Checks plan, shape and scale, then works row by row, where `folded` with room for a row's folded integers [N]. */
@@ -174,7 +174,7 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
     return status;
 }
 
-/* (1 - mean) / 2 (sum v^2 + sum of filters' (sum v)^2) + mean (sum v)^2, element by element. */
+/* (sum v^2 + sum of filters' (sum v)^2 + (sum v)^2) / 3, element by element. */
 typedef struct {
     double squares, of_filter, of_filters, all;
 } output_power;
@@ -190,13 +190,12 @@ static void end_filter(output_power *p) {
     p->of_filter = 0.0;
 }
 
-static double output_power_of(const output_power *p, double mean) {
-    return (1.0 - mean) / 2.0 * (p->squares + p->of_filters) + mean * p->all * p->all;
+static double output_power_of(const output_power *p) {
+    return (p->squares + p->of_filters + p->all * p->all) / 3.0;
 }
 
 /* The output error of a row w [N] whose folded integers are q [N]. */
-static double output_error_of(const float *w, const float *q, float scale, const weight_job *job) {
-    const ocs_shape *shape = job->rows.shape;
+static double output_error_of(const float *w, const float *q, float scale, const ocs_shape *shape, double of_gain) {
     output_power of_w = {0}, of_d = {0};
     double dot = 0.0;
     for (int64_t c = 0, i = 0; c < shape->C; ++c) {
@@ -211,7 +210,7 @@ static double output_error_of(const float *w, const float *q, float scale, const
         end_filter(&of_d);
     }
     const double gain = of_w.squares > 0.0 ? dot / of_w.squares : 0.0;
-    return output_power_of(&of_d, job->mean) + job->gain * output_power_of(&of_w, job->mean) * gain * gain;
+    return output_power_of(&of_d) + of_gain * output_power_of(&of_w) * gain * gain;
 }
 
 static void output_error_rows(ocs_range *range) {
@@ -219,14 +218,14 @@ static void output_error_rows(ocs_range *range) {
     for (int64_t o = range->begin; o < range->end; ++o) {
         const float *w = job->w + o * job->rows.columns.N;
         fold_one(range->scratch, job, o, 1.0f);
-        job->error[o] = output_error_of(w, range->scratch, ocs_scale_of(job->scale, o), job);
+        job->error[o] = output_error_of(w, range->scratch, ocs_scale_of(job->scale, o), job->rows.shape, job->gain);
     }
 }
 
 ocs_status ocs_output_error_f32(double *error, const float *w, const int8_t *ints, const int64_t *source,
-                                ocs_scale scale, const ocs_shape *shape, double gain, double mean) {
+                                ocs_scale scale, const ocs_shape *shape, double gain) {
     OCS_TRY(ocs_check_shape(shape));
-    weight_job job = {.scale = scale, .w = w, .ints_in = ints, .error = error, .gain = gain, .mean = mean};
+    weight_job job = {.scale = scale, .w = w, .ints_in = ints, .error = error, .gain = gain};
     memset(error, 0, (size_t)shape->O * sizeof *error);
     return for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, output_error_rows);
 }

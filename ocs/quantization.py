@@ -123,7 +123,7 @@ def quantize(
             the largest |x| that calibration saw, copies included, as the paper does with weights; or "error", where
             act_clip searches a threshold: the splits that lower the expected error of the layer's outputs most, by
             histograms of the channels and the weights that meet them (ocs.plan.input_splits; with act_clip="none" or a
-            fraction the same as "max"; an estimate). Outlier channels of
+            fraction the same as "max"; an estimate that can mislead, so look at the result). Outlier channels of
             transformers are the same for all inputs; QLLM (Liu et al., ICLR 2024) takes them apart, too: into equal
             parts, by learned thresholds, and merges other channels for them to keep the width. Here the largest part is
             halved, quantization-aware, and nothing is merged.

@@ -3,7 +3,7 @@
 Choices: one scale per tensor or per output channel, nearest or squant, no clipping, mse or auto; with --gptq likewise,
 where it sees other inputs of the same kind. Decibels of a network's outputs against the float network's, each scaled
 once to fit best, as a change of all outputs by one factor changes no decision. Besides the bundled networks it tries
-small ones of random weights on random inputs, of which no rule here was made.
+small ones of random weights on random inputs.
 
     python benchmarks/tables/choices.py [--bits 4 3 2] [--r 0 0.05] [--out build/tables] [NAME ...]
 """

@@ -197,10 +197,10 @@ static ocs_status output_error(ocs_call *call) {
     const ocs_shape shape = read_error_shape(call);
     const ocs_scale scale = read_scale(call, 2, shape.O);
     result_1d(call, OCS_FLOAT64, shape.O);
-    const double gain = call->arguments[5].number, mean = call->arguments[6].number;
-    return begin(call) ? ocs_output_error_f32(result(call), data(call, 0), data(call, 1), data(call, 3), scale, &shape,
-                                              gain, mean)
-                       : call->status;
+    const double gain = call->arguments[5].number;
+    return begin(call)
+               ? ocs_output_error_f32(result(call), data(call, 0), data(call, 1), data(call, 3), scale, &shape, gain)
+               : call->status;
 }
 
 /* --- Any array to the grid and back ----------------------------------------------------------- */
@@ -305,7 +305,7 @@ const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
     OPERATOR(weight_error, 1, "float64 [2]: sums of w^2 and of (w - w_hat)^2", FLOATS(w, 2), INT8S(ints, 2),
              FLOATS(scale, 0), INT64S(source, 1), INT(groups)),
     OPERATOR(output_error, 1, "float64 [O]", FLOATS(w, 2), INT8S(ints, 2), FLOATS(scale, 0), INT64S(source, 1),
-             INT(groups), FLOAT(gain), FLOAT(mean)),
+             INT(groups), FLOAT(gain)),
 
     OPERATOR(quantize, 1, "int8 or uint8", FLOATS(x, 0), ONE_FLOAT(scale), INT(bits), BOOL(signed)),
     OPERATOR(dequantize, 1, "float32", BYTE_ROWS(q, 0), FLOATS(scale, 0)),

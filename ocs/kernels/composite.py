@@ -374,21 +374,19 @@ def weight_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups:
 
 
 @kernel(lambda w, *_: w.new_empty(w.shape[0], dtype=torch.float64))
-def output_error(
-    w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int, gain: float, mean: float
-) -> Tensor:
+def output_error(w: Tensor, ints: Tensor, scale: Tensor, source: Tensor, groups: int, gain: float) -> Tensor:
     """Estimate how far each output is off, float64 [O] (csrc/ocs.h); the order of summation is the device's."""
     v = _floats("output_error", w).double().reshape(*w.shape[:2], math.prod(w.shape[2:]))
     d = fold(ints, scale, source, groups, w.shape[1]).double().reshape(v.shape) - v
     power = v.square().sum((1, 2))
     of_gain = (d * v).sum((1, 2)) / (power + (power == 0))
-    return _output_power(d, mean) + gain * _output_power(v, mean) * of_gain.square()
+    return _output_power(d) + gain * _output_power(v) * of_gain.square()
 
 
-def _output_power(v: Tensor, mean: float) -> Tensor:
+def _output_power(v: Tensor) -> Tensor:
     """Compute v H v^T for rows v [..., C, K], H the quadratic form of output_error."""
     of_filter = v.sum(2)
-    return (1 - mean) / 2 * (v.square().sum((1, 2)) + of_filter.square().sum(1)) + mean * of_filter.sum(1).square()
+    return (v.square().sum((1, 2)) + of_filter.square().sum(1) + of_filter.sum(1).square()) / 3
 
 
 @kernel(lambda x, scale, bits, signed: x.new_empty(x.shape, dtype=torch.int8 if signed else torch.uint8))

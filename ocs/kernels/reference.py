@@ -378,15 +378,13 @@ def weight_error(w: Floats, ints: Ints, scale: Floats, source: Int64s, groups: i
     return np.array([_sum_of_squares(w), _sum_of_squares(difference)])
 
 
-def output_error(
-    w: Floats, ints: Ints, scale: Floats, source: Int64s, groups: int, gain: float, mean: float
-) -> NDArray[np.float64]:
+def output_error(w: Floats, ints: Ints, scale: Floats, source: Int64s, groups: int, gain: float) -> NDArray[np.float64]:
     """Sum rows d = w_hat - w in the quadratic form H, and gain times what their gain errors are in it: float64 [O].
 
-    H = (1 - mean) / 2 (I + 1 1^T of each filter) + mean 1 1^T; see functional.output_error.
+    H = (I + 1 1^T of each filter + 1 1^T) / 3; see functional.output_error.
     """
     C, K = w.shape[1], math.prod(w.shape[2:])
-    H = (1 - mean) / 2 * (np.eye(C * K) + np.kron(np.eye(C), np.ones((K, K)))) + mean * np.ones((C * K, C * K))
+    H = (np.eye(C * K) + np.kron(np.eye(C), np.ones((K, K))) + np.ones((C * K, C * K))) / 3
     w_hat = fold(ints, scale, source, groups, C)
     error = np.zeros(w.shape[0])
     for o in range(w.shape[0]):

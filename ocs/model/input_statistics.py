@@ -26,7 +26,6 @@ from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import REPLACEMENTS, is_quantizable, replacement_of
 from ocs.nn.weights import input_weight
-from ocs.weight.types import MEAN
 
 _ANY_CONVOLUTION = (*CONVOLUTIONS, *(REPLACEMENTS[kind] for kind in CONVOLUTIONS))
 MEAN_SHARE = 0.05  # of an input's power: where its mean has more, errors that add up along channels count
@@ -38,7 +37,6 @@ class HasMean(NamedTuple):
     worth: bool
     reason: str
     known: bool = True
-    share: float = 0.0  # of its input's power, that the squared mean has
 
 
 def estimate_inputs(model: nn.Module) -> dict[str, InputEstimate | None]:
@@ -62,13 +60,12 @@ def inputs_have_mean(model: nn.Module) -> dict[str, HasMean]:
     for name, estimate in estimate_inputs(model).items():
         if estimate is None:
             convolution = isinstance(modules[name], CONVOLUTIONS)
-            share = MEAN if convolution else 0.0
-            found[name] = HasMean(convolution, "nothing is known of its input", known=False, share=share)
+            found[name] = HasMean(convolution, "nothing is known of its input", known=False)
             continue
         power = float(estimate.mean.square().sum())
         share = power / max(power + float(estimate.var.sum()), 1e-30)
         verb = "is guessed to have" if estimate.guessed else "has"
-        found[name] = HasMean(share > MEAN_SHARE, f"its mean {verb} {share:.0%} of its input's power", share=share)
+        found[name] = HasMean(share > MEAN_SHARE, f"its mean {verb} {share:.0%} of its input's power")
     return found
 
 

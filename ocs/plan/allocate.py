@@ -80,7 +80,7 @@ def _counts(
     bits = BITS[0] if options.budget is None else mean_bits(targets, options.budget)
 
     def probed(target: Target) -> tuple[nn.Module, float]:
-        return probe(by_name[target.name], bits, facts[target.name])
+        return probe(by_name[target.name], bits, facts[target.name].gain)
 
     return sensitivities(model, targets, sample, probed, options.progress)
 

@@ -32,8 +32,7 @@ class InputFacts:
     statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
     mean: InputMean | None = None  # of its input, where the bias is to be corrected
     second_moments: LayerMoments | None = None  # of what each weight meets, where these are rounded by them
-    gain: float = GAIN  # see output_error, where second moments are known
-    depth: float = GAIN  # layers of the model
+    gain: float = GAIN  # see output_error
     output_range: Range | None = None  # of its output, where that is added to another tensor
     normed_range: Range | None = None  # of what the BatchNorm makes of its output that directly follows it, likewise
 
@@ -59,15 +58,13 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
     seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None or equalized)
     plans = [_left_where_unreached(plan, seen) for plan in plans]
     means = _means(model, plans, seen)
-    depth = _depth(plans)
-    gain = _gain(model, depth)
+    gain = _gain(model, plans)
     facts = {
         plan.name: InputFacts(
             seen.get(plan.name),
             means.get(plan.name),
             seen.moments.get(plan.name),
             gain,
-            depth,
             *(seen.terms.get(Term(plan.name, normed)) for normed in (False, True)),
         )
         for plan in plans
@@ -112,16 +109,12 @@ def _means(model: nn.Module, plans: Plans, seen: Calibration) -> dict[str, Input
     return {name: mean for name, mean in means.items() if name in wanted}
 
 
-def _depth(plans: Plans) -> float:
-    """Count the layers that are quantized."""
-    return max(sum(getattr(plan.module, "num_layers", 1) for plan in plans if plan.quantized), 1)
-
-
-def _gain(model: nn.Module, depth: float) -> float:
-    """Count through how many layers an error of an output's gain passes on the mean, where second moments are known.
+def _gain(model: nn.Module, plans: Plans) -> float:
+    """Through how many layers an error of an output's gain passes on the mean, see output_error.
 
     That is, until a norm takes it away; a BatchNorm, which divides by what it has seen in training, does not.
     """
+    depth = sum(getattr(plan.module, "num_layers", 1) for plan in plans if plan.quantized)
     leaves = (type(module).__name__ for module in model.modules() if not module._modules)
     norms = sum(_TAKES_GAIN.search(name) is not None for name in leaves)
     return max(depth / (norms + 1), 1.0)

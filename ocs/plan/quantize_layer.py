@@ -24,12 +24,12 @@ from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
 from ocs.weight.apply_plan import quantize_plan
-from ocs.weight.error import alignment, remaining_error
+from ocs.weight.error import remaining_error
 from ocs.weight.hessian import Hessian
 from ocs.weight.plan import splits_for
 from ocs.weight.selection import choose_splits
 from ocs.weight.threshold import scale_for
-from ocs.weight.types import MEAN, Quantization, Scheme, SplitPlan
+from ocs.weight.types import Quantization, Scheme, SplitPlan
 
 
 class Measured(NamedTuple):
@@ -116,7 +116,6 @@ class LayerQuantizer:
         self.plan, self.facts = plan, facts
         self.weights = {weight.name: weight for weight in weights_of(plan.module)}
         self._floats: dict[str, Tensor] = {}
-        self._alignment: dict[str, float] = {}
 
     @cached_property
     def hessians(self) -> dict[str, Hessian]:
@@ -153,27 +152,12 @@ class LayerQuantizer:
             self._floats[name] = self.weights[name].tensor.float().contiguous()
         return self._floats[name]
 
-    def scheme(self, name: str, options: LayerOptions, *, judged: bool = False) -> Scheme:
-        """How a weight is quantized by these options; judged: its output error is asked for, whatever they are."""
+    def scheme(self, name: str, options: LayerOptions) -> Scheme:
+        """How a weight is quantized by these options."""
         hessian = self.hessians[name] if options.compensated else None
         rounding = "gptq" if options.compensated else options.rounding
-        gain = self.facts.gain
-        if hessian is None:
-            asked = judged or rounding != "nearest" or options.clip == "auto"
-            gain = self._gain(name) if asked else 0.0
-        mean = MEAN if self.plan.input_mean is None else self.plan.input_mean.share
         given = (options.wbits, options.clip, options.granularity, options.split, rounding)
-        return Scheme(*given, self.weights[name].groups, hessian, gain, options.group, mean)
-
-    def _gain(self, name: str) -> float:
-        """What changes of the outputs' gain weigh, where no inputs tell: as many times as there are layers.
-
-        But only as far as weights pass on signals better than errors: where they do not, errors grow as signals do, and
-        saturation that leaves the least error of each weight leaves the least of the outputs.
-        """
-        if name not in self._alignment:
-            self._alignment[name] = alignment(self.weight(name), self.weights[name].groups)
-        return self.facts.depth * max(self._alignment[name] - 1, 0.0)
+        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
 
     def quantize_weight(
         self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None
@@ -210,7 +194,7 @@ class LayerQuantizer:
         def quantize(other: LayerOptions) -> Quantization:
             return self.quantize_weight(result.name, other, splits).quantization
 
-        scheme = self.scheme(result.name, options, judged=True)
+        scheme = self.scheme(result.name, options)
         return explained_steps(self.weight(result.name), options, scheme, quantize, result.quantization)
 
     def _numbers_of_input(self, options: LayerOptions) -> int:
@@ -246,7 +230,7 @@ def packed_bytes(quantization: Quantization, bits: int, copies: int, others: int
     return math.ceil(quantized.ints.numel() * bits / 8) + 4 * (quantized.scale.numel() + copies + others)
 
 
-def probe(plan: LayerPlan, bits: int, facts: InputFacts) -> tuple[nn.Module, float]:
+def probe(plan: LayerPlan, bits: int, gain: float) -> tuple[nn.Module, float]:
     """Quantize a layer's weights without splits, to so many bits where they are still to be chosen; and their error."""
     options = replace(
         plan.options,
@@ -257,7 +241,7 @@ def probe(plan: LayerPlan, bits: int, facts: InputFacts) -> tuple[nn.Module, flo
         correct_bias=False,
         expand=False,
     )
-    plan, facts = replace(plan, options=options), InputFacts(gain=facts.gain, depth=facts.depth)
+    plan, facts = replace(plan, options=options), InputFacts(gain=gain)
     result, quantizer = quantize_layer(plan, facts), LayerQuantizer(plan, facts)
     return result.replacement, sum(quantizer.error(each, options) for each in result.weights)
 

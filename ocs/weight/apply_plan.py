@@ -74,8 +74,7 @@ def _least_of_all(
     errors = []
     for threshold in thresholds:
         quantized = _quantized(w, plan, scheme, array_like(np.asarray(threshold), w))
-        error = output_error(w, quantized, scheme.groups, scheme.gain, scheme.group, scheme.mean)
-        errors.append(_by_scale(error, scheme))
+        errors.append(_by_scale(output_error(w, quantized, scheme.groups, scheme.gain), scheme))
     chosen = np.stack(errors).argmin(0)
     return np.asarray(chosen), _quantized(w, plan, scheme, array_like(_picked(thresholds, chosen), w))
 

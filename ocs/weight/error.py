@@ -6,13 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocs.kernels.constants import TINY
 from ocs.kernels.ops import kernels
 from ocs.weight.arguments import check_array, check_groups
 from ocs.weight.arrays import array_like, as_tensor
 from ocs.weight.hessian import Hessian, in_blocks
 from ocs.weight.integers import fold
-from ocs.weight.types import GAIN, GROUP, MEAN, Array, Quantization, QuantizedWeight, Scheme
+from ocs.weight.types import GAIN, GROUP, Array, Quantization, QuantizedWeight, Scheme
 
 
 def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1, group: int = GROUP) -> tuple[float, float]:
@@ -30,23 +29,19 @@ def weight_error(w: Array, quantized: QuantizedWeight, groups: int = 1, group: i
 
 
 def output_error(
-    w: Array,
-    quantized: QuantizedWeight,
-    groups: int = 1,
-    gain: float = GAIN,
-    group: int = GROUP,
-    mean: float = MEAN,
+    w: Array, quantized: QuantizedWeight, groups: int = 1, gain: float = GAIN, group: int = GROUP
 ) -> Array:
     """Estimate how far each output of a layer is off with the quantized weight: float64 [O], without inputs.
 
     For rows d = w_hat - w and w of [C, K] it is q(d) + gain q(w) (sum d w / sum w^2)^2, where
 
-        q(v) = (1 - mean) / 2 (sum_ck v^2 + sum_c (sum_k v)^2) + mean (sum_ck v)^2
+        q(v) = (sum_ck v^2 + sum_c (sum_k v)^2 + (sum_ck v)^2) / 3
 
-    is v^T E[x x^T] v for inputs of E[x^2] = 1 whose squared mean is `mean` (1/pi after the ReLU of a normal), half of
-    the rest common to the K inputs that a filter sees of a channel: SQuant's three terms (section 3). The second part
-    is the output's change of gain. Saturation shrinks all outputs of all layers; where weights were trained, these
-    errors do not average out as others do but multiply, so that over L layers they weigh up to L times as much: `gain`.
+    is v^T E[x x^T] v for inputs of E[x^2] = 1 whose squared mean is 1/3 (1/pi after the ReLU of a normal), half of the
+    rest common to the K inputs that a filter sees of a channel: SQuant's three terms (section 3). The second part is
+    the output's change of gain. Saturation shrinks all outputs of all layers; these errors do not average out as others
+    do but multiply, so that over L layers they weigh L times as much. A norm of single inputs (LayerNorm, say) takes
+    them away: gain is how many layers there are, on average, to each such norm, all layers where there is none.
     """
     w = check_array("w", w, min_rank=2)
     check_groups(groups, w.shape[0])
@@ -54,9 +49,9 @@ def output_error(
         v, d = _with_error(w, quantized, groups, group)
         power = v.square().flatten(1).sum(1)
         of_gain = (d * v).flatten(1).sum(1) / (power + (power == 0))
-        error = output_power(d.float(), mean) + gain * output_power(v.float(), mean) * of_gain.square()
+        error = output_power(d.float()) + gain * output_power(v.float()) * of_gain.square()
         return error if isinstance(w, Tensor) else error.numpy()
-    return kernels(w).output_error(w, quantized.ints, quantized.scale, quantized.source, groups, gain, mean)
+    return kernels(w).output_error(w, quantized.ints, quantized.scale, quantized.source, groups, gain)
 
 
 def _with_error(w: Array, quantized: QuantizedWeight, groups: int, group: int) -> tuple[Tensor, Tensor]:
@@ -65,36 +60,12 @@ def _with_error(w: Array, quantized: QuantizedWeight, groups: int, group: int) -
     return v, as_tensor(fold(quantized, w.shape[1], groups, group)) - v
 
 
-def output_power(w: Array, mean: float = MEAN) -> Array:
+def output_power(w: Array) -> Array:
     """Compute q(w) of output_error, float64 [O]: what the outputs are off where every integer is 0."""
     w = check_array("w", w, min_rank=2)
     zeros = w.new_zeros(w.shape, dtype=torch.int8) if isinstance(w, Tensor) else np.zeros(w.shape, np.int8)
     one, source = (array_like(values, w) for values in (np.ones((), np.float32), np.arange(w.shape[1])))
-    return kernels(w).output_error(w, zeros, one, source, 1, 0.0, mean)
-
-
-SAMPLE = 1024  # rows that tell of the others
-
-
-def alignment(w: Tensor, groups: int = 1) -> float:
-    """Measure by how much more a trained weight passes on of its signal than of errors: 1 for independent numbers.
-
-    Training makes consecutive layers agree: what a layer gives lies where the next one looks. For rows w_o of N columns
-    it is the mean over groups of what (w_o w_p)^2, summed over all pairs of rows, is to what random weights of this
-    power have, |w|^4 (1 / O + 1 / N); where rows are more than SAMPLE, some of them tell. Groups of one row tell
-    nothing: 2.
-    """
-    count = len(w) // groups
-    rows = w.reshape(groups, count, -1)
-    if count < 2 or not rows.shape[2]:
-        return 2.0
-    rows = rows[:, :: -(-count // SAMPLE)].float()
-    rows = rows / rows.abs().max().clamp(min=TINY)
-    among, n, N = rows @ rows.mT, rows.shape[1], rows.shape[2]
-    own = among.diagonal(dim1=1, dim2=2).square().mean(1)
-    others = (among.square().sum((1, 2)) - n * own) / (n * (n - 1))
-    power = rows.square().sum(2).mean(1).square().clamp(min=TINY)
-    return float(((own / count + (1 - 1 / count) * others) / power / (1 / count + 1 / N)).mean())
+    return kernels(w).output_error(w, zeros, one, source, 1, 0.0)
 
 
 STRIP = 512  # columns that are multiplied with all later ones at once
@@ -162,8 +133,7 @@ def measured_outputs(w: Array, scheme: Scheme) -> MeasuredOutputs:
 def signal_and_noise(w: Array, quantized: QuantizedWeight, scheme: Scheme) -> tuple[float, float]:
     """Measure the power of a layer's outputs and what they are off by; estimate both where scheme has no Hessian."""
     if scheme.hessian is None:
-        power = output_power(w, scheme.mean)
-        error = output_error(w, quantized, scheme.groups, scheme.gain, scheme.group, scheme.mean)
+        power, error = output_power(w), output_error(w, quantized, scheme.groups, scheme.gain, scheme.group)
     else:
         measured = measured_outputs(w, scheme)
         w_hat = fold(quantized, w.shape[1], scheme.groups, scheme.group)

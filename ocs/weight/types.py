@@ -17,7 +17,6 @@ Choice = Callable[[Array, int], Iterable[int]]  # w float32 [O, C, ...] of one g
 Select = Literal["max", "error"] | Choice
 GROUP = 64  # input channels that share a scale where granularity="group" says no more
 GAIN = 10.0  # what changes of gain weigh in output_error where the model is not known
-MEAN = 1 / 3  # the share of an input's power that is its squared mean, where nothing is known of it
 
 
 class SplitPlan(NamedTuple):
@@ -52,7 +51,6 @@ class Scheme(NamedTuple):
     hessian: Hessian | None = None  # of what it meets, for rounding="gptq"
     gain: float = GAIN  # see output_error
     group: int = GROUP  # with granularity="group": input channels that share a scale
-    mean: float = MEAN  # see output_error
 
 
 class Quantization(NamedTuple):
