@@ -26,7 +26,9 @@ try:
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
-    raise ImportError(f"ocs.hf needs transformers: pip install torch-ocs[hf] ({error})") from error
+    raise ImportError(
+        f"ocs.hf needs transformers, whole: pip install torch-ocs[hf], or see what stops 'import torchvision' ({error})"
+    ) from error
 
 from ocs.errors import error_context
 from ocs.formats.contents import full_name
