@@ -122,7 +122,7 @@ def _let_save(model: PreTrainedModel) -> None:
 
 def _filled() -> nn.Parameter:
     """Make what stands for a weight while transformers fills and initializes all others: it takes this for done."""
-    parameter = nn.Parameter(torch.empty(0, device="cpu"), requires_grad=False)
+    parameter = nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu"), requires_grad=False)
     parameter._is_hf_initialized = True
     return parameter
 
