@@ -55,8 +55,12 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/tables/calibrated.py --limit 2000
 	$(BIN)/python benchmarks/tables/calibrated.py $(VIT) --limit 2000 --bits 4 3 2
 	$(BIN)/python benchmarks/tables/calibrated.py $(TEXT) --calibration 4000
+	$(BIN)/python benchmarks/tables/learned.py
+	$(BIN)/python benchmarks/tables/learned.py $(VIT)
+	$(BIN)/python benchmarks/tables/learned.py $(TEXT) --calibration 4000
 	$(BIN)/python benchmarks/tables/groups.py $(VIT) --limit 2000
 	$(BIN)/python benchmarks/tables/groups.py --dataset bible --limit 20000 --calibration 4000 --out build/tables/lstm
+	$(BIN)/python benchmarks/tables/groups.py $(DECODER) --bits 3 2
 	$(BIN)/python benchmarks/tables/figure1.py $(IMAGES)
 	$(BIN)/python benchmarks/tables/results.py
 
@@ -91,7 +95,7 @@ arm:
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
