@@ -1,7 +1,7 @@
 # make demo     set up, then from a float ResNet-20 to integers that run, on real images
 # make tables   the paper's tables and those beyond it, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
-# make sanitize the C kernels of packed weights under GCC's sanitizers, over random shapes and bytes: half a minute
+# make sanitize every entry of the C API under GCC's sanitizers, over hostile arguments: three minutes, mostly compiling
 # make arm      the same for 64-bit ARM, in an emulator
 # make docs     the site, into build/site: its pages, options, C API, with every link checked
 # make bench    kernels, calibration and whole networks against their rivals
@@ -78,11 +78,17 @@ format: $(VENV)/.test
 	$(BIN)/ruff format --quiet .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# The kernels alone, without Python and torch.
+# The kernels alone, without Python and torch: products over random shapes, every entry over hostile arguments.
+HOSTILE := -std=c11 -g -O1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -pthread -Icsrc tests/c/entries.c $(KERNELS)
+
 sanitize:
 	@mkdir -p build
 	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover $(KERNEL_TEST) -o build/sanitize -lm
 	build/sanitize 5000
+	$(CC) -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover $(HOSTILE) -o build/entries -lm
+	build/entries 3000
+	$(CC) -fsanitize=thread $(HOSTILE) -o build/entries-threads -lm
+	build/entries-threads 100 4
 
 ARM := aarch64-linux-gnu
 

@@ -243,6 +243,7 @@ ocs_status ocs_release_threshold_f32(float *threshold, const float *x, const int
                                      int bits, bool is_signed, ocs_clip method) {
     OCS_TRY(ocs_check_bits(bits));
     OCS_TRY(ocs_clip_takes_values(method) ? OCS_OK : OCS_BAD_METHOD);
+    OCS_TRY(ocs_check_sizes(R, N, 1));
     for (int64_t i = 0; counts != NULL && i < R * N; ++i) {
         OCS_TRY(counts[i] >= 0 ? OCS_OK : OCS_BAD_BINS);
     }

@@ -3,14 +3,35 @@
 
 #include <stdlib.h>
 
+ocs_status ocs_check_sizes(int64_t a, int64_t b, int64_t c) {
+    const int64_t most = OCS_MAX_ELEMENTS;
+    if (a < 0 || b < 0 || c < 0) {
+        return OCS_BAD_SHAPE;
+    }
+    if (a > most || b > most || c > most) {
+        return OCS_TOO_LARGE;
+    }
+    const bool fits = b == 0 || c == 0 || (a <= most / b && a * b <= most / c);
+    return fits ? OCS_OK : OCS_TOO_LARGE;
+}
+
 ocs_status ocs_check_shape(const ocs_shape *shape) {
     const bool sizes = shape->O >= 0 && shape->C >= 0 && shape->K >= 0 && shape->S >= 0;
     const bool groups = shape->G == 1 || (shape->G > 1 && shape->G <= shape->O && shape->O % shape->G == 0);
-    return sizes && groups && (shape->C > 0 || shape->S == 0) ? OCS_OK : OCS_BAD_SHAPE;
+    if (!sizes || !groups || (shape->C == 0 && shape->S > 0)) {
+        return OCS_BAD_SHAPE;
+    }
+    OCS_TRY(ocs_check_sizes(shape->C, shape->S, 0)); /* their sum does not wrap around */
+    OCS_TRY(ocs_check_sizes(shape->G, shape->C + shape->S, 1));
+    return ocs_check_sizes(shape->O, shape->C + shape->S, shape->K);
 }
 
 ocs_status ocs_check_scale(ocs_scale scale, int64_t O) {
     const int64_t count = scale.stride == 0 ? 1 : O;
+    if (scale.stride != 0 && scale.stride != 1) {
+        return OCS_BAD_SHAPE;
+    }
+    OCS_TRY(ocs_check_sizes(count, 1, 1));
     uint32_t invalid = 0; /* its first bit: positive finite floats are the integers 1 .. 0x7f7fffff */
     for (int64_t i = 0; i < count; ++i) {
         uint32_t bits;
@@ -77,8 +98,8 @@ static ocs_status fill_columns(const ocs_rows *rows, const ocs_plan *plan, int64
 }
 
 ocs_status ocs_rows_begin(ocs_rows *rows, const ocs_plan *plan, const ocs_shape *shape) {
-    const int64_t E = shape->C + shape->S;
     OCS_TRY(ocs_check_shape(shape));
+    const int64_t E = shape->C + shape->S;
     if (shape->K > 0 && E > INT32_MAX / shape->K) {
         return OCS_TOO_LARGE;
     }

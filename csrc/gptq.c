@@ -12,6 +12,7 @@
 
 #include <stdlib.h>
 
+#define MOST_SPLITS (1 << 24) /* of a channel whose parts' sum is to fit 32 bits */
 enum { R = OCS_SIDE_BY_SIDE, PANEL = 4 /* columns whose sums over all before them are made at once */ };
 
 void ocs_weighted_sums_ref(float *restrict sum, const float *error, const float *factor, int64_t columns, int64_t J,
@@ -203,11 +204,13 @@ ocs_status ocs_gptq_weight_f32(int8_t *ints, double *error, const float *w, cons
     job.qmax = ocs_qmax(bits);
     OCS_TRY(ocs_rows_begin(&job.rows, plan, shape));
     const int64_t N = job.rows.columns.N;
-    memset(error, 0, (size_t)shape->O * sizeof *error);
+    ocs_clear(error, shape->O * (int64_t)sizeof *error);
     ocs_status status = ocs_check_scale(scale, shape->O);
     if (status == OCS_OK && N > 0 && shape->O > 0) {
         job.B = L > 0 ? (N - 1) / L + 1 : 0;
-        status = L > 0 ? gptq_all(&job) : OCS_BAD_SHAPE;
+        status = L > 0 ? ocs_check_sizes(shape->G * job.B, L, L) : OCS_BAD_SHAPE;
+        status = status == OCS_OK && shape->S >= MOST_SPLITS ? OCS_TOO_LARGE : status;
+        status = status == OCS_OK ? gptq_all(&job) : status;
     }
     ocs_rows_end(&job.rows);
     return status;

@@ -91,7 +91,7 @@ static void channel_max_range(ocs_range *range) {
 ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_shape *shape) {
     OCS_TRY(ocs_check_shape(shape));
     if (shape->O == 0 || shape->K == 0) {
-        memset(channel_max, 0, (size_t)(shape->G * shape->C) * sizeof *channel_max);
+        ocs_clear(channel_max, shape->G * shape->C * (int64_t)sizeof *channel_max);
         return OCS_OK;
     }
     channel_max_job job = {ocs_kernel_table(), channel_max, w, shape};
@@ -103,6 +103,7 @@ ocs_status ocs_channel_max_f32(float *channel_max, const float *w, const ocs_sha
 
 ocs_status ocs_check_histogram(int64_t bins, int64_t most, const float *limit, int64_t R) {
     bool valid = bins >= 1 && bins <= most;
+    OCS_TRY(valid ? ocs_check_sizes(R, bins, 1) : OCS_BAD_BINS);
     for (int64_t row = 0; row < R && valid; ++row) {
         valid = isfinite(limit[row]) && limit[row] >= 0.0f;
     }
@@ -142,6 +143,7 @@ static void histogram_range(ocs_range *range) {
 
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
     OCS_TRY(ocs_check_histogram(bins, OCS_MAX_BINS, &limit, 1));
+    OCS_TRY(ocs_check_sizes(N, 1, 1));
     memset(counts, 0, (size_t)bins * sizeof *counts);
     if (limit == 0.0f) {
         counts[0] = N;
@@ -185,7 +187,8 @@ ocs_status ocs_octave_histogram_f32(int64_t *counts, const float *x, int64_t N, 
     if (K >= INT64_C(1) << 31 || C >= INT64_C(1) << 31) {
         return OCS_TOO_LARGE;
     }
-    memset(counts, 0, (size_t)(C * OCS_OCTAVE_BINS) * sizeof *counts);
+    OCS_TRY(ocs_check_sizes(N, C, K));
+    ocs_clear(counts, C * OCS_OCTAVE_BINS * (int64_t)sizeof *counts);
     if (N == 0 || C == 0 || K == 0) {
         return OCS_OK;
     }

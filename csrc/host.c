@@ -60,7 +60,8 @@ const char *ocs_status_text(ocs_status status) {
     case OCS_BAD_ORDER: return "order must have each column once";
     case OCS_NOT_FINITE: return "the values hold NaN or Inf";
     case OCS_TOO_LARGE:
-        return "an output channel has 2^31 weights or more, or a channel is split more than 22 deep, into over 2^22 "
+        return "an array has more than 2^48 elements, an output channel 2^31 weights or more, or a channel is split "
+               "more than 22 deep, into over 2^22 "
                "parts";
     case OCS_BAD_CODE: return "an integer is outside -qmax .. qmax, or bits beyond the last one are not 0";
     case OCS_BAD_METHOD: return "there is no such clip method";

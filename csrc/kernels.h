@@ -99,6 +99,13 @@ static inline void ocs_copy(void *restrict to, const void *restrict from, int64_
     }
 }
 
+/* Zeros, also no bytes at NULL. */
+static inline void ocs_clear(void *x, int64_t bytes) {
+    if (bytes > 0) {
+        memset(x, 0, (size_t)bytes);
+    }
+}
+
 /* --- Status ----------------------------------------------------------------------------------- */
 
 /* Returns from the function if the status that an expression has is a bad one. */
@@ -142,16 +149,21 @@ static inline int64_t ocs_grain(int64_t size) {
 /* Adds a thread's counts in parts [parts][size] to those [size] that all share; no order changes a sum of integers. */
 void ocs_add_counts(int64_t *counts, const uint32_t *parts_of_counts, int64_t size, int parts);
 
-/* OCS_BAD_BINS unless there are 1 .. most bins, and every limit [R] is finite and not negative. */
+/* OCS_BAD_BINS unless there are 1 .. most bins, and every limit [R] is finite and not negative; what ocs_check_sizes
+   says of [R, bins]. */
 ocs_status ocs_check_histogram(int64_t bins, int64_t most, const float *limit, int64_t R);
 
 /* --- Weights (columns.c) ---------------------------------------------------------------------- */
 
-/* OCS_BAD_SCALE unless every scale, one or O, is positive and finite. */
+/* OCS_BAD_SCALE unless every scale, one or O, is positive and finite; OCS_BAD_SHAPE for another stride. */
 ocs_status ocs_check_scale(ocs_scale scale, int64_t O);
 
-/* OCS_BAD_SHAPE unless sizes and groups are those of a weight. */
+/* OCS_BAD_SHAPE unless sizes and groups are those of a weight; OCS_TOO_LARGE as ocs_check_sizes. */
 ocs_status ocs_check_shape(const ocs_shape *shape);
+
+/* OCS_BAD_SHAPE where a size is negative, OCS_TOO_LARGE where one, or a b c, is above OCS_MAX_ELEMENTS: what is
+   allocated and indexed by sizes that passed cannot wrap around. For an array of fewer axes the others are 1. */
+ocs_status ocs_check_sizes(int64_t a, int64_t b, int64_t c);
 
 /* The scale of output channel o. */
 static inline float ocs_scale_of(ocs_scale scale, int64_t o) {

@@ -37,6 +37,14 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* GCC and Clang say what they compile for. */
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "ocs needs a little-endian processor: packed weights and saved files have their low bytes first"
+#endif
+#if UINTPTR_MAX < UINT64_MAX
+#error "ocs needs a 64-bit processor: sizes of arrays are 64-bit numbers"
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -47,7 +55,8 @@ extern "C" {
 #define OCS_MAX_PARTS (1 << 22)       /* of a channel, for the same reason */
 #define OCS_MAX_BINS (1 << 24)        /* of a histogram: float32 tells no more of them apart */
 #define OCS_MAX_SEARCH_BINS (1 << 16) /* of one that is searched: beyond, sums of squared positions cancel too much */
-#define OCS_OCTAVES 16                /* of a logarithmic histogram */
+#define OCS_MAX_ELEMENTS (INT64_C(1) << 48) /* of any array, and of any size: bytes then fit 64 bits */
+#define OCS_OCTAVES 16                      /* of a logarithmic histogram */
 #define OCS_OCTAVE_BINS (8 * OCS_OCTAVES)
 
 typedef enum {
@@ -61,7 +70,8 @@ typedef enum {
     OCS_BAD_PLAN,   /* source, parts or offset that no split plan of this shape has */
     OCS_NOT_FINITE, /* NaN or Inf where a maximum is expected */
     OCS_BAD_ORDER,  /* an order of columns that leaves one out */
-    OCS_TOO_LARGE,  /* an output channel of 2^31 or more weights, or a channel split into more than OCS_MAX_PARTS */
+    OCS_TOO_LARGE,  /* more than OCS_MAX_ELEMENTS, an output channel of 2^31 or more weights, or a channel split into
+                       more than OCS_MAX_PARTS */
     OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
     OCS_BAD_METHOD, /* a clip method that there is not */
     OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
@@ -192,7 +202,7 @@ ocs_status ocs_release_threshold_f32(float *threshold, const float *x, const int
 
 /* --- Weights to integers and back (quantize.c) ------------------------------------------------ */
 
-/* 2^(bits - 1) - 1: 1 at 2 bits, 127 at 8. */
+/* 2^(bits - 1) - 1: 1 at 2 bits, 127 at 8; 0 for bits outside 1 .. 31. */
 int32_t ocs_qmax(int bits);
 
 /* OCS_BAD_BITS where there is no such grid. */
@@ -238,7 +248,8 @@ ocs_status ocs_gptq_weight_f32(int8_t *ints, double *error, const float *w, cons
 ocs_status ocs_fold_f32(float *w_hat, const int8_t *ints, const int64_t *source, ocs_scale scale,
                         const ocs_shape *shape);
 
-/* error[0] = sum of w^2, error[1] = sum of (w - w_hat)^2 with ocs_fold_f32's w_hat; in double, in a fixed order. */
+/* error[0] = sum of w^2, error[1] = sum of (w - w_hat)^2 with ocs_fold_f32's w_hat; in double, in a fixed order; every
+   NaN is NAN. */
 ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *ints, const int64_t *source,
                                 ocs_scale scale, const ocs_shape *shape);
 
@@ -266,7 +277,7 @@ ocs_status ocs_fake_quantize_f32(float *x_hat, const float *x, int64_t N, float 
 
 /* --- k-bit integers in k bits (pack.c) -------------------------------------------------------- */
 
-/* ceil(N bits / 8). */
+/* ceil(N bits / 8); -1 for a negative N, or bits that ocs_check_bits refuses. */
 int64_t ocs_packed_bytes(int64_t N, int bits);
 
 /* packed [ocs_packed_bytes(N, bits)] of q [N], in [-qmax, qmax]: the codes q + qmax without gaps, low bits first.
@@ -299,7 +310,7 @@ typedef struct {
 typedef enum { OCS_ROWS_F32, OCS_ROWS_BF16 } ocs_row_dtype; /* of inputs and outputs; all else is float32 */
 
 /* Of a weight [O, E]: 64 ceil(O / 16) times the sum of ceil(ceil(E / 4) w / 8) over the powers of two w that add up to
-   bits, so bits / 8 for each element but for what is padded. */
+   bits, so bits / 8 for each element but for what is padded; -1 for sizes or bits that no weight has. */
 int64_t ocs_product_bytes(int64_t O, int64_t E, int bits);
 
 /* packed [ocs_product_bytes(O, E, bits)] of q [O, E], in [-qmax, qmax]; OCS_BAD_CODE: q is outside. */

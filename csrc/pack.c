@@ -79,17 +79,20 @@ static ocs_status run_pack(pack_job *job) {
 }
 
 int64_t ocs_packed_bytes(int64_t N, int bits) {
-    return N / 8 * bits + (N % 8 * bits + 7) / 8;
+    const bool any = N >= 0 && ocs_check_bits(bits) == OCS_OK;
+    return any ? N / 8 * bits + (N % 8 * bits + 7) / 8 : -1;
 }
 
 ocs_status ocs_pack_i8(uint8_t *packed, const int8_t *q, int64_t N, int bits) {
     OCS_TRY(ocs_check_bits(bits));
+    OCS_TRY(ocs_check_sizes(N, 1, 1));
     pack_job job = {.packed_out = packed, .q_in = q, .N = N, .bits = bits};
     return run_pack(&job);
 }
 
 ocs_status ocs_unpack_i8(int8_t *q, const uint8_t *packed, int64_t N, int bits) {
     OCS_TRY(ocs_check_bits(bits));
+    OCS_TRY(ocs_check_sizes(N, 1, 1));
     const int64_t used = N % 8 * bits % 8; /* bits of the last byte, 0 for all */
     if (used > 0 && packed[ocs_packed_bytes(N, bits) - 1] >> used != 0) {
         return OCS_BAD_CODE;

@@ -417,6 +417,8 @@ ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_pack
     enum { ROWS_AT_ONCE = 256 }; /* that are prepared: the scratch memory stays in the cache */
     OCS_TRY(check_grid(grid));
     OCS_TRY(ocs_check_packed(weight));
+    OCS_TRY(ocs_check_sizes(R, weight->C, 1));
+    OCS_TRY(ocs_check_sizes(R, weight->O, 1));
     R = weight->O > 0 ? R : 0; /* without outputs there can be any number of rows */
     const int64_t at_once = R < ROWS_AT_ONCE ? R : ROWS_AT_ONCE;
     int32_t *copies = malloc((size_t)weight->S * sizeof *copies + ocs_product_scratch(weight, at_once));

@@ -72,7 +72,7 @@ void ocs_fake_quantize_ref(float *restrict x_hat, const float *x, int64_t N, flo
 /* --- The grid --------------------------------------------------------------------------------- */
 
 int32_t ocs_qmax(int bits) {
-    return (INT32_C(1) << (bits - 1)) - 1;
+    return bits >= 1 && bits <= 31 ? (INT32_C(1) << (bits - 1)) - 1 : 0;
 }
 
 ocs_status ocs_check_bits(int64_t bits) {
@@ -166,9 +166,11 @@ ocs_status ocs_weight_error_f32(double error[2], const float *w, const int8_t *i
         return OCS_NO_MEMORY;
     }
     ocs_status status = for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, squared_error_rows);
-    for (int64_t o = 0; o < rows; ++o) {
-        error[0] += job.error[2 * o];
-        error[1] += job.error[2 * o + 1];
+    for (int64_t i = 0; i < 2 * rows; ++i) {
+        error[i % 2] += job.error[i];
+    }
+    for (int i = 0; i < 2; ++i) { /* which NaN it is depends on the instruction set */
+        error[i] = isnan(error[i]) ? (double)NAN : error[i];
     }
     free(job.error);
     return status;
@@ -226,7 +228,7 @@ ocs_status ocs_output_error_f32(double *error, const float *w, const int8_t *int
                                 ocs_scale scale, const ocs_shape *shape, double gain) {
     OCS_TRY(ocs_check_shape(shape));
     weight_job job = {.scale = scale, .w = w, .ints_in = ints, .error = error, .gain = gain};
-    memset(error, 0, (size_t)shape->O * sizeof *error);
+    ocs_clear(error, shape->O * (int64_t)sizeof *error);
     return for_rows(&job, &(ocs_plan){source, NULL, NULL}, shape, true, output_error_rows);
 }
 
@@ -247,6 +249,7 @@ typedef struct {
 static ocs_status for_elements(array_job *job, int bits, ocs_work_fn work) {
     OCS_TRY(ocs_check_bits(bits));
     OCS_TRY(ocs_check_scale(job->scale, 1));
+    OCS_TRY(ocs_check_sizes(job->N, 1, 1));
     job->kernels = ocs_kernel_table();
     job->qmax = (float)(job->is_signed ? ocs_qmax(bits) : (INT32_C(1) << bits) - 1);
     job->qmin = job->is_signed ? -job->qmax : 0.0f;
@@ -287,6 +290,8 @@ ocs_status ocs_dequantize_f32(float *x, const void *q, ocs_scale scale, int64_t 
                               bool is_signed) {
     array_job job = {.x_out = x, .q_in = q, .N = N, .q_stride = q_stride, .scale = scale, .is_signed = is_signed};
     job.kernels = ocs_kernel_table();
+    OCS_TRY(ocs_check_sizes(O, N, 1));
+    OCS_TRY(N > 0 ? ocs_check_sizes(O, q_stride, 1) : OCS_OK);
     OCS_TRY(ocs_check_scale(scale, O));
     return ocs_parallel_for(N > 0 ? O : 0, ocs_grain(N), 0, dequantize_rows, &job);
 }

@@ -130,6 +130,14 @@ static ocs_status check_layer(const ocs_recurrent_layer *layer) {
     return hidden->O != gates * H || (projection != NULL && !projects) ? OCS_BAD_SHAPE : OCS_OK;
 }
 
+/* Whether states and scratch memory of N sequences can exist; a tile pads a weight's channels. */
+static ocs_status check_batch(const ocs_packed_weight *w, int64_t R, int64_t T, int64_t N) {
+    OCS_TRY(ocs_check_sizes(T, 1, 1));
+    OCS_TRY(ocs_check_sizes(R, w->O, 1));
+    OCS_TRY(ocs_check_sizes(N, w->O, 1));
+    return ocs_check_sizes(N, w->C + w->S + OCS_TILE_CHANNELS, 1);
+}
+
 /* Copies the sizes, which another thread could change, and checks these: they fall, and all are there at first. */
 static ocs_status own_sizes(int64_t *sizes, const int64_t *batch_sizes, int64_t T, int64_t N, int64_t R) {
     ocs_copy(sizes, batch_sizes, T * (int64_t)sizeof *sizes);
@@ -145,6 +153,10 @@ static ocs_status own_sizes(int64_t *sizes, const int64_t *batch_sizes, int64_t 
 ocs_status ocs_recurrent_f32(float *y, float *h, float *c, const float *from_x, const ocs_recurrent_layer *layer,
                              const int64_t *batch_sizes, int64_t R, int64_t T, int64_t N, bool reverse) {
     OCS_TRY(check_layer(layer));
+    OCS_TRY(check_batch(&layer->hidden, R, T, N));
+    if (layer->projection != NULL) {
+        OCS_TRY(check_batch(layer->projection, R, T, N));
+    }
     ocs_recurrent_layer own = *layer;
     ocs_packed_weight projection = {0};
     size_t scratch = ocs_product_scratch(&own.hidden, N);

@@ -124,6 +124,8 @@ ocs_status ocs_split_plan(int64_t *source, int32_t *parts, int32_t *offset, floa
     if (C == 0) {
         return OCS_OK;
     }
+    OCS_TRY(ocs_check_sizes(C, S, 0)); /* their sum does not wrap around */
+    OCS_TRY(ocs_check_sizes(G, C + S, 1));
     int64_t *scratch = malloc((size_t)(C + S) * sizeof *scratch);
     ocs_status status = scratch == NULL ? OCS_NO_MEMORY : OCS_OK;
     for (int64_t g = 0; g < G && status == OCS_OK; ++g) {
@@ -288,7 +290,7 @@ ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_pl
     OCS_TRY(ocs_check_histogram(bins, OCS_MAX_BINS, limit, R));
     OCS_TRY(split_rows_begin(&job.split, w, plan, shape));
     ocs_status status = OCS_OK;
-    memset(counts, 0, (size_t)(R * bins) * sizeof *counts);
+    ocs_clear(counts, R * bins * (int64_t)sizeof *counts);
     const int64_t M = job.split.rows.columns.M;
     if (M > 0) {
         const size_t scratch = (size_t)bins * 4 * sizeof(uint32_t) + (size_t)(M + 1) * sizeof(float);

@@ -26,6 +26,9 @@ int64_t ocs_block_bytes(int64_t E, int bits) {
 }
 
 int64_t ocs_product_bytes(int64_t O, int64_t E, int bits) {
+    if (ocs_check_bits(bits) != OCS_OK || ocs_check_sizes(O, E, 1) != OCS_OK) {
+        return -1;
+    }
     return O == 0 ? 0 : ocs_ceil_div(O, OCS_TILE_OUTPUTS) * ocs_block_bytes(E, bits);
 }
 
@@ -164,9 +167,7 @@ static void unpack_blocks(ocs_range *range) {
 
 static ocs_status run_blocks(tile_job *job, ocs_work_fn work) {
     OCS_TRY(ocs_check_bits(job->bits));
-    if (job->O < 0 || job->E < 0) {
-        return OCS_BAD_SHAPE;
-    }
+    OCS_TRY(ocs_check_sizes(job->O, job->E, 1));
     if (job->E == 0) { /* and there can be any number of outputs */
         return OCS_OK;
     }
@@ -189,9 +190,8 @@ ocs_status ocs_product_unpack_i8(int8_t *q, const uint8_t *packed, int64_t O, in
 
 ocs_status ocs_check_packed(const ocs_packed_weight *w) {
     OCS_TRY(ocs_check_bits(w->bits));
-    if (w->O < 0 || w->C < 0 || w->S < 0) {
-        return OCS_BAD_SHAPE;
-    }
+    OCS_TRY(ocs_check_sizes(w->C, w->S, 0)); /* their sum does not wrap around */
+    OCS_TRY(ocs_check_sizes(w->O, w->C + w->S, 1));
     if (w->group < 0 || w->group % OCS_TILE_CHANNELS != 0) {
         return OCS_BAD_GROUP;
     }
@@ -257,6 +257,7 @@ static void fold_rows(ocs_range *range) {
 
 ocs_status ocs_product_rows_f32(float *rows, const int64_t *index, const ocs_packed_weight *weight, int64_t R) {
     OCS_TRY(ocs_check_packed(weight));
+    OCS_TRY(ocs_check_sizes(R, weight->C, 1));
     int32_t *copies = malloc((size_t)(weight->S + 1) * sizeof *copies);
     if (copies == NULL) {
         return OCS_NO_MEMORY;

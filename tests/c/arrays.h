@@ -7,8 +7,8 @@
 
 #include <stdlib.h>
 
-static void *arrays[64];
-static int array_count;
+static _Thread_local void *arrays[64];
+static _Thread_local int array_count;
 
 static inline void *new_array(int64_t count, size_t size) {
     void *array = count > 0 ? calloc((size_t)count, size) : NULL;
@@ -22,7 +22,7 @@ static inline void free_arrays(void) {
     }
 }
 
-static uint64_t seed = 1;
+static _Thread_local uint64_t seed = 1;
 
 /* 0 .. n - 1 */
 static inline int64_t any(int64_t n) {
