@@ -1,6 +1,6 @@
 """Products with packed weights against float32, torch's int8 and int4, ONNX Runtime, and a copy of the packed bytes.
 
-    python benchmarks/packed.py [--threads 1] [--rounds 21] [--only linear lstm generate] [--json]
+    python benchmarks/packed.py [--threads 1 2] [--rounds 21] [--only linear lstm generate] [--json]
 
 All run in one process, in turns. "memory": the weights that one call reads come after others that together exceed all
 caches; "cache": the same ones again and again. Inputs of 8 bits have a scale for each row, measured as it arrives, as
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from zoo import torchvision_models
 
 import ocs
-from ocs.nn.packed.weight import PackedWeight, RowGrid
+from ocs.nn.packed.weight import PackedWeight
 
 SIZE, CACHES = 4096, 160 << 20  # of a linear layer; bytes beyond every cache
-ROWS_OF_8_BITS = RowGrid(8)
+GROUPS = (32, 64, 128)  # of input channels that share a scale
 
 
 def cycling(make: Callable[[], Any], size: int, memory: bool, run: Callable[[Any], object]) -> Callable[[], object]:
@@ -64,7 +64,8 @@ def int4_weight(group: int) -> tuple[Tensor, Tensor]:
 
 def linear(rows: int, memory: bool, rounds: int) -> list[Row]:
     """Rows times a weight of 4096 x 4096."""
-    x, group = torch.randn(rows, SIZE), 128
+    x = torch.randn(rows, SIZE)
+    halves = x.bfloat16()
     packed = {bits: SIZE * SIZE * bits // 8 for bits in range(2, 9)}
     dynamic = torch.ops.quantized.linear_dynamic
 
@@ -76,15 +77,16 @@ def linear(rows: int, memory: bool, rounds: int) -> list[Row]:
     calls = {
         "float32": cycling(lambda: torch.randn(SIZE, SIZE), 4 * SIZE**2, memory, lambda w: F.linear(x, w)),
         "torch dynamic int8": cycling(int8_weight, SIZE**2, memory, lambda w: dynamic(x, w, True)),
-        "torch int4, groups of 128": cycling(
-            lambda: int4_weight(group), packed[4], memory,
-            lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), w[0], group, w[1]),
-        ),
-        "4 bits, groups of 128": cycling(
-            lambda: packed_weight(4, group), packed[4], memory, lambda w: product(x, w, 8)
-        ),
         "4 bits, float inputs": cycling(lambda: packed_weight(4), packed[4], memory, lambda w: product(x, w, 0)),
     }  # fmt: skip
+    for group in GROUPS if rows == 1 else ():
+        calls[f"torch int4, groups of {group}"] = cycling(
+            lambda group=group: int4_weight(group), packed[4], memory,
+            lambda w, group=group: torch.ops.aten._weight_int4pack_mm_for_cpu(halves, w[0], group, w[1]),
+        )  # fmt: skip
+        calls[f"4 bits, groups of {group}"] = cycling(
+            lambda group=group: packed_weight(4, group), packed[4], memory, lambda w: product(halves, w, 8)
+        )
     for bits in range(2, 9):
         calls[f"{bits} bits"] = cycling(
             lambda bits=bits: packed_weight(bits), packed[bits], memory, lambda w: product(x, w, 8)
@@ -113,7 +115,7 @@ def linear_rows(times: dict[str, list[float]], rows: int, place: str) -> Sequenc
     found = [at_most(what + "4 bits", times, "4 bits", "a copy of 4 bits", 1.15)] if place == "memory" else []
     found += [against(f"{bits} bits", "float32", 3 if bits > 4 else 4) for bits in range(2, 9)]
     found += [against(f"{bits} bits", "torch dynamic int8", 1.3 if bits < 5 else 1) for bits in range(2, 9)]
-    found += [against("4 bits, groups of 128", "torch int4, groups of 128", 1)]
+    found += [against(f"4 bits, groups of {group}", f"torch int4, groups of {group}", 1) for group in GROUPS]
     return [*found, against("4 bits, float inputs", "float32", 2.5)]
 
 
@@ -220,29 +222,35 @@ def generate(rounds: int, notes: dict[str, Any]) -> list[Row]:
     return [faster(what + name, times, name, "float32", 3) for name in ("8-bit inputs", "float inputs")]
 
 
+def measure(threads: int, rounds: int, only: Sequence[str]) -> None:
+    """Run all with so many threads, and publish."""
+    rows: list[Row] = []
+    notes: dict[str, Any] = {}
+    with torch.no_grad():
+        if "linear" in only:
+            for memory in (True, False):
+                rows += linear(1, memory, rounds)
+            rows += linear(16, True, rounds)
+        if "lstm" in only:
+            rows += lstm(1, rounds, threads) + lstm(8, rounds, threads)
+        if "generate" in only:
+            rows += generate(max(rounds // 4, 3), notes)
+    publish(f"packed-{threads}", rows, notes)
+
+
 def main() -> None:
     """Run all and publish."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", nargs="+", default=["linear", "lstm", "generate"])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    rows: list[Row] = []
-    notes: dict[str, Any] = {}
-    with torch.no_grad():
-        if "linear" in args.only:
-            for memory in (True, False):
-                rows += linear(1, memory, args.rounds)
-            rows += linear(16, True, args.rounds)
-        if "lstm" in args.only:
-            rows += lstm(1, args.rounds, args.threads) + lstm(8, args.rounds, args.threads)
-        if "generate" in args.only:
-            rows += generate(max(args.rounds // 4, 3), notes)
-    publish(f"packed-{args.threads}", rows, notes)
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        measure(threads, args.rounds, args.only)
 
 
 if __name__ == "__main__":

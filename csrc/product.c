@@ -233,9 +233,9 @@ static void prepare_rows(ocs_range *range) {
 /* Rows first .. first + R - 1 of B blocks of outputs. */
 typedef struct {
     int64_t block, B, first, R;
-    int32_t sum[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];  /* [B, S, R, places, 16] of S segments; B or S is 1 */
-    float total[OCS_MOST_ROWS * OCS_TILE_OUTPUTS];  /* [R, B, 16] of all segments, scaled */
-    float scales[OCS_MOST_ROWS * OCS_TILE_OUTPUTS]; /* [S, B, 16], where they are not read in place */
+    int32_t sum[OCS_MOST_ROWS * OCS_TILE_OUTPUTS]; /* [B, S, R, places, 16] of S segments; B or S is 1 */
+    float total[OCS_MOST_ROWS * OCS_TILE_OUTPUTS]; /* [R, B, 16] of all segments, scaled */
+    const float *scale;                            /* [B, G, 16] */
 } product_part;
 
 /* How many of a part's outputs the weight has. */
@@ -244,24 +244,51 @@ static int64_t outputs_of(const product_part *part, const ocs_packed_weight *w) 
     return left < outputs ? left : outputs;
 }
 
-/* The scales of the outputs in S segments, each *stride after the one before: where they are, or in the part's memory;
-   those of outputs that the weight lacks are any. */
-static const float *scales_of(product_part *part, int64_t *stride, const product_job *job, int64_t segment, int64_t S) {
-    const ocs_packed_weight *w = job->weight;
-    const int64_t size = part->B * OCS_TILE_OUTPUTS, outputs = outputs_of(part, w);
-    const int64_t group = w->group > 0 ? segment * job->span / w->group : 0, next = w->group > 0 ? w->O : 0;
-    const ocs_scale scale = {w->scale.value + (group * w->O + part->block * OCS_TILE_OUTPUTS) * w->scale.stride,
-                             w->scale.stride};
-    *stride = scale.stride == 1 && outputs == size ? next : size;
-    if (scale.stride == 1 && outputs == size) {
-        return scale.value;
-    }
-    for (int64_t s = 0; s < S; ++s) {
-        for (int64_t i = 0; i < size; ++i) {
-            part->scales[s * size + i] = scale.value[i < outputs ? (s * next + i) * scale.stride : 0];
+/* How many groups of channels have scales of their own. */
+static int64_t count_groups(const ocs_packed_weight *w) {
+    return w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
+}
+
+enum { BLOCKS_OF_SCALES = 8 }; /* whose scales are copied at a time: those of one block's groups are far apart */
+
+static size_t scale_room(const ocs_packed_weight *w) {
+    const int64_t G = count_groups(w), vectors = G > 1 ? BLOCKS_OF_SCALES * G : OCS_MOST_ROWS;
+    return (size_t)(vectors * OCS_TILE_OUTPUTS) * sizeof(float);
+}
+
+/* scale [B, G, 16] = those of B blocks; of outputs that the weight lacks, any. */
+static void copy_scales(float *restrict scale, const ocs_packed_weight *w, int64_t block, int64_t B, int64_t G) {
+    for (int64_t g = 0; g < G; ++g) {
+        for (int64_t b = 0; b < B; ++b) {
+            const int64_t first = (block + b) * OCS_TILE_OUTPUTS, left = w->O - first;
+            const float *from = w->scale.value + (g * w->O + first) * w->scale.stride;
+            float *to = scale + (b * G + g) * OCS_TILE_OUTPUTS;
+            if (w->scale.stride == 1 && left >= OCS_TILE_OUTPUTS) {
+                memcpy(to, from, OCS_TILE_OUTPUTS * sizeof *to);
+                continue;
+            }
+            for (int64_t o = 0; o < OCS_TILE_OUTPUTS; ++o) {
+                to[o] = from[o < left ? o * w->scale.stride : 0];
+            }
         }
     }
-    return part->scales;
+}
+
+/* The scales of a part [B, G, 16]: where they are, or in a range's memory, for several parts where one has one block,
+   and for all parts where there is one scale. */
+static const float *scales_of(const product_part *part, const ocs_packed_weight *w, ocs_range *range) {
+    const int64_t G = count_groups(w), step = G > 1 ? BLOCKS_OF_SCALES : part->B;
+    const int64_t done = part->block - range->begin, left = range->end - part->block;
+    if (G == 1 && w->scale.stride == 1 && outputs_of(part, w) == part->B * OCS_TILE_OUTPUTS) {
+        return w->scale.value + part->block * OCS_TILE_OUTPUTS;
+    }
+    if (G == 1 && w->scale.stride == 0 && done > 0) {
+        return range->scratch;
+    }
+    if (G == 1 || done % step == 0) {
+        copy_scales(range->scratch, w, part->block, left < step ? left : step, G);
+    }
+    return (const float *)range->scratch + (G > 1 ? done % step * G * OCS_TILE_OUTPUTS : 0);
 }
 
 /* Adds what S segments give, which are whole ones where there are several. */
@@ -275,13 +302,12 @@ static void add_segments(product_part *part, const product_job *job, int64_t seg
     const int64_t tile_step = S > 1 ? job->span / OCS_TILE_CHANNELS * tile : block, x_step = S > 1 ? job->span : 0;
     job->kernels->product(part->sum, tiles, x, part->B * S, V, rows, tile_step, x_step, job->stride, w->bits,
                           job->is_signed);
-    int64_t stride;
-    const float *scale = scales_of(part, &stride, job, segment, S);
+    const float *scale = part->scale + (w->group > 0 ? begin / w->group * OCS_TILE_OUTPUTS : 0);
     for (int64_t r = 0; r < part->R; ++r) {
         const int32_t *of_row = job->row_sum + (part->first + r) * job->places * job->segments + segment;
         job->kernels->scale_sums(part->total + r * part->B * OCS_TILE_OUTPUTS,
                                  part->sum + r * job->places * OCS_TILE_OUTPUTS, of_row, scale, part->B, S, job->places,
-                                 rows * OCS_TILE_OUTPUTS, job->segments, stride,
+                                 rows * OCS_TILE_OUTPUTS, job->segments, w->group > 0 ? OCS_TILE_OUTPUTS : 0,
                                  job->is_signed ? ocs_qmax(w->bits) : 0);
     }
 }
@@ -329,6 +355,7 @@ static void multiply_blocks(ocs_range *range) {
     product_part part;
     for (part.block = range->begin; part.block < range->end; part.block += part.B) {
         part.B = range->end - part.block < blocks ? range->end - part.block : blocks;
+        part.scale = scales_of(&part, job->weight, range);
         for (part.first = 0; part.first < job->R; part.first += part.R) {
             part.R = job->R - part.first < rows ? job->R - part.first : rows;
             multiply_part(&part, job);
@@ -364,7 +391,8 @@ static ocs_status run_rows(product_job *job, void *scratch, int64_t R) {
     const size_t room = job->dtype == OCS_ROWS_F32 ? 0 : (size_t)weight->C * sizeof(float) + 1;
     OCS_TRY(ocs_parallel_for(R, ocs_grain(4 * job->stride), room, prepare_rows, job));
     const int64_t blocks = ocs_ceil_div(weight->O, OCS_TILE_OUTPUTS);
-    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job->stride), 0, multiply_blocks, job);
+    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job->stride), scale_room(weight), multiply_blocks,
+                            job);
 }
 
 ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,

@@ -26,7 +26,9 @@ try:
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
-    raise ImportError(f"ocs.hf needs transformers: pip install torch-ocs[hf] ({error})") from error
+    raise ImportError(
+        f"ocs.hf needs transformers, whole: pip install torch-ocs[hf], or see what stops 'import torchvision' ({error})"
+    ) from error
 
 from ocs.errors import error_context
 from ocs.formats.contents import full_name
@@ -120,7 +122,7 @@ def _let_save(model: PreTrainedModel) -> None:
 
 def _filled() -> nn.Parameter:
     """Make what stands for a weight while transformers fills and initializes all others: it takes this for done."""
-    parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+    parameter = nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu"), requires_grad=False)
     parameter._is_hf_initialized = True
     return parameter
 

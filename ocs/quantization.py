@@ -1,7 +1,7 @@
 """quantize(): plan every layer of a model, then rewrite it in place, all or nothing."""
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -18,19 +18,22 @@ from ocs.model.equalization import Equalization
 from ocs.model.rewrite import exchange, for_a_while, keeps_grad_mode, module_slots
 from ocs.model.wrappers import unwrapped
 from ocs.nn.input import ActScale, ActSplit
+from ocs.nn.weights import weights_of
+from ocs.plan.after_learning import after_learning
 from ocs.plan.allocate import allocate as allocate_sizes
 from ocs.plan.allocate import check_allocation
 from ocs.plan.call import explained_call
 from ocs.plan.choose import choose
 from ocs.plan.coverage import check_coverage
 from ocs.plan.equalize import plan_equalization
-from ocs.plan.input_facts import learn
-from ocs.plan.options import ActSelect, Allocate, Recipe, Request
+from ocs.plan.input_facts import InputFacts, learn
+from ocs.plan.options import ActSelect, Allocate, Recipe, Request, Rounding
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
 from ocs.plan.selectors import FIRST_LAYER, Selector
 from ocs.report.data import Report
 from ocs.report.lines import report_lines
-from ocs.weight.types import GROUP, Granularity, Rounding, Select, Split
+from ocs.tune.learned_rounding import Learnable, Outcome, learn_rounding
+from ocs.weight.types import GROUP, Granularity, Select, Split
 
 
 @explained_call
@@ -98,7 +101,14 @@ def quantize(
             by the second moments of what the weight meets in the float model (4 (C K)^2 bytes for each group of a
             weight with C K columns, and some four times as much for one layer after the other; where that is more than
             ocs.calibrate keeps, in blocks of columns). Layers that calibration never reaches are rounded to nearest.
-            The report says so of both.
+            The report says so of both. Or "learned", but for split="naive", with calibration, for few bits: from the
+            integers of gptq on, up or down by gradient, so that the outputs of each block (a layer, or the outermost
+            module of a class that the model has more than once) are those of the float model, then those of a model of
+            several blocks and up to four million weights as a whole (Nagel et al. 2020; Li et al. 2021; see
+            ocs.tune.learned_rounding); quantized inputs are taken into account. Calibration is then some hundred
+            inputs, in batches of some 32, or a callable that does the same each time, but no ocs.Calibration. It takes
+            some 120 steps for each block, whose inputs and outputs are held in memory; integers that left less error
+            before stay, and the report says so.
         abits: 2 to 8 bits for the input of each quantized layer, one scale per tensor (attention: one for query, key
             and value), rounded half to even; None keeps inputs float. Those of recurrent layers stay float, as in the
             paper, unless an override names their abits.
@@ -203,14 +213,16 @@ def _quantize(model: nn.Module, request: Request, equalization: Equalization) ->
     """Make all that shall stand in the model, by id of what stands there now, and the report; change nothing."""
     plans, settings = choose(model, request)
     check_allocation(plans, request.model)
-    plans, facts, sample = learn(model, plans, request.model)
+    plans, facts, sample, inputs = learn(model, plans, request.model)
     check_coverage(plans)
     with torch.inference_mode(False), torch.no_grad():  # what is made here may take part in training
         folding = plan_folding(model) if request.model.fold_bn else Folding({}, {}, {})
         plans = [replace(plan, norm_folded=folding.layers.get(id(plan.target.module))) for plan in plans]
         plans = allocate_sizes(model, plans, facts, sample, request.model)
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=request.model.progress)
-    lines, replacements = report_lines(results), equalization.modules | _replacements(folding, results)
+        replacements = _replacements(folding, results)
+        results = _learned(model, replacements, results, facts, inputs, request.model.progress)
+    lines, replacements = report_lines(results), equalization.modules | replacements
     bytes_of = sizes_of(model, replacements)
     packed = sum(line.packed_bytes or 0 for line in lines)
     report = Report(
@@ -219,6 +231,43 @@ def _quantize(model: nn.Module, request: Request, equalization: Equalization) ->
         file_bytes=bytes_of.beside + packed,
     )  # fmt: skip
     return report, replacements
+
+
+def _learned(
+    model: nn.Module,
+    replacements: Mapping[int, nn.Module],
+    results: Sequence[LayerResult],
+    facts: Mapping[str, InputFacts],
+    inputs: Data | None,
+    progress: bool | None,
+) -> list[LayerResult]:
+    """Learn the integers of the layers that ask for it."""
+    asked = [each for each in results if each.replacement is not None and each.plan.options.learned]
+    if not asked:
+        return list(results)
+    layers = [
+        Learnable(
+            each.plan.name,
+            each.plan.target.module,
+            each.replacement,
+            {weight.name: weight.tensor for weight in weights_of(each.plan.module)},
+        )
+        for each in asked
+    ]
+    outcomes = learn_rounding(model, replacements, layers, inputs, progress)
+    return [
+        after_learning(each, facts[each.plan.name], note=_WHY_NOT[outcomes[each.plan.name]])
+        if each.plan.name in outcomes
+        else each
+        for each in results
+    ]
+
+
+_WHY_NOT = {
+    Outcome.LEARNED: "",
+    Outcome.TRIED: "not learned: what learning gave left more error",
+    Outcome.UNREACHED: "not learned: its outputs are exact, or of other shapes than the float ones, or it has none",
+}
 
 
 def _replacements(folding: Folding, results: Iterable[LayerResult]) -> dict[int, nn.Module]:

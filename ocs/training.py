@@ -133,7 +133,7 @@ def prepare(
     _check_fresh(model)
     plans, settings = choose(model, request)
     plans = [_trained(plan) for plan in plans]
-    plans, facts, _ = learn(model, plans, request.model)
+    plans, facts, *_ = learn(model, plans, request.model)
     check_coverage(plans)
     with torch.inference_mode(False), torch.no_grad():
         results = quantize_layers(plans, facts, explain=False, progress=progress)
@@ -210,16 +210,20 @@ def _check_fresh(model: Any) -> None:
 
 
 _NOT_TRAINED = {
-    "wbits": "auto", "granularity": "group", "rounding": "gptq", "correct_bias": True, "act_split": "oracle"
-}  # fmt: skip
+    "wbits": ("auto",),
+    "granularity": ("group",),
+    "rounding": ("gptq", "learned"),
+    "correct_bias": (True,),
+    "act_split": ("oracle",),
+}
 
 
 def _trained(plan: LayerPlan) -> LayerPlan:
     """Plan to train a layer, folded, or to leave it float where that cannot be; refuse options that do not train."""
     if not plan.quantized:
         return plan
-    for name, value in _NOT_TRAINED.items():
-        if getattr(plan.options, name) == value:
+    for name, refused in _NOT_TRAINED.items():
+        if (value := getattr(plan.options, name)) in refused:
             raise ValueError(f"{plan.name}: {name}={value!r} is not for training: use ocs.quantize afterwards")
     if plan.rounds_rows and plan.kind.input_if_asked:
         raise ValueError(

@@ -131,8 +131,10 @@ WITH_DEVICE = WITH_DTYPE | {"arange", "tensor", "randint", "randperm"}
 
 
 def test_new_tensors_say_what_they_are() -> None:
-    """Names are those of torch's functions whose results follow the defaults."""
+    """Names are those of torch's functions whose results follow the defaults; the command line is its own process."""
     for path in Path(ocs.__file__).parent.rglob("*.py"):
+        if path.parent.name == "cli":
+            continue
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not ast.unparse(call.func).startswith("torch."):
                 continue

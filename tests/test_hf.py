@@ -46,9 +46,13 @@ def quantized_layers(model):
 
 
 @pytest.mark.parametrize("folder", CONFIGS, indirect=True)
-@pytest.mark.parametrize("options", [{}, {"packed": False, "embeddings": True}], ids=["packed", "simulated"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packed": False, "embeddings": True}, {"granularity": "group", "group": 32, "r": 0.1}],
+    ids=["packed", "simulated", "groups"],
+)
 def test_what_was_saved_is_read_again(folder, options):
-    config = ocs.hf.OcsConfig(wbits=4, r=0.02, recipe="best", **options)
+    config = ocs.hf.OcsConfig(**{"wbits": 4, "r": 0.02, "recipe": "best", **options})
     model = read(folder / "float", quantization_config=config)
     by_hand = read(folder / "float")
     ocs.quantize(by_hand, **config.options)

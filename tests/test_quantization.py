@@ -294,7 +294,7 @@ ERRORS = [
     (nothing, {"correct_bias": None}, ValueError, "correct_bias=None: use True or False"),
     (nothing, {"r": 2}, ValueError, "r=2: use a number"),
     (nothing, {"clip": "mse2"}, ValueError, "clip='mse2'"),
-    (nothing, {"granularity": "group"}, ValueError, "granularity='group'"),
+    (nothing, {"granularity": "row"}, ValueError, "granularity='row'"),
     (nothing, {"split": "quantization-aware"}, ValueError, "split='quantization-aware'"),
     (nothing, {"rounding": "stochastic"}, ValueError, "rounding='stochastic'"),
     (nothing, {"rounding": "squant", "split": "naive"}, ValueError, "rounding='squant' with split='naive'"),

@@ -394,7 +394,6 @@ def test_everything_and_back(tmp_path: Path) -> None:
     before, twin = outputs(net, inputs), copy.deepcopy(net)
     converted = ocs.training.convert(net)
     assert "9 layers quantized (17 weights), 3 left float" in str(report)
-    assert "learned" in str(converted)
     assert equal(outputs(net, inputs), before)
     assert net.again is net.net.head
     assert not any(isinstance(each, PreparedLayer) for each in net.modules())

@@ -99,9 +99,9 @@ class Store:
 
 
 def _package_digest() -> str:
-    """Changes with the package and with torch."""
+    """Changes with every file of the package, and with torch."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(path for path in Path(ocs.__file__).parent.iterdir() if path.suffix in (".py", ".so")):
+    for path in sorted(path for path in Path(ocs.__file__).parent.rglob("*") if path.suffix in (".py", ".so")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -86,8 +86,11 @@ class Task(ABC):
 
 
 def _suffices(options: Options) -> bool:
-    """Whether the statistics of inputs are enough; how much each layer counts is measured on the inputs themselves."""
-    return options.get("allocate") != "error" and "size_of" not in options
+    """Whether the statistics of inputs are enough; how much each layer counts is measured on the inputs themselves.
+
+    And integers are learned on them.
+    """
+    return options.get("allocate") != "error" and "size_of" not in options and options.get("rounding") != "learned"
 
 
 class Evaluation(Task):
@@ -147,9 +150,11 @@ class Evaluation(Task):
             report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
         if shown:
-            given["calibration"] = self._seen[shown] if suffices else self.shown()
-        model = copy.deepcopy(self.model)
-        report = ocs.quantize(model, **options, **given)
+            inputs = (lambda: self._synthetic) if shown == "synthetic" else self.shown
+            given["calibration"] = self._seen[shown] if suffices else inputs()
+        with torch.inference_mode(False):  # which learning cannot do with
+            model = copy.deepcopy(self.model)
+            report = ocs.quantize(model, **options, **given)
         if norms == "measured":
             ocs.reestimate_batchnorm(model, self.shown(), progress=False)
         elif norms == "synthetic":

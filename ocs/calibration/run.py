@@ -1,5 +1,6 @@
 """Run batches through the float model while observers see the inputs of its layers; it is as it was afterwards."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -65,10 +66,42 @@ def observe(
             watch.observer.reduce()
 
 
+class Call(NamedTuple):
+    """A call of a module: copies of what it was given, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def calls_of(model: nn.Module, data: Data, module: nn.Module) -> list[Call]:
+    """Record every call of a module while the batches run through the model, in eval mode without gradients."""
+    given, calls = [], []
+    before, after = object(), object()
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append(copy.deepcopy((args, kwargs)))  # the module may write to them
+
+    def finish(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append(Call(*given.pop(), output))
+
+    steps = [
+        added_entry(module._forward_pre_hooks_with_kwargs, before, True),
+        added_entry(module._forward_pre_hooks, before, take),
+        added_entry(module._forward_hooks, after, finish),
+    ]
+    _check_count(undisturbed(model, partial(_run, model, data, False), steps), "calibration")
+    return calls
+
+
 def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
     """Collect every float tensor that the model returns for the batches, float64; in eval mode without gradients."""
     outputs: list[Tensor] = []
-    hook = added_entry(model._forward_hooks, object(), lambda _, args, output: outputs.extend(_float_tensors(output)))
+
+    def take(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.extend(tensor.detach().double() for tensor in float_tensors(output))
+
+    hook = added_entry(model._forward_hooks, object(), take)
     batches = undisturbed(model, partial(_run, model, data, False), [hook])
     _check_count(batches, "calibration")
     if not outputs:
@@ -76,6 +109,14 @@ def outputs_of(model: nn.Module, data: Data) -> list[Tensor]:
             "calibration cannot tell which layers count: the model returns no float tensor, nor a tuple or dict of them"
         )
     return outputs
+
+
+def kept(data: Data) -> Data:
+    """Keep batches that can be run through once only for as often as they are needed; a callable as it is."""
+    if isinstance(data, Callable | Tensor | list):
+        return data
+    check_data(data, "calibration")
+    return [*data]
 
 
 def with_sample(data: Data) -> tuple[Data, Data]:
@@ -144,13 +185,13 @@ def _run(model: nn.Module, data: Data, progress: bool | None, what: str = "calib
     return number
 
 
-def _float_tensors(output: Any) -> Iterator[Tensor]:
+def float_tensors(output: Any) -> Iterator[Tensor]:
     """Find the float tensors in tuples, lists and dicts, in order."""
     if isinstance(output, Tensor) and output.is_floating_point():
-        yield output.detach().double()
+        yield output
     elif isinstance(output, Mapping | tuple | list):
         for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _float_tensors(part)
+            yield from float_tensors(part)
 
 
 def _check_count(batches: float, what: str) -> None:

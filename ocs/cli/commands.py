@@ -77,6 +77,10 @@ def run_export(args: argparse.Namespace, notes: Notes) -> Result:
     example = random_batch(form, form.shape[0], torch.Generator().manual_seed(0))
     names = ("target", "form", "additions", "dynamic_lstm")
     export(loaded.module, args.output, example, **{name: vars(args)[name] for name in names})
+    if not any(getattr(layer, "input_grid", None) for layer in loaded.module.modules()):
+        notes.add(
+            "inputs of layers are floats, so products run in floats: quantize with --abits 8 --fold-bn for integers"
+        )
     shape = ",".join(map(str, form.shape))
     values = {"file": args.file, "model": loaded.model, "output": args.output, "shape": list(form.shape)}
     values["bytes"] = os.path.getsize(args.output)

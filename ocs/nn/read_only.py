@@ -19,9 +19,9 @@ def refusal(layer: object, name: str) -> str:
 
 
 def read_only(weight: Tensor, layer: object, name: str) -> Tensor:
-    """Make a tensor that shares a weight's memory and refuses writes; what is traced or compiled gets a plain one."""
+    """Make a tensor that shares a weight's memory and refuses writes; what is traced, compiled or learned is plain."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag
-    if traced or torch._C._len_torch_dispatch_stack() or type(weight) is not Tensor:
+    if traced or weight.requires_grad or torch._C._len_torch_dispatch_stack() or type(weight) is not Tensor:
         return weight
     return _wrapped(weight, refusal(layer, name))
 

@@ -278,14 +278,15 @@ class _RecurrentLayer(_Recurrent):
     def run_rows(self, x: Tensor, sizes: list[int], states: States) -> tuple[Tensor, States]:
         """Run all layers on rows [rows, C], those of one step after those of another; sizes: how many each step has."""
         ends: list[States] = []
+        first = list(zip(*(state.unbind() for state in states), strict=True))  # of each layer and direction
         for layer in range(self.num_layers):
-            x = F.dropout(x, self.dropout, self.training) if layer else x
+            x = F.dropout(x, self.dropout, self.training) if layer and self.dropout else x
             outputs = []
             for suffix in self.directions(layer):
-                output, last = self.run_direction(suffix, x, sizes, tuple(state[len(ends)] for state in states))
+                output, last = self.run_direction(suffix, x, sizes, first[len(ends)])
                 outputs.append(output)
                 ends.append(last)
-            x = torch.cat(outputs, -1)
+            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
         return x, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
 
     def run_direction(self, suffix: str, x: Tensor, sizes: list[int], states: States) -> tuple[Tensor, States]:

@@ -16,7 +16,7 @@ _ELSEWHERE = {  # what other tools call it
     "granularity": "per_channel axis ch_axis",
     "group": "group_size groupsize block_size q_group_size",
     "r": "ratio expand_ratio split_ratio ocs_ratio",
-    "rounding": "method algorithm quant_method gptq squant adaround",
+    "rounding": "method algorithm quant_method gptq squant adaround brecq",
     "calibration": "data dataset dataloader loader batches calib calib_data calibration_data example_inputs",
     "equalize": "equalization cle cross_layer_equalization smoothquant smooth_quant",
     "skip": "exclude excluded ignore ignored_layers skip_modules modules_to_not_convert",

@@ -51,6 +51,8 @@ def _differ(options: LayerOptions, names: Sequence[str]) -> bool:
 
 
 def _shown(label: str, options: LayerOptions) -> str:
+    if label == "rounding" and options.learned:
+        return "gptq"
     if label == "channel":
         return options.granularity if options.granularity == "channel" else f"groups of {options.group}"
     if label in ("split", "rounding"):

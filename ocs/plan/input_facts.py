@@ -10,7 +10,7 @@ from torch import nn
 from ocs.calibration.additions import Range, Term
 from ocs.calibration.calibrate import Calibration, collect, watch_input, watch_moments
 from ocs.calibration.gram import LayerMoments
-from ocs.calibration.run import Data, with_sample
+from ocs.calibration.run import Data, kept, with_sample
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.input_statistics import estimate_inputs
@@ -43,6 +43,7 @@ class Learned(NamedTuple):
     plans: list[LayerPlan]  # those whose input calibration never saw stay float
     facts: dict[str, InputFacts]  # by the layer's name
     sample: Data | None  # one batch, where errors of the model's outputs shall be measured
+    inputs: Data | None  # all batches, where integers shall be learned on them
 
 
 def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
@@ -51,7 +52,8 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
     Raises:
         ValueError: calibration is missing, empty, of another model, or has no effect on these plans.
     """
-    sample, calibration = _with_sample(options)
+    inputs = _inputs(plans, options.calibration)
+    sample, calibration = _with_sample(options.calibration if inputs is None else inputs, options)
     equalized = options.equalize and any(plan.quantizes_input for plan in plans)
     seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None or equalized)
     plans = [_left_where_unreached(plan, seen) for plan in plans]
@@ -67,15 +69,29 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
         )
         for plan in plans
     }
-    return Learned(plans, facts, sample)
+    return Learned(plans, facts, sample, inputs)
 
 
-def _with_sample(options: ModelOptions) -> tuple[Data | None, Data | Calibration | None]:
+def _inputs(plans: Plans, calibration: Data | Calibration | None) -> Data | None:
+    """The batches that calibrate, to be run again and again; None where nothing is learned on them."""
+    plan = next((plan for plan in plans if plan.quantized and plan.options.learned), None)
+    if plan is None or calibration is None:
+        return None
+    if isinstance(calibration, Calibration):
+        raise ValueError(
+            f"{plan.name}: rounding='learned' learns on the inputs themselves: give batches, no ocs.Calibration"
+        )
+    return kept(calibration)
+
+
+def _with_sample(
+    calibration: Data | Calibration | None, options: ModelOptions
+) -> tuple[Data | None, Data | Calibration | None]:
     """One batch, where the model's outputs are to be compared on it, and calibration that still has all batches."""
     by_error = options.budget is not None or options.allocate == "error"
-    if by_error and options.calibration is not None and not isinstance(options.calibration, Calibration):
-        return with_sample(options.calibration)
-    return None, options.calibration
+    if by_error and calibration is not None and not isinstance(calibration, Calibration):
+        return with_sample(calibration)
+    return None, calibration
 
 
 def _left_where_unreached(plan: LayerPlan, seen: Calibration) -> LayerPlan:
@@ -167,7 +183,8 @@ def _check_rows(plan: LayerPlan) -> None:
 
 def _check_needs_none(plans: Plans) -> None:
     needs = [(plan, f"abits={plan.options.abits}") for plan in plans if plan.needs_statistics]
-    needs += [(plan, "rounding='gptq'") for plan in plans if plan.needs_second_moments]
+    rounded = [plan for plan in plans if plan.needs_second_moments or (plan.quantized and plan.options.learned)]
+    needs += [(plan, f"rounding={plan.options.rounding!r}") for plan in rounded]
     if needs:
         plan, need = needs[0]
         raise ValueError(f"{plan.name}: {need} needs calibration=: batches of inputs, say")
@@ -176,7 +193,7 @@ def _check_needs_none(plans: Plans) -> None:
 def _check_has_effect(plans: Plans) -> None:
     options = [plan.options for plan in plans]
     scaled = any(each.abits is not None and each.act_scale == "static" for each in options)
-    if not scaled and not any(each.correct_bias or each.rounding == "gptq" for each in options):
+    if not scaled and not any(each.correct_bias or each.compensated for each in options):
         raise ValueError(
             "calibration= has no effect on these options: add rounding='gptq', correct_bias=True or abits= with"
             " act_scale='static' to use it; batches (no ocs.Calibration) serve allocate='error' and wbits='auto', too"

@@ -81,7 +81,7 @@ class LayerPlan:
     @property
     def needs_second_moments(self) -> bool:
         """Whether calibration must tell the second moments of what its weights meet."""
-        return self.quantized and self.options.rounding == "gptq" and not self.kind.unseen(self.module)
+        return self.quantized and self.options.compensated and not self.kind.unseen(self.module)
 
     def overrides(self, option: str) -> bool:
         """Tell whether an override names the option."""

@@ -25,12 +25,13 @@ from ocs.weight.arguments import (
     check_rounding,
     check_select,
 )
-from ocs.weight.types import GROUP, Granularity, Rounding, Select, Split
+from ocs.weight.types import GROUP, Granularity, Select, Split
 
 if TYPE_CHECKING:
     from ocs.calibration.calibrate import Calibration
     from ocs.calibration.run import Data
 
+Rounding = Literal["nearest", "squant", "gptq", "learned"]
 ActSelect = Literal["percentile", "max", "error"]
 Allocate = Literal["uniform", "knapsack", "error"]
 Recipe = Literal["paper", "best"]
@@ -141,7 +142,9 @@ class LayerOptions:
     def __post_init__(self) -> None:
         for name, check in _LAYER_CHECKS:
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        check_rounding(self.rounding, self.split)
+        check_rounding(self.rounding, self.split, get_args(Rounding))
+        if self.learned and self.granularity == "group":
+            raise ValueError("rounding='learned' with granularity='group' is not there yet: use rounding='gptq'")
         if self.act_scale == "dynamic":
             self._check_dynamic()
 
@@ -154,6 +157,16 @@ class LayerOptions:
                     f"{name}={value!r} with act_scale='dynamic', which finds the scale of each row of an input by its"
                     f" largest |x| alone: use {name}={needed!r}, or act_scale='static'"
                 )
+
+    @property
+    def learned(self) -> bool:
+        """Whether its integers are to be learned, from those of gptq on."""
+        return self.rounding == "learned"
+
+    @property
+    def compensated(self) -> bool:
+        """Whether its rounding starts from, or is, gptq's, by the second moments of what its weights meet."""
+        return self.rounding in ("gptq", "learned")
 
     @property
     def splits_input(self) -> bool:

@@ -125,13 +125,13 @@ class LayerQuantizer:
 
     def possible(self, options: LayerOptions) -> LayerOptions:
         """The options, with nearest rounding where nothing is known that gptq could round by."""
-        if options.rounding == "gptq" and not self.hessians:
+        if options.compensated and not self.hessians:
             return replace(options, rounding="nearest")
         return options
 
     def rounding_note(self, options: LayerOptions) -> str:
         """Say where gptq knew nothing, or little: blocks, or fewer vectors than they have numbers."""
-        if options.rounding != "gptq":
+        if not options.compensated:
             return ""
         if not self.hessians:
             return f"rounded to nearest: {self.plan.kind.unseen(self.plan.module) or 'calibration never reached it'}"
@@ -154,8 +154,9 @@ class LayerQuantizer:
 
     def scheme(self, name: str, options: LayerOptions) -> Scheme:
         """How a weight is quantized by these options."""
-        hessian = self.hessians[name] if options.rounding == "gptq" else None
-        given = (options.wbits, options.clip, options.granularity, options.split, options.rounding)
+        hessian = self.hessians[name] if options.compensated else None
+        rounding = "gptq" if options.compensated else options.rounding
+        given = (options.wbits, options.clip, options.granularity, options.split, rounding)
         return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
 
     def quantize_weight(
@@ -235,7 +236,7 @@ def probe(plan: LayerPlan, bits: int, gain: float) -> tuple[nn.Module, float]:
         plan.options,
         wbits=bits if plan.options.automatic else plan.options.wbits,
         r=0.0,
-        rounding="nearest" if plan.options.rounding == "gptq" else plan.options.rounding,
+        rounding="nearest" if plan.options.compensated else plan.options.rounding,
         abits=None,
         correct_bias=False,
         expand=False,

@@ -110,7 +110,7 @@ def _chart(report: Report) -> str:
     if any(layer.steps for layer in layers):
         curves.append([layer.steps[-1][1] if layer.steps else None for layer in layers])
         legend += "; dashed: of the layer's outputs, " + (
-            "from calibration" if all(layer.rounding == "gptq" for layer in layers) else "estimated"
+            "from calibration" if all(layer.rounding in ("gptq", "learned") for layer in layers) else "estimated"
         )
     if any(layer.sqnr_db == math.inf for layer in layers):
         legend += "; exact weights are left out"

@@ -110,19 +110,21 @@ def _outputs(report: Report) -> str:
     total = sum(means.values())
     parts = [f"{db:+.1f} by {MEANING.get(what, what)}" for what, db in means.items()]
     first = parts[0].removeprefix("+").replace(" by ", " ")
-    measured = [layer.rounding == "gptq" for layer in report.quantized if layer.steps]
+    measured = [layer.rounding in ("gptq", "learned") for layer in report.quantized if layer.steps]
     how = "from calibration" if all(measured) else "estimated" if not any(measured) else "estimated or from calibration"
     return f"SQNR {total:.1f} dB on average, {how}: {', '.join([first, *parts[1:]])}"
 
 
 def _roundings(report: Report) -> str:
-    """Count the weights by their rounding, where a recipe chose it, and those of which it knew nothing."""
+    """Count the weights by their rounding, where a recipe chose it, and those rounded without knowing inputs."""
     if not any(layer.input_mean for layer in report.quantized):
         return ""
-    counts = Counter(layer.rounding for layer in report.quantized)
-    text = ", ".join(f"{count} {rounding}" for rounding, count in counts.most_common())
-    unknown = sum(layer.input_known is False for layer in report.quantized)
-    return f"{text} ({unknown} of them without knowing their inputs)" if unknown else text
+    parts = []
+    for rounding, count in Counter(layer.rounding for layer in report.quantized).most_common():
+        unknown = sum(layer.rounding == rounding and layer.input_known is False for layer in report.quantized)
+        tail = f" ({unknown} of them without knowing their inputs)" if unknown and rounding != "gptq" else ""
+        parts.append(f"{count} {rounding}{tail}")
+    return ", ".join(parts)
 
 
 def left_float(report: Report) -> list[str]:

@@ -40,7 +40,8 @@ def synthesize(
 
     Adam moves smooth noise so that, batch by batch, mean and standard deviation before every BatchNorm are matched, and
     0 and 1 of the inputs themselves: in units of the running standard deviation, each norm with the same weight. They
-    are no images, but serve ocs.reestimate_batchnorm with reference=, and calibration= where rounding="gptq".
+    are no images, but serve ocs.reestimate_batchnorm with reference=, and calibration= where rounding is "gptq"
+    or "learned".
 
     Args:
         model: a float model for inputs of mean 0 and variance 1 in each channel; it is not changed.

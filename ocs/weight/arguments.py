@@ -86,10 +86,10 @@ def check_select(name: str, select: Any) -> Select:
     return select
 
 
-def check_rounding(rounding: Any, split: Any) -> None:
+def check_rounding(rounding: Any, split: Any, choices: tuple[str, ...] = get_args(Rounding)) -> None:
     """Check rounding and split, which must go together."""
     check_choice("split", split, get_args(Split))
-    check_choice("rounding", rounding, get_args(Rounding))
+    check_choice("rounding", rounding, choices)
     if rounding != "nearest" and split == "naive":
         raise ValueError(
             f"rounding={rounding!r} with split='naive': naive halves do not add up to a moved integer;"

@@ -352,10 +352,13 @@ import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, os.environ["TESTS"])
 from conftest import SmallNet
 import ocs
+from ocs.tune import learned_rounding
+learned_rounding.EPOCHS, learned_rounding.STEPS = 1, 60
 dist.init_process_group("gloo")
 x = torch.load(os.environ["FOLDER"] + "/images")
 uneven = [x[:7], x[7:]]
-cases = {"uneven": uneven, "release": uneven, "moments": uneven, "one empty": [x[:0], x], "failing": [x, x * torch.nan]}
+cases = {"uneven": uneven, "release": uneven, "moments": uneven, "learned": uneven, "gptq": uneven}
+cases |= {"one empty": [x[:0], x], "failing": [x, x * torch.nan]}
 for case, shares in cases.items():
     share, out = shares[dist.get_rank()], f"{os.environ['FOLDER']}/{case}{dist.get_rank()}"
     torch.manual_seed(0)
@@ -364,6 +367,9 @@ for case, shares in cases.items():
         if case == "moments":
             moments = ocs.calibrate(net, share.split(3), moments=True).moments
             kept = {name: (m["weight"].count, m["weight"].products) for name, m in moments.items()}
+        elif case in ("learned", "gptq"):
+            ocs.quantize(net, wbits=2, r=0.1, granularity="channel", rounding=case, calibration=share.split(3))
+            kept = net.state_dict()
         else:
             clip = "kl-release" if case == "release" else "mse"
             options = {"abits": 4, "act_r": 0.2, "act_clip": clip, "correct_bias": True}
@@ -391,6 +397,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path
     done = subprocess.run([*command, str(script)], env=env, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return lambda case: [folder / f"{case}{rank}" for rank in range(2)]
+
+
+def test_two_ranks_have_the_integers_that_one_learned(ranks: Callable[[str], list[Path]]) -> None:
+    first, second, before = (torch.load(path) for path in (*ranks("learned"), ranks("gptq")[0]))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("case", ["uneven", "one empty", "release"])

@@ -172,7 +172,13 @@ def test_what_export_gets(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     assert seen == {**expected, "shape": (1, 3, 16, 16)}
     assert found["bytes"] == 4
     found = run("export", "q.safetensors", "-o", "m.pt2", "--model", MODEL)
-    assert found["notes"] == ["inputs of 1,3,224,224 are a guess (by stem, a Conv2d): --shape says otherwise"]
+    guess, floats = found["notes"]
+    assert guess == "inputs of 1,3,224,224 are a guess (by stem, a Conv2d): --shape says otherwise"
+    assert floats.startswith("inputs of layers are floats, so products run in floats: quantize with --abits 8")
+    run("quantize", MODEL, "--abits", "8", "--synthesize", "4", "-o", "q.safetensors", *SHAPE)
+    assert not any(
+        "floats" in note for note in run("export", "q.safetensors", "-o", "m.pt2", "--model", MODEL)["notes"]
+    )
 
 
 def test_export_of_files_that_name_no_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,8 +41,8 @@ def check_outputs(notebook: nbformat.NotebookNode) -> None:
     assert [output.text for output in shown if output.get("name") == "stderr"] == []
 
 
-def test_there_are_five() -> None:
-    assert [name[0] for name in NAMES] == ["1", "2", "3", "4", "5"]
+def test_there_are_six() -> None:
+    assert [name[0] for name in NAMES] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("name", NAMES)

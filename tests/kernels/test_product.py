@@ -203,13 +203,13 @@ def test_rows_of_any_values(isa: str, value: float, grid: str) -> None:
     assert np.isfinite(y[3]).all()
 
 
-@pytest.mark.parametrize("channels", [32768, 33000])
+@pytest.mark.parametrize("channels", [32768, 33000, 65600])
 @pytest.mark.parametrize("grid", ["floats", "own scale", "unsigned"])
 def test_many_channels_are_added_up_in_segments(isa: str, grid: str, channels: int) -> None:
     x = np.abs(rows(2, channels))
     for group in (0, 32800, 65536) if grid != "floats" else (0,):  # the twin adds floats one by one
-        scale = (-(-(channels + 2) // group), 3) if group else (3,)
-        args = (x, *packed_weight(3, channels, (7, channels - 1), 8, group, scale), NONE, *GRIDS[grid])
+        scale = (-(-(channels + 2) // group), 17) if group else (17,)
+        args = (x, *packed_weight(17, channels, (7, channels - 1), 8, group, scale), NONE, *GRIDS[grid])
         y = check(x, args[1:7], GRIDS[grid])
         if grid != "floats":
             tensors = [torch.from_numpy(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
@@ -299,6 +299,8 @@ def test_results_do_not_depend_on_threads(isa: str, threads: int) -> None:
     weight = packed_weight(500, 300, (1, 2), 5, 0, (500,))
     for grid in ("floats", "own scale"):
         check(rows(20, 300), weight, GRIDS[grid])
+        check(rows(1, 300), packed_weight(500, 300, (1, 2), 4, 32, (10, 500)), GRIDS[grid])
+        check(rows(20, 300), packed_weight(500, 300, (1, 2), 4), GRIDS[grid])
     check(rows(700, 300), packed_weight(17, 300, (), 4), GRIDS["unsigned"])
     index = np.arange(500)[::-1].copy()
     assert_same(both("product_rows", index, *weight, 300), reference.product_rows(index, *weight, 300))

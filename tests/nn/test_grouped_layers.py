@@ -107,6 +107,9 @@ def test_the_report_counts_every_scale(quantized: nn.Module) -> None:
     assert line.packed_bytes == -(-70 * 48 * 5 // 8) + 4 * (210 + 8)
     assert [what for what, _ in line.steps] == ["nearest", "OCS", "groups of 32"]
     assert report.settings["group"] == 32
+    steps = wide().linear.weight.detach() / model.linear.scale[:, torch.arange(40) // 32]
+    assert line.histogram.reach == pytest.approx(float(steps.abs().max()), rel=1e-5)
+    assert sum(line.histogram.before) == steps.numel()
     assert "scale per channel and 32 inputs" in repr(model.linear)
     assert str(report)
     torch.testing.assert_close(output(model), output(quantized))

@@ -205,9 +205,16 @@ def test_the_report_shows_them() -> None:
 def test_the_report_counts_roundings() -> None:
     model = nn.Sequential(Norms().eval(), nn.Embedding(9, 4), nn.Linear(4, 2))
     report = ocs.quantize(model, wbits=3, recipe="best", explain=False)
-    assert "; rounding: 2 nearest, 1 squant (1 of them without knowing their inputs)" in repr(report)
-    assert "\nrounding  2 nearest, 1 squant (1 of them" in str(report)
+    assert "; rounding: 2 nearest (1 of them without knowing their inputs), 1 squant" in repr(report)
+    assert "\nrounding  2 nearest (1 of them" in str(report)
     assert "\nrounding" not in str(ocs.quantize(Norms().eval(), wbits=3))
+
+
+def test_what_gptq_measured_is_not_called_unknown() -> None:
+    report = ocs.quantize(
+        nn.Sequential(nn.Linear(4, 2)), wbits=3, recipe="best", rounding="gptq", calibration=[torch.eye(4)]
+    )
+    assert "\nrounding  1 gptq\n" in str(report)
 
 
 def test_steps_are_shown_where_asked_for() -> None:

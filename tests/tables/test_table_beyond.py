@@ -13,6 +13,7 @@ import calibrated
 import command
 import encoder
 import groups
+import learned
 import networks
 import pytest
 import recipes
@@ -118,6 +119,7 @@ def check_files(table: ModuleType, folder: Path, rows: list[str], columns: list[
         (calibrated, ONE, BASES, list(calibrated.COLUMNS)),
         (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, *list(recipes.MORE)]),
         (rounding, [*ONE, "--r", "0.1"], ["3 bits, per channel, r = 0.1"], ROUNDING),
+        (learned, [], ["3 bits"], ["gptq", "learned", "gptq, synthetic", "learned, synthetic"]),
     ],
 )
 def test_commands_on_images(
@@ -139,6 +141,7 @@ def test_commands_on_images(
         (bits, ["--r", "0.1"], [f"{recipe}, size of 3 bits, r = 0.1" for recipe in BOTH], BITS),
         (calibrated, ONE, BASES, ["alone", "gptq"]),
         (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, "gptq"]),
+        (learned, [], ["3 bits"], ["gptq", "learned"]),
     ],
 )
 def test_commands_on_text(
@@ -169,7 +172,7 @@ def test_several_ratios_are_several_cells(table: ModuleType) -> None:
     assert len({(cell.row, cell.column) for cell in found}) == len(found)
 
 
-@pytest.mark.parametrize("table", [splits, bits, calibrated, recipes, rounding, groups])
+@pytest.mark.parametrize("table", [splits, bits, calibrated, recipes, rounding, groups, learned])
 def test_help_shows_commands_that_work(table: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """The lines of the module's text are parsed."""
     with pytest.raises(SystemExit):

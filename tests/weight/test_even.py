@@ -322,8 +322,8 @@ def test_channels_of_inputs_split_once_are_halved_as_with_qa(net: SmallNet, expa
         ocs.quantize(model, wbits=5, abits=5, act_r=0.3, split=split, calibration=[x], expand=expand)
         found.append((model(x), model.state_dict()))
     assert torch.equal(found[0][0], found[1][0])
-    for ours, theirs in zip(found[0][1].values(), found[1][1].values(), strict=True):
-        assert torch.equal(ours, theirs)
+    for (name, ours), theirs in zip(found[0][1].items(), found[1][1].values(), strict=True):
+        assert torch.equal(ours, theirs) or name.endswith("input_form")  # which says how channels are split
 
 
 @pytest.mark.parametrize("select", ["max", "error"])

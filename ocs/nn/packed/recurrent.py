@@ -1,15 +1,16 @@
 """Recurrent layers and cells whose weights are multiplied as they are packed: all steps of a layer in one call."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ocs.kernels.constants import MAX_BITS
 from ocs.kernels.recurrent_steps import STEPS, States
 from ocs.nn.input_rows import round_rows
 from ocs.nn.packed.layer import PackedLayer
-from ocs.nn.packed.weight import FLOAT_ROWS, no_weight
+from ocs.nn.packed.weight import FLOAT_ROWS
 
 _CELLS = tuple(STEPS)
 
@@ -32,23 +33,30 @@ class _PackedRecurrent(PackedLayer):
         """Run one layer in one direction on rows [rows, C]: (hidden states [rows, H], final states), in x's dtype."""
         if not sizes:
             raise RuntimeError(f"{type(self).__name__}: expected a sequence of one step or more, not of none")
-        none = x.new_empty(0, dtype=torch.float32)
         grid = self.row_grid() or FLOAT_ROWS
         if not self.rounds_states and suffix not in ("", "_l0", "_l0_reverse"):
             grid = FLOAT_ROWS  # the scale is that of the layer's input, not of hidden states
-        of_input, of_state = (self.forward_bias(name, suffix) for name in ("bias_ih", "bias_hh"))
-        from_x = self.packed_weight(f"weight_ih{suffix}").product(x.float(), of_input, grid)
+        from_x = self.packed_weight(f"weight_ih{suffix}").product(x.float(), self.forward_bias("bias_ih", suffix), grid)
+        hidden, of_state = self.packed_weight(f"weight_hh{suffix}").operands(), self.forward_bias("bias_hh", suffix)
+        of_state = from_x.new_empty(0) if of_state is None else of_state.detach()
         projection = f"weight_hr{suffix}"
-        projected = self.packed_weight(projection).operands() if projection in self.channels else no_weight(none)
-        h, c = (*(state.float() for state in states), none.view(0, 0))[:2]
-        of_state = none if of_state is None else of_state.detach()
+        projects = projection in self.channels
+        projected = self.packed_weight(projection).operands() if projects else (*hidden[:3], 0, 0, MAX_BITS)  # none
+        h, c = (states[0].float(), states[1].float() if self.has_cell else from_x.new_empty((0, 0)))
         y, h, c = torch.ops.ocs.recurrent.default(
-            from_x, *self.packed_weight(f"weight_hh{suffix}").operands(), of_state, *projected,
-            h, c, torch.tensor(sizes, device=x.device), self.input_grid.bits if self.rounds_states else 0,
+            from_x, *hidden, of_state, *projected, h, c, _as_tensor(sizes, x.device),
+            self.input_grid.bits if self.rounds_states else 0,
             _CELLS.index(self.kernel_name), suffix.endswith("_reverse"),
         )  # fmt: skip
         last = (h, c) if self.has_cell else (h,)
         return y.to(x.dtype), tuple(state.to(x.dtype) for state in last)
+
+
+def _as_tensor(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Make a tensor of how many sequences each step has, which fall: without a list where all are the same."""
+    if sizes[0] == sizes[-1]:
+        return torch.full((len(sizes),), sizes[0], dtype=torch.int64, device=device)
+    return torch.tensor(sizes, device=device)
 
 
 class PackedRecurrent(_PackedRecurrent):

@@ -176,11 +176,6 @@ def is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
-def no_weight(none: Tensor) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
-    """Give the six arguments that stand for no weight; none: an empty tensor."""
-    return none.to(torch.uint8), none, none.int(), 0, 0, MAX_BITS
-
-
 def _halves(sums: Tensor, copies: Tensor) -> Tensor:
     """Cut the channels that are split once into floor(M / 2) and, appended, floor((M + 1) / 2)."""
     halved = sums.index_select(1, copies)

@@ -1,6 +1,4 @@
-"""The C API called with hostile arguments (tests/c/entries.c), and the targets that it refuses to be compiled for."""
-
-from __future__ import annotations
+"""The C driver of hostile calls leaves out no entry of ocs.h, which refuses to be compiled for other processors."""
 
 import re
 import shutil
@@ -9,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-HEADER = ROOT / "csrc" / "ocs.h"
+ROOT = Path(__file__).resolve().parents[2]
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
 
-def test_every_entry_is_called_with_hostile_arguments() -> None:
-    entries = set(re.findall(r"^[\w ]+[ *](ocs_\w+)\(", HEADER.read_text(), re.MULTILINE))
-    assert len(entries) > 30
-    assert entries <= set(re.findall(r"(ocs_\w+)\(", (ROOT / "tests" / "c" / "entries.c").read_text()))
+def test_every_entry_is_called_with_hostile_arguments():
+    header = (ROOT / "csrc" / "ocs.h").read_text()
+    declared = set(re.findall(r"^[\w ]+\*?(ocs_\w+)\(", header, re.MULTILINE))
+    called = set(re.findall(r"\b(ocs_\w+)\(", (ROOT / "tests" / "c" / "entries.c").read_text()))
+    assert len(declared) > 30
+    assert declared - called == set()
 
 
 @needs_gcc
@@ -27,7 +26,7 @@ def test_every_entry_is_called_with_hostile_arguments() -> None:
 ])  # fmt: skip
 def test_other_processors_are_refused(name: str, value: str, message: str, tmp_path: Path) -> None:
     source = tmp_path / "other.c"
-    command = ["gcc", "-fsyntax-only", "-w", f"-I{HEADER.parent}", str(source)]
+    command = ["gcc", "-fsyntax-only", "-w", f"-I{ROOT / 'csrc'}", str(source)]
     source.write_text('#include "ocs.h"\n')
     subprocess.run(command, check=True)
     source.write_text(f'#include <stdint.h>\n#undef {name}\n#define {name} {value}\n#include "ocs.h"\n')
