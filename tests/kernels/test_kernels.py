@@ -449,3 +449,10 @@ def test_dequantize_of_a_slice_of_columns(isa: str) -> None:
         ours = torch.ops.ocs.dequantize(part, scale[: part.shape[0]])
         assert_same(ours.numpy(), reference.dequantize(part.numpy(), scale[: part.shape[0]].numpy()))
         assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("bits", [0xFFC00000, 0xFFC00001, 0x7FC00123])
+def test_an_error_that_is_no_number_has_the_same_bits_everywhere(isa: str, bits: int) -> None:
+    w = np.full((2, 9), bits, np.uint32).view(np.float32)
+    error = _C.weight_error(w, np.zeros((2, 9), np.int8), np.ones((), np.float32), np.arange(9), 1)
+    assert [hex(n) for n in np.asarray(error).view(np.uint64)] == [hex(0x7FF8 << 48)] * 2
