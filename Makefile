@@ -22,7 +22,9 @@ export OCS_WERROR ?= $(CI)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 C_FILES := $(wildcard $(foreach ending,c h def cpp,csrc/*.$(ending) csrc/*/*.$(ending) tests/c/*.$(ending)))
 KERNELS := $(wildcard csrc/*.c csrc/arch/*.c)
-KERNEL_TEST := -std=c11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc tests/c/products.c $(KERNELS)
+C_TEST := -std=c11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc $(KERNELS)
+KERNEL_TEST := $(C_TEST) tests/c/products.c
+HOSTILE := $(C_TEST) -O1 -pthread tests/c/entries.c
 
 # What the tables run on where ImageNet, CIFAR-10 and WikiText-2 are not at hand
 IMAGES := --dataset fashion-mnist
@@ -79,8 +81,6 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $(C_FILES)
 
 # The kernels alone, without Python and torch: products over random shapes, every entry over hostile arguments.
-HOSTILE := -std=c11 -g -O1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -pthread -Icsrc tests/c/entries.c $(KERNELS)
-
 sanitize:
 	@mkdir -p build
 	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover $(KERNEL_TEST) -o build/sanitize -lm

@@ -231,6 +231,11 @@ static inline int64_t ocs_ceil_div(int64_t a, int64_t b) {
     return a / b + (a % b != 0);
 }
 
+/* How many groups of channels have scales of their own. */
+static inline int64_t ocs_group_count(const ocs_packed_weight *w) {
+    return w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
+}
+
 /* Lines of the next tile where V are left. */
 static inline int ocs_tile_lines(int64_t V) {
     return V < OCS_TILE_LINES ? (int)V : OCS_TILE_LINES;

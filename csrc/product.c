@@ -244,15 +244,10 @@ static int64_t outputs_of(const product_part *part, const ocs_packed_weight *w) 
     return left < outputs ? left : outputs;
 }
 
-/* How many groups of channels have scales of their own. */
-static int64_t count_groups(const ocs_packed_weight *w) {
-    return w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
-}
-
 enum { BLOCKS_OF_SCALES = 8 }; /* whose scales are copied at a time: those of one block's groups are far apart */
 
 static size_t scale_room(const ocs_packed_weight *w) {
-    const int64_t G = count_groups(w), vectors = G > 1 ? BLOCKS_OF_SCALES * G : OCS_MOST_ROWS;
+    const int64_t G = ocs_group_count(w), vectors = G > 1 ? BLOCKS_OF_SCALES * G : OCS_MOST_ROWS;
     return (size_t)(vectors * OCS_TILE_OUTPUTS) * sizeof(float);
 }
 
@@ -277,7 +272,7 @@ static void copy_scales(float *restrict scale, const ocs_packed_weight *w, int64
 /* The scales of a part [B, G, 16]: where they are, or in a range's memory, for several parts where one has one block,
    and for all parts where there is one scale. */
 static const float *scales_of(const product_part *part, const ocs_packed_weight *w, ocs_range *range) {
-    const int64_t G = count_groups(w), step = G > 1 ? BLOCKS_OF_SCALES : part->B;
+    const int64_t G = ocs_group_count(w), step = G > 1 ? BLOCKS_OF_SCALES : part->B;
     const int64_t done = part->block - range->begin, left = range->end - part->block;
     if (G == 1 && w->scale.stride == 1 && outputs_of(part, w) == part->B * OCS_TILE_OUTPUTS) {
         return w->scale.value + part->block * OCS_TILE_OUTPUTS;

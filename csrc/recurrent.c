@@ -154,18 +154,15 @@ ocs_status ocs_recurrent_f32(float *y, float *h, float *c, const float *from_x, 
                              const int64_t *batch_sizes, int64_t R, int64_t T, int64_t N, bool reverse) {
     OCS_TRY(check_layer(layer));
     OCS_TRY(check_batch(&layer->hidden, R, T, N));
-    if (layer->projection != NULL) {
-        OCS_TRY(check_batch(layer->projection, R, T, N));
-    }
     ocs_recurrent_layer own = *layer;
     ocs_packed_weight projection = {0};
-    size_t scratch = ocs_product_scratch(&own.hidden, N);
     if (layer->projection != NULL) {
+        OCS_TRY(check_batch(layer->projection, R, T, N));
         projection = *layer->projection;
         own.projection = &projection;
-        const size_t of_projection = ocs_product_scratch(&projection, N);
-        scratch = of_projection > scratch ? of_projection : scratch;
     }
+    const size_t for_hidden = ocs_product_scratch(&own.hidden, N), for_projection = ocs_product_scratch(&projection, N);
+    const size_t scratch = for_hidden > for_projection ? for_hidden : for_projection;
     const int64_t H = own.projection != NULL ? projection.C : own.hidden.C, copies = own.hidden.S + projection.S;
     const int64_t units = own.projection != NULL ? N * H : 0, gates = N * ocs_cell_gates(own.kind) * H;
     int64_t *sizes = malloc((size_t)T * sizeof *sizes + (size_t)(gates + units + copies) * sizeof(float) + scratch);

@@ -195,8 +195,7 @@ ocs_status ocs_check_packed(const ocs_packed_weight *w) {
     if (w->group < 0 || w->group % OCS_TILE_CHANNELS != 0) {
         return OCS_BAD_GROUP;
     }
-    const int64_t groups = w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
-    return ocs_check_scale(w->scale, groups * w->O);
+    return ocs_check_scale(w->scale, ocs_group_count(w) * w->O);
 }
 
 ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory) {

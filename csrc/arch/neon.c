@@ -45,18 +45,12 @@ INLINE void add_tile(int32_t *restrict sum, const uint8_t *tile, const uint8_t *
     }
 }
 
+OCS_DEFINE_ADD_TILES(, add_tiles, add_tile)
+
 INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                              int64_t stride, bool is_signed, int bits) {
-    memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (int64_t r = 0; r < R; ++r) {
-        add_offset(sum + r * OCS_TILE_OUTPUTS, x + r * stride, V, is_signed, bits);
-    }
-    for (; V >= 8; V -= 8, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {
-        add_tile(sum, tiles, x, R, stride, 8, is_signed, bits);
-    }
-    if (V > 0) {
-        add_tile(sum, tiles, x, R, stride, (int)V, is_signed, bits);
-    }
+    begin_sums(sum, x, V, R, stride, is_signed, bits);
+    add_tiles(sum, tiles, x, V, R, stride, is_signed, bits);
 }
 
 OCS_DEFINE_PRODUCT(, static, product_neon)

@@ -16,6 +16,20 @@
     default: function(__VA_ARGS__, 8);                                                                                 \
     }
 
+/* Defines the inline function `name`, compiled for `target`, which calls add_tile(sum, tile, x, R, stride, lines,
+   is_signed, bits) for each tile of V lines; `lines` is a constant for all but the last. */
+#define OCS_DEFINE_ADD_TILES(target, name, add_tile)                                                                   \
+    target static inline __attribute__((always_inline)) void name(int32_t *restrict sum, const uint8_t *tiles,         \
+                                                                  const uint8_t *x, int64_t V, int64_t R,              \
+                                                                  int64_t stride, bool is_signed, int bits) {          \
+        for (; V >= OCS_TILE_LINES; V -= OCS_TILE_LINES, tiles += ocs_tile_bytes(bits), x += OCS_TILE_CHANNELS) {      \
+            add_tile(sum, tiles, x, R, stride, OCS_TILE_LINES, is_signed, bits);                                       \
+        }                                                                                                              \
+        if (V > 0) {                                                                                                   \
+            add_tile(sum, tiles, x, R, stride, (int)V, is_signed, bits);                                               \
+        }                                                                                                              \
+    }
+
 /* Defines a variant: `name`, compiled for `target`, made of the inline function product_of_block(sum, tiles, x, V, R,
    stride, is_signed, bits) that a file has. linkage: static, or nothing. */
 #define OCS_DEFINE_PRODUCT(target, linkage, name)                                                                      \

@@ -49,8 +49,8 @@ INLINE uint8x16_t four_bytes(const uint8_t *x) {
     return vreinterpretq_u8_u32(vdupq_n_u32(word));
 }
 
-/* sum [16] += the multiple of the sum of a row x [4 V] that u leaves out, modulo 2^32. */
-INLINE void add_offset(int32_t *sum, const uint8_t *x, int64_t V, bool is_signed, int bits) {
+/* sum [16] = the multiple of the sum of a row x [4 V] that u leaves out, modulo 2^32. */
+INLINE void begin_row(int32_t *sum, const uint8_t *x, int64_t V, bool is_signed, int bits) {
     uint32_t total = 0;
     int64_t i = 0;
     for (; i + 16 <= OCS_LINE_CHANNELS * V; i += 16) {
@@ -63,8 +63,15 @@ INLINE void add_offset(int32_t *sum, const uint8_t *x, int64_t V, bool is_signed
     const uint32_t without_sign = bits < 8 ? (uint32_t)ocs_qmax(bits) : 128, with_sign = bits < 8 ? 0 : 128;
     const uint32x4_t offset = vdupq_n_u32(total * (is_signed ? with_sign : -without_sign));
     for (int o = 0; o < OCS_TILE_OUTPUTS; o += 4) {
-        const uint32x4_t products = vreinterpretq_u32_s32(vld1q_s32(sum + o));
-        vst1q_s32(sum + o, vreinterpretq_s32_u32(vaddq_u32(products, offset)));
+        vst1q_s32(sum + o, vreinterpretq_s32_u32(offset));
+    }
+}
+
+/* sum [R, 16] of rows x [R, stride], to which the products with u are to be added. */
+INLINE void begin_sums(int32_t *restrict sum, const uint8_t *x, int64_t V, int64_t R, int64_t stride, bool is_signed,
+                       int bits) {
+    for (int64_t r = 0; r < R; ++r) {
+        begin_row(sum + r * OCS_TILE_OUTPUTS, x + r * stride, V, is_signed, bits);
     }
 }
 

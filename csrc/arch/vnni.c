@@ -139,16 +139,13 @@ INLINE void add_tile_to_rows(int32_t *restrict sum, const uint8_t *tile, const u
     }
 }
 
+OCS_DEFINE_ADD_TILES(VNNI, add_tiles_to_rows, add_tile_to_rows)
+
 /* sum [R, 16] of more rows, tile by tile. */
 INLINE void many_rows(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,
                       int64_t stride, bool is_signed, int bits) {
     memset(sum, 0, (size_t)R * OCS_TILE_OUTPUTS * sizeof *sum);
-    for (; V >= 8; V -= 8, tiles += OCS_TILE_LINE * bits, x += OCS_TILE_CHANNELS) {
-        add_tile_to_rows(sum, tiles, x, R, stride, 8, is_signed, bits);
-    }
-    if (V > 0) {
-        add_tile_to_rows(sum, tiles, x, R, stride, (int)V, is_signed, bits);
-    }
+    add_tiles_to_rows(sum, tiles, x, V, R, stride, is_signed, bits);
 }
 
 INLINE void product_of_block(int32_t *restrict sum, const uint8_t *tiles, const uint8_t *x, int64_t V, int64_t R,

@@ -244,7 +244,7 @@ static ocs_status unpack(ocs_call *call) {
     const ocs_array *packed = array(call, 0);
     const int64_t numel = integer(call, 1);
     const int bits = read_bits(call, 2);
-    require_shape(call, numel >= 0 && ocs_packed_bytes(numel, bits) == packed->numel,
+    require_shape(call, packed->numel == ocs_packed_bytes(numel, bits),
                   "packed has another size than that many integers");
     result_1d(call, OCS_INT8, numel);
     return begin(call) ? ocs_unpack_i8(result(call), packed->data, numel, bits) : call->status;
