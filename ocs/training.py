@@ -39,7 +39,7 @@ from ocs.plan.choose import choose
 from ocs.plan.coverage import check_coverage
 from ocs.plan.input_facts import InputFacts, learn
 from ocs.plan.layer_plan import LayerPlan
-from ocs.plan.options import ActSelect, LayerOptions, ModelOptions, Recipe, Request, TrainingOptions, definitions
+from ocs.plan.options import ActSelect, LayerOptions, Recipe, Request, Thresholds, TrainingOptions
 from ocs.plan.quantize_layer import LayerQuantizer, LayerResult, WeightResult, check_range, quantize_layers
 from ocs.plan.selectors import FIRST_LAYER, Selector
 from ocs.report.data import Report
@@ -75,7 +75,7 @@ def prepare(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     select: Select = "max",
     recipe: Recipe = "paper",
-    thresholds: Literal["learned", "searched"] = "learned",
+    thresholds: Thresholds = "learned",
     replan: int | None = 100,
     progress: bool | None = None,
 ) -> Report:
@@ -127,7 +127,7 @@ def prepare(
             correct_bias, Oracle OCS, hidden states that are quantized), or the model is prepared already.
         TypeError: as ocs.quantize does.
     """
-    begin, request = time.perf_counter(), Request.of({k: v for k, v in locals().items() if k in _REQUESTED})
+    begin, request = time.perf_counter(), Request.of(locals())
     training = TrainingOptions(thresholds, replan)
     model = unwrapped(model)
     _check_fresh(model)
@@ -176,9 +176,6 @@ def convert(model: nn.Module, *, expand: bool = False) -> Report:
     replacements = {id(layers[twin]): replacement for twin, replacement in of_twins.items()}
     exchange([*module_slots(model, replacements), *refused_slots(model, replacements)])
     return report
-
-
-_REQUESTED = frozenset((*definitions(LayerOptions), *definitions(ModelOptions)))
 
 
 def _report(
