@@ -31,6 +31,7 @@ from ocs.nn.state import INPUT_BUFFERS, weight_buffers
 from ocs.nn.straight_through import (
     ScaledGradient,
     TrainedGrid,
+    gradient_scale,
     positive,
     split_integers,
     trained_weight,
@@ -188,8 +189,7 @@ class PreparedLayer(nn.Module):
         scale = positive(self._tensor("input_scale"))
         if scale.requires_grad:
             features = x.numel() // max(x.shape[0], 1)
-            factor = 1 / max(features * grid.qmax, 1) ** 0.5
-            scale = ScaledGradient.apply(scale, factor)
+            scale = ScaledGradient.apply(scale, gradient_scale(features, grid.qmax))
         groups = self._preparation.scheme.groups
         parts = static_parts(grid, scale, self._buffers.get("input_source"), groups)
         return round_folded(x, grid, parts, axis)
