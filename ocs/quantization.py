@@ -222,15 +222,21 @@ def _quantize(model: nn.Module, request: Request, equalization: Equalization) ->
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=request.model.progress)
         replacements = _replacements(folding, results)
         results = _learned(model, replacements, results, facts, inputs, request.model.progress)
-    lines, replacements = report_lines(results), equalization.modules | replacements
-    bytes_of = sizes_of(model, replacements)
+    replacements = equalization.modules | replacements
+    report = report_of(model, results, replacements, settings)
+    return replace(report, batch_norms=folding.by_name(model), equalized=equalization.by_name), replacements
+
+
+def report_of(
+    model: nn.Module, results: Iterable[LayerResult], replacements: Mapping[int, nn.Module], settings: dict[str, Any]
+) -> Report:
+    """Say what became of each layer, and how many bytes the model takes once the replacements are in place."""
+    lines, sizes = report_lines(results), sizes_of(model, replacements)
     packed = sum(line.packed_bytes or 0 for line in lines)
-    report = Report(
-        tuple(lines), settings, batch_norms=folding.by_name(model), equalized=equalization.by_name,
-        model_bytes=bytes_of.model, weight_bytes=bytes_of.weights, float_weight_bytes=bytes_of.float_weights,
-        file_bytes=bytes_of.beside + packed,
+    return Report(
+        tuple(lines), settings, model_bytes=sizes.model, weight_bytes=sizes.weights,
+        float_weight_bytes=sizes.float_weights, file_bytes=sizes.beside + packed,
     )  # fmt: skip
-    return report, replacements
 
 
 def _learned(

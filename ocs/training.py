@@ -25,7 +25,6 @@ from torch import nn
 from ocs.calibration.calibrate import Calibration
 from ocs.calibration.run import Data
 from ocs.errors import error_context
-from ocs.formats.contents import sizes_of
 from ocs.formats.pretrained import refused_slots
 from ocs.model.references import Place
 from ocs.model.rewrite import NewEntry, Slot, exchange, for_a_while, keeps_grad_mode, module_slots
@@ -39,11 +38,11 @@ from ocs.plan.choose import choose
 from ocs.plan.coverage import check_coverage
 from ocs.plan.input_facts import InputFacts, learn
 from ocs.plan.layer_plan import LayerPlan
-from ocs.plan.options import ActSelect, LayerOptions, ModelOptions, Recipe, Request, TrainingOptions, definitions
+from ocs.plan.options import ActSelect, LayerOptions, Recipe, Request, Thresholds, TrainingOptions
 from ocs.plan.quantize_layer import LayerQuantizer, LayerResult, WeightResult, check_range, quantize_layers
 from ocs.plan.selectors import FIRST_LAYER, Selector
+from ocs.quantization import report_of
 from ocs.report.data import Report
-from ocs.report.lines import report_lines
 from ocs.weight.arguments import check_flag
 from ocs.weight.error import weight_error
 from ocs.weight.types import Granularity, Quantization, Select, Split
@@ -75,7 +74,7 @@ def prepare(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     select: Select = "max",
     recipe: Recipe = "paper",
-    thresholds: Literal["learned", "searched"] = "learned",
+    thresholds: Thresholds = "learned",
     replan: int | None = 100,
     progress: bool | None = None,
 ) -> Report:
@@ -127,7 +126,7 @@ def prepare(
             correct_bias, Oracle OCS, hidden states that are quantized), or the model is prepared already.
         TypeError: as ocs.quantize does.
     """
-    begin, request = time.perf_counter(), Request.of({k: v for k, v in locals().items() if k in _REQUESTED})
+    begin, request = time.perf_counter(), Request.of(locals())
     training = TrainingOptions(thresholds, replan)
     model = unwrapped(model)
     _check_fresh(model)
@@ -139,9 +138,9 @@ def prepare(
         results = quantize_layers(plans, facts, explain=False, progress=progress)
         slots = [slot for result in results if result.replacement is not None for slot in _slots(result, training)]
     replacements = {id(result.plan.module): result.replacement for result in results if result.replacement is not None}
-    report = _report(model, results, replacements, settings | vars(training), begin)
+    report = report_of(model, results, replacements, settings | vars(training))
     exchange(slots)
-    return report
+    return replace(report, seconds=time.perf_counter() - begin)
 
 
 @keeps_grad_mode
@@ -172,30 +171,10 @@ def convert(model: nn.Module, *, expand: bool = False) -> Report:
         layers = {id(twins[id(layer)]): layer for layer in prepared.values()}
         results = [_converted(target, layers.get(id(target.module)), expand) for target in targets]
     of_twins = {id(result.plan.module): result.replacement for result in results if result.replacement is not None}
-    report = for_a_while(steps, partial(_report, model, results, of_twins, {"expand": expand}, begin))
+    report = for_a_while(steps, partial(report_of, model, results, of_twins, {"expand": expand}))
     replacements = {id(layers[twin]): replacement for twin, replacement in of_twins.items()}
     exchange([*module_slots(model, replacements), *refused_slots(model, replacements)])
-    return report
-
-
-_REQUESTED = frozenset((*definitions(LayerOptions), *definitions(ModelOptions)))
-
-
-def _report(
-    model: nn.Module, results: list[LayerResult], replacements: Mapping[int, nn.Module], settings: Any, begin: float
-) -> Report:
-    """Say what became of each layer."""
-    lines, sizes = report_lines(results), sizes_of(model, replacements)
-    packed = sum(line.packed_bytes or 0 for line in lines)
-    return Report(
-        tuple(lines),
-        settings,
-        time.perf_counter() - begin,
-        model_bytes=sizes.model,
-        weight_bytes=sizes.weights,
-        float_weight_bytes=sizes.float_weights,
-        file_bytes=sizes.beside + packed,
-    )
+    return replace(report, seconds=time.perf_counter() - begin)
 
 
 # --- Preparing --------------------------------------------------------------------------------------------------------

@@ -242,10 +242,10 @@ def main() -> None:
     for run in runs(args) if args.data else ():
         path = path_of(args.out, run)
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(measure(run, args.data), indent=1) + "\n")
+            result, partial = measure(run, args.data), path.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=1) + "\n")
             partial.replace(path)
-            print(path.stem, json.loads(path.read_text())["value"], flush=True)
+            print(path.stem, result["value"], flush=True)
     found = [json.loads(path.read_text()) for path in sorted(args.out.glob(f"{args.network}-*.json"))]
     if found:
         print(aligned(table(found)))

@@ -24,13 +24,14 @@ from ocs.errors import error_context
 from ocs.kernels.constants import qmax
 from ocs.nn.base import QuantizedLayer, memory_format
 from ocs.nn.input import InputGrid, QuantizedInput
-from ocs.nn.input_parts import InputParts, as_dense, oracle_parts, parts_of, round_folded, static_parts
+from ocs.nn.input_parts import as_dense, parts_of, round_folded, static_parts
 from ocs.nn.input_rows import round_rows
 from ocs.nn.own_forward import QuantOwnForward, own_forward
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
 from ocs.nn.straight_through import (
     ScaledGradient,
     TrainedGrid,
+    gradient_scale,
     positive,
     split_integers,
     trained_weight,
@@ -185,17 +186,12 @@ class PreparedLayer(nn.Module):
         x = as_dense(x)
         if grid.dynamic:
             return round_rows(x, grid.bits)
-        groups = getattr(self, "groups", 1)
-        if grid.oracle:
-            return round_folded(x, grid, oracle_parts(grid, x, axis, groups), axis)
         scale = positive(self._tensor("input_scale"))
         if scale.requires_grad:
             features = x.numel() // max(x.shape[0], 1)
-            factor = 1 / max(features * grid.qmax, 1) ** 0.5
-            scale = ScaledGradient.apply(scale, factor)
-        parts = (
-            static_parts(grid, scale, self._buffers.get("input_source"), groups) if grid.splits else InputParts(scale)
-        )
+            scale = ScaledGradient.apply(scale, gradient_scale(features, grid.qmax))
+        groups = self._preparation.scheme.groups
+        parts = static_parts(grid, scale, self._buffers.get("input_source"), groups)
         return round_folded(x, grid, parts, axis)
 
     @property

@@ -80,7 +80,7 @@ class _FoldedWeight(torch.autograd.Function):
         share = passed(w, scale, source, grid)
         rest = torch.addcmul(output, share, w, value=-1) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(share, rest, scale)
-        ctx.bits = grid.bits
+        ctx.qmax = qmax(grid.bits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
@@ -91,7 +91,7 @@ class _FoldedWeight(torch.autograd.Function):
         of_scale = (grad * rest).flatten(1).sum(1)
         of_scale = (of_scale if scale.dim() else of_scale.sum()) / scale
         shared = grad.numel() // max(scale.numel(), 1)
-        return grad * share, of_scale * gradient_scale(shared, ctx.bits), None, None
+        return grad * share, of_scale * gradient_scale(shared, ctx.qmax), None, None
 
 
 def trained_weight(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) -> Tensor:
@@ -105,9 +105,9 @@ def trained_weight(w: Tensor, scale: Tensor, source: Tensor, grid: TrainedGrid) 
     return _FoldedWeight.forward(w, scale, source, grid)
 
 
-def gradient_scale(count: int, bits: int) -> float:
+def gradient_scale(count: int, largest: int) -> float:
     """Compute LSQ's scale of the gradient of a step size, 1 / sqrt(N qmax) (section 2.2 there)."""
-    return 1 / math.sqrt(max(count, 1) * qmax(bits))
+    return 1 / math.sqrt(max(count, 1) * largest)
 
 
 def positive(scale: Tensor) -> Tensor:
