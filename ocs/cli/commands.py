@@ -72,7 +72,7 @@ def run_export(args: argparse.Namespace, notes: Notes) -> Result:
     """Export a quantized file for engines."""
     check_output(args.output, "-o", (".onnx", ".pt2"), (args.file,))
     args.shape = args.shape or saved_shape(args.file)
-    loaded = load_quantized(args.file, args.model, notes)
+    loaded = load_quantized(args.file, args.model)
     form = _form(loaded, args, notes)
     example = random_batch(form, form.shape[0], torch.Generator().manual_seed(0))
     names = ("target", "form", "additions", "dynamic_lstm")
@@ -152,7 +152,7 @@ def _side(text: str, model: str | None, weights: str | None, notes: Notes) -> Lo
     if Path(text).is_dir():
         raise UsageError(f"{text}: it is a folder: hf:{text} is what transformers wrote there")
     if is_quantized(text):
-        return load_quantized(text, model, notes)
+        return load_quantized(text, model)
     if model is None:
         raise UsageError(f"{text}: it holds weights alone: give --model MODEL ({FORMS})")
     return load_model(model, text, notes)
