@@ -73,17 +73,15 @@ class OcsConfig(QuantizationConfigMixin):
 
     def __init__(self, *, packed: bool = True, **options: Any) -> None:
         options = {name: value for name, value in options.items() if name != "quant_method"}
-        signature = inspect.signature(quantize)
-        for name in options:
-            if name not in signature.parameters or name in ("model", *_NEEDS_DATA):
-                allowed = ", ".join(each for each in signature.parameters if each not in ("model", *_NEEDS_DATA))
-                raise TypeError(f"OcsConfig has no option {name!r}: use packed, {allowed}")
+        allowed = [name for name in inspect.signature(quantize).parameters if name not in ("model", *_NEEDS_DATA)]
+        unknown = next((name for name in options if name not in allowed), None)
+        if unknown is not None:
+            raise TypeError(f"OcsConfig has no option {unknown!r}: use packed, {', '.join(allowed)}")
         try:
             json.dumps(options)
         except TypeError as error:
             raise ValueError(f"OcsConfig: config.json cannot hold an option ({error}): use names and numbers") from None
-        given = {name: parameter.default for name, parameter in signature.parameters.items() if name != "model"}
-        Request.of(given | options)
+        Request.of(options)
         if not isinstance(packed, bool):
             raise ValueError(f"packed={packed!r}: use True (k-bit layers) or False (simulated ones)")
         self.quant_method = METHOD

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from typing import Any, NoReturn, TextIO, get_args
+from typing import Any, NoReturn, get_args
 
 from ocs.cli import commands
 from ocs.cli.demo import run_demo
@@ -29,7 +29,6 @@ from ocs.runtime.arithmetic import Machine
 from ocs.runtime.export import export
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-INSPECTED = ("wbits", "r")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +87,7 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
 def _warn_in_lines() -> None:
     """Show warnings of ocs in a line each, and none of other packages, about which users can do nothing."""
 
-    def show(message: Warning | str, category: type[Warning], *_: Any, file: TextIO | None = None, **__: Any) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"ocs: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     warnings.showwarning = show
@@ -147,11 +146,7 @@ def _added(chosen: Any, name: str, text: str, run: Any, arguments: Any) -> _Pars
 def _inspect(parser: _Parser) -> None:
     _add_model(parser)
     parser.add_argument("--top", type=_count, default=20, metavar="N", help="weights to list (default: 20)")
-    add_quantize_options(parser, INSPECTED)
-    parser.set_defaults(wbits=4, r=0.02)
-    for action in parser._actions:
-        if action.dest in INSPECTED:
-            action.help = f"{KNOWN[action.dest].help} (default: {parser.get_default(action.dest)})"
+    add_quantize_options(parser, ("wbits", "r"), wbits=4, r=0.02)
 
 
 def _quantize(parser: _Parser) -> None:

@@ -19,7 +19,7 @@ from ocs.cli.files import (
     write_report,
 )
 from ocs.cli.input_form import InputForm
-from ocs.cli.inputs import Batches, holds_arrays, random_batch, with_shape
+from ocs.cli.inputs import Batches, holds_arrays, random_batch, shape_text, with_shape
 from ocs.cli.models import FORMS, RANDOM, Loaded, is_model, load_model
 from ocs.cli.options import chosen_options
 from ocs.cli.outliers import outliers_of, outliers_text
@@ -72,7 +72,7 @@ def run_export(args: argparse.Namespace, notes: Notes) -> Result:
     """Export a quantized file for engines."""
     check_output(args.output, "-o", (".onnx", ".pt2"), (args.file,))
     args.shape = args.shape or saved_shape(args.file)
-    loaded = load_quantized(args.file, args.model, notes)
+    loaded = load_quantized(args.file, args.model)
     form = _form(loaded, args, notes)
     example = random_batch(form, form.shape[0], torch.Generator().manual_seed(0))
     names = ("target", "form", "additions", "dynamic_lstm")
@@ -81,10 +81,9 @@ def run_export(args: argparse.Namespace, notes: Notes) -> Result:
         notes.add(
             "inputs of layers are floats, so products run in floats: quantize with --abits 8 --fold-bn for integers"
         )
-    shape = ",".join(map(str, form.shape))
     values = {"file": args.file, "model": loaded.model, "output": args.output, "shape": list(form.shape)}
     values["bytes"] = os.path.getsize(args.output)
-    return Result(f"{args.output}: {_size(args.output)}, for inputs of {shape}", values)
+    return Result(f"{args.output}: {_size(args.output)}, for inputs of {shape_text(form.shape)}", values)
 
 
 # --- What they have in common -----------------------------------------------------------------------------------------
@@ -115,8 +114,7 @@ def _calibration(loaded: Loaded, args: argparse.Namespace, notes: Notes) -> Any:
 def _form(loaded: Loaded, args: argparse.Namespace, notes: Notes) -> InputForm:
     form = with_shape(loaded.form, args.shape, loaded.model)
     if form.guess:
-        shape = ",".join(map(str, form.shape))
-        notes.add(f"inputs of {shape} are a guess ({form.guess}): --shape says otherwise")
+        notes.add(f"inputs of {shape_text(form.shape)} are a guess ({form.guess}): --shape says otherwise")
     return form
 
 
@@ -154,7 +152,7 @@ def _side(text: str, model: str | None, weights: str | None, notes: Notes) -> Lo
     if Path(text).is_dir():
         raise UsageError(f"{text}: it is a folder: hf:{text} is what transformers wrote there")
     if is_quantized(text):
-        return load_quantized(text, model, notes)
+        return load_quantized(text, model)
     if model is None:
         raise UsageError(f"{text}: it holds weights alone: give --model MODEL ({FORMS})")
     return load_model(model, text, notes)

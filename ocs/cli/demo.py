@@ -155,13 +155,13 @@ def _files(model: nn.Module, quantized: nn.Module, keep: str | None) -> dict[str
     return {"said": said, "float_bytes": sizes[0], "quantized_bytes": sizes[1], "same_outputs": same}
 
 
-def _times(model: nn.Module, images: Tensor, width: int) -> tuple[dict[str, float | None], list[str]]:
+def _times(model: nn.Module, images: Tensor, width: int) -> tuple[dict[str, float], list[str]]:
     """Time packed weights at batch 1, and the network in an integer engine where one is installed."""
     layers = nn.Sequential(*(nn.Linear(width, width) for _ in range(4))).eval()
     packed = copy.deepcopy(layers)
     quantize(packed, wbits=4, r=0.02)
     x = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
-    times: dict[str, float | None] = {"packed": ratio_of_times(layers, pack(packed), x)}
+    times = {"packed": ratio_of_times(layers, pack(packed), x)}
     weight = f"{width} x {width}"
     lines = [f"Four linear layers of {weight} at batch 1, packed 4-bit weights: {_speed(times['packed'])} floats"]
     engine = next((each for each in ("openvino", "onnxruntime") if find_spec(each) and find_spec("onnxscript")), None)
@@ -176,7 +176,7 @@ def _times(model: nn.Module, images: Tensor, width: int) -> tuple[dict[str, floa
     ]
 
 
-def _speed(ratio: float | None) -> str:
+def _speed(ratio: float) -> str:
     return f"{ratio:.1f} times the speed of"
 
 

@@ -50,10 +50,10 @@ def is_quantized(path: str) -> bool:
     return "ocs" in (safetensors_metadata(path) or {})
 
 
-def load_quantized(path: str, model: str | None, notes: Notes) -> Loaded:
+def load_quantized(path: str, model: str | None) -> Loaded:
     """Load a quantized file into the MODEL that the user or the file names."""
     said = made_of(path)
-    architecture = load_model(model or model_of(path), RANDOM, _Silent(notes))
+    architecture = load_model(model or model_of(path), RANDOM, _Silent())
     module, form = load(path, architecture.module), architecture.form
     return Loaded(architecture.model, module.eval(), form, str(said.get("weights", "")))
 
@@ -91,9 +91,6 @@ def onnx_model(path: str) -> Callable[..., Any]:
 
 class _Silent(Notes):
     """Keep quiet of the architecture's own weights, which the file's replace."""
-
-    def __init__(self, notes: Notes) -> None:
-        super().__init__(notes.lines)
 
     def add(self, line: str) -> None:
         """Say nothing."""

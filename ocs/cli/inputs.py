@@ -1,7 +1,8 @@
 """Batches for calibration and comparison: a folder of images, arrays in files, or random inputs, said to be random."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Batches:
         if self.of_images:
             for start in range(0, len(self.files), self.batch):
                 part = self.files[start : start + self.batch]
-                yield self._named([torch.stack([read_image(path, self.form) for path in part])])
+                yield _named(torch.stack([read_image(path, self.form) for path in part]), self.form)
         elif self.files:
             yield from self._arrays()
         else:
@@ -60,14 +61,11 @@ class Batches:
         words = f"numbers of words below {self.form.words}" if self.form.words else "normal"
         return f"{self.limit} random inputs {shape} ({words}): no data was given"
 
-    def _named(self, tensors: Sequence[Tensor]) -> Any:
-        if not self.form.names:
-            return tensors[0]
-        return dict(zip(self.form.names, [*tensors, *tensors[:1] * len(self.form.names)], strict=False))
-
     def _check_images(self, source: str) -> None:
         if self.form.words or len(self.form.shape) != 4:
-            raise ValueError(f"{source}: images do not fit a model that takes {_text(self.form.shape)}: give arrays")
+            raise ValueError(
+                f"{source}: images do not fit a model that takes {shape_text(self.form.shape)}: give arrays"
+            )
 
     def _random(self) -> Iterator[Any]:
         generator = torch.Generator("cpu").manual_seed(0)
@@ -86,7 +84,7 @@ class Batches:
             left -= taken
             for start in range(0, taken, self.batch):
                 parts = {name: tensor[start : min(start + self.batch, taken)] for name, tensor in tensors.items()}
-                yield parts if len(parts) > 1 else self._named([*parts.values()])
+                yield parts if len(parts) > 1 else _named(*parts.values(), self.form)
 
 
 def random_batch(form: InputForm, count: int, generator: torch.Generator) -> Any:
@@ -96,6 +94,11 @@ def random_batch(form: InputForm, count: int, generator: torch.Generator) -> Any
         shape[shape.index(1)] = count
     words = form.words
     x = torch.randint(words, shape, generator=generator) if words else torch.randn(shape, generator=generator)
+    return _named(x, form)
+
+
+def _named(x: Tensor, form: InputForm) -> Any:
+    """Give an input to every argument that the model takes by name, or as it is where it takes none so."""
     return dict.fromkeys(form.names, x) if form.names else x
 
 
@@ -106,12 +109,12 @@ def with_shape(form: InputForm | None, shape: tuple[int, ...] | None, model: str
     if shape is None:
         return form
     if form is not None and len(shape) == len(form.shape) - 1 and not form.guess:
-        raise UsageError(f"--shape {_text(shape)}: give that of a batch of one, 1,{_text(shape)}")
-    kept = form or InputForm(shape)
-    return InputForm(shape, kept.names, kept.words, kept.mean, kept.std, kept.share, kept.interpolation)
+        raise UsageError(f"--shape {shape_text(shape)}: give that of a batch of one, 1,{shape_text(shape)}")
+    return replace(form or InputForm(shape), shape=shape, guess="")
 
 
-def _text(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Write a shape as --shape takes it."""
     return ",".join(map(str, shape))
 
 

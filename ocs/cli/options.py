@@ -67,11 +67,11 @@ def values_of(annotation: Any) -> Values:
 KNOWN = definitions(LayerOptions) | definitions(ModelOptions)
 
 
-def add_quantize_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """Give a command these options of ocs.quantize."""
+def add_quantize_options(parser: argparse.ArgumentParser, names: Collection[str], **defaults: Any) -> None:
+    """Give a command these options of ocs.quantize, some with defaults of its own."""
     group = parser.add_argument_group("how to quantize (the options of ocs.quantize)")
     checks = {name: definition.check for name, definition in KNOWN.items() if name in names}
-    add_options(group, quantize, {name: KNOWN[name].help for name in checks}, checks)
+    add_options(group, quantize, {name: KNOWN[name].help for name in checks}, checks, defaults)
 
 
 def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,12 +116,20 @@ _APPENDED = {
 
 
 def add_options(
-    parser: Any, function: Callable[..., Any], texts: Mapping[str, str], checks: Mapping[str, Check] | None = None
+    parser: Any,
+    function: Callable[..., Any],
+    texts: Mapping[str, str],
+    checks: Mapping[str, Check] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add an option for each argument of a function that has a line of help here; without a check it is a choice."""
+    """Add an option for each argument of a function that has a line of help here; without a check it is a choice.
+
+    defaults: those of the command, where they are not the function's.
+    """
     hints, parameters = get_type_hints(function), signature(function).parameters
     for name, text in texts.items():
-        switch, default, line = f"--{name.replace('_', '-')}", parameters[name].default, text.replace("%", "%%")
+        switch, line = f"--{name.replace('_', '-')}", text.replace("%", "%%")
+        default = (defaults or {}).get(name, parameters[name].default)
         if name in _APPENDED:
             kind, metavar, more = _APPENDED[name]
             parser.add_argument(

@@ -11,7 +11,8 @@ from ocs.model.wrappers import named_modules
 from ocs.nn.weights import float_weight
 from ocs.quantization import quantize
 from ocs.report.data import LayerReport, plain
-from ocs.report.text import plural, table
+from ocs.report.text import table
+from ocs.report.words import counted
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def outliers_text(found: Outliers, top: int) -> str:
     far = sum(ratio > 10 for ratio in ratios)
     numbers = sum(math.prod(each.shape) for each in weights)
     lines = [
-        f"{len(weights)} {plural(len(weights), 'weight')} in {numbers:,} numbers,"
-        f" {len(found.left)} {plural(len(found.left), 'layer')} would stay float",
+        f"{counted(len(weights), 'weight')} in {numbers:,} numbers,"
+        f" {counted(len(found.left), 'layer')} would stay float",
         f"largest |w| in standard deviations: median {statistics.median(ratios):.1f}, most {max(ratios):.1f},"
         f" beyond 10 in {far}",
         _gains(found),

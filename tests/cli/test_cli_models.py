@@ -143,7 +143,7 @@ def test_transformers() -> None:
     assert same(load_model("hf:bert", "bert/pytorch_model.bin", Notes()).module, model)
     assert main(["quantize", "hf:bert", "--weights", "bert/pytorch_model.bin", "-o", "q.safetensors"]) == 0
     Path("bert/pytorch_model.bin").unlink()  # a quantized file needs no float weights
-    assert load_quantized("q.safetensors", None, Notes()).model == "hf:bert"
+    assert load_quantized("q.safetensors", None).model == "hf:bert"
 
 
 @pytest.mark.parametrize("model", ["timm:resnet10t", "hf:nowhere"])
@@ -234,8 +234,8 @@ def test_a_file_names_its_model_but_runs_no_code(net: SmallNet) -> None:
     write_model(net, "q.safetensors", {"made_of": '{"model": "conftest:SmallNet", "weights": ""}'})
     assert made_of("q.safetensors")["model"] == MODEL
     with pytest.raises(UsageError, match=r"it is of 'conftest:SmallNet', code that runs only where you name it"):
-        load_quantized("q.safetensors", None, Notes())
-    assert same(load_quantized("q.safetensors", MODEL, Notes()).module, net)
+        load_quantized("q.safetensors", None)
+    assert same(load_quantized("q.safetensors", MODEL).module, net)
     assert same(ocs.load("q.safetensors", SmallNet()), net)  # as any other
     for shape, found in (("[1, 3]", (1, 3)), ("[]", None), ("[1, -3]", None), ("[true]", None), ('"x"', None)):
         write_model(net, "q.safetensors", {"made_of": f'{{"model": "m:f", "shape": {shape}}}'})
@@ -243,4 +243,4 @@ def test_a_file_names_its_model_but_runs_no_code(net: SmallNet) -> None:
     for note in ("{}", "[]", "{", '{"model": 3}', "[" * 100_000):
         write_model(net, "q.safetensors", {"made_of": note})
         with pytest.raises(UsageError, match="does not say which model it is of: give --model"):
-            load_quantized("q.safetensors", None, Notes())
+            load_quantized("q.safetensors", None)
