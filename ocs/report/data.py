@@ -189,8 +189,8 @@ class Report:
             "seconds": self.seconds,
         }
         content = {"settings": self.settings, "totals": totals, "layers": [asdict(layer) for layer in self.layers]}
-        if self.mean_steps:
-            content["totals"]["mean_steps_db"] = self.mean_steps
+        if means := self.mean_steps:
+            content["totals"]["mean_steps_db"] = means
         beside = {"batch_norms": self.batch_norms, "equalized": self.equalized}
         return plain(content | {name: each for name, each in beside.items() if each})
 
