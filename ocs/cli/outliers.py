@@ -11,7 +11,8 @@ from ocs.model.wrappers import named_modules
 from ocs.nn.weights import float_weight
 from ocs.quantization import quantize
 from ocs.report.data import LayerReport, plain
-from ocs.report.text import plural, table
+from ocs.report.text import table
+from ocs.report.words import plural
 
 
 @dataclass(frozen=True)

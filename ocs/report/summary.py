@@ -110,9 +110,14 @@ def _outputs(report: Report) -> str:
     total = sum(means.values())
     parts = [f"{db:+.1f} by {MEANING.get(what, what)}" for what, db in means.items()]
     first = parts[0].removeprefix("+").replace(" by ", " ")
-    measured = [layer.rounding in ("gptq", "learned") for layer in report.quantized if layer.steps]
+    measured = [outputs_measured(layer) for layer in report.quantized if layer.steps]
     how = "from calibration" if all(measured) else "estimated" if not any(measured) else "estimated or from calibration"
     return f"SQNR {total:.1f} dB on average, {how}: {', '.join([first, *parts[1:]])}"
+
+
+def outputs_measured(layer: LayerReport) -> bool:
+    """Tell whether the ratios of a layer's outputs are from calibration, not estimated."""
+    return layer.rounding in ("gptq", "learned")
 
 
 def _roundings(report: Report) -> str:
