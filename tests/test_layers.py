@@ -22,7 +22,7 @@ LAYERS = (  # each may import from those before it, and all may import what stan
     ("cli",),
     ("__main__",),
 )
-ALONE = {"_C", "errors", "progress", "__version__"}  # these import nothing of the package
+ALONE = {"_C", "errors", "progress", "replace_file", "__version__"}  # these import nothing of the package
 FACADES = {"__init__", "functional", "plot"}  # these import from everywhere, and nobody imports them
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -16,7 +16,6 @@ from ocs.cli.files import (
     onnx_model,
     save_quantized,
     saved_shape,
-    write_report,
 )
 from ocs.cli.input_form import InputForm
 from ocs.cli.inputs import Batches, holds_arrays, random_batch, shape_text, with_shape
@@ -51,7 +50,7 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result:
     else:
         notes.add("nothing is saved: -o FILE.safetensors does")
     if args.report:
-        write_report(report, args.report)
+        report.save(args.report)
     values = {"model": args.model, "output": args.output, "report_file": args.report, **report.to_dict()}
     written = [f"{path}: {_size(path)}" for path in (args.output, args.report) if path]
     return Result("\n".join([str(report), *written]), values)

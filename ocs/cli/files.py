@@ -10,9 +10,7 @@ import torch
 from ocs.cli.models import FORMS, RANDOM, Loaded, is_model, load_model
 from ocs.cli.say import Notes, UsageError
 from ocs.cli.weights import check_file, safetensors_metadata
-from ocs.formats.replace_file import replacing
 from ocs.formats.storage import load, write_model
-from ocs.report.data import Report
 
 _KEY = "made_of"  # in a file's metadata: MODEL, where its weights were from, and the shape of an input
 _BY_NAME = ("torchvision", "timm", "hf")  # what a file may name: building them runs no code but the library's
@@ -113,11 +111,3 @@ def check_output(path: str | None, switch: str, endings: tuple[str, ...] = (), i
     for other in filter(None, inputs):
         if target.exists() and Path(other).exists() and target.samefile(other):
             raise UsageError(f"{switch} {path}: it is read, too: give another name")
-
-
-def write_report(report: Report, path: str) -> None:
-    """Write a report as a page or as JSON, as a whole or not at all."""
-    with replacing(path) as partial:
-        named = partial.with_name(f"report{Path(path).suffix}")  # where path is a link, partial may end otherwise
-        report.save(named)
-        named.replace(partial)

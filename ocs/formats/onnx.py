@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from ocs.errors import quiet
 from ocs.formats.full_range import clip_floats, clip_integers
 from ocs.formats.onnx_recurrent import RowWeight, hold_integers, quantize_dynamically
-from ocs.formats.replace_file import replacing
 from ocs.formats.wide_bias import take_wide_biases_out
+from ocs.replace_file import replacing
 
 OPSET = 21  # the first that has 4-bit integers
 _ANY = 2**31 - 1

@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 
 from ocs.errors import quiet
 from ocs.formats.full_range import clip_floats
-from ocs.formats.replace_file import replacing
+from ocs.replace_file import replacing
 
 
 def write_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None:

@@ -23,7 +23,6 @@ from ocs.errors import check_order, error_context
 from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.pretrained import refused_slots
 from ocs.formats.reader import RANGES, Reader
-from ocs.formats.replace_file import replacing
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
@@ -32,6 +31,7 @@ from ocs.nn.base import QuantizedLayer
 from ocs.nn.embedding import tied_layers
 from ocs.nn.state import calibrated_buffers, weight_buffers
 from ocs.progress import with_progress
+from ocs.replace_file import replacing
 
 # --- Save -------------------------------------------------------------------------------------------------------------
 

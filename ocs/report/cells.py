@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ocs.report.words import decibels, printable, size, span
+from ocs.report.words import clip_method, decibels, printable, size, span
 
 if TYPE_CHECKING:
     from ocs.report.data import LayerReport, Report
@@ -26,6 +26,16 @@ MEANING = {  # of each column, in order
     "input": "how the layer's input is quantized",
     "note": "why it is as it is",
 }
+
+
+def outputs_db(layer: LayerReport) -> float | None:
+    """Give the ratio of a layer's outputs in dB with all its options, where that is known."""
+    return layer.steps[-1][1] if layer.steps else None
+
+
+def largest_threshold(layer: LayerReport) -> float:
+    """Give the threshold of a quantized weight, the largest where output channels have their own."""
+    return layer.threshold if isinstance(layer.threshold, float) else max(layer.threshold, default=0.0)
 
 
 def columns_of(report: Report) -> list[str]:
@@ -52,7 +62,7 @@ def cells_of(layer: LayerReport) -> dict[str, str]:
         "max |w| -> split": f"{layer.max_before:.3g}{f' -> {layer.max_after:.3g}' if layer.splits else ''}",
         "clipped at": _clip(layer),
         "SQNR dB": decibels(layer.sqnr_db),
-        "outputs dB": decibels(layer.steps[-1][1]) if layer.steps else "",
+        "outputs dB": decibels(outputs_db(layer)) if layer.steps else "",
         "size": size(layer.packed_bytes),
         "input": input_of(layer),
         "note": layer.reason,
@@ -67,7 +77,7 @@ def cells_of_all(layers: Sequence[LayerReport]) -> dict[str, str]:
         "bits": str(layers[0].bits),
         "channels+copies": f"{channels}+{splits}" if splits else str(channels),
         "SQNR dB": span([layer.sqnr_db for layer in layers]),
-        "outputs dB": span(dbs) if (dbs := [layer.steps[-1][1] for layer in layers if layer.steps]) else "",
+        "outputs dB": span(dbs) if (dbs := [outputs_db(layer) for layer in layers if layer.steps]) else "",
         "size": size(sum(layer.packed_bytes for layer in layers)),
     }
 
@@ -76,14 +86,8 @@ def _clip(layer: LayerReport) -> str:
     """Write where a weight saturates and what decided it; nothing where none does."""
     if layer.clip == "none":
         return ""
-    if isinstance(layer.threshold, float):
-        return f"{layer.threshold:.3g} ({_method(layer.clip)})"
-    return f"{max(layer.threshold, default=0.0):.3g} at most ({_method(layer.clip)})"
-
-
-def _method(clip: str | float) -> str:
-    """Name a clip method."""
-    return clip if isinstance(clip, str) else f"{clip:g} of max"
+    at_most = "" if isinstance(layer.threshold, float) else " at most"
+    return f"{largest_threshold(layer):.3g}{at_most} ({clip_method(layer.clip)})"
 
 
 def input_of(layer: LayerReport) -> str:
@@ -97,5 +101,5 @@ def input_of(layer: LayerReport) -> str:
     if layer.act_dynamic:
         return f"{bits}, a scale per row"
     lowest = f"-{layer.act_threshold:.3g}" if layer.act_signed else "0"
-    clip = "" if layer.act_clip == "none" else f" ({_method(layer.act_clip)})"
+    clip = "" if layer.act_clip == "none" else f" ({clip_method(layer.act_clip)})"
     return f"{bits}, {lowest} to {layer.act_threshold:.3g}{clip}{splits}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ocs.report.data import plain, write
 from ocs.report.text import WORST, fitted, table, terminal_width
-from ocs.report.words import decibels, in_decibels, printable, span
+from ocs.report.words import counted, decibels, fine_percent, in_decibels, printable, span
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,22 @@ class Comparison:
             all: every layer, however many and however wide.
             width: columns of text to fit into otherwise; by default the terminal's, or 80 where none looks on.
         """
-        lines = [_row(each, lost) for each, lost in zip((*self.layers, *self.outputs), losses(self), strict=True)]
+        lost = losses(self)
+        lines = [row_of(*each) for each in zip((*self.layers, *self.outputs), lost, strict=True)]
         columns, numbers = [*lines[0]], ("SQNR dB", "lost dB", "cosine")
         if all:
             laid_out = table([columns, *([line[name] for name in columns] for line in lines)], numbers)
             return "\n".join([self.summary(), "", *laid_out])
         width = terminal_width() if width is None else width
-        shown = [*_folded(self.layers, losses(self), lines), *lines[len(self.layers) :]]
+        shown = [*_folded(self.layers, lost, lines), *lines[len(self.layers) :]]
         laid_out = fitted(shown, columns, width, numbers, ("kind", "cosine", "lost dB"))
         return "\n".join([*textwrap.wrap(self.summary(), width), "", *laid_out])
 
     def summary(self) -> str:
         """Sum it up in a sentence."""
         first = self.outputs[0]
-        batches = "batch" if self.batches == 1 else "batches"
-        text = f"{self.batches} {batches}: SQNR {in_decibels(first.sqnr_db)}, cosine {first.cosine:.6f}"
-        text = text if self.top1 is None else f"{text}, the same top-1 in {_percent(self.top1)}"
+        text = f"{counted(self.batches, 'batch')}: SQNR {in_decibels(first.sqnr_db)}, cosine {first.cosine:.6f}"
+        text = text if self.top1 is None else f"{text}, the same top-1 in {fine_percent(self.top1)}"
         worst = self.worst()
         return text if worst is None else f"{text}; most is lost at {printable(worst.name)}"
 
@@ -123,17 +123,13 @@ def losses(comparison: Comparison) -> list[float | None]:
     return [*lost, *(None for _ in comparison.outputs)]
 
 
-def lost_text(lost: float | None) -> str:
-    """Write how many dB are lost."""
-    return "" if lost is None or math.isnan(lost) else f"{round(lost, 1) + 0.0:.1f}"  # no -0.0
-
-
-def _row(each: Agreement, lost: float | None) -> dict[str, str]:
+def row_of(each: Agreement, lost: float | None) -> dict[str, str]:
+    """Write the cells of a layer or an output, by column."""
     return {
         "output of": printable(each.name),
         "kind": each.kind,
         "SQNR dB": decibels(each.sqnr_db),
-        "lost dB": lost_text(lost),
+        "lost dB": "" if lost is None or math.isnan(lost) else f"{round(lost, 1) + 0.0:.1f}",  # no -0.0
         "cosine": f"{each.cosine:.6f}",
     }
 
@@ -159,8 +155,3 @@ def _folded(
             ratios = span([layers[i].sqnr_db for i in places])
             found.append(between | {"output of": f"({len(places)} layers)", "SQNR dB": ratios})
     return found
-
-
-def _percent(share: float) -> str:
-    """Write a share in percent, rounded down: 100 % is all."""
-    return f"{math.floor(1e4 * share) / 100:g} %"

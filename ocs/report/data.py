@@ -8,6 +8,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ocs.replace_file import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -187,8 +189,8 @@ class Report:
             "seconds": self.seconds,
         }
         content = {"settings": self.settings, "totals": totals, "layers": [asdict(layer) for layer in self.layers]}
-        if self.mean_steps:
-            content["totals"]["mean_steps_db"] = self.mean_steps
+        if means := self.mean_steps:
+            content["totals"]["mean_steps_db"] = means
         beside = {"batch_norms": self.batch_norms, "equalized": self.equalized}
         return plain(content | {name: each for name, each in beside.items() if each})
 
@@ -243,11 +245,13 @@ class Report:
 
 
 def write(path: str | Path, writers: Mapping[str, Callable[[], str]]) -> None:
-    """Write a file by its ending."""
+    """Write a file by its ending, as a whole or not at all."""
     suffix = Path(path).suffix
     if suffix not in writers:
         raise ValueError(f"path={str(path)!r}: end it in {' or '.join(writers)}")
-    Path(path).write_text(writers[suffix](), encoding="utf-8")
+    text = writers[suffix]()
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

@@ -13,12 +13,12 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from ocs.report.cells import MEANING, cells_of, columns_of
-from ocs.report.comparison import losses, lost_text
+from ocs.report.cells import MEANING, cells_of, columns_of, largest_threshold, outputs_db
+from ocs.report.comparison import losses, row_of
 from ocs.report.summary import MEANING as STEPS
-from ocs.report.summary import facts_of, left_float, notes_of, what_was_done
+from ocs.report.summary import facts_of, left_float, notes_of, outputs_measured, what_was_done
 from ocs.report.svg import decibels_by_layer, histogram_pair
-from ocs.report.words import counted, decibels, in_decibels, percent, printable, size
+from ocs.report.words import counted, decibels, fine_percent, in_decibels, percent, printable, size
 
 if TYPE_CHECKING:
     from ocs.report.comparison import Agreement, Comparison
@@ -98,7 +98,7 @@ def _numbers(report: Report) -> dict[str, str]:
     if report.weight_bytes:
         numbers["of the weights are quantized"] = percent(report.quantized_share)
     numbers["more weights to run, by splitting"] = f"+{100 * (report.relative_size - 1):.1f} %"
-    numbers["mean SQNR of the weights"] = f"{in_decibels(report.mean_sqnr_db)}"
+    numbers["mean SQNR of the weights"] = in_decibels(report.mean_sqnr_db)
     return numbers
 
 
@@ -108,14 +108,14 @@ def _chart(report: Report) -> str:
     curves = [[layer.sqnr_db for layer in layers]]
     legend = "SQNR of each weight in dB, higher is better"
     if any(layer.steps for layer in layers):
-        curves.append([layer.steps[-1][1] if layer.steps else None for layer in layers])
+        curves.append([outputs_db(layer) for layer in layers])
         legend += "; dashed: of the layer's outputs, " + (
-            "from calibration" if all(layer.rounding in ("gptq", "learned") for layer in layers) else "estimated"
+            "from calibration" if all(map(outputs_measured, layers)) else "estimated"
         )
     if any(layer.sqnr_db == math.inf for layer in layers):
         legend += "; exact weights are left out"
     chart = decibels_by_layer([printable(layer.label) for layer in layers], curves)
-    return f'<p class="soft">{legend}.</p><div class="wide" tabindex="0" role="region" aria-label="Chart">{chart}</div>'
+    return _with_legend(chart, f"{legend}.")
 
 
 def _layers(report: Report) -> str:
@@ -125,7 +125,7 @@ def _layers(report: Report) -> str:
     bodies = []
     for layer in report.layers:
         cells = cells_of(layer)
-        row = "".join(_cell(name, cells.get(name, ""), layer, bars) for name in columns)
+        row = "".join(_cell(name, cells, layer, bars) for name in columns)
         kind = "" if layer.status == "quantized" else ' class="float"'
         more = f'<tr class="more"><td colspan="{len(columns)}">{_details(layer, cells)}</td></tr>'
         bodies.append(f"<tbody{kind}><tr>{row}</tr>{more}</tbody>")
@@ -146,22 +146,25 @@ class _Bars:
     """How long the bars of a table are, as shares of the longest."""
 
     def __init__(self, report: Report) -> None:
-        ratios = [layer.sqnr_db for layer in report.quantized] + [s[1] for x in report.quantized for s in x.steps[-1:]]
-        self.db = max([x for x in ratios if math.isfinite(x)], default=0.0)
-        self.bytes = max([layer.packed_bytes or layer.float_bytes for layer in report.layers], default=0)
+        layers = report.quantized
+        ratios = [layer.sqnr_db for layer in layers] + [outputs_db(layer) for layer in layers if layer.steps]
+        self.db = max(filter(math.isfinite, ratios), default=0.0)
+        self.bytes = max([_key("size", layer) for layer in report.layers], default=0)
 
     def of(self, name: str, layer: LayerReport) -> float | None:
         """Say how long the bar in a cell is, 0 to 1; None where there is none."""
         if name == "size":
-            return (layer.packed_bytes or layer.float_bytes) / self.bytes if self.bytes else None
+            return _bar(_key(name, layer), self.bytes)
         if layer.status != "quantized":
             return None
         if name == "max |w| -> split":
             return layer.max_after / layer.max_before if layer.max_before else None
-        if name in ("SQNR dB", "outputs dB") and self.db > 0:
-            key = _key(name, layer)
-            return None if key is None else max(min(key / self.db, 1.0), 0.0)
-        return None
+        return _bar(_key(name, layer), self.db) if name in ("SQNR dB", "outputs dB") else None
+
+
+def _bar(value: float | None, longest: float) -> float | None:
+    """Divide by the value of the longest bar, 0 to 1; None where either is not known."""
+    return None if value is None or longest <= 0 else max(min(value / longest, 1.0), 0.0)
 
 
 def _key(name: str, layer: LayerReport) -> float | None:
@@ -172,23 +175,22 @@ def _key(name: str, layer: LayerReport) -> float | None:
         return layer.weights
     if layer.status != "quantized":
         return None
-    of_threshold = layer.threshold if isinstance(layer.threshold, float) else max(layer.threshold, default=0.0)
     values = {
         "bits": layer.bits,
         "channels+copies": layer.channels + layer.splits,
         "max |w| -> split": layer.max_before,
-        "clipped at": of_threshold if layer.clip != "none" else None,
+        "clipped at": largest_threshold(layer) if layer.clip != "none" else None,
         "SQNR dB": layer.sqnr_db,
-        "outputs dB": layer.steps[-1][1] if layer.steps else None,
+        "outputs dB": outputs_db(layer),
         "input": layer.act_bits,
     }
     return values.get(name)
 
 
-def _cell(name: str, text: str, layer: LayerReport, bars: _Bars) -> str:
+def _cell(name: str, cells: dict[str, str], layer: LayerReport, bars: _Bars) -> str:
+    text = cells.get(name, "")
     if name == "layer":
-        note = cells_of(layer)["note"] if layer.reason else ""
-        below = f"<small>{escape(note)}</small>" if note else ""
+        below = f"<small>{escape(cells['note'])}</small>" if layer.reason else ""
         opens = f"<details><summary>{escape(text)}</summary></details>"
         return f'<td class="name" data-key="{escape(text)}">{opens}{below}</td>'
     return _value(name, text, _key(name, layer), bars.of(name, layer))
@@ -255,16 +257,15 @@ def _histogram(layer: LayerReport) -> str:
 
 def comparison_piece(comparison: Comparison) -> str:
     """Write a comparison."""
-    batches = "batch" if comparison.batches == 1 else "batches"
-    return _piece(f"<h1>Compared on {comparison.batches} {batches}</h1>{_comparison(comparison)}")
+    return _piece(f"<h1>Compared on {counted(comparison.batches, 'batch')}</h1>{_comparison(comparison)}")
 
 
 def _comparison(comparison: Comparison, before_table: str = "", after_table: str = "") -> str:
     first, tiles = comparison.outputs[0], {}
-    tiles["SQNR of the output"] = f"{in_decibels(first.sqnr_db)}"
+    tiles["SQNR of the output"] = in_decibels(first.sqnr_db)
     tiles["cosine to the float output"] = f"{first.cosine:.6f}"
     if comparison.top1 is not None:
-        tiles["the same top-1"] = f"{math.floor(1e4 * comparison.top1) / 100:g} %"
+        tiles["the same top-1"] = fine_percent(comparison.top1)
     if (worst := comparison.worst()) is not None:
         tiles["most is lost at"] = printable(worst.name)
     shown = [*comparison.layers, *comparison.outputs]
@@ -274,9 +275,7 @@ def _comparison(comparison: Comparison, before_table: str = "", after_table: str
         legend = (
             "SQNR in dB of each layer's output, in running order, with the errors of all before it; last the model's."
         )
-        chart = (
-            f'<p class="soft">{legend}</p><div class="wide" tabindex="0" role="region" aria-label="Chart">{curve}</div>'
-        )
+        chart = _with_legend(curve, legend)
     return f"{_tiles(tiles)}{chart}{before_table}{_agreements(comparison, shown)}{after_table}"
 
 
@@ -287,19 +286,24 @@ def _agreements(comparison: Comparison, shown: Sequence[Agreement]) -> str:
         "lost dB": "below the output before it",
         "cosine": "of the angle between both outputs, 1 at best",
     }  # fmt: skip
-    top = max([each.sqnr_db for each in shown if math.isfinite(each.sqnr_db)], default=0.0)
+    top = max(filter(math.isfinite, (each.sqnr_db for each in shown)), default=0.0)
     bodies = []
     for each, lost in zip(shown, losses(comparison), strict=True):
-        bar = max(min(each.sqnr_db / top, 1.0), 0.0) if top > 0 else None
-        row = f'<td class="name">{escape(printable(each.name))}</td><td class="extra">{escape(each.kind)}</td>'
-        row += _value("SQNR dB", decibels(each.sqnr_db), each.sqnr_db, bar)
-        row += _value("lost dB", lost_text(lost), lost, None)
-        row += _value("cosine", f"{each.cosine:.6f}", each.cosine, None)
+        cells = row_of(each, lost)
+        row = f'<td class="name">{escape(cells["output of"])}</td>{_value("kind", cells["kind"], None, None)}'
+        row += _value("SQNR dB", cells["SQNR dB"], each.sqnr_db, _bar(each.sqnr_db, top))
+        row += _value("lost dB", cells["lost dB"], lost, None)
+        row += _value("cosine", cells["cosine"], each.cosine, None)
         bodies.append(f"<tbody><tr>{row}</tr></tbody>")
     return _table("".join(_head(name, meaning) for name, meaning in heads.items()), bodies)
 
 
 # --- Pieces of HTML ---------------------------------------------------------------------------------------------------
+
+
+def _with_legend(chart: str, legend: str) -> str:
+    """Put a chart below what it shows, to scroll where it is too wide."""
+    return f'<p class="soft">{legend}</p><div class="wide" tabindex="0" role="region" aria-label="Chart">{chart}</div>'
 
 
 def _tiles(numbers: dict[str, Any]) -> str:

@@ -71,8 +71,8 @@ def _quantized_weight(result: LayerResult, weight: WeightResult, w: Tensor) -> L
         sources=tuple(sources),
         threshold=_numbers(quantized.threshold),
         scale=_numbers(quantized.scale),
-        max_before=max(weight.plan.channel_max.tolist(), default=0.0),
-        max_after=max(weight.plan.split_max.tolist(), default=0.0),
+        max_before=_largest(weight.plan.channel_max),
+        max_after=_largest(weight.plan.split_max),
         sqnr_db=sqnr_db(*quantization.error),
         histogram=_histogram(w, quantized, qmax(options.wbits), options.group),
         steps=weight.steps,
@@ -144,6 +144,10 @@ def _notes(result: LayerResult, channels: int) -> str:
     elif options.correct_bias and not result.bias_from:
         notes.append("bias not corrected: the mean of its input is not known, or only guessed")
     return "; ".join(notes)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
 
 
 def _numbers(x: Tensor) -> float | tuple[float, ...]:

@@ -15,20 +15,20 @@ from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.registry import is_quantizable
 from ocs.nn.weights import Weight, check_values, weights_of
+from ocs.report.cells import largest_threshold, outputs_db
 from ocs.report.comparison import Comparison
 from ocs.report.data import LayerReport, Report
 from ocs.report.plot import (
     BLUE,
     GREY,
-    LABELS,
-    LARGEST_DB,
     LINES,
     layer_agreement,
+    name_places,
     new_figure,
     new_panels,
     weight_histograms,
 )
-from ocs.report.words import counted, in_decibels
+from ocs.report.words import LARGEST_DB, counted, in_decibels
 from ocs.weight.arguments import check_bits, check_ratio
 from ocs.weight.entry import quantize_weight
 from ocs.weight.error import sqnr_db, weight_error
@@ -92,7 +92,7 @@ def report_overview(report: Report) -> Figure:
         raise ValueError("the report has no quantized layer to draw")
     names, curves = [layer.label for layer in layers], {"weight": [layer.sqnr_db for layer in layers]}
     if any(layer.steps for layer in layers):
-        curves["outputs"] = [layer.steps[-1][1] if layer.steps else None for layer in layers]
+        curves["outputs"] = [outputs_db(layer) for layer in layers]
     kept = [_kept(layer) for layer in layers]
     panels = 2 if any(each is not None and each < 1 for each in kept) else 1
     figure, rows = new_panels(panels, 2.4 * panels + 1, "weight")
@@ -107,8 +107,7 @@ def report_overview(report: Report) -> Figure:
 
 def _kept(layer: LayerReport) -> float | None:
     """Divide the largest threshold of a weight by its largest value."""
-    largest = layer.threshold if isinstance(layer.threshold, float) else max(layer.threshold, default=0.0)
-    return min(largest / layer.max_before, 1.0) if layer.max_before else None
+    return min(largest_threshold(layer) / layer.max_before, 1.0) if layer.max_before else None
 
 
 def _float_model(model: nn.Module, bits: int, r: float) -> Figure:
@@ -119,7 +118,7 @@ def _float_model(model: nn.Module, bits: int, r: float) -> Figure:
     for target in find_targets(model):
         if not target.reason_float:
             for weight in weights_of(target.layer):
-                w = _values(target.layer, weight)
+                w = _values(weight)
                 names.append(target.name if weight.name == "weight" else f"{target.name}.{weight.name}")
                 before.append(_decibels(w, bits, 0.0, weight.groups))
                 after.append(_decibels(w, bits, r, weight.groups) if r else None)
@@ -134,7 +133,7 @@ def _float_model(model: nn.Module, bits: int, r: float) -> Figure:
     return figure
 
 
-def _values(layer: nn.Module, weight: Weight) -> Tensor:
+def _values(weight: Weight) -> Tensor:
     check_values(weight.tensor)
     return weight.tensor.float()
 
@@ -154,8 +153,7 @@ def _by_layer(axes: Axes, names: Sequence[str], curves: Mapping[str, Ratios], yl
         axes.annotate(
             label, (last, shown[last]), (8, away), textcoords="offset points", color=color, va="center"
         )  # fmt: skip
-    step = -(-len(names) // LABELS)
-    axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right", fontsize=8)
+    name_places(axes, names)
     axes.margins(y=0.2)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", alpha=0.3)
@@ -167,7 +165,7 @@ def _by_layer(axes: Axes, names: Sequence[str], curves: Mapping[str, Ratios], yl
 
 def _float_layer(layer: nn.Module, bits: int, r: float) -> Figure:
     weights = weights_of(layer)
-    values = {weight.name: _values(layer, weight) for weight in weights}
+    values = {weight.name: _values(weight) for weight in weights}
     worst = max(weights, key=lambda weight: _outlier(values[weight.name]))
     title = f"{type(layer).__name__}, {worst.name}: largest {_outlier(values[worst.name]):.0f} standard deviations out"
     return weight_histograms(values[worst.name], bits, r, groups=worst.groups, title=title)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ocs.calibration.statistics import Statistics
 from ocs.kernels import reference
 from ocs.kernels.constants import RELEASE_METHODS, SMALLEST, qmax
-from ocs.report.words import plural
+from ocs.report.words import LARGEST_DB, clip_method, plural
 from ocs.weight.arguments import check_array, check_bits, check_choice, check_clip, check_groups, check_ratio
 from ocs.weight.entry import plan_splits, quantize_weight
 from ocs.weight.error import sqnr_db, weight_error
@@ -34,7 +34,6 @@ GREY, BLUE, RED = "#9aa0a6", "#1f6fb4", "#c0392b"
 PALE, DARK = "#d5d8dc", "#85898e"  # bars behind coloured lines
 LINES = ("#000000", "#e69f00", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe and Ito's but yellow
 MARKS = "os^DvPX<>ph"
-LARGEST_DB = 120  # shown: beyond it is float rounding
 LABELS = 40  # most layers that are named
 
 Methods = Sequence[str | float]
@@ -73,7 +72,7 @@ def weight_histograms(w: np.ndarray | Tensor, bits: int, r: float, *, groups: in
         (ours, {"weights": split[~halved], "of split channels": split[halved]}, kept),
     )
     limit = 1.05 * float(np.abs(w).max(initial=1e-12))
-    figure, rows = _new_figure(3, 7, "weight", title)
+    figure, rows = new_panels(3, 7, "weight", title, sharey=True)
     for axes, (name, parts, quantized) in zip(rows, panels, strict=True):
         sqnr = sqnr_db(*weight_error(w, quantized, groups))
         _draw_bars(axes, parts, np.linspace(-limit, limit, BINS + 1), (GREY, RED))
@@ -223,7 +222,7 @@ def _panel_title(bits: int, signed: bool, r: float, splits: int, zeros: int = 0)
 
 def _clip_figure(panels: Sequence[_Panel], edges: np.ndarray, title: str) -> Figure:
     legend_height = 0.9 + 0.2 * (len(panels[0].thresholds) + 1)  # inches
-    figure, rows = _new_figure(len(panels), len(panels) * max(3.0, legend_height), "|x|", title)
+    figure, rows = new_panels(len(panels), len(panels) * max(3.0, legend_height), "|x|", title, sharey=True)
     legend = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03), "frameon": False, "alignment": "left"}
     for axes, panel in zip(rows, panels, strict=True):
         bars = _draw_bars(axes, panel.parts, edges, (PALE, DARK), panel.counts)
@@ -238,7 +237,7 @@ def _clip_figure(panels: Sequence[_Panel], edges: np.ndarray, title: str) -> Fig
 
 def _draw_thresholds(axes: Axes, panel: _Panel) -> list[Line2D]:
     """Draw a line for each method, in ascending order; its mark is as far down as its line in the legend."""
-    names = [method if isinstance(method, str) else f"{method:g} of max" for method in panel.thresholds]
+    names = [*map(clip_method, panel.thresholds)]
     numbers = [f"{t:#.3g}".rstrip(".") for t in panel.thresholds.values()]
     widths = [max(map(len, column), default=0) for column in (names, numbers)]
     looks = {"markevery": [1], "markeredgecolor": "white", "markersize": 8, "linewidth": 1.3, "clip_on": False}
@@ -277,21 +276,22 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(8, height), layout="constrained")
 
 
-def new_panels(rows: int, height: float, xlabel: str) -> tuple[Figure, np.ndarray]:
+def new_panels(
+    rows: int, height: float, xlabel: str, title: str = "", *, sharey: bool = False
+) -> tuple[Figure, np.ndarray]:
     """Make a figure with panels one above the other, over the same places."""
     figure = new_figure(height)
-    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    panels[-1].set_xlabel(xlabel)
-    return figure, panels
-
-
-def _new_figure(rows: int, height: float, xlabel: str, title: str) -> tuple[Figure, np.ndarray]:
-    figure = new_figure(height)
-    panels = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    panels = figure.subplots(rows, 1, sharex=True, sharey=sharey, squeeze=False)[:, 0]
     panels[-1].set_xlabel(xlabel)
     if title:
         figure.suptitle(title)
     return figure, panels
+
+
+def name_places(axes: Axes, names: Sequence[str]) -> None:
+    """Write names below 0, 1, 2 and so on, of many every so-many-th."""
+    step = -(-len(names) // LABELS)
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right", fontsize=8)
 
 
 def _draw_bars(
@@ -323,15 +323,12 @@ def layer_agreement(comparison: Comparison) -> Figure:
     """
     if not comparison.layers:
         raise ValueError("comparison has no layers: compare a model of ocs layers, not what was lowered or exported")
-    figure, (axes,) = _new_figure(1, 0.5 * len(comparison.layers) ** 0.5 + 2, "layer", "")
+    figure, (axes,) = new_panels(1, 0.5 * len(comparison.layers) ** 0.5 + 2, "layer")
     shown = [*comparison.layers, comparison.outputs[0]]
     decibels = [min(each.sqnr_db, LARGEST_DB) for each in shown]
     axes.plot(range(len(decibels) - 1), decibels[:-1], "o-", color=BLUE, markersize=4, label="output of the layer")
     axes.plot([len(decibels) - 1], decibels[-1:], "s", color=RED, label="output of the model")
-    step = -(-len(shown) // LABELS)
-    axes.set_xticks(
-        range(0, len(shown), step), [each.name for each in shown][::step], rotation=60, ha="right", fontsize=8
-    )
+    name_places(axes, [each.name for each in shown])
     axes.set_ylabel("SQNR, dB")
     axes.set_title(comparison.summary(), loc="left", fontsize=10)
     axes.legend()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING
 
 from ocs.report.words import counted, decibels, in_decibels, percent, printable, size
@@ -110,9 +110,14 @@ def _outputs(report: Report) -> str:
     total = sum(means.values())
     parts = [f"{db:+.1f} by {MEANING.get(what, what)}" for what, db in means.items()]
     first = parts[0].removeprefix("+").replace(" by ", " ")
-    measured = [layer.rounding in ("gptq", "learned") for layer in report.quantized if layer.steps]
+    measured = [outputs_measured(layer) for layer in report.quantized if layer.steps]
     how = "from calibration" if all(measured) else "estimated" if not any(measured) else "estimated or from calibration"
     return f"SQNR {total:.1f} dB on average, {how}: {', '.join([first, *parts[1:]])}"
+
+
+def outputs_measured(layer: LayerReport) -> bool:
+    """Tell whether the ratios of a layer's outputs are from calibration, not estimated."""
+    return layer.rounding in ("gptq", "learned")
 
 
 def _roundings(report: Report) -> str:
@@ -129,7 +134,7 @@ def _roundings(report: Report) -> str:
 
 def left_float(report: Report) -> list[str]:
     """Say what stays float and why, a sentence for each reason, the largest first."""
-    groups = _by_reason([layer for layer in report.layers if layer.status != "quantized"])
+    groups = grouped([layer for layer in report.layers if layer.status != "quantized"], _reason)
     groups.sort(key=lambda group: -sum(layer.float_bytes for layer in group))
     return [
         f"{_names(group)} {'(skipped) ' if group[0].status == 'skipped' else ''}"
@@ -140,15 +145,20 @@ def left_float(report: Report) -> list[str]:
 
 def notes_of(report: Report) -> list[str]:
     """Say what was not done as asked, a sentence for each."""
-    groups = _by_reason([layer for layer in report.quantized if layer.reason])
+    groups = grouped([layer for layer in report.quantized if layer.reason], _reason)
     return [f"{_names(group)}: {group[0].reason}" for group in groups]
 
 
-def _by_reason(layers: list[LayerReport]) -> list[list[LayerReport]]:
-    groups: dict[tuple[str, str], list[LayerReport]] = {}
+def grouped(layers: Iterable[LayerReport], key: Callable[[LayerReport], Hashable]) -> list[list[LayerReport]]:
+    """Part layers by what they have in common, in the order of the first of each group."""
+    groups: dict[Hashable, list[LayerReport]] = {}
     for layer in layers:
-        groups.setdefault((layer.status, layer.reason), []).append(layer)
+        groups.setdefault(key(layer), []).append(layer)
     return [*groups.values()]
+
+
+def _reason(layer: LayerReport) -> tuple[str, str]:
+    return layer.status, layer.reason
 
 
 def _names(group: list[LayerReport]) -> str:
@@ -160,4 +170,4 @@ def _names(group: list[LayerReport]) -> str:
 
 def worst_first(report: Report) -> list[LayerReport]:
     """Sort the quantized weights by what rounding left of them, the worst first."""
-    return sorted(report.quantized, key=lambda layer: math.inf if layer.sqnr_db is None else layer.sqnr_db)
+    return sorted(report.quantized, key=lambda layer: layer.sqnr_db)

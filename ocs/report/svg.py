@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
 
+from ocs.kernels.constants import qmax
 from ocs.report.data import LayerReport
-from ocs.report.words import printable
+from ocs.report.words import LARGEST_DB, printable
 
 WIDTH, HEIGHT, GAP = 360, 74, 16  # of a histogram, and below it
 MOST_LINES = 63  # of a grid; finer ones are no lines any more
 CHART, LEFT = (720, 180), 34  # width and height, and what numbers take of it
-LARGEST_DB = 120  # shown: beyond it is float rounding
 
 
 def histogram_pair(layer: LayerReport) -> str:
     """Draw a weight's histograms before and after, one above the other over the grid, counts on a logarithmic scale."""
-    histogram, most = layer.histogram, 2 ** (layer.bits - 1) - 1
+    histogram, most = layer.histogram, qmax(layer.bits)
     end = max(histogram.reach, most + 0.5)
     if isinstance(layer.scale, float):
         end = max(end, layer.max_before / layer.scale)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ocs.report.cells import RIGHT_ALIGNED, cells_of, cells_of_all, columns_of
-from ocs.report.summary import facts_of, left_float, notes_of, what_was_done, worst_first
+from ocs.report.summary import facts_of, grouped, left_float, notes_of, what_was_done, worst_first
 from ocs.report.words import counted, plural
 
 if TYPE_CHECKING:
-    from ocs.report.data import LayerReport, Report
+    from ocs.report.data import Report
 
 WORST = 10  # layers that are shown one by one
 REASONS = 5  # as many reasons are given
@@ -48,19 +48,13 @@ def _worst(report: Report, width: int) -> list[str]:
     """Lay out the worst layers, and one line for all others of a kind."""
     layers = worst_first(report)
     shown, rest = layers[:WORST], layers[WORST:]
-    lines = [*map(cells_of, shown), *map(cells_of_all, _groups(rest))]
+    alike = grouped(rest, lambda layer: (layer.kind, layer.bits))
+    lines = [*map(cells_of, shown), *map(cells_of_all, alike)]
     title = f"The {len(shown)} of {counted(len(layers), 'weight')} with the lowest SQNR (all: {EVERYTHING})"
     if not rest:
         title = f"{counted(len(layers), 'weight').capitalize()}, the lowest SQNR first"
     columns = [name for name in columns_of(report) if name != "note"]
     return ["", *textwrap.wrap(title, width), *fitted(lines, columns, width, RIGHT_ALIGNED, GIVES_WAY)]
-
-
-def _groups(layers: Iterable[LayerReport]) -> list[list[LayerReport]]:
-    groups: dict[tuple[str, int], list[LayerReport]] = {}
-    for layer in layers:
-        groups.setdefault((layer.kind, layer.bits), []).append(layer)
-    return [*groups.values()]
 
 
 def _listed(name: str, sentences: list[str], every: bool) -> list[tuple[str, str]]:

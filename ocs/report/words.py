@@ -2,10 +2,14 @@
 
 import math
 
+LARGEST_DB = 120  # that charts show: beyond it is float rounding
+
 
 def plural(count: int, word: str) -> str:
     """Put a word in the plural but for one thing."""
-    return word if count == 1 else f"{word}s"
+    if count == 1:
+        return word
+    return f"{word}es" if word.endswith("ch") else f"{word}s"
 
 
 def counted(count: int, word: str) -> str:
@@ -27,6 +31,11 @@ def percent(share: float) -> str:
     return f"{math.floor(100 * share)} %" if share >= 0.01 or not share else "less than 1 %"
 
 
+def fine_percent(share: float) -> str:
+    """Write a share in percent with two decimals, rounded down: 100 % is all."""
+    return f"{math.floor(1e4 * share) / 100:g} %"
+
+
 def decibels(db: float) -> str:
     """Write a signal-to-noise ratio without its unit."""
     if math.isfinite(db):
@@ -42,6 +51,11 @@ def in_decibels(db: float) -> str:
 def printable(name: str) -> str:
     """Write a name in one line, whatever is in it."""
     return name if name.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
+def clip_method(clip: str | float) -> str:
+    """Name a clip method."""
+    return clip if isinstance(clip, str) else f"{clip:g} of max"
 
 
 def span(values: list[float]) -> str:

@@ -138,6 +138,14 @@ def test_dict_and_json(report: ocs.Report, tmp_path: Path) -> None:
         report.save(tmp_path / "report.txt")
 
 
+def test_what_cannot_be_written_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    lone = ocs.LayerReport(name="a", kind="\ud800", weight="", shape=(), status="float", reason="no weights")
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        ocs.Report((lone,)).save(tmp_path / "report.html")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.html", "old")]
+
+
 def test_exact_layers_are_valid_json() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
     model[0].weight.data = torch.tensor([[7.0, 0], [-7, 1]])
