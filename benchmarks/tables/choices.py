@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import paths
 import torch
 from bench import machine
+from command import footnote
 from fashion_mnist import VIT_WEIGHTS, WEIGHTS, load, load_model
 from language_model import ASSETS as TEXT
 from language_model import encode, read_words
@@ -145,9 +146,8 @@ def main() -> None:
         row = cells(made[name](), wbits, r, roundings, **recipe)
         lines.append([f"{name}, {wbits} bits, r = {r:g}", *row])
         print(*lines[-1], sep=" | ", flush=True)
-    about = machine()
     command = f"python benchmarks/tables/choices.py{' --gptq' if args.gptq else ''}"
-    text = f"{aligned(lines)}\n`{command}`; {about['cpu']}, torch {about['torch']}, {about['date']}.\n"
+    text = f"{aligned(lines)}\n\n{footnote({'command': command, 'machine': machine()})}\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / ("choices-gptq.md" if args.gptq else "choices.md")).write_text(text)
 
