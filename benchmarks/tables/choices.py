@@ -57,6 +57,18 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0])
 
 
+def encoder() -> nn.Module:
+    """Four transformer layers and a linear one."""
+    layer = nn.TransformerEncoderLayer(96, 4, 384, dropout=0.0, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 4), nn.Linear(96, 32))
+
+
+def mlp() -> nn.Module:
+    """Three hidden layers of 256."""
+    hidden = [part for width in (64, 256, 256) for part in (nn.Linear(width, 256), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(256, 32))
+
+
 def random_networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
     """By name: what makes a small network, and the shape of an input."""
     models = torchvision_models()
@@ -66,17 +78,15 @@ def random_networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...
         convnext.CNBlockConfig(64, 128, 1),
         convnext.CNBlockConfig(128, None, 1),
     ]
-    layer = nn.TransformerEncoderLayer(96, 4, 384, dropout=0.0, activation="gelu", batch_first=True)
-    mlp = [part for width in (64, 256, 256) for part in (nn.Linear(width, 256), nn.ReLU())]
     return {
         "resnet": (lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=32), (3, 48, 48)),
         "mobilenet": (lambda: models.mobilenet_v2(width_mult=0.5, num_classes=32), (3, 48, 48)),
         "convnext": (lambda: convnext.ConvNeXt(widths, num_classes=32), (3, 48, 48)),
         "vit": (lambda: models.VisionTransformer(32, 8, 4, 4, 96, 384, num_classes=32), (3, 32, 32)),
         "swin": (lambda: models.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=32), (3, 48, 48)),
-        "encoder": (lambda: nn.Sequential(nn.TransformerEncoder(layer, 4), nn.Linear(96, 32)), (16, 96)),
+        "encoder": (encoder, (16, 96)),
         "lstm": (Recurrent, (20, 64)),
-        "mlp": (lambda: nn.Sequential(*mlp, nn.Linear(256, 32)), (64,)),
+        "mlp": (mlp, (64,)),
     }
 
 
