@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import ocs
@@ -83,18 +82,17 @@ def c_page() -> str:
         " with `-lm`.",
         f"```text\n{inspect.cleandoc(opening.replace(chr(10) + ' *', chr(10)))}\n```",
     ]
-    parts += ["## Limits and statuses", *_declarations(pieces[0])]
+    parts += ["## Limits and statuses", _declarations(pieces[0])]
     for title, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        parts += [f"## {title}", *_declarations(body)]
+        parts += [f"## {title}", _declarations(body)]
     return "\n\n".join(parts) + "\n"
 
 
-def _declarations(text: str) -> Iterator[str]:
-    """Yield each block between blank lines as code, its comment with it."""
+def _declarations(text: str) -> str:
+    """The declarations of a section as code, each with its comment."""
     body = re.sub(r"^/\*.*?\*/\n#ifndef.*?extern \"C\" \{\n#endif\n", "", text, count=1, flags=re.DOTALL)
     body = body.split("#ifdef __cplusplus\n}")[0]
-    if body.strip():
-        yield f"```c\n{body.strip()}\n```"
+    return f"```c\n{body.strip()}\n```"
 
 
 PAGES = {"options.md": options_page, "c-api.md": c_page}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; so do the processes that tests start
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -16,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ocs.formats.contents import crc32
 from ocs.kernels import ops
 from ocs.nn.base import QuantizedLayer
 
@@ -138,6 +143,26 @@ def folded_twin(model: nn.Module, ours: nn.Module) -> nn.Module:
                     folded = layer.in_float_layout(layer.folded(weight))
                     twin.get_submodule(name)._parameters[weight].copy_(folded)
     return twin
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """What ocs.save says of a model in its file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["ocs"])
+
+
+def forge(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+    """A file with valid sums that only ocs.save's reader can refuse: change(header, tensors)."""
+    from safetensors.torch import load_file, save_file
+
+    header, tensors = header_of(path), load_file(path)
+    change(header, tensors)
+    if isinstance(header.get("tensors"), dict):
+        header["tensors"] = {name: crc32(tensor) for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    save_file(tensors, path, metadata={"ocs": text, "crc32": str(zlib.crc32(text.encode()))})
 
 
 @pytest.fixture(scope="module")

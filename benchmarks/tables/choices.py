@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import paths
 import torch
 from bench import machine
+from command import footnote
 from fashion_mnist import VIT_WEIGHTS, WEIGHTS, load, load_model
 from language_model import ASSETS as TEXT
 from language_model import encode, read_words
@@ -56,6 +57,18 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0])
 
 
+def encoder() -> nn.Module:
+    """Four transformer layers and a linear one."""
+    layer = nn.TransformerEncoderLayer(96, 4, 384, dropout=0.0, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 4), nn.Linear(96, 32))
+
+
+def mlp() -> nn.Module:
+    """Three hidden layers of 256."""
+    hidden = [part for width in (64, 256, 256) for part in (nn.Linear(width, 256), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(256, 32))
+
+
 def random_networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
     """By name: what makes a small network, and the shape of an input."""
     models = torchvision_models()
@@ -65,17 +78,15 @@ def random_networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...
         convnext.CNBlockConfig(64, 128, 1),
         convnext.CNBlockConfig(128, None, 1),
     ]
-    layer = nn.TransformerEncoderLayer(96, 4, 384, dropout=0.0, activation="gelu", batch_first=True)
-    mlp = [part for width in (64, 256, 256) for part in (nn.Linear(width, 256), nn.ReLU())]
     return {
         "resnet": (lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=32), (3, 48, 48)),
         "mobilenet": (lambda: models.mobilenet_v2(width_mult=0.5, num_classes=32), (3, 48, 48)),
         "convnext": (lambda: convnext.ConvNeXt(widths, num_classes=32), (3, 48, 48)),
         "vit": (lambda: models.VisionTransformer(32, 8, 4, 4, 96, 384, num_classes=32), (3, 32, 32)),
         "swin": (lambda: models.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=32), (3, 48, 48)),
-        "encoder": (lambda: nn.Sequential(nn.TransformerEncoder(layer, 4), nn.Linear(96, 32)), (16, 96)),
+        "encoder": (encoder, (16, 96)),
         "lstm": (Recurrent, (20, 64)),
-        "mlp": (lambda: nn.Sequential(*mlp, nn.Linear(256, 32)), (64,)),
+        "mlp": (mlp, (64,)),
     }
 
 
@@ -145,9 +156,8 @@ def main() -> None:
         row = cells(made[name](), wbits, r, roundings, **recipe)
         lines.append([f"{name}, {wbits} bits, r = {r:g}", *row])
         print(*lines[-1], sep=" | ", flush=True)
-    about = machine()
     command = f"python benchmarks/tables/choices.py{' --gptq' if args.gptq else ''}"
-    text = f"{aligned(lines)}\n`{command}`; {about['cpu']}, torch {about['torch']}, {about['date']}.\n"
+    text = f"{aligned(lines)}\n\n{footnote({'command': command, 'machine': machine()})}\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / ("choices-gptq.md" if args.gptq else "choices.md")).write_text(text)
 

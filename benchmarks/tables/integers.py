@@ -10,7 +10,6 @@ end; without it engines compute what the simulated model does.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import Any
 import paths
 import torch
 from bench import machine
+from command import footnote
 from fashion_mnist import load, load_model
 from layout import aligned
 from torch import Tensor, nn
@@ -78,12 +78,9 @@ def main() -> None:
         found = row(options, images, labels, calibration)
         lines.append([f"{bits} bits, r = {r:g}, {granularity}", *(f"{found[name]:.2f}" for name in COLUMNS)])
         print(" ".join(lines[-1]), flush=True)
-    about = machine()
-    text = (
-        f"**ResNet-20**; {len(labels):,} images of Fashion-MNIST; top-1 %\n\n{aligned(lines)}\n"
-        f"`python benchmarks/tables/integers.py`; {about['cpu']}, {os.cpu_count()} cores, torch {about['torch']}, "
-        f"{about['date']}.\n"
-    )
+    heading = f"**ResNet-20**; {len(labels):,} images of Fashion-MNIST; top-1 %"
+    made = {"command": "python benchmarks/tables/integers.py", "machine": machine()}
+    text = f"{heading}\n\n{aligned(lines)}\n\n{footnote(made)}\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "integers.md").write_text(text)
 

@@ -55,7 +55,7 @@ def main() -> None:
         print(" ".join(lines[-1]), flush=True)
     about = machine()
     text = (
-        f"**LSTM**; {len(words):,} words of the bundled text; perplexity\n\n{aligned(lines)}\n"
+        f"**LSTM**; {len(words):,} words of the bundled text; perplexity\n\n{aligned(lines)}\n\n"
         f"`python benchmarks/tables/packed.py`; {about['cpu']}, {os.cpu_count()} cores, isa {about['isa']}, torch "
         f"{about['torch']}, {about['date']}.\n"
     )

@@ -15,8 +15,6 @@ from cells import Cell
 from command import PAPER, Table, main
 from options import number
 
-CURVES = {"none": "no clip"}
-
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width and ratio, a column for each clip method."""
@@ -27,16 +25,8 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
             for clip in args.clip:
                 options = {"wbits": bits, "r": r, "clip": number(clip)}
                 row, axes = f"{bits} bits, r = {r:g}", {"bits": bits, "r": r}
-                found.append(
-                    Cell(
-                        row,
-                        f"clip {clip}",
-                        options,
-                        paper=paper.get(clip),
-                        axes=axes,
-                        curve=CURVES.get(clip, "best clip"),
-                    )
-                )
+                curve = "no clip" if clip == "none" else "best clip"
+                found.append(Cell(row, f"clip {clip}", options, paper=paper.get(clip), axes=axes, curve=curve))
     return found
 
 

@@ -86,10 +86,7 @@ class Task(ABC):
 
 
 def _suffices(options: Options) -> bool:
-    """Whether the statistics of inputs are enough; how much each layer counts is measured on the inputs themselves.
-
-    And integers are learned on them.
-    """
+    """Whether statistics of inputs are enough: how much layers count is measured, integers are learned, on inputs."""
     return options.get("allocate") != "error" and "size_of" not in options and options.get("rounding") != "learned"
 
 
@@ -130,8 +127,11 @@ class Evaluation(Task):
         if self._synthetic is None and "synthetic" in (options.get("norms"), shown):
             self._synthetic = ocs.synthesize(self.model, self.shape(), images=SYNTHETIC, progress=False)
         if shown and shown not in self._seen and _suffices(options):
-            data = self._synthetic if shown == "synthetic" else self.shown()
-            self._seen[shown] = ocs.calibrate(self.model, data, moments=True, progress=False)
+            self._seen[shown] = ocs.calibrate(self.model, self._calibrating(shown), moments=True, progress=False)
+
+    def _calibrating(self, shown: bool | str) -> Any:
+        """The inputs of the option `calibrated`."""
+        return self._synthetic if shown == "synthetic" else self.shown()
 
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """A folded copy (the same values as expanded, at the float model's cost), and what its report says.
@@ -150,8 +150,7 @@ class Evaluation(Task):
             report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
         if shown:
-            inputs = (lambda: self._synthetic) if shown == "synthetic" else self.shown
-            given["calibration"] = self._seen[shown] if suffices else inputs()
+            given["calibration"] = self._seen[shown] if suffices else self._calibrating(shown)
         with torch.inference_mode(False):  # which learning cannot do with
             model = copy.deepcopy(self.model)
             report = ocs.quantize(model, **options, **given)

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import Everything, assert_unchanged, state
+from conftest import Everything, assert_unchanged, forge, header_of, state
 from torch import Tensor, nn
 
 import ocs
 from ocs import _C
 from ocs.formats import storage
-from ocs.formats.contents import crc32
 from ocs.nn.base import QuantizedLayer
 
 
@@ -139,8 +137,8 @@ def test_tensors_that_are_called_like_ours_are_kept(tmp_path: Path) -> None:
 
 def test_the_file_is_readable_by_others(saved: tuple[nn.Module, Path]) -> None:
     model, path = saved
+    header = header_of(path)
     with safetensors.safe_open(path, framework="np") as file:
-        header = json.loads(file.metadata()["ocs"])
         packed, copies = file.get_tensor("net.head.weight_int"), file.get_tensor("net.head.source")
     assert (header["format"], header["ocs"]) == (2, ocs.__version__)
     assert header["layers"]["net.head"] == {
@@ -318,19 +316,6 @@ def test_a_changed_setting_is_found(saved: tuple[nn.Module, Path]) -> None:
     assert content.count(b'\\"r\\": 0.1') == 9
     saved[1].write_bytes(content.replace(b'\\"r\\": 0.1', b'\\"r\\": 0.7', 1))
     load_fails(saved[1], "its header is damaged")
-
-
-def forge(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
-    """A file with valid sums that only ocs.save's reader can refuse: change(header, tensors)."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["ocs"])
-    tensors = safetensors.torch.load_file(path)
-    change(header, tensors)
-    if isinstance(header.get("tensors"), dict):
-        header["tensors"] = {name: crc32(tensor) for name, tensor in tensors.items()}
-    text = json.dumps(header)
-    metadata = {"ocs": text, "crc32": str(zlib.crc32(text.encode()))}
-    safetensors.torch.save_file(tensors, path, metadata=metadata)
 
 
 def setting(*keys: str, to: Any) -> Callable[[dict, dict], None]:

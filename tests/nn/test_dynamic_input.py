@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 import torch.nn.functional as F
-from conftest import SmallNet, assert_unchanged, folded_twin, outlier_weight, state
+from conftest import SmallNet, assert_unchanged, folded_twin, header_of, outlier_weight, state
 from test_own_forward import Conv1D, OtherLinear, SamePadded
 from test_recurrent import flat, heavy
 from torch import Tensor, nn
@@ -291,11 +290,6 @@ def test_copies_states_and_files(tmp_path: Path) -> None:
     names = {name.rpartition(".")[2] for name in model.state_dict()}
     assert "input_form" in names
     assert not names & {"input_scale", "input_source"}
-
-
-def header_of(path: Path) -> dict[str, Any]:
-    with safetensors.safe_open(path, framework="np") as file:
-        return json.loads(file.metadata()["ocs"])
 
 
 def test_older_readers_are_told_by_files_with_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import pickle
 
 import pytest
-import safetensors
 import torch
-from conftest import SmallNet, assert_unchanged, state
+from conftest import SmallNet, assert_unchanged, header_of, state
 from test_quantized_input import CASES
 from torch import nn
 
@@ -106,8 +104,7 @@ def test_files_with_repeated_splits_tell_older_readers(net: SmallNet, tmp_path, 
         ours, path = copy.deepcopy(net), tmp_path / select
         ocs.quantize(ours, abits=4, act_r=1.0, act_select=select, skip=None, calibration=x)
         ocs.save(ours, path)
-        with safetensors.safe_open(path, framework="np") as file:
-            header = json.loads(file.metadata()["ocs"])
+        header = header_of(path)
         formats[select] = header["format"]
         assert set(header["layers"]["stem"]["input"]) == {"bits", "signed", "splits", "split", "act_split", "clip"}
         for packed in (False, True):

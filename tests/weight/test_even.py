@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Everything, SmallNet, outlier_weight
+from test_selection import greedy, kinds
 from torch import Tensor, nn
 
 import ocs
@@ -25,7 +26,6 @@ from ocs.plan.quantize_layer import LayerQuantizer
 from ocs.weight import plan as plans
 from ocs.weight import selection as select
 
-kinds = pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 SPLITS = ("qa", "even")
 CLIPS = ("none", "auto", 0.6, *functional.CLIP_METHODS)
 
@@ -37,30 +37,7 @@ def one_outlier(shape: tuple[int, ...], times: float = 9) -> np.ndarray:
     return w
 
 
-def picks_of(plan: functional.SplitPlan, groups: int) -> list[int]:
-    """The original channels that were split, in order."""
-    return np.asarray(plan.source).reshape(groups, -1)[:, len(plan.channel_max) // groups :].ravel().tolist()
-
-
 # --- Plans ------------------------------------------------------------------------------------------------------------
-
-
-@kinds
-@pytest.mark.parametrize("values", ["random", "ties", "zeros", "tiny"])
-def test_picks_of_the_kernel_give_its_plan(kind: Callable, values: str) -> None:
-    rng = np.random.default_rng(0)
-    for groups, channels in ((1, 1), (1, 7), (2, 7), (3, 40)):
-        w = outlier_weight((2 * groups, channels, 3), seed=channels)
-        if values != "random":
-            of_channel = {"ties": [1, 2, 4, 3], "zeros": [0, 0, 1], "tiny": [1e-44, 7e-45, 0]}[values]
-            w[:] = np.tile(rng.choice(of_channel, (groups, 1, channels, 1)), (1, 2, 1, 1)).reshape(-1, channels, 1)
-        for r in (0.0, 0.1, 0.5, 1.0):
-            plan = functional.plan_splits(kind(w), r, groups, split="even")
-            again = functional.plan_channels(kind(w), picks_of(plan, groups), groups, split="even")
-            for ours, theirs in zip(again, plan, strict=True):
-                assert type(ours) is type(theirs)
-                assert ours.dtype == theirs.dtype
-                assert np.array_equal(ours, theirs)
 
 
 def test_plans_by_hand() -> None:
@@ -137,14 +114,6 @@ def test_split_more_often_it_leaves_less(granularity: str) -> None:
 
 
 # --- Which channels ---------------------------------------------------------------------------------------------------
-
-
-def greedy(errors: Callable[[list[int]], float], channels: int, splits: int) -> list[int]:
-    """One split after the other, whichever leaves the least error, the lowest of equals."""
-    picks: list[int] = []
-    for _ in range(splits):
-        picks.append(int(np.argmin([errors([*picks, c]) for c in range(channels)])))
-    return picks
 
 
 def parts_of(picks: list[int], channels: int) -> np.ndarray:

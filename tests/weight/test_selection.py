@@ -32,8 +32,9 @@ def picks_of(plan: functional.SplitPlan, groups: int) -> list[int]:
 
 
 @kinds
+@pytest.mark.parametrize("split", ["qa", "even"])
 @pytest.mark.parametrize("values", ["random", "ties", "zeros", "tiny"])
-def test_picks_of_the_kernel_give_its_plan(kind: Callable, values: str) -> None:
+def test_picks_of_the_kernel_give_its_plan(kind: Callable, values: str, split: str) -> None:
     rng = np.random.default_rng(0)
     for groups in (1, 2, 3):
         for channels in (1, 2, 7, 40):
@@ -42,8 +43,8 @@ def test_picks_of_the_kernel_give_its_plan(kind: Callable, values: str) -> None:
                 of_channel = {"ties": [1, 2, 4, 3], "zeros": [0, 0, 1], "tiny": [1e-44, 7e-45, 0]}[values]
                 w[:] = np.tile(rng.choice(of_channel, (groups, 1, channels, 1)), (1, 2, 1, 1)).reshape(-1, channels, 1)
             for r in (0.0, 0.1, 0.5, 1.0):
-                plan = functional.plan_splits(kind(w), r, groups)
-                again = functional.plan_channels(kind(w), picks_of(plan, groups), groups)
+                plan = functional.plan_splits(kind(w), r, groups, split=split)
+                again = functional.plan_channels(kind(w), picks_of(plan, groups), groups, split=split)
                 for ours, theirs in zip(again, plan, strict=True):
                     assert type(ours) is type(theirs)
                     assert ours.dtype == theirs.dtype
