@@ -159,6 +159,8 @@ class QuantizedLayer(nn.Module):
         left = {*(b for name in layer.channels for b in layer.buffers_of(name)), *layer.derived_names()}
         self._buffers.update({name: tensor for name, tensor in buffers.items() if name not in left})
         self._non_persistent_buffers_set.difference_update(layer.derived_names())
+        for name in self.derived_buffers:
+            self.register_buffer(name, None, persistent=False)
         self._non_persistent_buffers_set.update(map(self.forward_buffer, self.channels))
         self.rebuild()
 

@@ -57,8 +57,6 @@ class PackedLayer(QuantizedLayer):
         vars(layer).pop("forms")
         for name in self.channels:
             layer._buffers.update(zip(weight_buffers(name), unpack(*self.packed_weight(name)), strict=True))
-        for name in layer.derived_buffers:
-            layer.register_buffer(name, None, persistent=False)
         layer._take_buffers(self, others)
         return layer
 
@@ -117,8 +115,8 @@ class PackedLayer(QuantizedLayer):
         return tuple(self.in_float_layout(torch.empty(self.forms[name].shape, dtype=torch.int8, device="meta")).shape)
 
     def derived_names(self) -> tuple[str, ...]:
-        """Name no buffer: none is derived."""
-        return ()
+        """Name the buffers that rebuild() fills, which are none of the weights'."""
+        return self.derived_buffers
 
     def rebuild(self) -> None:
         """Keep the dtype of the weights and none of their values."""
