@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from ocs.nn.weights import weights_of
 from ocs.plan.input_facts import InputFacts
 from ocs.plan.quantize_layer import LayerQuantizer, LayerResult, WeightResult, check_range
 from ocs.weight.error import signal_and_noise, sqnr_db, weight_error
@@ -19,21 +18,20 @@ def after_learning(result: LayerResult, facts: InputFacts, *, note: str) -> Laye
     result.replacement.settings = options.shown
     check_range(result.replacement)
     learned_note = result.rounding_note.replace("rounded to nearest", "learned from nearest rounding")
-    weights = tuple(_measured(result, each, facts) for each in result.weights)
+    quantizer = LayerQuantizer(result.plan, facts)
+    weights = tuple(_measured(result, each, quantizer) for each in result.weights)
     return replace(result, options=options, weights=weights, rounding_note=learned_note)
 
 
-def _measured(result: LayerResult, of_weight: WeightResult, facts: InputFacts) -> WeightResult:
+def _measured(result: LayerResult, of_weight: WeightResult, quantizer: LayerQuantizer) -> WeightResult:
     """Measure what is left of a weight, and of its outputs where that was asked for."""
-    quantizer, name = LayerQuantizer(result.plan, facts), of_weight.name
-    w = next(weight for weight in weights_of(result.plan.module) if weight.name == name)
+    name = of_weight.name
+    w, groups = quantizer.weight(name), quantizer.weights[name].groups
     ints, _, _ = result.replacement.weight_state(name)
     quantized = of_weight.quantization.quantized._replace(ints=ints)
-    quantization = of_weight.quantization._replace(
-        quantized=quantized, error=weight_error(quantizer.weight(name), quantized, w.groups)
-    )
+    quantization = of_weight.quantization._replace(quantized=quantized, error=weight_error(w, quantized, groups))
     steps = of_weight.steps
     if steps:
         scheme = quantizer.scheme(name, result.options)
-        steps += (("learned", sqnr_db(*signal_and_noise(quantizer.weight(name), quantized, scheme))),)
+        steps += (("learned", sqnr_db(*signal_and_noise(w, quantized, scheme))),)
     return of_weight._replace(quantization=quantization, steps=steps)
