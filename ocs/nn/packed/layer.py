@@ -175,7 +175,7 @@ class PackedLayer(QuantizedLayer):
         shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""
         size = sum(form.packed_bytes() for form in self.forms.values())
-        scales = ("tensor", "channel", f"channel and {self.scale_group} inputs")[weight.scale.dim()]
+        scales = self._shown_scales(weight.scale)
         return f"{shown}bits={self.bits}, splits={self.splits}, packed in {size:,} bytes, scale per {scales}{grid}"
 
 
