@@ -259,6 +259,12 @@ def test_what_is_computed_twice_for_gradients_counts_once(reentrant: bool) -> No
     assert same_state(*nets)
 
 
+def test_import_leaves_the_compiler_out() -> None:
+    """It takes longer to import than torch itself."""
+    code = "import ocs, sys; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled() -> None:
     torch._dynamo.reset()

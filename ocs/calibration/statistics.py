@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ocs.calibration.ranks import reduced
-from ocs.kernels.constants import OCTAVE_BINS, OCTAVES, TINY
+from ocs.kernels.constants import BINS_PER_OCTAVE, OCTAVE_BINS, OCTAVES, TINY
 from ocs.nn.input_parts import as_nck, largest_part
 from ocs.nn.registry import replacement_of
 from ocs.weight.threshold import Clip, count_zeros
 from ocs.weight.types import Split
 
-BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel, eight to the octave
+BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel
 PARTS = 16  # of a bin, over which its values are spread to be counted into other bins
 ROWS = 4096  # whose sum float32 still holds well
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
@@ -119,7 +119,7 @@ class Statistics:
             room = (0, BINS - BINS // merged)
             self.counts = nn.functional.pad(self.counts.view(-1, merged).sum(1), room)
             self.negative = nn.functional.pad(self.negative.view(-1, merged).sum(1), room)
-            down = min(8 * doublings, OCTAVE_BINS - 1)
+            down = min(BINS_PER_OCTAVE * doublings, OCTAVE_BINS - 1)
             lowest = self.octaves[:, : down + 1].sum(1, keepdim=True)
             self.octaves = nn.functional.pad(torch.cat([lowest, self.octaves[:, down + 1 :]], 1), (0, down))
         self.limit = limit
@@ -234,7 +234,7 @@ class Statistics:
         """Count the |x| of some channels (bool) as far as the histograms tell, float64 [BINS]."""
         centers = (torch.arange(BINS, dtype=torch.float32, device="cpu") + 0.5) / BINS
         octave = centers.log2().floor()
-        eighth = (8 * (OCTAVES + octave) + 8 * (centers / 2**octave - 1)).long().clamp(min=0)
+        eighth = (BINS_PER_OCTAVE * (OCTAVES + octave + centers / 2**octave - 1)).long().clamp(min=0)
         share = self.octaves[channels].sum(0).double() / self.octaves.sum(0).clamp(min=1)
         return self.counts * share[eighth]
 

@@ -159,6 +159,8 @@ class QuantizedLayer(nn.Module):
         left = {*(b for name in layer.channels for b in layer.buffers_of(name)), *layer.derived_names()}
         self._buffers.update({name: tensor for name, tensor in buffers.items() if name not in left})
         self._non_persistent_buffers_set.difference_update(layer.derived_names())
+        for name in self.derived_buffers:
+            self.register_buffer(name, None, persistent=False)
         self._non_persistent_buffers_set.update(map(self.forward_buffer, self.channels))
         self.rebuild()
 
@@ -414,11 +416,16 @@ class QuantizedLayer(nn.Module):
         """Find the buffers of its quantized input that it has."""
         return {name: self._buffers[name] for name in INPUT_BUFFERS if self._buffers.get(name) is not None}
 
+    def _shown_scales(self, scale: Tensor) -> str:
+        """Say what each scale of a weight is for."""
+        if self.scale_group:
+            return f"channel and {self.scale_group} inputs"
+        return "channel" if scale.dim() else "tensor"
+
     def extra_repr(self) -> str:
         """Show the hyperparameters as the float layer does, then what was quantized."""
         form = "expanded" if self.expand else "folded"
-        _, scale, _ = self.weight_state(next(iter(self.channels)))
-        scales = ("tensor", "channel", f"channel and {self.scale_group} inputs")[scale.dim()]
+        scales = self._shown_scales(self.weight_state(next(iter(self.channels)))[1])
         shown = self.float_kind.extra_repr(self)
         shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""

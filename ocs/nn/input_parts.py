@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ocs.kernels.ops import fake_quantize
 from ocs.nn.input import InputGrid
-from ocs.weight.plan import split_plan_of
+from ocs.weight.plan import occurrences, split_plan_of
 from ocs.weight.threshold import scale_for, split_thresholds
 from ocs.weight.types import Split
 
@@ -60,9 +60,7 @@ def parts_of(source: Tensor, channels: int, split: Split) -> tuple[Tensor, Tenso
     j-th copy is part j, of as many as there are where all are equal; else always the largest copy is halved, and part j
     is one of 2^M or 2^(M + 1).
     """
-    order = source.argsort(stable=True)
-    ordered, places = source[order], torch.arange(source.numel(), device=source.device)
-    copy = torch.empty_like(source).scatter(0, order, places - torch.searchsorted(ordered, ordered))
+    copy = occurrences(source)
     splits = source.new_zeros(channels).index_add(0, source, torch.ones_like(source)) - 1
     last = splits[source]
     equal = largest_part(last, split)

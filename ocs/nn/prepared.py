@@ -115,7 +115,6 @@ class PreparedLayer(nn.Module):
     def _tensor(self, name: str) -> Tensor | None:
         return self._parameters.get(name, self._buffers.get(name))
 
-    @torch.compiler.disable
     def _quantized_parameter(self, parameter: str) -> Tensor:
         """Compute the weights that a parameter holds as the quantized layer does, in the float layer's layout."""
         if parameter == self._preparation.parameters[0]:  # once in each call
@@ -291,7 +290,9 @@ def prepared_class(cls: type[nn.Module], kind: type[QuantizedLayer]) -> type[Pre
     """Make the class of prepared layers that are of a float class and become layers of a quantized kind."""
     base = _PreparedRecurrent if issubclass(cls, RNNBase) else PreparedLayer
     content = {"__doc__": f"{cls.__name__}, trained as quantized.", "__module__": __name__}
-    return type(f"Prepared{cls.__name__}", (base, cls), {**content, "float_class": cls, "kind": kind})
+    untraced = torch.compiler.disable(base._quantized_parameter)  # only now: it imports all of torch._dynamo
+    content |= {"float_class": cls, "kind": kind, "_quantized_parameter": untraced}
+    return type(f"Prepared{cls.__name__}", (base, cls), content)
 
 
 def _blank(cls: type[nn.Module], kind: Any) -> PreparedLayer:

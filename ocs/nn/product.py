@@ -62,9 +62,8 @@ class QuantProduct(QuantizedLayer):
 
     def rebuild(self) -> None:
         """Make both parts of the weight from the integers again, each in one pass."""
-        parts = self.static_parts()
         self._buffers.update(dict.fromkeys(self.derived_buffers))
-        self._buffers.update(cut_source=parts.source, cut_factor=parts.factor, cut_shift=parts.shift)
+        parts = self._cut_input()
         if self.expand:
             self._rebuild_expanded(parts)
         else:
@@ -108,6 +107,18 @@ class QuantProduct(QuantizedLayer):
             return InputParts(None)
         return static_parts(self.input_grid, self.input_scale, self._buffers.get("input_source"), self.groups)
 
+    def _cut_input(self) -> InputParts:
+        """Keep in buffers how calibration split the input, lest each call find it out again."""
+        parts = self.static_parts()
+        self._buffers.update(cut_source=parts.source, cut_factor=parts.factor, cut_shift=parts.shift)
+        return parts
+
+    def _parts_of_input(self, x: Tensor) -> InputParts:
+        """Tell how an input on one grid is split: as calibration said, or by its own values."""
+        if self.input_grid.oracle:
+            return oracle_parts(self.input_grid, x, self.input_axis, self.groups)
+        return InputParts(self.input_scale, self.cut_source, self.cut_factor, self.cut_shift)
+
     def _copied_weight(self, copied: CopiedChannels) -> Tensor:
         """Dequantize the columns of the expanded weight that these channels meet: float32 [O, m, ...]."""
         ints, scale, _ = self.weight_state("weight")
@@ -127,10 +138,7 @@ class QuantProduct(QuantizedLayer):
             return self._unsplit_operands(x)
         if self.input_grid.dynamic:
             return self._unsplit_operands(round_rows(x, self.input_grid.bits))
-        if self.input_grid.oracle:
-            parts = oracle_parts(self.input_grid, x, self.input_axis, self.groups)
-        else:
-            parts = InputParts(self.input_scale, self.cut_source, self.cut_factor, self.cut_shift)
+        parts = self._parts_of_input(x)
         if not self.expand:
             return Operands(round_folded(x, self.input_grid, parts, self.input_axis))
         if self.input_grid.oracle and parts.source is not None:

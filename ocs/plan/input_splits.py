@@ -92,14 +92,16 @@ def _places(thresholds: int, groups: int) -> tuple[Tensor, Tensor]:
 def _middles() -> Tensor:
     """Give the |x| that a bin of a channel's histogram stands for, as a part of the limit: the lowest for zeros."""
     bins = torch.arange(OCTAVE_BINS, dtype=torch.float64, device="cpu")
-    octave = (bins / BINS_PER_OCTAVE).floor()
-    middles = torch.exp2(octave - OCTAVES) * (1 + (bins % BINS_PER_OCTAVE + 0.5) / BINS_PER_OCTAVE)
-    return middles * (bins > 0)
+    return _size(bins + 0.5) * (bins > 0)
 
 
 def _upper_edges() -> Tensor:
     """Give the upper edges of these bins."""
-    bins = torch.arange(1, OCTAVE_BINS + 1, dtype=torch.float64, device="cpu")
+    return _size(torch.arange(1, OCTAVE_BINS + 1, dtype=torch.float64, device="cpu"))
+
+
+def _size(bins: Tensor) -> Tensor:
+    """Give the |x|, as a part of the limit, so many bins (and parts of one) above the lowest."""
     octave = (bins / BINS_PER_OCTAVE).floor()
     return torch.exp2(octave - OCTAVES) * (1 + bins % BINS_PER_OCTAVE / BINS_PER_OCTAVE)
 

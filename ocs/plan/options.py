@@ -83,16 +83,14 @@ def _signed(name: str, value: Any) -> bool | str:
     return value
 
 
-def _budget(name: str, value: Any) -> int:
+def _positive(name: str, value: Any, *, number: str) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name}={value!r}: use a positive integer, bytes")
+        raise ValueError(f"{name}={value!r}: use a positive {number}")
     return int(value)
 
 
-def _steps(name: str, value: Any) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name}={value!r}: use a positive number of training steps, or None")
-    return int(value)
+_BUDGET = partial(_positive, number="integer, bytes")
+_STEPS = partial(_positive, number="number of training steps, or None")
 
 
 def _overrides(name: str, value: Any) -> Mapping[str, Mapping[str, Any]]:
@@ -209,7 +207,7 @@ class ModelOptions:
     overrides: Mapping[str, Mapping[str, Any]] | None = _option(None, _overrides, "options by layer name or pattern")
     embeddings: bool = _option(False, check_flag, "quantize embeddings, too, with a scale for each row")
     allocate: Allocate = _option("uniform", _one_of(Allocate), "which layers get the splits")
-    budget: int | None = _option(None, _or(None, _budget), 'bytes of all packed weights, with wbits="auto"')
+    budget: int | None = _option(None, _or(None, _BUDGET), 'bytes of all packed weights, with wbits="auto"')
     recipe: Recipe = _option("paper", _one_of(Recipe), "what the options mean that are left open")
     explain: bool | None = _option(None, _or(None, check_flag), "say what each option did for the error")
     progress: bool | None = _option(None, _anything, "show a bar")
@@ -247,7 +245,7 @@ class TrainingOptions:
     """What is asked for of training beyond how layers are quantized; see ocs.training.prepare()."""
 
     thresholds: Thresholds = _option("learned", _one_of(Thresholds), "weights' and inputs' thresholds while training")
-    replan: int | None = _option(100, _or(None, _steps), "training steps after which splits are planned anew")
+    replan: int | None = _option(100, _or(None, _STEPS), "training steps after which splits are planned anew")
 
     def __post_init__(self) -> None:
         for name, definition in definitions(TrainingOptions).items():

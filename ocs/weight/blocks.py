@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-GROUP_STEP = 32  # channels in a tile of products with packed weights, of which groups are multiples
+from ocs.kernels.constants import TILE_CHANNELS
+
+GROUP_STEP = TILE_CHANNELS  # of which groups are multiples, as products with packed weights cut them
 
 
 def count_blocks(channels: int, copies: int, group: int) -> int:

@@ -25,7 +25,7 @@ from ocs.weight.arrays import as_tensor
 from ocs.weight.blocks import blocks_of, count_blocks
 from ocs.weight.hessian import Hessian
 from ocs.weight.integers import quantize_split
-from ocs.weight.plan import largest_first
+from ocs.weight.plan import largest_first, occurrences
 from ocs.weight.types import Array, Quantization, QuantizedWeight, Scheme, SplitPlan
 
 ROWS = 4096  # blocks that are quantized at once: each may need a histogram
@@ -175,9 +175,7 @@ class _Weight:
 
 def _in_turn(channels: Tensor) -> list[Tensor]:
     """Cut copies into sets of one for each channel, in order: positions int64."""
-    order = channels.argsort(stable=True)
-    ordered, places = channels[order], torch.arange(len(channels), device=channels.device)
-    rank = torch.empty_like(channels).scatter(0, order, places - torch.searchsorted(ordered, ordered))
+    rank = occurrences(channels)
     return [(rank == k).nonzero().flatten() for k in range(int(rank.max()) + 1)]
 
 

@@ -88,7 +88,8 @@ def even_parts(channel_max: NDArray[np.float32], source: NDArray[np.int64]) -> P
     parts = np.bincount(source, minlength=channel_max.size)[source]
     if parts.max(initial=1) > MAX_PARTS:
         raise ValueError(f"a channel is split into more than {MAX_PARTS} parts: choose it less often")
-    return parts.astype(np.int32), _occurrences(source).astype(np.int32), channel_max[source] / np.float32(parts)
+    copy = occurrences(torch.from_numpy(source)).numpy()
+    return parts.astype(np.int32), copy.astype(np.int32), channel_max[source] / np.float32(parts)
 
 
 def halves(channel_max: NDArray[np.float32], source: NDArray[np.int64]) -> Parts:
@@ -96,7 +97,7 @@ def halves(channel_max: NDArray[np.float32], source: NDArray[np.int64]) -> Parts
 
     channel_max: [groups C]; source: [groups (C + n)], numbered 0 .. groups C - 1. Zeros are copied, but not halved.
     """
-    copy, last = _occurrences(source), np.bincount(source, minlength=channel_max.size) - 1
+    copy, last = occurrences(torch.from_numpy(source)).numpy(), np.bincount(source, minlength=channel_max.size) - 1
     maxima = [channel_max]
     while len(maxima) <= MAX_DEPTH + 1 and 2 ** (len(maxima) - 1) <= last.max(initial=0):
         maxima.append(maxima[-1] * np.float32(0.5))
@@ -112,14 +113,11 @@ def halves(channel_max: NDArray[np.float32], source: NDArray[np.int64]) -> Parts
     return parts, offset, np.stack(maxima)[depth, source]
 
 
-def _occurrences(x: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Count how often each value came before."""
-    order = x.argsort(kind="stable")
-    ordered = x[order]
-    first = np.searchsorted(ordered, ordered)
-    count = np.empty_like(x)
-    count[order] = np.arange(x.size) - first
-    return count
+def occurrences(x: Tensor) -> Tensor:
+    """Count how often each of these integers [N] came before, int64 [N]."""
+    order = x.argsort(stable=True)
+    ordered, places = x[order], torch.arange(x.numel(), device=x.device)
+    return torch.empty_like(x).scatter(0, order, places - torch.searchsorted(ordered, ordered))
 
 
 def floor_log2(x: NDArray[np.int64]) -> NDArray[np.int64]:

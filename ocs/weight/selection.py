@@ -4,6 +4,7 @@ import heapq
 import math
 import operator
 import reprlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,31 +30,32 @@ def choose_splits(w: Array, splits: int, select: Select, scheme: Scheme) -> Spli
         return plan
     if callable(select):
         rows, C = w.shape[0] // groups, w.shape[1]
-        chosen = (_chosen(select, w[g * rows : (g + 1) * rows], C, splits) for g in range(groups))
-        channels = [g * C + c for g, of_group in enumerate(chosen) for c in of_group]
-        return plan_channels(w, channels, groups, scheme.split)
+        return _plan_of(w, (_chosen(select, w[g * rows : (g + 1) * rows], C, splits) for g in range(groups)), scheme)
     return _better_plan(w, plan, splits, scheme)
 
 
 def _better_plan(w: Array, plan: SplitPlan, splits: int, scheme: Scheme) -> SplitPlan:
     """Plan the splits that lower the remaining error, or keep the paper's plan where that leaves less."""
-    theirs, C, groups = quantize_plan(w, plan, scheme), w.shape[1], scheme.groups
+    theirs, groups = quantize_plan(w, plan, scheme), scheme.groups
     magnitudes = np.abs(as_numpy(w.float() if isinstance(w, Tensor) else w).astype(np.float64))
-    magnitudes = magnitudes.reshape(groups, w.shape[0] // groups, C, math.prod(w.shape[2:]))
-    thresholds = as_numpy(theirs.quantized.threshold).astype(np.float64)
-    thresholds = np.split(np.broadcast_to(thresholds, w.shape[:1]) if thresholds.ndim < 2 else thresholds, groups)
-    channels = []
-    for g, (of_group, t) in enumerate(zip(magnitudes, thresholds, strict=True)):
-        if scheme.granularity == "group":
-            chosen = lowering_blocks(of_group.max(2, initial=0.0), splits, scheme.group)
-        elif scheme.clip == "none":
-            chosen = lowering_thresholds(of_group.max(2, initial=0.0), splits, scheme.split)
-        else:
-            chosen = lowering_saturation(of_group, t, splits, scheme.split)
-        channels += [g * C + c for c in chosen]
-    other = plan_channels(w, channels, groups, scheme.split)
+    magnitudes = magnitudes.reshape(groups, w.shape[0] // groups, w.shape[1], math.prod(w.shape[2:]))
+    if scheme.granularity == "group":
+        chosen = [lowering_blocks(each.max(2, initial=0.0), splits, scheme.group) for each in magnitudes]
+    elif scheme.clip == "none":
+        chosen = [lowering_thresholds(each.max(2, initial=0.0), splits, scheme.split) for each in magnitudes]
+    else:
+        thresholds = np.broadcast_to(as_numpy(theirs.quantized.threshold).astype(np.float64), w.shape[:1])
+        of_groups = zip(magnitudes, thresholds.reshape(groups, -1), strict=True)
+        chosen = [lowering_saturation(each, t, splits, scheme.split) for each, t in of_groups]
+    other = _plan_of(w, chosen, scheme)
     ours = quantize_plan(w, other, scheme)
     return other if remaining_error(w, ours, scheme) < remaining_error(w, theirs, scheme) else plan
+
+
+def _plan_of(w: Array, chosen: Iterable[list[int]], scheme: Scheme) -> SplitPlan:
+    """Plan to split the channels that were chosen in each group, 0 .. C - 1."""
+    channels = [g * w.shape[1] + c for g, of_group in enumerate(chosen) for c in of_group]
+    return plan_channels(w, channels, scheme.groups, scheme.split)
 
 
 def _chosen(select: Choice, w: Array, channels: int, splits: int) -> list[int]:
@@ -157,7 +159,7 @@ def lowering_saturation(magnitudes: Floats, thresholds: Floats, splits: int, spl
 def _saturation(w: Floats, t: Floats, splits: int, split: Split) -> Floats:
     """Sum the squared error [C] of channels [C, O, K] that are split so often."""
     n = _largest_part(splits, split)
-    smaller = 0 if split == "even" else 2 * (splits + 1 - n)  # copies that are one of 2 n parts, the others one of n
+    smaller = 2 * (splits + 1 - n)  # copies that are one of 2 n parts, the others one of n; none where all are equal
     lost = (splits + 1 - smaller) * np.maximum(w / n - t, 0)
     if smaller:
         lost += smaller * np.maximum(w / (2 * n) - t, 0)

@@ -133,6 +133,22 @@ def test_rounded_inputs_of_products(kind: str, rounded: str) -> None:
     assert_same(layers[1](9 * x), layers[0](9 * x), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_how_an_input_is_split_is_found_out_once(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    x = torch.randn(3, 12, 5, 5) if kind == "conv" else torch.randn(3, 12)
+    net = nn.Sequential(nn.Conv2d(12, 8, 3, groups=2) if kind == "conv" else nn.Linear(12, 8))
+    ocs.quantize(net, abits=4, act_r=0.5, act_select="max", calibration=[x], skip=None)
+    expected, cut = net(x), {"cut_source", "cut_factor", "cut_shift"}
+    ocs.pack(net)
+    assert not cut & net[0].state_dict().keys()
+    monkeypatch.setattr("ocs.nn.product.static_parts", None)
+    torch.testing.assert_close(net(x), expected)
+    monkeypatch.undo()
+    ocs.unpack(net)
+    assert not cut & net[0].state_dict().keys()
+    assert torch.equal(net(x), expected)
+
+
 @pytest.mark.parametrize(("kind", "rounded"), with_inputs(MULTIPLYING, "signed", "dynamic"))
 def test_rounded_inputs(kind: str, rounded: str) -> None:
     layers, x = made(kind, **INPUTS[rounded])

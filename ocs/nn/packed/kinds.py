@@ -15,7 +15,7 @@ from torch import Tensor
 from ocs.nn.attention import QuantMultiheadAttention
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.embedding import _QuantLookup
-from ocs.nn.input_parts import as_dense, oracle_parts, round_folded
+from ocs.nn.input_parts import as_dense, round_folded
 from ocs.nn.own_forward import QuantOwnForward, own_forward
 from ocs.nn.packed.attention import PackedAttention
 from ocs.nn.packed.layer import PackedLayer
@@ -28,6 +28,13 @@ from ocs.nn.weights import parameter_of
 
 class PackedProduct(PackedLayer):
     """A layer that is linear in its weight, which convolutions unpack at each call."""
+
+    derived_buffers = ("cut_source", "cut_factor", "cut_shift")
+
+    def rebuild(self) -> None:
+        """Keep none of the weight's values, and how the input is split."""
+        super().rebuild()
+        self._cut_input()
 
     @property
     def original(self) -> Tensor:
@@ -43,8 +50,7 @@ class PackedProduct(PackedLayer):
         x, grid = as_dense(x), self.input_grid
         if grid is None or grid.dynamic:
             return self.round_input(x)
-        parts = oracle_parts(grid, x, self.input_axis, self.groups) if grid.oracle else self.static_parts()
-        return round_folded(x, grid, parts, self.input_axis)
+        return round_folded(x, grid, self._parts_of_input(x), self.input_axis)
 
 
 class PackedLinear(PackedProduct):

@@ -57,8 +57,6 @@ class PackedLayer(QuantizedLayer):
         vars(layer).pop("forms")
         for name in self.channels:
             layer._buffers.update(zip(weight_buffers(name), unpack(*self.packed_weight(name)), strict=True))
-        for name in layer.derived_buffers:
-            layer.register_buffer(name, None, persistent=False)
         layer._take_buffers(self, others)
         return layer
 
@@ -117,8 +115,8 @@ class PackedLayer(QuantizedLayer):
         return tuple(self.in_float_layout(torch.empty(self.forms[name].shape, dtype=torch.int8, device="meta")).shape)
 
     def derived_names(self) -> tuple[str, ...]:
-        """Name no buffer: none is derived."""
-        return ()
+        """Name the buffers that rebuild() fills, which are none of the weights'."""
+        return self.derived_buffers
 
     def rebuild(self) -> None:
         """Keep the dtype of the weights and none of their values."""
@@ -177,7 +175,7 @@ class PackedLayer(QuantizedLayer):
         shown = f"{shown}, " if shown else ""
         grid = f", input of {self.input_grid}" if self.input_grid else ""
         size = sum(form.packed_bytes() for form in self.forms.values())
-        scales = ("tensor", "channel", f"channel and {self.scale_group} inputs")[weight.scale.dim()]
+        scales = self._shown_scales(weight.scale)
         return f"{shown}bits={self.bits}, splits={self.splits}, packed in {size:,} bytes, scale per {scales}{grid}"
 
 
