@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ocs.errors import quiet
 from ocs.formats.pt2 import fit_inductor
+from ocs.progress import steps
 from ocs.runtime.export import write_lowered
 from ocs.runtime.program import Example, as_example, bound, lowered_copy, program_of
 from ocs.weight.arguments import check_choice, check_flag
@@ -29,6 +30,7 @@ def compile(
     target: str = "this",
     additions: bool = True,
     dynamic_lstm: bool = False,
+    progress: bool | None = None,
 ) -> "Compiled":
     """Compile a quantized model, so that its products run in 8-bit integers.
 
@@ -50,6 +52,7 @@ def compile(
         additions: round what residual additions add to 8 bits, too, by the ranges that calibration saw: faster, and not
             quite what the quantized model computes (docs/integers.md has the cost). False leaves them in floats.
         dynamic_lstm: with engine="onnxruntime", see ocs.export.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
         A callable that takes and gives what the model does, without gradients.
@@ -62,9 +65,13 @@ def compile(
     if dynamic_lstm and engine != "onnxruntime":
         raise ValueError(f"dynamic_lstm=True: engine={engine!r} has no such operator, use 'onnxruntime'")
     check_flag("additions", additions)
-    lowered = lowered_copy(model, target)
-    compiled = Compiled(lowered, engine, target, additions, dynamic_lstm)
-    compiled.prepare(as_example(lowered, example))
+    with steps("compile", 2, progress) as begin:
+        begin("lower")
+        lowered = lowered_copy(model, target)
+        compiled = Compiled(lowered, engine, target, additions, dynamic_lstm)
+        given = as_example(lowered, example)
+        begin(engine)
+        compiled.prepare(given)
     return compiled
 
 
