@@ -24,6 +24,7 @@ from ocs.cli.options import chosen_options
 from ocs.cli.outliers import outliers_of, outliers_text
 from ocs.cli.say import Notes, Result, UsageError
 from ocs.quantization import quantize
+from ocs.report.words import size
 from ocs.runtime.compare import compare
 from ocs.runtime.export import export
 from ocs.tune.synthesize import synthesize
@@ -89,8 +90,7 @@ def run_export(args: argparse.Namespace, notes: Notes) -> Result:
 
 
 def _size(path: str) -> str:
-    count = os.path.getsize(path)
-    return f"{count / 1e3:.3g} KB" if count < 999_500 else f"{count / 1e6:.3g} MB"
+    return size(os.path.getsize(path))
 
 
 def _calibration(loaded: Loaded, args: argparse.Namespace, notes: Notes) -> Any:
