@@ -45,7 +45,13 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result:
         raise UsageError(f"--report {args.report}: it is the file of -o")
     loaded = load_model(args.model, args.weights, notes)
     options = chosen_options(args)
-    report = quantize(loaded.module, calibration=_calibration(loaded, args, notes), **options)
+    calibration = _calibration(loaded, args, notes)
+    try:
+        report = quantize(loaded.module, calibration=calibration, **options)
+    except ValueError as error:
+        if calibration is None and "calibration=" in str(error):
+            error.add_note("here --calibration PATH, or --synthesize N without data")
+        raise
     if args.output:
         save_quantized(args.output, loaded, args.shape)
     else:
