@@ -149,6 +149,18 @@ def notes_of(report: Report) -> list[str]:
     return [f"{_names(group)}: {group[0].reason}" for group in groups]
 
 
+def left_unfolded(report: Report) -> list[str]:
+    """Say which batch norms stay and why, a sentence for each reason."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in report.batch_norms.items():
+        if reason:
+            groups.setdefault(reason, []).append(printable(name))
+    return [
+        f"{counted(len(names), 'batch norm')} not folded, {' to '.join(dict.fromkeys((names[0], names[-1])))}: {reason}"
+        for reason, names in groups.items()
+    ]
+
+
 def grouped(layers: Iterable[LayerReport], key: Callable[[LayerReport], Hashable]) -> list[list[LayerReport]]:
     """Part layers by what they have in common, in the order of the first of each group."""
     groups: dict[Hashable, list[LayerReport]] = {}

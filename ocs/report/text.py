@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ocs.report.cells import RIGHT_ALIGNED, cells_of, cells_of_all, columns_of
-from ocs.report.summary import facts_of, grouped, left_float, notes_of, what_was_done, worst_first
+from ocs.report.summary import facts_of, grouped, left_float, left_unfolded, notes_of, what_was_done, worst_first
 from ocs.report.words import counted, plural
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def report_text(report: Report, *, every: bool = False, width: int | None = None
     width = terminal_width() if width is None else width
     lines = [what_was_done(report), *facts(facts_of(report), width)]
     lines += facts(_listed("float", left_float(report), every), width)
-    lines += facts(_listed("note", notes_of(report), every), width)
+    lines += facts(_listed("note", [*notes_of(report), *left_unfolded(report)], every), width)
     if every:
         columns = columns_of(report)
         rows = [columns, *([cells_of(layer).get(name, "") for name in columns] for layer in report.layers)]
