@@ -103,8 +103,15 @@ def fitted(
         left = width - sum(widths[1:]) - 2 * (len(widths) - 1)
         if left >= min(widths[0], 2 * SHORTEST):
             break
-    rows = [[shortened(row[0], max(left, SHORTEST)), *row[1:]] for row in rows]
-    return table(rows, right_aligned)
+    names = all_shortened([row[0] for row in rows], max(left, SHORTEST))
+    return table([[name, *row[1:]] for name, row in zip(names, rows, strict=True)], right_aligned)
+
+
+def all_shortened(names: Sequence[str], width: int) -> list[str]:
+    """Leave out the middles of names that are too long, or their beginnings where only these keep them apart."""
+    found = [shortened(name, width) for name in names]
+    ends = [name if len(name) <= width else f"...{name[3 - width :]}" for name in names]
+    return ends if len({*ends}) > len({*found}) else found
 
 
 def shortened(name: str, width: int) -> str:
