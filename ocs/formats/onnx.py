@@ -60,6 +60,7 @@ def write_onnx(
     _remove_unused(model)
     _name_batch(model)
     _name_weights(model)
+    _forget_where(model)
     onnx.helper.set_model_props(model, dict(metadata or {}))
     with replacing(path) as partial:
         onnx.save(model, str(partial))
@@ -194,6 +195,14 @@ def _name_weights(model: Any) -> None:
         node.input[:] = [names.get(each, each) for each in node.input]
     for value in [each for each in model.graph.value_info if each.name in names]:
         model.graph.value_info.remove(value)
+
+
+def _forget_where(model: Any) -> None:
+    """Remove which lines of whose code the nodes are from: folders of this machine, and a third of a small file."""
+    for node in model.graph.node:
+        kept = [each for each in node.metadata_props if "stack_trace" not in each.key]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
 
 
 def _name_batch(model: Any) -> None:

@@ -54,6 +54,16 @@ def test_examples_of_convolutional_networks_run(page, tmp_path, monkeypatch):
         run(code, space)
 
 
+def test_the_example_of_engines_runs(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/integers.md", "python")
+    program = code.replace('"model.pt2", images', '"model.pt2", images, form="program"')  # a package takes its time
+    assert program != code
+    run(program, names(small_network, torch.randn(32, 3, 8, 8)))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.pt2"}
+
+
 def test_examples_of_packed_layers_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = names(small_lstm, torch.randint(50, (7, 4)))

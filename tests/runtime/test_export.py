@@ -93,6 +93,7 @@ def test_form_of_the_file(tmp_path: Path) -> None:
     assert [dim.dim_param or dim.dim_value for dim in found.graph.output[0].type.tensor_type.shape.dim] == ["batch", 10]
     assert {each.key: each.value for each in found.metadata_props}["ocs"] == ocs.__version__
     assert found.graph.input[0].name == "x"
+    assert str(Path(__file__).parent).encode() not in (tmp_path / "model.onnx").read_bytes()
     (y,) = run(tmp_path / "model.onnx", x)
     assert relative(y, model(x)) < 0.03
 
