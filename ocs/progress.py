@@ -26,7 +26,6 @@ def steps(title: str, count: int, progress: bool | None) -> Iterator[Callable[[s
         return
     bar, over = make(total=count, desc=title, delay=0 if progress else DELAY, bar_format=_STEPS), threading.Event()
     ticking = threading.Thread(target=_tick, args=(bar, over), daemon=True)
-    ticking.start()
     begun = -1
 
     def begin(name: str) -> None:
@@ -36,11 +35,13 @@ def steps(title: str, count: int, progress: bool | None) -> Iterator[Callable[[s
         bar.set_description_str(f"{title}: {name}", refresh=False)
 
     try:
+        ticking.start()
         yield begin
         bar.n = count
     finally:
         over.set()
-        ticking.join()
+        if ticking.ident is not None:
+            ticking.join()
         bar.close()
 
 
