@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.eval_frame as frames
+from conftest import repeats
 from torch import Tensor, nn
 
 import ocs
@@ -21,7 +22,7 @@ from ocs.nn.packed.layer import PackedLayer
 from ocs.nn.prepared import PreparedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-REPEATS = 12  # of each case; by hand 300, which takes some minutes
+REPEATS = repeats(12, 300)  # of each case
 PACKAGE = str(Path(ocs.__file__).parent)
 
 
