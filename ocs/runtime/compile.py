@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ocs.errors import quiet
 from ocs.formats.pt2 import fit_inductor
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.runtime.export import write_lowered
 from ocs.runtime.program import Example, as_example, bound, lowered_copy, program_of
 from ocs.weight.arguments import check_choice, check_flag
@@ -21,6 +22,7 @@ Engine = Literal["inductor", "onnxruntime", "openvino"]
 Run = Callable[[Example], Any]
 
 
+@keeps_grad_mode
 def compile(
     model: nn.Module,
     example: Any,

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from ocs.formats.onnx import write_onnx
 from ocs.formats.onnx_recurrent import weights_of
 from ocs.formats.pt2 import write_package, write_program
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.wrappers import named_modules
 from ocs.runtime.arithmetic import arithmetic_of
 from ocs.runtime.program import Additions, as_example, lowered_copy, program_of
@@ -18,6 +19,7 @@ from ocs.weight.arguments import check_choice, check_flag
 Form = Literal["package", "program"]
 
 
+@keeps_grad_mode
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
