@@ -13,7 +13,7 @@ from ocs.formats.pt2 import write_package, write_program
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.wrappers import named_modules
 from ocs.runtime.arithmetic import arithmetic_of
-from ocs.runtime.program import Additions, as_example, lowered_copy, program_of
+from ocs.runtime.program import ONE_EXPORT, Additions, as_example, lowered_copy, program_of
 from ocs.weight.arguments import check_choice, check_flag
 
 Form = Literal["package", "program"]
@@ -67,17 +67,18 @@ def export(
         raise ValueError(f"form={form!r}: that is of a .pt2, and {os.fspath(path)!r} is none")
     if additions is not None:
         check_flag("additions", additions, "True, False or None")
-    lowered = lowered_copy(model, target)
-    given = as_example(lowered, example)
-    if ending == ".onnx":
-        program = program_of(lowered, given, target=target, additions=_terms(additions, "all"))
-        write_lowered(lowered, program, path, dynamic_lstm=dynamic_lstm, target=target)
-    elif form == "package":
-        program = program_of(lowered, given, target=target, additions=_terms(additions, "one"), dynamic=False)
-        write_package(program, path)
-    else:
-        terms = _terms(bool(additions), "all")
-        write_program(program_of(lowered, given, target=target, additions=terms), path)
+    with ONE_EXPORT:
+        lowered = lowered_copy(model, target)
+        given = as_example(lowered, example)
+        if ending == ".onnx":
+            program = program_of(lowered, given, target=target, additions=_terms(additions, "all"))
+            write_lowered(lowered, program, path, dynamic_lstm=dynamic_lstm, target=target)
+        elif form == "package":
+            program = program_of(lowered, given, target=target, additions=_terms(additions, "one"), dynamic=False)
+            write_package(program, path)
+        else:
+            terms = _terms(bool(additions), "all")
+            write_program(program_of(lowered, given, target=target, additions=terms), path)
 
 
 def write_lowered(
