@@ -73,7 +73,8 @@ static void check_gapless(void) {
         require(ocs_unpack_i8(q, packed, N, bits) == (valid ? OCS_OK : OCS_BAD_CODE), "what unpacking returns");
         if (valid && N > 0) {
             require(memcmp(q, expected, (size_t)N) == 0, "other integers than the bits say");
-            require(ocs_pack_i8(again, q, N, bits) == OCS_OK && memcmp(again, packed, (size_t)bytes) == 0, "other bytes");
+            require(ocs_pack_i8(again, q, N, bits) == OCS_OK && memcmp(again, packed, (size_t)bytes) == 0,
+                    "other bytes");
         }
     }
 }
