@@ -128,8 +128,10 @@ static ocs_packed_weight next_weight(void) {
     w.group = 32 * (next_byte() % 3);
     const int64_t E = w.C + w.S, groups = w.group ? ocs_ceil_div(E, w.group) : 1;
     w.scale.stride = w.group > 0 || next_byte() % 2;
-    float *scale = new_array(w.scale.stride ? groups * w.O : 1, sizeof *scale);
-    for (int64_t i = 0; i < (w.scale.stride ? groups * w.O : 1); ++i) {
+    const int64_t outputs = w.group > 0 ? ocs_ceil_div(w.O, 16) * 16 : w.O;
+    const int64_t scales = w.scale.stride ? groups * outputs : 1;
+    float *scale = new_array(scales, sizeof *scale);
+    for (int64_t i = 0; i < scales; ++i) {
         scale[i] = 1e-3f * (float)(1 + next_byte());
     }
     int32_t *copies = new_array(w.S, sizeof *copies);
