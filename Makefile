@@ -99,8 +99,8 @@ sanitize:
 FUZZ_SECONDS ?= 300
 
 fuzz: $(VENV)/.test
-	@command -v clang > /dev/null || { echo "make fuzz needs clang and libFuzzer: on Debian, apt-get install clang libclang-rt-dev" >&2; \
-	  exit 1; }
+	@command -v clang > /dev/null || { echo "make fuzz needs clang and libFuzzer:" \
+	  "on Debian, apt-get install clang libclang-rt-dev" >&2; exit 1; }
 	@mkdir -p build/corpus
 	clang -O1 -fsanitize=fuzzer,address -mllvm -asan-instrumentation-with-call-threshold=50 -DOCS_LIBFUZZER $(C_TEST) \
 	  tests/c/fuzz.c -o build/fuzz -lm  # checks in line take minutes to compile
