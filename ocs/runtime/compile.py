@@ -1,7 +1,6 @@
 """Compile a quantized model for an engine: the same callable, tensors in and out, whose products run in integers."""
 
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,15 +12,17 @@ from torch.utils import _pytree as pytree
 
 from ocs.errors import quiet
 from ocs.formats.pt2 import fit_inductor
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.progress import steps
 from ocs.runtime.export import write_lowered
-from ocs.runtime.program import Example, as_example, bound, lowered_copy, program_of
+from ocs.runtime.program import ONE_EXPORT, Example, as_example, bound, lowered_copy, program_of
 from ocs.weight.arguments import check_choice, check_flag
 
 Engine = Literal["inductor", "onnxruntime", "openvino"]
 Run = Callable[[Example], Any]
 
 
+@keeps_grad_mode
 def compile(
     model: nn.Module,
     example: Any,
@@ -82,7 +83,6 @@ class Compiled:
         self.engine = engine
         self._model, self._target, self._additions, self._dynamic_lstm = model, target, additions, dynamic_lstm
         self._runs: dict[Any, Run] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the model does."""
@@ -92,7 +92,7 @@ class Compiled:
     def prepare(self, example: Example) -> Run:
         """Compile for inputs like these, if that has not been done."""
         key = self._key(example)
-        with self._lock:
+        with ONE_EXPORT:
             if key not in self._runs:
                 self._runs[key] = _ENGINES[self.engine](self, example)
             return self._runs[key]

@@ -10,15 +10,17 @@ from torch.export import ExportedProgram
 from ocs.formats.onnx import write_onnx
 from ocs.formats.onnx_recurrent import weights_of
 from ocs.formats.pt2 import write_package, write_program
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.wrappers import named_modules
 from ocs.progress import steps
 from ocs.runtime.arithmetic import arithmetic_of
-from ocs.runtime.program import Additions, as_example, lowered_copy, program_of
+from ocs.runtime.program import ONE_EXPORT, Additions, as_example, lowered_copy, program_of
 from ocs.weight.arguments import check_choice, check_flag
 
 Form = Literal["package", "program"]
 
 
+@keeps_grad_mode
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -71,7 +73,7 @@ def export(
         check_flag("additions", additions, "True, False or None")
     package = ending == ".pt2" and form == "package"
     rounded = _terms(bool(additions) if form == "program" else additions, "one" if package else "all")
-    with steps("export", 3, progress) as begin:
+    with ONE_EXPORT, steps("export", 3, progress) as begin:
         begin("lower")
         lowered = lowered_copy(model, target)
         given = as_example(lowered, example)
