@@ -172,10 +172,10 @@ class LayerQuantizer:
         plan = choose_splits(w, n, options.select, scheme)
         return WeightResult(name, plan, quantize_plan(w, plan, scheme))
 
-    def measure(self, name: str, options: LayerOptions, splits: int | None = None) -> Measured:
-        """Measure what a weight takes, and about what error is left when it is quantized so."""
+    def measure(self, name: str, options: LayerOptions, splits: int | None = None, *, few: bool = False) -> Measured:
+        """Measure what a weight takes and what error is left when it is quantized so; few: about so, see Scheme."""
         options = self.possible(options)
-        result = self.quantize_weight(name, options, None if splits is None else {name: splits}, few=True)
+        result = self.quantize_weight(name, options, None if splits is None else {name: splits}, few=few)
         plan, quantization = result.plan, result.quantization
         before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))
         copies = plan.source.numel() - plan.channel_max.numel()
