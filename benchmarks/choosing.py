@@ -29,9 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "paper, wbits=auto": {"wbits": "auto"},
 }
 LIMITS = {
-    "gptq, clip=auto": ("gptq", 8),
-    "recipe best, wbits=auto": ("recipe best", 40),
-    "paper, wbits=auto": ("paper", 40),
+    "gptq, clip=auto": ("gptq", 4),
+    "recipe best, wbits=auto": ("recipe best", 15),
+    "paper, wbits=auto": ("paper", 15),
 }
 
 
