@@ -151,18 +151,20 @@ class _Weight:
 
     def _quantize(self, rows: Tensor, channels: Tensor) -> QuantizedWeight:
         """Quantize blocks [B, O, width, K] of these channels; measured by calibration, where it finds thresholds."""
-        w, scheme, groups = rows.flatten(0, 1).contiguous(), self.of_rows, 1
-        if self.measured is not None:
-            groups, K = len(rows), rows.shape[3]
-            of_blocks = (channels[:, None] * K + torch.arange(K)).view(groups, -1).to(rows.device)
-            second = torch.stack([self.measured.second[0][each][:, each] for each in of_blocks])
-            scheme = scheme._replace(rounding="gptq", groups=groups, hessian=Hessian(second, self.measured.count))
-        plan = largest_first(w, 0, groups)
-        step = self.quantize_rows(w, plan, scheme)
-        self.clips.add(step.clip)
+        w = rows.flatten(0, 1).contiguous()
         if self.measured is None:
-            return step.quantized
-        return quantize_split(w, plan, step.quantized.threshold, scheme.bits, "qa", "nearest", groups)
+            steps = [self.quantize_rows(some, largest_first(some, 0, 1), self.of_rows) for some in w.split(ROWS)]
+            self.clips |= {step.clip for step in steps}
+            ints, scale, threshold = (torch.cat([getattr(step.quantized, name) for step in steps]) for name in _MADE)
+            return QuantizedWeight(ints, scale, channels, threshold)
+        groups, K = len(rows), rows.shape[3]
+        of_blocks = (channels[:, None] * K + torch.arange(K, device=channels.device)).view(groups, -1).to(w.device)
+        second = torch.stack([self.measured.second[0][each][:, each] for each in of_blocks])
+        measured = {"rounding": "gptq", "groups": groups, "hessian": Hessian(second, self.measured.count)}
+        plan = largest_first(w, 0, groups)
+        step = self.quantize_rows(w, plan, self.of_rows._replace(**measured))
+        self.clips.add(step.clip)
+        return quantize_split(w, plan, step.quantized.threshold, self.of_rows.bits, "qa", "nearest", groups)
 
     # --- GPTQ
 
