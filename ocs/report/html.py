@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ocs.report.cells import MEANING, cells_of, columns_of, largest_threshold, outputs_db
 from ocs.report.comparison import losses, row_of
 from ocs.report.summary import MEANING as STEPS
-from ocs.report.summary import facts_of, left_float, notes_of, outputs_measured, what_was_done
+from ocs.report.summary import facts_of, left_float, notes_of, outputs_known, what_was_done
 from ocs.report.svg import decibels_by_layer, histogram_pair
 from ocs.report.words import counted, decibels, fine_percent, in_decibels, percent, printable, size
 
@@ -110,9 +110,7 @@ def _chart(report: Report) -> str:
     legend = "SQNR of each weight in dB, higher is better"
     if any(layer.steps for layer in layers):
         curves.append([outputs_db(layer) for layer in layers])
-        legend += "; dashed: of the layer's outputs, " + (
-            "from calibration" if all(map(outputs_measured, layers)) else "estimated"
-        )
+        legend += f"; dashed: of the layer's outputs, {outputs_known(report)}"
     if any(layer.sqnr_db == math.inf for layer in layers):
         legend += "; exact weights are left out"
     chart = decibels_by_layer([printable(layer.label) for layer in layers], curves)

@@ -110,9 +110,13 @@ def _outputs(report: Report) -> str:
     total = sum(means.values())
     parts = [f"{db:+.1f} by {MEANING.get(what, what)}" for what, db in means.items()]
     first = parts[0].removeprefix("+").replace(" by ", " ")
+    return f"SQNR {total:.1f} dB on average, {outputs_known(report)}: {', '.join([first, *parts[1:]])}"
+
+
+def outputs_known(report: Report) -> str:
+    """Say where the ratios of outputs are from."""
     measured = [outputs_measured(layer) for layer in report.quantized if layer.steps]
-    how = "from calibration" if all(measured) else "estimated" if not any(measured) else "estimated or from calibration"
-    return f"SQNR {total:.1f} dB on average, {how}: {', '.join([first, *parts[1:]])}"
+    return "from calibration" if all(measured) else "estimated or from calibration" if any(measured) else "estimated"
 
 
 def outputs_measured(layer: LayerReport) -> bool:
