@@ -33,7 +33,14 @@ INLINE floats magnitude(floats x) {
 
 INLINE ints signed_as(ints n, floats x) {
     const ints normal = _mm256_cmpgt_epi32(abs_bits(x), _mm256_set1_epi32(0x7fffff));
-    return _mm256_sign_epi32(_mm256_and_si256(n, normal), _mm256_or_si256(_mm256_castps_si256(x), _mm256_set1_epi32(1)));
+    return _mm256_sign_epi32(_mm256_and_si256(n, normal),
+                             _mm256_or_si256(_mm256_castps_si256(x), _mm256_set1_epi32(1)));
+}
+
+INLINE int64_t keep(uint32_t *to, ints n, ints usual) {
+    int_store(to, n);
+    (void)usual;
+    return LANES;
 }
 
 INLINE floats gather(const float *from, const int32_t *index) {

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,popcnt")))
 #define LOOP AVX512 static inline
 #define INLINE LOOP __attribute__((always_inline))
 #define V(name) _mm512_##name
@@ -34,6 +34,12 @@ INLINE ints signed_as(ints n, floats x) {
     const __mmask16 normal = _mm512_cmpgt_epi32_mask(abs_bits(x), _mm512_set1_epi32(0x7fffff));
     const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
     return _mm512_mask_sub_epi32(_mm512_maskz_mov_epi32(normal, n), normal & negative, int_all(0), n);
+}
+
+INLINE int64_t keep(uint32_t *to, ints n, ints usual) {
+    const __mmask16 others = _mm512_cmpneq_epi32_mask(n, usual);
+    int_store(to, _mm512_maskz_compress_epi32(others, n));
+    return __builtin_popcount(others);
 }
 
 INLINE floats gather(const float *from, const int32_t *index) {

@@ -14,6 +14,7 @@
      int_load, int_store, int_all, int_add, int_smaller, int_larger, shift_right (by another number in each lane)
      octave_of                  ints of abs_bits >> 20: exponent and three bits of the fraction
      signed_as (ints, floats)   n, or -n where x < 0, or 0 where |x| is below every normal number
+     keep (to, n, usual)        puts those ints in memory that are not the usual one, or all; returns how many
      floor_divide               ints by others in memory, rounded down
      gather                     floats at indices in memory
      store_bytes                the low bytes of four ints in order
@@ -126,14 +127,18 @@ INLINE int64_t next_values(int64_t left) {
 /* Neighbours are counted in different histograms [parts][size], so that an increment need not wait for the one before
    it. */
 INLINE void count(uint32_t *restrict counts, const uint32_t *bin, int64_t N, int64_t size, int parts) {
-    for (int64_t i = 0; i < N; i += 4) {
+    int64_t i = 0;
+    for (; i + 4 <= N; i += 4) {
         for (int j = 0; j < 4; ++j) {
             counts[j % parts * size + bin[i + j]] += 1;
         }
     }
+    for (; i < N; ++i) {
+        counts[bin[i]] += 1;
+    }
 }
 
-/* Bins of |x| below `most`, over [0, limit]; NaN is beyond. */
+/* Bins of |x| over [0, limit]; NaN is beyond. */
 INLINE ints bins_of(floats magnitudes, divisor by, floats bins, ints last) {
     return int_smaller(truncated(mul(quotient(smaller(magnitudes, by.d), by), bins)), last);
 }
@@ -166,12 +171,14 @@ LOOP void signed_histogram(uint32_t *restrict counts, const float *x, int64_t N,
     const ints last = int_all((int32_t)bins - 1), middle = int_all((int32_t)bins), one = int_all(1);
     uint32_t bin[COUNTED];
     for (int64_t n; (n = next_values(N)) > 0; x += n, N -= n) {
+        int64_t kept = 0;
         for (int64_t i = 0; i < n; i += LANES) {
             const floats values = load(x + i);
             const ints steps = int_add(bins_of(magnitude(values), by, scale, last), one);
-            int_store(bin + i, int_add(middle, signed_as(steps, values)));
+            kept += keep(bin + kept, int_add(middle, signed_as(steps, values)), middle);
         }
-        count(counts, bin, n, 2 * bins + 1, 2);
+        count(counts, bin, kept, 2 * bins + 1, 2);
+        counts[bins] += (uint32_t)(n - kept);
     }
     ocs_signed_histogram_ref(counts, x, N, bins, limit);
 }
@@ -182,15 +189,20 @@ LOOP void octave_histogram(uint32_t *restrict counts, const float *x, int64_t N,
     uint32_t bin[COUNTED], own[4 * OCS_OCTAVE_BINS];
     memset(own, 0, apart ? sizeof own : 0);
     for (int64_t n; (n = next_values(N)) > 0; x += n, N -= n) {
+        int64_t kept = 0;
         for (int64_t i = 0; i < n; i += LANES) {
             const ints octaves = int_add(octave_of(abs_bits(load(x + i))), above);
-            int_store(bin + i, int_smaller(int_larger(octaves, first), last));
+            const ints bins = int_smaller(int_larger(octaves, first), last);
+            kept += keep(bin + kept, bins, step > 0 ? int_all(-1) : first);
         }
         if (apart) {
-            count(own, bin, n, OCS_OCTAVE_BINS, 4);
+            count(own, bin, kept, OCS_OCTAVE_BINS, 4);
         }
-        for (int64_t i = 0; i < (apart ? 0 : n); ++i, counts += step) {
+        for (int64_t i = 0; i < (apart ? 0 : kept); ++i, counts += step) {
             counts[bin[i]] += 1;
+        }
+        if (step == 0) {
+            counts[0] += (uint32_t)(n - kept);
         }
     }
     for (int j = 0; j < (apart ? 4 * OCS_OCTAVE_BINS : 0); ++j) {

@@ -1,4 +1,5 @@
-/* The variants for NEON, which every 64-bit ARM CPU has: four floats at a time, every result that of the plain kernels. */
+/* The variants for NEON, which every 64-bit ARM CPU has: four floats at a time, every result that of the plain kernels.
+ */
 #if defined(__aarch64__)
 #include "arch/tile_neon.h"
 
@@ -108,8 +109,15 @@ INLINE ints octave_of(ints bits) {
 }
 
 INLINE ints signed_as(ints n, floats x) {
-    const uint32x4_t normal = vcgtq_s32(abs_bits(x), int_all(0x7fffff)), negative = vcltzq_s32(vreinterpretq_s32_f32(x));
+    const uint32x4_t normal = vcgtq_s32(abs_bits(x), int_all(0x7fffff)),
+                     negative = vcltzq_s32(vreinterpretq_s32_f32(x));
     return vandq_s32(vbslq_s32(negative, vnegq_s32(n), n), vreinterpretq_s32_u32(normal));
+}
+
+INLINE int64_t keep(uint32_t *to, ints n, ints usual) {
+    int_store(to, n);
+    (void)usual;
+    return LANES;
 }
 
 INLINE floats gather(const float *from, const int32_t *index) {
