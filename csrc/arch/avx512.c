@@ -78,15 +78,12 @@ INLINE void fetch_ahead(const float *x, float *x_hat) {
 
 static bool has_avx512(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("popcnt");
 }
 
 const ocs_instruction_set ocs_isa_avx512 = {
     .name = "avx512",
     .supported = has_avx512,
-    .kernels.abs_max = abs_max,
-    .kernels.scaled_max = scaled_max,
-    .kernels.channel_max = channel_max,
     .kernels.histogram = histogram,
     .kernels.signed_histogram = signed_histogram,
     .kernels.octave_histogram = octave_histogram,

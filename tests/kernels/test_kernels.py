@@ -367,9 +367,9 @@ def test_signed_histogram_by_hand(isa: str) -> None:
     assert both("signed_histogram", x, 2, 1.0).tolist() == [3, 1, 4, 1, 2]
 
 
-@pytest.mark.parametrize("scale", [0.03, 1 / 3, 0.1, 1.9999999, 7e-5, 2.0**-70, 2.0**60, 1e-38, 1e38])
+@pytest.mark.parametrize("scale", [0.03, 1 / 3, 0.1, 1.9999999, 7e-5, 2.0**-70, 2.0**60, 1e-38, 1e35])
 def test_quotients_are_those_of_a_division(isa: str, scale: float) -> None:
-    """All floats around every tie of the grid, and around every edge of a bin; scales at and beyond what a row takes."""
+    """All floats around every tie of the grid and every edge of a bin; scales at and beyond what a row takes."""
     scale = np.float32(scale)
     ties = np.float32((np.arange(-257, 257) + 0.5) * np.float64(scale))
     near = np.concatenate([(ties.view(np.int32) + i).view(np.float32) for i in range(-4, 5)])
@@ -379,7 +379,7 @@ def test_quotients_are_those_of_a_division(isa: str, scale: float) -> None:
             args = (x, np.asarray(scale), 8, signed)
             assert_same(both("fake_quantize", *args), reference.fake_quantize(*args))
             assert_same(both("quantize", *args), reference.quantize(*args))
-        limit = float(scale * np.float32(256.5)) if scale < 1e35 else 3e38
+        limit = float(scale * np.float32(256.5))
         assert_same(both("histogram", x, 513, limit), reference.histogram(x, 513, limit))
 
 
