@@ -66,7 +66,8 @@ class Statistics:
         if self.channels not in (None, x.shape[self.axis]):
             raise ValueError(f"its input has {x.shape[self.axis]} channels, it needs {self.channels}")
         rows = as_nck(x.detach(), self.axis)
-        for part in rows.split(max(VALUES // max(rows[:1].numel(), 1), 1)):
+        at_once = VALUES // rows[:1].numel() if rows.is_cpu else rows.shape[0]
+        for part in rows.split(max(at_once, 1)):
             self._update(part)
         self.inputs += 1
         if self.channels is not None and self.limit:
