@@ -119,6 +119,8 @@ arm:
 	@mkdir -p build
 	$(ARM)-gcc -O2 $(KERNEL_TEST) -o build/arm -lm
 	qemu-aarch64 -L /usr/$(ARM) build/arm 2000
+	$(ARM)-gcc $(HOSTILE) -o build/entries-arm -lm
+	qemu-aarch64 -L /usr/$(ARM) build/entries-arm 300
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py

@@ -5,7 +5,7 @@
    list. */
 #if defined(OCS_INSTRUCTION_SETS)
 #elif defined(__x86_64__)
-#define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(avx2) SET(vnni)
+#define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(avx2) SET(avx512) SET(vnni)
 #elif defined(__aarch64__)
 #define OCS_INSTRUCTION_SETS(SET) SET(ref) SET(neon) SET(dotprod)
 #else

@@ -28,11 +28,21 @@ void ocs_channel_max_ref(float *restrict channel_max, const float *w, int64_t O,
     }
 }
 
+static int64_t bin_of(float x, int64_t bins, float limit) {
+    const float position = fabsf(x) / limit * (float)bins;
+    return position < (float)(bins - 1) ? (int64_t)position : bins - 1;
+}
+
 void ocs_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit) {
     for (int64_t i = 0; i < N; ++i) {
-        float position = fabsf(x[i]) / limit * (float)bins;
-        int64_t bin = position < (float)(bins - 1) ? (int64_t)position : bins - 1;
-        counts[bin] += 1;
+        counts[bin_of(x[i], bins, limit)] += 1;
+    }
+}
+
+void ocs_signed_histogram_ref(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit) {
+    for (int64_t i = 0; i < N; ++i) {
+        const int64_t steps = ocs_abs_bits(x[i]) < 0x00800000 ? 0 : bin_of(x[i], bins, limit) + 1;
+        counts[bins + (signbit(x[i]) ? -steps : steps)] += 1;
     }
 }
 
@@ -123,36 +133,49 @@ void ocs_add_counts(int64_t *counts, const uint32_t *parts_of_counts, int64_t si
 }
 
 typedef struct {
-    const ocs_kernels *kernels;
+    void (*kernel)(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit);
     int64_t *counts;
     const float *x;
     int64_t bins;
     float limit;
+    int64_t size;
+    int parts;
 } histogram_job;
 
-/* Counts a range into scratch [4][bins]. */
+/* Counts a range into scratch [parts][size]. */
 static void histogram_range(ocs_range *range) {
     const histogram_job *job = range->ctx;
     for (int64_t begin = range->begin; begin < range->end; begin += OCS_MOST_COUNTED) {
         const int64_t N = range->end - begin < OCS_MOST_COUNTED ? range->end - begin : OCS_MOST_COUNTED;
-        memset(range->scratch, 0, (size_t)job->bins * 4 * sizeof(uint32_t));
-        job->kernels->histogram(range->scratch, job->x + begin, N, job->bins, job->limit);
-        ocs_add_counts(job->counts, range->scratch, job->bins, 4);
+        memset(range->scratch, 0, (size_t)(job->parts * job->size) * sizeof(uint32_t));
+        job->kernel(range->scratch, job->x + begin, N, job->bins, job->limit);
+        ocs_add_counts(job->counts, range->scratch, job->size, job->parts);
     }
 }
 
-ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
-    OCS_TRY(ocs_check_histogram(bins, OCS_MAX_BINS, &limit, 1));
+/* Into counts [size]; limit = 0 puts all into bin `first`. */
+static ocs_status run_histogram(histogram_job *job, int64_t N, int64_t first) {
+    OCS_TRY(ocs_check_histogram(job->bins, OCS_MAX_BINS, &job->limit, 1));
     OCS_TRY(ocs_check_sizes(N, 1, 1));
-    memset(counts, 0, (size_t)bins * sizeof *counts);
-    if (limit == 0.0f) {
-        counts[0] = N;
+    memset(job->counts, 0, (size_t)job->size * sizeof *job->counts);
+    if (job->limit == 0.0f) {
+        job->counts[first] = N;
         return OCS_OK;
     }
-    histogram_job job = {ocs_kernel_table(), counts, x, bins, limit};
     /* A range is worth its own counts only where it has many more elements than they have. */
-    const int64_t grain = bins > OCS_GRAIN / 16 ? 16 * bins : OCS_GRAIN;
-    return ocs_parallel_for(N, grain, (size_t)bins * 4 * sizeof(uint32_t), histogram_range, &job);
+    const int64_t grain = job->size > OCS_GRAIN / 16 ? 16 * job->size : OCS_GRAIN;
+    return ocs_parallel_for(N, grain, (size_t)(job->parts * job->size) * sizeof(uint32_t), histogram_range, job);
+}
+
+ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
+    histogram_job job = {ocs_kernel_table()->histogram, counts, x, bins, limit, bins, 4};
+    return run_histogram(&job, N, 0);
+}
+
+ocs_status ocs_signed_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
+    const int64_t valid = bins >= 1 && bins <= OCS_MAX_BINS ? bins : 0;
+    histogram_job job = {ocs_kernel_table()->signed_histogram, counts, x, bins, limit, 2 * valid + 1, 2};
+    return run_histogram(&job, N, bins);
 }
 
 typedef struct {

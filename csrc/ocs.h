@@ -117,6 +117,11 @@ float ocs_abs_max_f32(const float *x, int64_t N);
    bin; NaN counts as beyond the limit. */
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit);
 
+/* counts [2 bins + 1]: of the x in each bin over [-limit, limit], those that are no normal number (0, or |x| < 2^-126)
+   in the middle; x > 0 is as many bins above it, x < 0 below it, as ocs_histogram_f32 says of |x|, plus 1. limit = 0
+   puts everything into the middle. */
+ocs_status ocs_signed_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit);
+
 /* counts [C, OCS_OCTAVE_BINS]: of each channel, the |x| of x [N, C, K] by size, on a logarithmic scale below limit.
 
    Eight bins to the octave, of equal width within it; all that is below the last of OCS_OCTAVES is in the first bin.

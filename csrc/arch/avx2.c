@@ -5,142 +5,52 @@
 #if defined(__x86_64__)
 #include "arch/avx2.h"
 
-#define AVX2 __attribute__((target("avx2")))
+#define AVX2 __attribute__((target("avx2,fma")))
+#define LOOP AVX2 static inline
+#define INLINE LOOP __attribute__((always_inline))
+#define V(name) _mm256_##name
 
-/* --- Maxima ----------------------------------------------------------------------------------- */
+enum { LANES = 8 };
+typedef __m256 floats;
+typedef __m256i ints;
+#include "arch/loops_x86.h"
 
-AVX2 static inline __m256i load_abs_bits(const float *x) {
-    return _mm256_and_si256(_mm256_loadu_si256((const __m256i *)x), _mm256_set1_epi32(0x7fffffff));
+INLINE ints int_load(const void *x) {
+    return _mm256_loadu_si256(x);
 }
 
-AVX2 static inline float largest_lane(__m256i max) {
-    float lanes[8];
-    _mm256_storeu_si256((__m256i *)lanes, max);
-    return ocs_abs_max_ref(lanes, 8);
+INLINE void int_store(void *to, ints x) {
+    _mm256_storeu_si256(to, x);
 }
 
-AVX2 static float abs_max_avx2(const float *x, int64_t N) {
-    __m256i max[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-    int64_t i = 0;
-    for (; i + 32 <= N; i += 32) {
-        for (int j = 0; j < 4; ++j) {
-            max[j] = _mm256_max_epu32(max[j], load_abs_bits(x + i + 8 * j));
-        }
-    }
-    max[0] = _mm256_max_epu32(_mm256_max_epu32(max[0], max[1]), _mm256_max_epu32(max[2], max[3]));
-    return ocs_larger_abs(largest_lane(max[0]), ocs_abs_max_ref(x + i, N - i));
+INLINE ints abs_bits(floats x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
 }
 
-AVX2 static float scaled_max_avx2(const float *x, const float *factor, int64_t N) {
-    __m256i max = _mm256_setzero_si256();
-    int64_t i = 0;
-    for (; i + 8 <= N; i += 8) {
-        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(factor + i));
-        max = _mm256_max_epu32(max, _mm256_and_si256(_mm256_castps_si256(scaled), _mm256_set1_epi32(0x7fffffff)));
-    }
-    return ocs_larger_abs(largest_lane(max), ocs_scaled_max_ref(x + i, factor + i, N - i));
+INLINE floats magnitude(floats x) {
+    return _mm256_castsi256_ps(abs_bits(x));
 }
 
-/* max[i] = the larger of max[i] and |w[i]|, i < columns. */
-AVX2 static void max_into(float *restrict max, const float *w, int64_t columns) {
-    int64_t i = 0;
-    for (; i + 8 <= columns; i += 8) {
-        const __m256i so_far = _mm256_loadu_si256((const __m256i *)(max + i));
-        _mm256_storeu_si256((__m256i *)(max + i), _mm256_max_epu32(so_far, load_abs_bits(w + i)));
-    }
-    for (; i < columns; ++i) {
-        max[i] = ocs_larger_abs(max[i], w[i]);
-    }
+INLINE ints signed_as(ints n, floats x) {
+    const ints normal = _mm256_cmpgt_epi32(abs_bits(x), _mm256_set1_epi32(0x7fffff));
+    return _mm256_sign_epi32(_mm256_and_si256(n, normal),
+                             _mm256_or_si256(_mm256_castps_si256(x), _mm256_set1_epi32(1)));
 }
 
-/* The rows are reduced first, column by column in a tile that fits the L1 cache, then the K columns of a channel. */
-AVX2 static void channel_max_avx2(float *restrict channel_max, const float *w, int64_t O, int64_t C, int64_t K,
-                                  int64_t stride) {
-    enum { TILE = 4096 };
-    float max[TILE];
-    memset(channel_max, 0, (size_t)C * sizeof *channel_max);
-    for (int64_t begin = 0; begin < C * K; begin += TILE) {
-        const int64_t columns = C * K - begin < TILE ? C * K - begin : TILE;
-        memset(max, 0, (size_t)columns * sizeof *max);
-        for (int64_t o = 0; o < O; ++o) {
-            max_into(max, w + o * stride + begin, columns);
-        }
-        for (int64_t i = 0; i < columns; ++i) {
-            float *of_channel = &channel_max[(begin + i) / K];
-            *of_channel = ocs_larger_abs(*of_channel, max[i]);
-        }
-    }
+INLINE int64_t keep(uint32_t *to, ints n, ints usual) {
+    int_store(to, n);
+    (void)usual;
+    return LANES;
 }
 
-/* --- Histogram -------------------------------------------------------------------------------- */
-
-/* Neighbours are counted in different histograms, so that an increment need not wait for the one before it. */
-AVX2 static void histogram_avx2(uint32_t *restrict counts, const float *x, int64_t N, int64_t bins, float limit) {
-    const __m256 all = _mm256_set1_ps((float)bins), last = _mm256_set1_ps((float)(bins - 1));
-    const __m256 width = _mm256_set1_ps(limit);
-    uint32_t *const own[4] = {counts, counts + bins, counts + 2 * bins, counts + 3 * bins};
-    int64_t i = 0;
-    for (; i + 8 <= N; i += 8) {
-        const __m256 magnitude = _mm256_castsi256_ps(load_abs_bits(x + i));
-        const __m256 position = _mm256_mul_ps(_mm256_div_ps(magnitude, width), all);
-        uint32_t bin[8]; /* NaN takes the second operand: the last bin */
-        _mm256_storeu_si256((__m256i *)bin, _mm256_cvttps_epi32(_mm256_min_ps(position, last)));
-        for (int lane = 0; lane < 8; ++lane) {
-            own[lane % 4][bin[lane]] += 1;
-        }
-    }
-    ocs_histogram_ref(counts, x + i, N - i, bins, limit);
+INLINE floats gather(const float *from, const int32_t *index) {
+    return _mm256_i32gather_ps(from, int_load(index), 4);
 }
 
-AVX2 static inline void store_octaves(uint32_t bin[8], const float *x, int32_t base) {
-    const __m256i above = _mm256_sub_epi32(_mm256_srli_epi32(load_abs_bits(x), 20), _mm256_set1_epi32(base));
-    const __m256i last = _mm256_set1_epi32(OCS_OCTAVE_BINS - 1);
-    _mm256_storeu_si256((__m256i *)bin, _mm256_min_epi32(_mm256_max_epi32(above, _mm256_setzero_si256()), last));
-}
-
-/* Eight bins at once. Where one channel has many elements, neighbours are counted in different histograms. */
-AVX2 static void octave_histogram_avx2(uint32_t *restrict counts, const float *x, int64_t N, int64_t step,
-                                       int32_t base) {
-    uint32_t bin[8], own[4][OCS_OCTAVE_BINS];
-    int64_t i = 0;
-    if (step > 0) {
-        for (; i + 8 <= N; i += 8) {
-            store_octaves(bin, x + i, base);
-            for (int lane = 0; lane < 8; ++lane) {
-                counts[(i + lane) * step + bin[lane]] += 1;
-            }
-        }
-    } else if (N >= OCS_OCTAVE_BINS) {
-        memset(own, 0, sizeof own);
-        for (; i + 8 <= N; i += 8) {
-            store_octaves(bin, x + i, base);
-            for (int lane = 0; lane < 8; ++lane) {
-                own[lane % 4][bin[lane]] += 1;
-            }
-        }
-        for (int j = 0; j < OCS_OCTAVE_BINS; ++j) {
-            counts[j] += own[0][j] + own[1][j] + own[2][j] + own[3][j];
-        }
-    }
-    ocs_octave_histogram_ref(counts + i * step, x + i, N - i, step, base);
-}
-
-/* --- Weights ---------------------------------------------------------------------------------- */
-
-/* Eight columns of a split row as 32-bit integers, not yet clamped: ocs_half_steps, then one addition and one shift. */
-AVX2 static inline __m256i split_columns(__m256 w, __m256 scale, const int32_t *addend, const int32_t *shift) {
-    const __m256 limit = _mm256_set1_ps(OCS_HALF_STEPS_LIMIT);
-    const __m256 u = _mm256_div_ps(w, scale);
-    __m256 u2 = _mm256_floor_ps(_mm256_add_ps(u, u));
-    u2 = _mm256_max_ps(_mm256_min_ps(u2, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
-    const __m256i sum = _mm256_add_epi32(_mm256_cvttps_epi32(u2), _mm256_loadu_si256((const __m256i *)addend));
-    return _mm256_srav_epi32(sum, _mm256_loadu_si256((const __m256i *)shift));
-}
-
-/* floor(x / odd) of eight integers; most are 1. Doubles hold both, and a quotient that is no integer is at least 2^-22
-   away from one, which is more than it is rounded by. */
-AVX2 static inline __m256i floor_divide(__m256i x, const int32_t *odd) {
-    const __m256i by = _mm256_loadu_si256((const __m256i *)odd), above = _mm256_sub_epi32(by, _mm256_set1_epi32(1));
+/* Most are divided by 1. Doubles hold both, and a quotient that is no integer is at least 2^-22 away from one, which is
+   more than it is rounded by. */
+INLINE ints floor_divide(ints x, const int32_t *odd) {
+    const ints by = int_load(odd), above = _mm256_sub_epi32(by, _mm256_set1_epi32(1));
     if (_mm256_testz_si256(above, above)) {
         return x;
     }
@@ -151,49 +61,26 @@ AVX2 static inline __m256i floor_divide(__m256i x, const int32_t *odd) {
     return _mm256_set_m128i(_mm256_cvttpd_epi32(_mm256_floor_pd(high)), _mm256_cvttpd_epi32(_mm256_floor_pd(low)));
 }
 
-AVX2 static inline void store_clamped(int8_t *q, __m256i bytes, int32_t qmax) {
-    const __m256i most = _mm256_set1_epi8((char)qmax), least = _mm256_set1_epi8((char)-qmax);
-    _mm256_storeu_si256((__m256i *)q, _mm256_max_epi8(_mm256_min_epi8(bytes, most), least));
+INLINE void store_bytes(uint8_t *bytes, const ints x[4]) {
+    ints low[4];
+    for (int j = 0; j < 4; ++j) {
+        low[j] = _mm256_and_si256(x[j], _mm256_set1_epi32(0xff));
+    }
+    const ints words01 = _mm256_packus_epi32(low[0], low[1]), words23 = _mm256_packus_epi32(low[2], low[3]);
+    const ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    int_store(bytes, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words01, words23), order));
 }
 
-/* q [N] of columns, each of w where it is, or of w[index] where an index is given; odd may be NULL. */
-AVX2 static inline void quantize_columns(int8_t *restrict q, const float *w, const int32_t *index,
-                                         const int32_t *addend, const int32_t *shift, const int32_t *odd, int64_t N,
-                                         float scale, int32_t qmax) {
-    const __m256 scales = _mm256_set1_ps(scale);
-    __m256i four[4];
-    int64_t m = 0;
-    for (; m + 32 <= N; m += 32) {
-        for (int j = 0; j < 4; ++j) {
-            const int64_t at = m + 8 * j;
-            const __m256 eight = index == NULL
-                                     ? _mm256_loadu_ps(w + at)
-                                     : _mm256_i32gather_ps(w, _mm256_loadu_si256((const __m256i *)(index + at)), 4);
-            four[j] = split_columns(eight, scales, addend + at, shift + at);
-            if (odd != NULL) {
-                four[j] = floor_divide(four[j], odd + at);
-            }
-        }
-        store_clamped(q + m, ocs_pack_bytes(four[0], four[1], four[2], four[3]), qmax);
-    }
-    for (; m < N; ++m) {
-        const float one = index == NULL ? w[m] : w[index[m]];
-        q[m] = ocs_split_column(ocs_half_steps(one, scale), addend[m], shift[m], odd == NULL ? 1 : odd[m], qmax);
-    }
+/* The processor fetches memory ahead only within a page. Past the end, this does nothing. */
+INLINE void fetch_ahead(const float *x, float *x_hat) {
+    enum { AHEAD = 256 };
+    __builtin_prefetch(x + AHEAD);
+    __builtin_prefetch(x_hat + AHEAD, 1);
 }
 
-AVX2 static void quantize_row_avx2(int8_t *restrict q, const float *w, const ocs_columns *columns, float scale,
-                                   int32_t qmax) {
-    const int64_t N = columns->N, copies = columns->M - N;
-    const int32_t *addend = columns->addend, *shift = columns->shift, *odd = columns->odd;
-    if (odd == NULL) {
-        quantize_columns(q, w, NULL, addend, shift, NULL, N, scale, qmax);
-        quantize_columns(q + N, w, columns->index, addend + N, shift + N, NULL, copies, scale, qmax);
-    } else {
-        quantize_columns(q, w, NULL, addend, shift, odd, N, scale, qmax);
-        quantize_columns(q + N, w, columns->index, addend + N, shift + N, odd + N, copies, scale, qmax);
-    }
-}
+#include "arch/loops.h"
+
+/* --- Weights ---------------------------------------------------------------------------------- */
 
 AVX2 static inline __m256 load_bytes(const void *q, bool is_signed) {
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)q);
@@ -321,54 +208,6 @@ AVX2 static void weighted_sums_avx2(float *restrict sum, const float *error, con
 }
 _Static_assert(OCS_SIDE_BY_SIDE % 16 == 0, "as weighted_sums_avx2 has it");
 
-/* --- Any array -------------------------------------------------------------------------------- */
-
-/* min and max return the second operand where one is NaN, so that NaN stays; adding 0 turns -0 into +0. */
-AVX2 static inline __m256 to_grid(__m256 x, __m256 scale, __m256 qmin, __m256 qmax) {
-    const __m256 q = _mm256_round_ps(_mm256_div_ps(x, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm256_add_ps(_mm256_max_ps(qmin, _mm256_min_ps(qmax, q)), _mm256_setzero_ps());
-}
-
-/* Division is the slowest step; a product with the reciprocal, divided again where near a tie, was no faster. What
-   helps is to fetch both arrays ahead: the processor does so only within a page. Past the end, a prefetch does nothing.
- */
-AVX2 static void fake_quantize_avx2(float *restrict x_hat, const float *x, int64_t N, float scale, float qmin,
-                                    float qmax) {
-    const __m256 scales = _mm256_set1_ps(scale), least = _mm256_set1_ps(qmin), most = _mm256_set1_ps(qmax);
-    enum { LINE = 16, AHEAD = 256 };
-    int64_t i = 0;
-    for (; i + 2 * LINE <= N; i += 2 * LINE) {
-        for (int j = 0; j < 2 * LINE; j += LINE) {
-            __builtin_prefetch(x + i + j + AHEAD);
-            __builtin_prefetch(x_hat + i + j + AHEAD, 1);
-        }
-        for (int j = 0; j < 2 * LINE; j += 8) {
-            const __m256 q = to_grid(_mm256_loadu_ps(x + i + j), scales, least, most);
-            _mm256_storeu_ps(x_hat + i + j, _mm256_mul_ps(q, scales));
-        }
-    }
-    ocs_fake_quantize_ref(x_hat + i, x + i, N - i, scale, qmin, qmax);
-}
-
-AVX2 static void quantize_avx2(uint8_t *restrict q, const float *x, int64_t N, float scale, float qmin, float qmax) {
-    const __m256 scales = _mm256_set1_ps(scale), least = _mm256_set1_ps(qmin), most = _mm256_set1_ps(qmax);
-    const __m256i low_byte = _mm256_set1_epi32(0xff);
-    __m256i four[4];
-    int64_t i = 0;
-    for (; i + 32 <= N; i += 32) {
-        for (int j = 0; j < 4; ++j) {
-            const __m256 on_grid = to_grid(_mm256_loadu_ps(x + i + 8 * j), scales, least, most);
-            const __m256 number = _mm256_cmp_ps(on_grid, on_grid, _CMP_ORD_Q);
-            four[j] = _mm256_and_si256(_mm256_cvttps_epi32(_mm256_and_ps(on_grid, number)), low_byte);
-        }
-        const __m256i words01 = _mm256_packus_epi32(four[0], four[1]), words23 = _mm256_packus_epi32(four[2], four[3]);
-        const __m256i bytes = _mm256_packus_epi16(words01, words23);
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        _mm256_storeu_si256((__m256i *)(q + i), _mm256_permutevar8x32_epi32(bytes, order));
-    }
-    ocs_quantize_ref(q + i, x + i, N - i, scale, qmin, qmax);
-}
-
 /* --- k bits ----------------------------------------------------------------------------------- */
 
 /* A run of eight codes is one 64-bit lane. Fields of 8, 16, then 32 bits are joined in pairs: the upper moves down to
@@ -449,19 +288,20 @@ static bool has_avx2(void) {
 const ocs_instruction_set ocs_isa_avx2 = {
     .name = "avx2",
     .supported = has_avx2,
-    .kernels.abs_max = abs_max_avx2,
-    .kernels.scaled_max = scaled_max_avx2,
-    .kernels.channel_max = channel_max_avx2,
-    .kernels.histogram = histogram_avx2,
-    .kernels.octave_histogram = octave_histogram_avx2,
-    .kernels.quantize_row = quantize_row_avx2,
+    .kernels.abs_max = abs_max,
+    .kernels.scaled_max = scaled_max,
+    .kernels.channel_max = channel_max,
+    .kernels.histogram = histogram,
+    .kernels.signed_histogram = signed_histogram,
+    .kernels.octave_histogram = octave_histogram,
+    .kernels.quantize_row = quantize_row,
     .kernels.fold_row = fold_row_avx2,
     .kernels.weighted_sums = weighted_sums_avx2,
     .kernels.squared_error = squared_error_avx2,
     .kernels.error_sums = error_sums_avx2,
-    .kernels.quantize = quantize_avx2,
+    .kernels.quantize = quantize,
     .kernels.dequantize = dequantize_avx2,
-    .kernels.fake_quantize = fake_quantize_avx2,
+    .kernels.fake_quantize = fake_quantize,
     .kernels.pack = pack_avx2,
     .kernels.unpack = unpack_avx2,
     .kernels.unpack_tile = ocs_unpack_tile_avx2,

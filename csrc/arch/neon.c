@@ -1,6 +1,152 @@
-/* Products and cells of recurrent layers on NEON, which every 64-bit ARM CPU has. */
+/* The variants for NEON, which every 64-bit ARM CPU has: four floats at a time, every result that of the plain kernels.
+ */
 #if defined(__aarch64__)
 #include "arch/tile_neon.h"
+
+/* --- What loops.h asks for ----------------------------------------------------------------------- */
+
+#define LOOP static inline
+
+enum { LANES = 4 };
+typedef float32x4_t floats;
+typedef int32x4_t ints;
+
+INLINE floats load(const float *x) {
+    return vld1q_f32(x);
+}
+
+INLINE void store(float *to, floats x) {
+    vst1q_f32(to, x);
+}
+
+INLINE floats all(float x) {
+    return vdupq_n_f32(x);
+}
+
+INLINE floats add(floats a, floats b) {
+    return vaddq_f32(a, b);
+}
+
+INLINE floats sub(floats a, floats b) {
+    return vsubq_f32(a, b);
+}
+
+INLINE floats mul(floats a, floats b) {
+    return vmulq_f32(a, b);
+}
+
+INLINE floats divide(floats a, floats b) {
+    return vdivq_f32(a, b);
+}
+
+INLINE floats plus_product(floats c, floats a, floats b) {
+    return vfmaq_f32(c, a, b);
+}
+
+INLINE floats minus_product(floats c, floats a, floats b) {
+    return vfmsq_f32(c, a, b);
+}
+
+/* Comparisons, as NEON's own minimum and maximum are NaN where either is one. */
+INLINE floats smaller(floats a, floats b) {
+    return vbslq_f32(vcltq_f32(a, b), a, b);
+}
+
+INLINE floats larger(floats a, floats b) {
+    return vbslq_f32(vcgtq_f32(a, b), a, b);
+}
+
+INLINE floats magnitude(floats x) {
+    return vabsq_f32(x);
+}
+
+INLINE floats floor_of(floats x) {
+    return vrndmq_f32(x);
+}
+
+INLINE ints truncated(floats x) {
+    return vcvtq_s32_f32(x);
+}
+
+INLINE ints nearest(floats x) {
+    return vcvtnq_s32_f32(x);
+}
+
+INLINE ints int_load(const void *x) {
+    return vld1q_s32(x);
+}
+
+INLINE void int_store(void *to, ints x) {
+    vst1q_s32(to, x);
+}
+
+INLINE ints int_all(int32_t x) {
+    return vdupq_n_s32(x);
+}
+
+INLINE ints int_add(ints a, ints b) {
+    return vaddq_s32(a, b);
+}
+
+INLINE ints int_smaller(ints a, ints b) {
+    return vminq_s32(a, b);
+}
+
+INLINE ints int_larger(ints a, ints b) {
+    return vmaxq_s32(a, b);
+}
+
+INLINE ints shift_right(ints x, ints by) {
+    return vshlq_s32(x, vnegq_s32(by));
+}
+
+INLINE ints abs_bits(floats x) {
+    return vreinterpretq_s32_f32(vabsq_f32(x));
+}
+
+INLINE ints octave_of(ints bits) {
+    return vshrq_n_s32(bits, 20);
+}
+
+INLINE ints signed_as(ints n, floats x) {
+    const uint32x4_t normal = vcgtq_s32(abs_bits(x), int_all(0x7fffff)),
+                     negative = vcltzq_s32(vreinterpretq_s32_f32(x));
+    return vandq_s32(vbslq_s32(negative, vnegq_s32(n), n), vreinterpretq_s32_u32(normal));
+}
+
+INLINE int64_t keep(uint32_t *to, ints n, ints usual) {
+    int_store(to, n);
+    (void)usual;
+    return LANES;
+}
+
+INLINE floats gather(const float *from, const int32_t *index) {
+    const float x[LANES] = {from[index[0]], from[index[1]], from[index[2]], from[index[3]]};
+    return vld1q_f32(x);
+}
+
+INLINE ints floor_divide(ints x, const int32_t *odd) {
+    int32_t q[LANES];
+    int_store(q, x);
+    for (int i = 0; i < LANES; ++i) {
+        q[i] = q[i] / odd[i] - (q[i] % odd[i] < 0);
+    }
+    return int_load(q);
+}
+
+INLINE void store_bytes(uint8_t *bytes, const ints x[4]) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(x[0]), vmovn_s32(x[1]));
+    const int16x8_t high = vcombine_s16(vmovn_s32(x[2]), vmovn_s32(x[3]));
+    vst1q_u8(bytes, vreinterpretq_u8_s8(vcombine_s8(vmovn_s16(low), vmovn_s16(high))));
+}
+
+INLINE void fetch_ahead(const float *x, float *x_hat) {
+    (void)x, (void)x_hat;
+}
+
+#include "arch/loops.h"
+
+/* --- Tiles ------------------------------------------------------------------------------------ */
 
 static void unpack_tile_neon(uint8_t *restrict codes, const uint8_t *tile, int lines, int bits) {
     for (int v = 0; v < lines; ++v) {
@@ -64,13 +210,6 @@ INLINE int32x4_t take_byte(int32x4_t *left) {
     return byte;
 }
 
-/* 16 integers that fit 8 bits, in order. */
-INLINE void store_bytes(int8_t *bytes, const int32x4_t x[4]) {
-    const int16x8_t low = vcombine_s16(vmovn_s32(x[0]), vmovn_s32(x[1]));
-    const int16x8_t high = vcombine_s16(vmovn_s32(x[2]), vmovn_s32(x[3]));
-    vst1q_s8(bytes, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
-}
-
 static void cut_row_neon(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step) {
     const float32x4_t steps = vdupq_n_f32(step);
     int32x4_t places[3][4];
@@ -83,7 +222,7 @@ static void cut_row_neon(int8_t *restrict bytes, const float *x, int64_t N, int6
             places[0][j] = left;
         }
         for (int place = 0; place < 3; ++place) {
-            store_bytes(bytes + place * stride + i, places[place]);
+            store_bytes((uint8_t *)bytes + place * stride + i, places[place]);
         }
     }
     ocs_cut_row_ref(bytes + i, x + i, N - i, stride, step);
@@ -163,6 +302,15 @@ static bool always(void) {
 const ocs_instruction_set ocs_isa_neon = {
     .name = "neon",
     .supported = always,
+    .kernels.abs_max = abs_max,
+    .kernels.scaled_max = scaled_max,
+    .kernels.channel_max = channel_max,
+    .kernels.histogram = histogram,
+    .kernels.signed_histogram = signed_histogram,
+    .kernels.octave_histogram = octave_histogram,
+    .kernels.quantize_row = quantize_row,
+    .kernels.quantize = quantize,
+    .kernels.fake_quantize = fake_quantize,
     .kernels.unpack_tile = unpack_tile_neon,
     .kernels.product = product_neon,
     .kernels.cut_row = cut_row_neon,

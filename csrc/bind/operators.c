@@ -25,6 +25,14 @@ static ocs_status histogram(ocs_call *call) {
     return begin(call) ? ocs_histogram_f32(result(call), x->data, x->numel, bins, number(call, 2)) : call->status;
 }
 
+static ocs_status signed_histogram(ocs_call *call) {
+    const ocs_array *x = array(call, 0);
+    const int64_t bins = read_bins(call, 1);
+    result_1d(call, OCS_INT64, 2 * bins + 1);
+    return begin(call) ? ocs_signed_histogram_f32(result(call), x->data, x->numel, bins, number(call, 2))
+                       : call->status;
+}
+
 static ocs_status octave_histogram(ocs_call *call) {
     const ocs_array *x = array(call, 0);
     const ocs_shape s = read_shape(call, x, 1);
@@ -280,6 +288,7 @@ static ocs_status unpack(ocs_call *call) {
 const ocs_operator ocs_operators[OCS_MOST_OPERATORS + 1] = {
     OPERATOR(abs_max, 1, "float32 []", FLOATS(x, 0)),
     OPERATOR(histogram, 1, "int64 [bins]", FLOATS(x, 0), INT(bins), FLOAT(limit)),
+    OPERATOR(signed_histogram, 1, "int64 [2 bins + 1]", FLOATS(x, 0), INT(bins), FLOAT(limit)),
     OPERATOR(octave_histogram, 1, "int64 [C, 128]", FLOATS(x, 2), FLOAT(limit)),
     OPERATOR(channel_max, 1, "float32 [C]", FLOATS(w, 2), INT(groups)),
 

@@ -21,11 +21,12 @@ from ocs.calibration.ranks import reduced
 from ocs.kernels.constants import BINS_PER_OCTAVE, OCTAVE_BINS, OCTAVES, TINY
 from ocs.nn.input_parts import as_nck, largest_part
 from ocs.nn.registry import replacement_of
-from ocs.weight.threshold import Clip, count_zeros
+from ocs.weight.threshold import Clip
 from ocs.weight.types import Split
 
 BINS = 4096  # of |x| below the limit, besides OCTAVE_BINS of each channel
 PARTS = 16  # of a bin, over which its values are spread to be counted into other bins
+VALUES = 1 << 20  # that are looked at together
 ROWS = 4096  # whose sum float32 still holds well
 PERCENTILE = 0.99  # a channel is split for its values beyond this share of the layer's (section 5.3 of the paper)
 
@@ -65,36 +66,37 @@ class Statistics:
         if self.channels not in (None, x.shape[self.axis]):
             raise ValueError(f"its input has {x.shape[self.axis]} channels, it needs {self.channels}")
         rows = as_nck(x.detach(), self.axis)
+        at_once = VALUES // rows[:1].numel() if rows.is_cpu else rows.shape[0]
+        for part in rows.split(max(at_once, 1)):
+            self._update(part)
+        self.inputs += 1
+        if self.channels is not None and self.limit:
+            self.octaves = self.octaves + torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
+            self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
+        elif self.channels is not None:
+            lowest = torch.zeros_like(self.octaves)
+            lowest[:, 0] = rows.numel() // rows.shape[1]
+            self.octaves = self.octaves + lowest
+
+    def _update(self, rows: Tensor) -> None:
+        """Take in values [N, C, K], which the processor's cache holds while they are looked at from all sides."""
         smallest, most = (float(bound) for bound in rows.aminmax())
         largest = max(abs(smallest), abs(most))
         if not largest < 2.0**127:  # NaN, too
             raise ValueError("its input holds NaN, Inf or values that float32 hardly holds: repair model or batch")
         largest = largest if largest >= TINY else 0.0
-        self.inputs += 1
         self._add(rows.shape[0] * rows.shape[2], _channel_sums(rows))
         self.smallest, self.highest = min(self.smallest, smallest), max(self.highest, most)
         self.largest = max(self.largest, largest)
         self._grow(largest)
-        zeros = count_zeros(rows) if largest else rows.numel()
-        self.zeros += zeros
         if not largest:
-            lowest = torch.zeros_like(self.octaves)
-            lowest[:, 0] = rows.numel() // rows.shape[1]
-            self.octaves = self.octaves + lowest
+            self.zeros += rows.numel()
             return
-        self.counts = self.counts + self._histogram(rows, zeros)  # not in place: they may be of inference mode
-        if smallest < 0:
-            below = rows.clamp(max=0)
-            self.negative = self.negative + self._histogram(below, count_zeros(below))
-        if self.channels is not None:
-            self.octaves = self.octaves + torch.ops.ocs.octave_histogram(rows, self.limit).cpu()
-            self.channel_max = self.channel_max.maximum(torch.ops.ocs.channel_max(rows, 1).cpu())
-
-    def _histogram(self, x: Tensor, zeros: int) -> Tensor:
-        """Count |x| over [0, limit], int64 [BINS], without so many zeros."""
-        counts = torch.ops.ocs.histogram(x, BINS, self.limit).cpu()
-        counts[0] -= zeros
-        return counts
+        counts = torch.ops.ocs.signed_histogram(rows, BINS, self.limit).cpu()
+        negative = counts[:BINS].flip(0)
+        self.zeros += int(counts[BINS])
+        self.negative = self.negative + negative  # not in place: they may be of inference mode
+        self.counts = self.counts + counts[BINS + 1 :] + negative
 
     def _add(self, rows: int, sums: Tensor) -> None:
         """Take in the sums of so many values of each channel; of inputs that differ in size there is no mean."""

@@ -107,6 +107,15 @@ def histogram(x: Tensor, bins: int, limit: float) -> Tensor:
     return torch.bincount(torch.nan_to_num(position, nan=bins).clamp(max=bins - 1).long(), minlength=bins)
 
 
+@kernel(lambda x, bins, limit: x.new_empty(2 * bins + 1, dtype=torch.int64))
+def signed_histogram(x: Tensor, bins: int, limit: float) -> Tensor:
+    """Count x over [-limit, limit], int64 [2 bins + 1]: zeros and subnormal values in the middle."""
+    x = _floats("signed_histogram", x).flatten()
+    counted = ~(x.abs() < torch.finfo(torch.float32).tiny) & (limit > 0)
+    below, above = (histogram(x[counted & (x.signbit() == sign)], bins, limit) for sign in (True, False))
+    return torch.cat([below.flip(0), x.numel() - below.sum(0, keepdim=True) - above.sum(0, keepdim=True), above])
+
+
 @kernel(lambda x, limit: x.new_empty((x.shape[1], OCTAVE_BINS), dtype=torch.int64))
 def octave_histogram(x: Tensor, limit: float) -> Tensor:
     """Count |x| of x [N, C, ...] below limit, a power of two, in eight bins to the octave: int64 [C, 128]."""

@@ -33,6 +33,13 @@ def histogram(x: Floats, bins: int, limit: float) -> Int64s:
     return np.bincount(np.fmin(position, bins - 1).astype(np.int64), minlength=bins)
 
 
+def signed_histogram(x: Floats, bins: int, limit: float) -> Int64s:
+    """Count x over [-limit, limit], int64 [2 bins + 1]: zeros and subnormal values in the middle."""
+    counted = ~(np.abs(x) < np.finfo(np.float32).tiny) & (np.float32(limit) > 0)
+    below, above = (histogram(x[counted & (np.signbit(x) == sign)], bins, limit) for sign in (True, False))
+    return np.concatenate([below[::-1], [x.size - below.sum() - above.sum()], above])
+
+
 def octave_histogram(x: Floats, limit: float) -> Int64s:
     """Count |x| of x [N, C, ...] below limit, a power of two, in eight bins to the octave: int64 [C, 128]."""
     fraction, exponent = np.frexp(np.abs(x))  # |x| = fraction * 2^exponent, fraction in [1/2, 1)

@@ -120,10 +120,12 @@ static void check_abs_max(void) {
 }
 
 static void check_histogram(void) {
-    const int64_t N = any(300), bins = 1 + any(200);
-    int64_t *counts = new_array(bins, sizeof *counts);
-    const float *x = any_floats(N);
-    record_if_ok(ocs_histogram_f32(counts, x, hostile(N), hostile(bins), any_limit()), counts, bins, sizeof *counts);
+    const int64_t N = any(4) == 0 ? any(3000) : any(300), bins = 1 + any(200), both = 2 * bins + 1;
+    int64_t *counts = new_array(bins, sizeof *counts), *of_both = new_array(both, sizeof *of_both);
+    const float *x = any_floats(N), limit = any_limit();
+    record_if_ok(ocs_histogram_f32(counts, x, hostile(N), hostile(bins), limit), counts, bins, sizeof *counts);
+    record_if_ok(ocs_signed_histogram_f32(of_both, x, hostile(N), hostile(bins), limit), of_both, both,
+                 sizeof *of_both);
 }
 
 static void check_octave_histogram(void) {
@@ -134,9 +136,23 @@ static void check_octave_histogram(void) {
     record_if_ok(status, counts, C * OCS_OCTAVE_BINS, sizeof *counts);
 }
 
+/* Floats around the ties of a grid, where a quotient must not be wrong in its last place. */
+static void move_to_ties(float *x, int64_t N, float scale) {
+    const int64_t moved = any(2) ? N : 0;
+    for (int64_t i = 0; i < moved; ++i) {
+        uint32_t bits;
+        const float tie = (float)(((double)any(514) - 256.5) * scale);
+        memcpy(&bits, &tie, sizeof bits);
+        bits += (uint32_t)any(5) - 2;
+        memcpy(&x[i], &bits, sizeof bits);
+    }
+}
+
 static void check_quantize(void) {
     const int64_t N = any(90);
-    const float *x = any_floats(N), scale = any_limit();
+    const float scale = any(2) ? any_limit() : 1e-3f * (float)(1 + any(1 << 20));
+    float *x = any_floats(N);
+    move_to_ties(x, N, scale);
     uint8_t *q = new_array(N, 1);
     float *x_hat = new_array(N, sizeof *x_hat);
     const int bits = any_bits();

@@ -364,6 +364,40 @@ def test_histogram_counts_what_lies_beyond_in_the_last_bin(isa: str) -> None:
     assert both("histogram", np.zeros(5, np.float32), 3, 0.0).tolist() == [5, 0, 0]
 
 
+@pytest.mark.parametrize("bins", [1, 7, 4096])
+@pytest.mark.parametrize("size", [0, 1, 15, 1027, 70_000])
+def test_signed_histogram_equals_its_twin(isa: str, bins: int, size: int) -> None:
+    """Half of the values are zeros, as after a ReLU."""
+    x = ACTIVATIONS[:size].copy()
+    x[::2] *= 0
+    for limit in (2.0, 3.3, 2.0**-90, 0.0):
+        counts = both("signed_histogram", x, bins, limit)
+        assert_same(counts, reference.signed_histogram(x, bins, limit))
+        assert_same(composite.signed_histogram(torch.from_numpy(x), bins, limit).numpy(), counts)
+        assert counts.sum() == size
+
+
+def test_signed_histogram_by_hand(isa: str) -> None:
+    x = np.float32([0.1, -0.1, -0.9, 5, -7, 0, -0.0, 1e-40, -1e-40, 0.5, -0.5])
+    assert both("signed_histogram", x, 2, 1.0).tolist() == [3, 1, 4, 1, 2]
+
+
+@pytest.mark.parametrize("scale", [0.03, 1 / 3, 0.1, 1.9999999, 7e-5, 2.0**-70, 2.0**60, 1e-38, 1e35])
+def test_quotients_are_those_of_a_division(isa: str, scale: float) -> None:
+    """All floats around every tie of the grid and every edge of a bin; scales at and beyond what a row takes."""
+    scale = np.float32(scale)
+    ties = np.float32((np.arange(-257, 257) + 0.5) * np.float64(scale))
+    near = np.concatenate([(ties.view(np.int32) + i).view(np.float32) for i in range(-4, 5)])
+    x = np.resize(np.concatenate([near, ACTIVATIONS[-40:]]), 8192)
+    with np.errstate(over="ignore"):
+        for signed in (True, False):
+            args = (x, np.asarray(scale), 8, signed)
+            assert_same(both("fake_quantize", *args), reference.fake_quantize(*args))
+            assert_same(both("quantize", *args), reference.quantize(*args))
+        limit = float(scale * np.float32(256.5))
+        assert_same(both("histogram", x, 513, limit), reference.histogram(x, 513, limit))
+
+
 def test_results_do_not_depend_on_threads(threads: int) -> None:
     w, x = outlier_weight((200, 300, 3)), outlier_weight((300_000,))
     plan = _C.split_plan(_C.channel_max(w, 1), 1, 30, False)

@@ -69,6 +69,7 @@ def int32(*values: int) -> torch.Tensor:
 CALLS = {
     "abs_max": [(W,), (W.half(),)],
     "histogram": [(W, 32, 3.0)],
+    "signed_histogram": [(W, 32, 3.0), (W.half(), 5, 0.0)],
     "octave_histogram": [(W, 4.0), (W.half().flatten(1), 4.0)],
     "channel_max": [(W, 3), (W.double().transpose(0, 1), 1)],
     "split_plan": [(torch.rand(30), 3, 4, False), (torch.rand(30), 3, 9, True), (torch.rand(5), 1, 0, False)],
@@ -305,6 +306,7 @@ HOSTILE = [
     ("weight_error", (W, INTS[:-1], SCALE, PLAN[0], 3), "no split plan"),
     ("output_error", (W, INTS[:-1], SCALE, PLAN[0], 3, 1.0), "no split plan"),
     ("histogram", (W, 0, 1.0), "bins must be"),
+    ("signed_histogram", (W, 0, 1.0), "bins must be"),
     ("histogram", (W, 2**62, 1.0), "bins must be"),
     ("histogram", (W, 4, -1.0), "bins must be"),
     ("histogram", (W, 4, float("nan")), "bins must be"),
