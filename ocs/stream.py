@@ -1,0 +1,482 @@
+"""quantize_file(): models that memory does not hold, from files to files, a layer at a time.
+
+The model stands on the meta device. What decides (ocs.plan) sees it whole; then one layer after the other gets its
+weights, is quantized as quantize() does, and written as a part of the result. So the result is that of quantize() and
+save(), whoever makes which parts.
+"""
+
+import copy
+import inspect
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ocs.calibration.ranks import own_rank, rank_count, sum_over_ranks
+from ocs.formats.contents import Entry, entries_of, full_name, sizes_of
+from ocs.formats.parts import cut, is_complete, merged, shard_names, write_index, write_part, write_shard
+from ocs.formats.source import INDEX, Source, sources_of
+from ocs.formats.storage import as_stored, sealed, stored_layers
+from ocs.model.batchnorm_folding import with_parameters
+from ocs.model.rewrite import keeps_grad_mode
+from ocs.model.standardized import made_permanent
+from ocs.model.wrappers import named_modules, unwrapped
+from ocs.nn.registry import is_quantizable
+from ocs.nn.weights import bytes_of, is_weight
+from ocs.plan.allocate import check_allocation
+from ocs.plan.call import meant
+from ocs.plan.choose import choose
+from ocs.plan.coverage import check_coverage
+from ocs.plan.input_facts import InputFacts, learn
+from ocs.plan.layer_plan import LayerPlan
+from ocs.plan.options import ModelOptions, Request, definitions
+from ocs.plan.quantize_layer import LayerResult, quantize_layers
+from ocs.progress import with_progress
+from ocs.quantization import quantize
+from ocs.replace_file import replacing
+from ocs.report.data import Histogram, LayerReport, Report
+from ocs.report.lines import report_lines
+
+SHARD = 2_000_000_000  # bytes
+WORK = ".unfinished"  # the folder of parts, in that of the result
+_RECORD, _SHARDS = "record.json", "shards.json"  # there: what is being made, and how its parts are put together
+_WHOLE = ("calibration", "fold_bn", "equalize", "allocate", "budget")  # options that need all of a model at once
+_BESIDE = (".json", ".txt", ".model", ".jinja")  # what goes with a model's weights: tokenizers and the like
+
+
+@keeps_grad_mode
+def quantize_file(
+    model: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    shard_size: int = SHARD,
+    progress: bool | None = None,
+    **options: Any,
+) -> Report:
+    """Quantize a model in files that memory does not hold, layer by layer, into a folder of files.
+
+    What is written is what ocs.quantize and ocs.save give, in shards; ocs.load reads the folder into a float model on
+    the meta device, and so does transformers' from_pretrained after `import ocs.hf`, where the model is one of its.
+    Memory holds one layer at a time, in float32 and as integers, and what belongs to no layer: norms and biases.
+
+    Called again after whatever stopped it, with the same arguments, it goes on where it stopped. Where torch.distributed
+    is initialized (torchrun), the ranks, which see the same folders, share the layers, and the result is that of one.
+
+        ocs.quantize_file("llama-70b", "llama-70b-4bit", wbits=4, r=0.02, recipe="best")
+
+    Args:
+        model: a folder as transformers' save_pretrained writes it; or a float model on the meta device
+            (`with torch.device("meta"): model = Net()`), which stays as it is.
+        out: the folder to write, which holds no model yet; its parent exists. Index or single file come last.
+        weights: where model is a module: a folder with model.safetensors.index.json or model.safetensors, or one
+            safetensors file, whose names are those of its state_dict.
+        shard_size: bytes that a file has at most, but for a single larger layer.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
+        options: those of ocs.quantize which need neither inputs nor the whole model: wbits, r, recipe, overrides ...
+
+    Returns:
+        The Report of ocs.quantize; of scales and thresholds that a layer has many of, it has the least and the largest.
+
+    Raises:
+        OSError: files are missing or cannot be written, or `out` holds a model.
+        ValueError: an option is out of range or needs inputs or the whole model; files and model do not fit, the error
+            names the tensor; a weight holds NaN or Inf; what is unfinished in `out` was begun otherwise.
+        TypeError: there is no such option.
+    """
+    begin = time.perf_counter()
+    with torch.inference_mode(False), torch.no_grad():
+        job = _plan(model, weights, shard_size, options)
+        folder = Path(out)
+        _on_all_ranks(lambda: _begin(folder, job) if own_rank() == 0 else None)
+        _on_all_ranks(lambda: _check_record(folder / WORK, job.record))
+        _on_all_ranks(lambda: _make_parts(folder / WORK, job, progress))
+        _on_all_ranks(lambda: _join_parts(folder, job) if own_rank() == 0 else None)
+        said = json.loads((folder / WORK / _SHARDS).read_text(encoding="utf-8"))
+        _on_all_ranks(lambda: _write_shards(folder, said))
+        _on_all_ranks(lambda: _end(folder, said) if own_rank() == 0 else None)
+    return replace(_report(folder, job, said), seconds=time.perf_counter() - begin)
+
+
+def _on_all_ranks(work: Callable[[], Any]) -> None:
+    """Do what each rank has to; where one fails, all do, and none goes on before all are done."""
+
+    def measured() -> list[float]:
+        work()
+        return []
+
+    sum_over_ranks(measured, 0, "quantize_file")
+
+
+# --- What is to be done -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is quantized and written at once: layers of which no other has the weights, or tensors that stay float."""
+
+    plans: tuple[LayerPlan, ...] = ()
+    floats: tuple[Entry, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Count its numbers."""
+        weights = [plan.like._parameters[name] for plan in self.plans for name in plan.kind.weight_names(plan.like)]
+        return sum(tensor.numel() for tensor in (*weights, *(entry.tensor for entry in self.floats)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model on the meta device, its files, and what is decided of each layer."""
+
+    model: nn.Module
+    source: Source
+    of_file: dict[int, str]  # the names of tensors in the files, by id in the model
+    plans: list[LayerPlan]
+    facts: dict[str, InputFacts]
+    request: Request
+    settings: dict[str, Any]
+    shard_size: int
+    options: dict[str, Any]  # as the caller gave them
+
+    @property
+    def quantized(self) -> set[int]:
+        """Tell the weights that are quantized, by id."""
+        plans = [plan for plan in self.plans if plan.quantized]
+        return {id(plan.like._parameters[name]) for plan in plans for name in plan.kind.weight_names(plan.like)}
+
+    @property
+    def units(self) -> list[Unit]:
+        """List what is to be done, in the model's order; what is in memory already first."""
+        quantized = self.quantized
+        left = [entry for entry in entries_of(self.model, {}) if id(entry.tensor) not in quantized]
+        held = tuple(entry for entry in left if not entry.tensor.is_meta)
+        units = [Unit(floats=held)] if held else []
+        units += [Unit(floats=(entry,)) for entry in left if entry.tensor.is_meta]
+        by_name = {plan.name: plan for plan in self.plans if plan.quantized}
+        while by_name:
+            plan = by_name.pop(next(iter(by_name)))
+            tied = by_name.pop(plan.target.tied_to, None)
+            units.append(Unit((plan,) if tied is None else (plan, tied)))
+        return units
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Say what is made of what, as JSON has it: parts of another record are of another result."""
+        from ocs import __version__
+
+        made = {
+            "ocs": __version__,
+            "model": type(self.model).__name__,
+            "files": self.source.stamp(),
+            "options": self.settings | {"shard_size": self.shard_size},
+            "layers": {plan.name: [plan.status, plan.options.shown if plan.quantized else {}] for plan in self.plans},
+        }
+        return json.loads(json.dumps(made, default=str))
+
+
+def _plan(model: Any, weights: Any, shard_size: Any, options: Mapping[str, Any]) -> Job:
+    """Decide everything, of a model that holds what is no layer's weight."""
+    request = _request(options)
+    if type(shard_size) is not int or shard_size < 1:
+        raise ValueError(f"shard_size={shard_size!r}: use a positive integer, bytes")
+    model, source = _opened(model, weights)
+    of_file = _filled(model, source)
+    plans, settings = choose(model, request)
+    _check_data_free(plans)
+    check_allocation(plans, request.model)
+    plans, facts, *_ = learn(model, plans, request.model)
+    check_coverage(plans)
+    return Job(model, source, of_file, plans, facts, request, settings, shard_size, dict(options))
+
+
+def _request(options: Mapping[str, Any]) -> Request:
+    names = [name for name in inspect.signature(quantize).parameters if name not in ("model", "progress")]
+    unknown = next((name for name in options if name not in names), None)
+    if unknown is not None:
+        raise TypeError(f"quantize_file has no option {unknown!r}: {meant(unknown, names)}")
+    for name in _WHOLE:
+        if name in options and options[name] is not getattr(ModelOptions, name, None) and options[name] != "uniform":
+            raise ValueError(
+                f"{name}={str(options[name])[:60]} needs the whole model in memory, which quantize_file does not hold:"
+                f" leave {name} out, or use ocs.quantize and ocs.save"
+            )
+    return Request.of(options)
+
+
+def _check_data_free(plans: Iterable[LayerPlan]) -> None:
+    """Refuse what needs inputs, or all layers at once; and rules of the caller's own, by which nothing can go on."""
+    for plan in plans:
+        options = plan.options
+        needs = {
+            f"abits={options.abits} with act_scale={options.act_scale!r}": plan.needs_statistics,
+            f"rounding={options.rounding!r}": plan.quantized and options.rounding in ("gptq", "learned"),
+            "correct_bias=True": plan.needs_mean,
+            'wbits="auto"': plan.quantized and options.automatic,
+            "a function as select": plan.quantized and callable(options.select),
+        }
+        for what, asked in needs.items():
+            if asked:
+                raise ValueError(
+                    f"{plan.name}: {what} is not for quantize_file, which sees no inputs and one layer at a time: leave"
+                    " it (abits: act_scale='dynamic' needs no inputs), or use ocs.quantize and ocs.save"
+                )
+
+
+def _opened(model: Any, weights: Any) -> tuple[nn.Module, Source]:
+    """Make the model on the meta device, one of our own, and open its files."""
+    if isinstance(model, nn.Module):
+        if weights is None:
+            raise TypeError("quantize_file(model, out, weights=...): say where the weights are, a folder or a file")
+        return copy.deepcopy(unwrapped(model)), Source(weights)
+    if weights is not None:
+        raise TypeError(f"weights={str(weights)!r} is for a model that is an nn.Module: a folder brings its own")
+    source = Source(model)
+    if not (source.path / "config.json").is_file():
+        raise ValueError(f"{model}: it has no config.json, which says what model it is: give that, and weights=")
+    from ocs.hf import on_meta
+
+    return on_meta(source.path, next((each for each in source.dtypes.values() if each.is_floating_point), None)), source
+
+
+def _filled(model: nn.Module, source: Source) -> dict[int, str]:
+    """Read all that is no weight of a layer; give the names of tensors in the files by their id in the model."""
+    entries, names = entries_of(model, {}), _every_name(model)
+    found = sources_of(source, {entry.name: names[id(entry.tensor)] for entry in entries}, entries, model)
+    waits = _weights_of_layers(model)
+    of_file = {}
+    for entry in entries:
+        tensor, name = entry.tensor, found[entry.name]
+        if id(tensor) not in waits:
+            new = source.read(name, tensor.dtype, tensor.dtype)
+            tensor = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            for table, key in entry.places:
+                table[key] = tensor
+        elif not tensor.is_meta:
+            raise ValueError(f"{entry.name}: it holds values: build the model on the meta device, torch.device('meta')")
+        of_file[id(tensor)] = name
+    return of_file
+
+
+def _every_name(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for prefix, module in named_modules(model, every_name=True):
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    names.setdefault(id(tensor), []).append(full_name(prefix, key))
+    return names
+
+
+def _weights_of_layers(model: nn.Module) -> set[int]:
+    """Tell the parameters that are large, by id; all others may say what inputs of layers look like."""
+    layers = [module for _, module in named_modules(model) if is_quantizable(module)]
+    return {id(parameter) for layer in layers for parameter in layer._parameters.values() if is_weight(parameter)}
+
+
+# --- Parts ------------------------------------------------------------------------------------------------------------
+
+
+def _begin(folder: Path, job: Job) -> None:
+    """Make the folder for parts, or find it as it was left."""
+    work = folder / WORK
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: it is no folder")
+    if (work / _RECORD).exists():
+        return
+    if folder.is_dir() and ((folder / INDEX).exists() or any(folder.glob("*.safetensors"))):
+        raise FileExistsError(f"{folder}: it holds a model already: give another folder, or remove it")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
+    work.mkdir(parents=True, exist_ok=True)
+    _write_json(work / _RECORD, job.record)
+
+
+def _check_record(work: Path, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with what was begun otherwise."""
+    begun = json.loads((work / _RECORD).read_text(encoding="utf-8"))
+    for what, now in record.items():
+        then = begun.get(what)
+        if then == now:
+            continue
+        if isinstance(then, dict) and isinstance(now, dict):
+            differing = next(name for name in [*now, *then] if then.get(name) != now.get(name))
+            what, then, now = f"{what}, {differing}", then.get(differing), now.get(differing)
+        raise ValueError(
+            f"{work.parent}: what is unfinished there was begun with other {what}: {str(then)[:80]}, now"
+            f" {str(now)[:80]}; call it as it was begun, or remove {work}"
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _paths(work: Path, units: Sequence[Unit]) -> list[Path]:
+    return [work / f"part-{i:05d}" for i in range(len(units))]
+
+
+def _make_parts(work: Path, job: Job, progress: bool | None) -> None:
+    """Make this rank's parts, those that are there already left out."""
+    if (work / _SHARDS).exists():
+        return
+    units, rank = job.units, own_rank()
+    paths = _paths(work, units)
+    mine = [i for i, each in enumerate(_shared([unit.size for unit in units], rank_count())) if each == rank]
+    for i in with_progress(mine, "quantize", progress if rank == 0 else False):
+        if not (paths[i].exists() and is_complete(paths[i])):
+            write_part(paths[i], *_part(units[i], job))
+
+
+def _shared(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Share work out among ranks, the largest pieces first: the rank of each."""
+    loads, shared = [0] * ranks, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        shared[i] = loads.index(min(loads))
+        loads[shared[i]] += sizes[i]
+    return shared
+
+
+def _part(unit: Unit, job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[dict[str, Any]]]:
+    """Make a part: tensors, header, and lines of the report."""
+    if not unit.plans:
+        tensors = {entry.name: _float_tensor(entry, job) for entry in unit.floats}
+        return tensors, stored_layers({})[1], []
+    read: dict[int, nn.Parameter] = {}
+    plans = [_with_weights(plan, job, read) for plan in unit.plans]
+    results = quantize_layers(plans, job.facts, explain=job.request.model.explained, progress=False)
+    lines = [asdict(_in_short(line)) for line in report_lines(results)]
+    layers = {result.plan.name: result.replacement for result in results}
+    del plans, results, read  # the floats, before there are packed integers
+    return *stored_layers(layers), lines
+
+
+def _float_tensor(entry: Entry, job: Job) -> torch.Tensor:
+    if not entry.tensor.is_meta:
+        return as_stored(entry)
+    return job.source.read(job.of_file[id(entry.tensor)], entry.tensor.dtype, entry.tensor.dtype)
+
+
+def _with_weights(plan: LayerPlan, job: Job, read: dict[int, nn.Parameter]) -> LayerPlan:
+    """Give a layer its weights, in float32, in which they are quantized; the layer itself stays without."""
+    module, exact = plan.target.module, plan.target.permanent is not None  # whose dtype decides its weight
+    weights = {}
+    for name in plan.kind.weight_names(module):
+        old = module._parameters[name]
+        if id(old) not in read:
+            dtype = old.dtype if exact or old.dtype.itemsize > 4 else torch.float32
+            tensor = job.source.read(job.of_file[id(old)], old.dtype, dtype)
+            read[id(old)] = nn.Parameter(tensor, requires_grad=False)
+        weights[name] = read[id(old)]
+    layer = with_parameters(module, **weights)
+    target = replace(plan.target, module=layer, permanent=made_permanent(layer))
+    return replace(plan, target=target, shell=plan.module)
+
+
+def _in_short(line: LayerReport) -> LayerReport:
+    """Keep the least and the largest of scales and thresholds: a large model has millions."""
+    ends = {name: getattr(line, name) for name in ("scale", "threshold")}
+    return replace(line, **{name: (min(x), max(x)) if isinstance(x, tuple) and x else x for name, x in ends.items()})
+
+
+# --- The whole --------------------------------------------------------------------------------------------------------
+
+
+def _join_parts(folder: Path, job: Job) -> None:
+    """Say what the shards hold, once all parts are there, and write what goes with them."""
+    work = folder / WORK
+    if (work / _SHARDS).exists():
+        return
+    paths = _paths(work, job.units)
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: there is no such part: all ranks must see the same folder {folder}")
+    header, notes = merged(paths)
+    lines: dict[str, list[Any]] = {}
+    for line in (line for note in notes for line in note):
+        lines.setdefault(line["name"], []).append(line)
+    header["layers"] = {plan.name: header["layers"][plan.name] for plan in job.plans if plan.quantized}
+    metadata = {"format": "pt", **sealed(header, header["tensors"])}
+    _write_beside(folder, job)
+    shards = [[path.name for path in paths] for paths in cut(paths, job.shard_size)]
+    _write_json(work / _SHARDS, {"metadata": metadata, "shards": shards, "lines": lines})
+
+
+def _write_beside(folder: Path, job: Job) -> None:
+    """Write the configuration and the tokenizer of a model of transformers, where the source has them."""
+    source = job.source.path
+    if not (source / "config.json").is_file() or not callable(getattr(type(job.model), "save_pretrained", None)):
+        return
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in _BESIDE and path.name not in ("config.json", INDEX):
+            shutil.copy(path, folder / path.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "ocs", "packed": True, **_as_json(job.options)}
+    with replacing(folder / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what JSON has not; nobody reads options of what is quantized."""
+    found = {}
+    for name, value in options.items():
+        try:
+            found[name] = json.loads(json.dumps(value))
+        except TypeError:
+            continue
+    return found
+
+
+def _write_shards(folder: Path, said: Mapping[str, Any]) -> None:
+    """Write this rank's shards, and remove the parts that they were made of."""
+    names = shard_names(len(said["shards"]))
+    for i in range(own_rank(), len(names), rank_count()):
+        parts = [folder / WORK / name for name in said["shards"][i]]
+        if not (folder / names[i]).exists():
+            write_shard(folder / names[i], parts, said["metadata"])
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _end(folder: Path, said: Mapping[str, Any]) -> None:
+    """Make the folder complete."""
+    if len(said["shards"]) > 1:
+        write_index(folder, shard_names(len(said["shards"])))
+    shutil.rmtree(folder / WORK)
+
+
+def _report(folder: Path, job: Job, said: Mapping[str, Any]) -> Report:
+    """Say what became of each layer."""
+    lines: list[LayerReport] = []
+    for plan in job.plans:
+        made = said["lines"].get(plan.name)
+        lines += report_lines([LayerResult(plan, plan.options)]) if made is None else map(_as_line, made)
+    before, quantized = sizes_of(job.model, {}), job.quantized
+    entries = [entry.tensor for entry in entries_of(job.model, {}) if id(entry.tensor) in quantized]
+    files = [folder / name for name in shard_names(len(said["shards"]))]
+    return Report(
+        tuple(lines), job.settings, model_bytes=before.model, weight_bytes=before.weights,
+        float_weight_bytes=before.weights - sum(map(bytes_of, entries)),
+        file_bytes=sum(path.stat().st_size for path in files),
+    )  # fmt: skip
+
+
+def _as_line(said: Mapping[str, Any]) -> LayerReport:
+    histogram = said["histogram"]
+    values = {name: _tuples(value) for name, value in said.items()}
+    if histogram is not None:
+        values["histogram"] = Histogram(**{name: _tuples(value) for name, value in histogram.items()})
+    return LayerReport(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
