@@ -33,12 +33,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if mode is None:
             mode = stat.S_IMODE(partial.stat().st_mode)  # who writes there might make another, private one
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.chmod(mode)
         partial.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _mode_of(target: Path, shown: str) -> int | None:
@@ -83,7 +83,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk, where the system lets us."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -8,23 +8,22 @@ save(), whoever makes which parts.
 import copy
 import inspect
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ocs.calibration.ranks import own_rank, rank_count, sum_over_ranks
 from ocs.formats.contents import Entry, entries_of, full_name, sizes_of
-from ocs.formats.parts import cut, is_complete, merged, shard_names, write_index, write_part, write_shard
+from ocs.formats.layout import Layout
 from ocs.formats.source import INDEX, Source, sources_of
-from ocs.formats.storage import as_stored, sealed, stored_layers
+from ocs.formats.storage import as_stored, stored_layers
 from ocs.model.batchnorm_folding import with_parameters
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.standardized import made_permanent
@@ -37,17 +36,18 @@ from ocs.plan.choose import choose
 from ocs.plan.coverage import check_coverage
 from ocs.plan.input_facts import InputFacts, learn
 from ocs.plan.layer_plan import LayerPlan
-from ocs.plan.options import ModelOptions, Request, definitions
-from ocs.plan.quantize_layer import LayerResult, quantize_layers
+from ocs.plan.options import ModelOptions, Request
+from ocs.plan.quantize_layer import LayerResult, foretold, quantize_layers
 from ocs.progress import with_progress
 from ocs.quantization import quantize
 from ocs.replace_file import replacing
 from ocs.report.data import Histogram, LayerReport, Report
 from ocs.report.lines import report_lines
 
+T = TypeVar("T")
 SHARD = 2_000_000_000  # bytes
-WORK = ".unfinished"  # the folder of parts, in that of the result
-_RECORD, _SHARDS = "record.json", "shards.json"  # there: what is being made, and how its parts are put together
+WORK = ".unfinished"  # in the folder of the result, what is not complete yet
+_RECORD = "record.json"  # there: what is made of what
 _WHOLE = ("calibration", "fold_bn", "equalize", "allocate", "budget")  # options that need all of a model at once
 _BESIDE = (".json", ".txt", ".model", ".jinja")  # what goes with a model's weights: tokenizers and the like
 
@@ -68,8 +68,9 @@ def quantize_file(
     the meta device, and so does transformers' from_pretrained after `import ocs.hf`, where the model is one of its.
     Memory holds one layer at a time, in float32 and as integers, and what belongs to no layer: norms and biases.
 
-    Called again after whatever stopped it, with the same arguments, it goes on where it stopped. Where torch.distributed
-    is initialized (torchrun), the ranks, which see the same folders, share the layers, and the result is that of one.
+    Called again after whatever stopped it, with the same arguments, it goes on where it stopped. Where
+    torch.distributed is initialized (torchrun), the ranks share the layers, and the result is that of one; all must see
+    the same folders.
 
         ocs.quantize_file("llama-70b", "llama-70b-4bit", wbits=4, r=0.02, recipe="best")
 
@@ -98,22 +99,23 @@ def quantize_file(
         folder = Path(out)
         _on_all_ranks(lambda: _begin(folder, job) if own_rank() == 0 else None)
         _on_all_ranks(lambda: _check_record(folder / WORK, job.record))
-        _on_all_ranks(lambda: _make_parts(folder / WORK, job, progress))
-        _on_all_ranks(lambda: _join_parts(folder, job) if own_rank() == 0 else None)
-        said = json.loads((folder / WORK / _SHARDS).read_text(encoding="utf-8"))
-        _on_all_ranks(lambda: _write_shards(folder, said))
-        _on_all_ranks(lambda: _end(folder, said) if own_rank() == 0 else None)
-    return replace(_report(folder, job, said), seconds=time.perf_counter() - begin)
+        _on_all_ranks(lambda: _make_units(folder, job, progress))
+        sums, lines = _on_all_ranks(lambda: _read_units(folder / WORK, job))
+        _on_all_ranks(lambda: _finish(folder, job, sums))
+        _on_all_ranks(lambda: _end(folder, job) if own_rank() == 0 else None)
+    return replace(_report(job, lines), seconds=time.perf_counter() - begin)
 
 
-def _on_all_ranks(work: Callable[[], Any]) -> None:
+def _on_all_ranks(work: Callable[[], T]) -> T:
     """Do what each rank has to; where one fails, all do, and none goes on before all are done."""
+    results: list[T] = []
 
     def measured() -> list[float]:
-        work()
+        results.append(work())
         return []
 
     sum_over_ranks(measured, 0, "quantize_file")
+    return results[0]
 
 
 # --- What is to be done -----------------------------------------------------------------------------------------------
@@ -121,16 +123,27 @@ def _on_all_ranks(work: Callable[[], Any]) -> None:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is quantized and written at once: layers of which no other has the weights, or tensors that stay float."""
+    """What is made at once: layers of which no other has the weights, or tensors that stay float."""
 
     plans: tuple[LayerPlan, ...] = ()
     floats: tuple[Entry, ...] = ()
 
     @property
+    def quantized(self) -> dict[int, nn.Parameter]:
+        """Give the weights that are quantized, by id, each once."""
+        found = [plan.like._parameters[name] for plan in self.plans for name in plan.kind.weight_names(plan.like)]
+        return {id(parameter): parameter for parameter in found}
+
+    @property
+    def waiting(self) -> list[torch.Tensor]:
+        """List the tensors that are still in files."""
+        tensors = [*self.quantized.values(), *(entry.tensor for entry in self.floats)]
+        return [tensor for tensor in tensors if tensor.is_meta]
+
+    @property
     def size(self) -> int:
-        """Count its numbers."""
-        weights = [plan.like._parameters[name] for plan in self.plans for name in plan.kind.weight_names(plan.like)]
-        return sum(tensor.numel() for tensor in (*weights, *(entry.tensor for entry in self.floats)))
+        """Count the numbers that are read."""
+        return sum(tensor.numel() for tensor in self.waiting)
 
 
 @dataclass(frozen=True)
@@ -142,43 +155,22 @@ class Job:
     of_file: dict[int, str]  # the names of tensors in the files, by id in the model
     plans: list[LayerPlan]
     facts: dict[str, InputFacts]
+    units: list[Unit]
+    layout: Layout
     request: Request
     settings: dict[str, Any]
-    shard_size: int
     options: dict[str, Any]  # as the caller gave them
 
     @property
-    def quantized(self) -> set[int]:
-        """Tell the weights that are quantized, by id."""
-        plans = [plan for plan in self.plans if plan.quantized]
-        return {id(plan.like._parameters[name]) for plan in plans for name in plan.kind.weight_names(plan.like)}
-
-    @property
-    def units(self) -> list[Unit]:
-        """List what is to be done, in the model's order; what is in memory already first."""
-        quantized = self.quantized
-        left = [entry for entry in entries_of(self.model, {}) if id(entry.tensor) not in quantized]
-        held = tuple(entry for entry in left if not entry.tensor.is_meta)
-        units = [Unit(floats=held)] if held else []
-        units += [Unit(floats=(entry,)) for entry in left if entry.tensor.is_meta]
-        by_name = {plan.name: plan for plan in self.plans if plan.quantized}
-        while by_name:
-            plan = by_name.pop(next(iter(by_name)))
-            tied = by_name.pop(plan.target.tied_to, None)
-            units.append(Unit((plan,) if tied is None else (plan, tied)))
-        return units
-
-    @property
     def record(self) -> dict[str, Any]:
-        """Say what is made of what, as JSON has it: parts of another record are of another result."""
-        from ocs import __version__
-
+        """Say what is made of what, as JSON has it; what is unfinished of another record is of another result."""
         made = {
-            "ocs": __version__,
-            "model": type(self.model).__name__,
+            "model": {"class": type(self.model).__name__},
             "files": self.source.stamp(),
-            "options": self.settings | {"shard_size": self.shard_size},
-            "layers": {plan.name: [plan.status, plan.options.shown if plan.quantized else {}] for plan in self.plans},
+            "options": self.settings,
+            "layers": self.layout.header["layers"],
+            "version": {"ocs": self.layout.header["ocs"]},
+            "places": {name: place[:3] for name, place in self.layout.places.items()},
         }
         return json.loads(json.dumps(made, default=str))
 
@@ -195,7 +187,33 @@ def _plan(model: Any, weights: Any, shard_size: Any, options: Mapping[str, Any])
     check_allocation(plans, request.model)
     plans, facts, *_ = learn(model, plans, request.model)
     check_coverage(plans)
-    return Job(model, source, of_file, plans, facts, request, settings, shard_size, dict(options))
+    units = _units(model, plans)
+    layout = Layout(*_foretold(plans, units), shard_size)
+    return Job(model, source, of_file, plans, facts, units, layout, request, settings, dict(options))
+
+
+def _units(model: nn.Module, plans: Iterable[LayerPlan]) -> list[Unit]:
+    """List what is to be done, tensors that stay float first."""
+    by_name, of_layers = {plan.name: plan for plan in plans if plan.quantized}, []
+    while by_name:
+        plan = by_name.pop(next(iter(by_name)))
+        tied = by_name.pop(plan.target.tied_to, None)
+        of_layers.append(Unit((plan,) if tied is None else (plan, tied)))
+    quantized = {tensor for unit in of_layers for tensor in unit.quantized}
+    left = [entry for entry in entries_of(model, {}) if id(entry.tensor) not in quantized]
+    held = tuple(entry for entry in left if not entry.tensor.is_meta)
+    return [*([Unit(floats=held)] if held else []), *(Unit(floats=(e,)) for e in left if e.tensor.is_meta), *of_layers]
+
+
+def _foretold(plans: Iterable[LayerPlan], units: Iterable[Unit]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Tell what the files say of the layers, and which tensors they have, all of it but values."""
+    layers = {plan.name: foretold(plan) for plan in plans if plan.quantized}
+    for plan in plans:
+        if plan.quantized and plan.target.tied_to and not plan.kind.opt_in:
+            layers[plan.name].hold("weight", *layers[plan.target.tied_to].weight_state("weight"))
+    packed, header = stored_layers(layers)
+    floats = {entry.name: entry.tensor for unit in units for entry in unit.floats}
+    return header, floats | packed
 
 
 def _request(options: Mapping[str, Any]) -> Request:
@@ -282,11 +300,11 @@ def _weights_of_layers(model: nn.Module) -> set[int]:
     return {id(parameter) for layer in layers for parameter in layer._parameters.values() if is_weight(parameter)}
 
 
-# --- Parts ------------------------------------------------------------------------------------------------------------
+# --- Units ------------------------------------------------------------------------------------------------------------
 
 
 def _begin(folder: Path, job: Job) -> None:
-    """Make the folder for parts, or find it as it was left."""
+    """Make the folder for what is unfinished, and what goes with the weights; or find it as it was left."""
     work = folder / WORK
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: it is no folder")
@@ -297,44 +315,61 @@ def _begin(folder: Path, job: Job) -> None:
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
     work.mkdir(parents=True, exist_ok=True)
-    _write_json(work / _RECORD, job.record)
+    job.layout.begin(work)
+    _write_beside(folder, job)
+    with replacing(work / _RECORD) as partial:
+        partial.write_text(json.dumps(job.record), encoding="utf-8")
 
 
 def _check_record(work: Path, record: Mapping[str, Any]) -> None:
     """Refuse to go on with what was begun otherwise."""
     begun = json.loads((work / _RECORD).read_text(encoding="utf-8"))
-    for what, now in record.items():
-        then = begun.get(what)
+    for part, (then, now) in ((name, (begun.get(name), record[name])) for name in record):
         if then == now:
             continue
-        if isinstance(then, dict) and isinstance(now, dict):
-            differing = next(name for name in [*now, *then] if then.get(name) != now.get(name))
-            what, then, now = f"{what}, {differing}", then.get(differing), now.get(differing)
+        both = [each if isinstance(each, dict) else {"": each} for each in (then, now)]
+        name = next(name for each in both for name in each if both[0].get(name) != both[1].get(name))
         raise ValueError(
-            f"{work.parent}: what is unfinished there was begun with other {what}: {str(then)[:80]}, now"
-            f" {str(now)[:80]}; call it as it was begun, or remove {work}"
+            f"{work.parent}: what is unfinished there was begun with other {part}: {name}"
+            f" {str(both[0].get(name))[:80]}, now {str(both[1].get(name))[:80]}; call it as it was begun,"
+            f" or remove {work}"
         )
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value), encoding="utf-8")
+def _make_units(folder: Path, job: Job, progress: bool | None) -> None:
+    """Make this rank's units, those that are there already left out."""
+    owners, rank, work = _shared([unit.size for unit in job.units], rank_count()), own_rank(), folder / WORK
+    mine = [i for i, owner in enumerate(owners) if owner == rank]
+    for at, i in enumerate(with_progress(mine, "quantize", progress if rank == 0 else False)):
+        path = _unit_path(work, i)
+        if _is_made(path, folder, job):
+            continue
+        for following in mine[at : at + 2]:
+            for tensor in job.units[following].waiting:
+                job.source.expect(job.of_file[id(tensor)])
+        tensors, lines = _made(job.units[i], job)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"sums": job.layout.write(work, tensors), "lines": lines}), encoding="utf-8")
+        partial.replace(path)
 
 
-def _paths(work: Path, units: Sequence[Unit]) -> list[Path]:
-    return [work / f"part-{i:05d}" for i in range(len(units))]
+def _unit_path(work: Path, number: int) -> Path:
+    return work / f"unit-{number:05d}.json"
 
 
-def _make_parts(work: Path, job: Job, progress: bool | None) -> None:
-    """Make this rank's parts, those that are there already left out."""
-    if (work / _SHARDS).exists():
-        return
-    units, rank = job.units, own_rank()
-    paths = _paths(work, units)
-    mine = [i for i, each in enumerate(_shared([unit.size for unit in units], rank_count())) if each == rank]
-    for i in with_progress(mine, "quantize", progress if rank == 0 else False):
-        if not (paths[i].exists() and is_complete(paths[i])):
-            write_part(paths[i], *_part(units[i], job))
+def _is_made(path: Path, folder: Path, job: Job) -> bool:
+    """Tell whether a unit was made, and what was written of it is undamaged where that is not finished."""
+    if not path.exists():
+        return False
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))["sums"]
+    except ValueError:  # the machine stopped, not we
+        return False
+    files = job.layout.files
+    unfinished = {
+        name: each for name, each in sums.items() if not (folder / files[job.layout.places[name].shard]).exists()
+    }
+    return job.layout.holds(folder / WORK, unfinished)
 
 
 def _shared(sizes: Sequence[int], ranks: int) -> list[int]:
@@ -346,18 +381,21 @@ def _shared(sizes: Sequence[int], ranks: int) -> list[int]:
     return shared
 
 
-def _part(unit: Unit, job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[dict[str, Any]]]:
-    """Make a part: tensors, header, and lines of the report."""
+def _made(unit: Unit, job: Job) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Make a unit's tensors, and its lines of the report."""
     if not unit.plans:
-        tensors = {entry.name: _float_tensor(entry, job) for entry in unit.floats}
-        return tensors, stored_layers({})[1], []
+        return {entry.name: _float_tensor(entry, job) for entry in unit.floats}, []
     read: dict[int, nn.Parameter] = {}
     plans = [_with_weights(plan, job, read) for plan in unit.plans]
     results = quantize_layers(plans, job.facts, explain=job.request.model.explained, progress=False)
     lines = [asdict(_in_short(line)) for line in report_lines(results)]
     layers = {result.plan.name: result.replacement for result in results}
     del plans, results, read  # the floats, before there are packed integers
-    return *stored_layers(layers), lines
+    tensors, header = stored_layers(layers)
+    for name, said in header["layers"].items():
+        if said != job.layout.header["layers"][name]:
+            raise RuntimeError(f"{name} is {said}, planned was {job.layout.header['layers'][name]}")
+    return tensors, lines
 
 
 def _float_tensor(entry: Entry, job: Job) -> torch.Tensor:
@@ -391,24 +429,31 @@ def _in_short(line: LayerReport) -> LayerReport:
 # --- The whole --------------------------------------------------------------------------------------------------------
 
 
-def _join_parts(folder: Path, job: Job) -> None:
-    """Say what the shards hold, once all parts are there, and write what goes with them."""
-    work = folder / WORK
-    if (work / _SHARDS).exists():
-        return
-    paths = _paths(work, job.units)
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]}: there is no such part: all ranks must see the same folder {folder}")
-    header, notes = merged(paths)
+def _read_units(work: Path, job: Job) -> tuple[dict[str, int], dict[str, list[Any]]]:
+    """Give the sums of all tensors, and the lines of the report by layer, once all units are there."""
+    sums: dict[str, int] = {}
     lines: dict[str, list[Any]] = {}
-    for line in (line for note in notes for line in note):
-        lines.setdefault(line["name"], []).append(line)
-    header["layers"] = {plan.name: header["layers"][plan.name] for plan in job.plans if plan.quantized}
-    metadata = {"format": "pt", **sealed(header, header["tensors"])}
-    _write_beside(folder, job)
-    shards = [[path.name for path in paths] for paths in cut(paths, job.shard_size)]
-    _write_json(work / _SHARDS, {"metadata": metadata, "shards": shards, "lines": lines})
+    for path in (_unit_path(work, number) for number in range(len(job.units))):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file: all ranks must see the same folder {work.parent}")
+        unit = json.loads(path.read_text(encoding="utf-8"))
+        sums |= unit["sums"]
+        for line in unit["lines"]:
+            lines.setdefault(line["name"], []).append(line)
+    return sums, lines
+
+
+def _finish(folder: Path, job: Job, sums: Mapping[str, int]) -> None:
+    """Give this rank's shards their headers and names."""
+    for shard in range(own_rank(), len(job.layout.files), rank_count()):
+        if not (folder / job.layout.files[shard]).exists():
+            job.layout.finish(shard, folder / WORK, folder, sums)
+
+
+def _end(folder: Path, job: Job) -> None:
+    """Make the folder complete."""
+    job.layout.write_index(folder)
+    shutil.rmtree(folder / WORK)
 
 
 def _write_beside(folder: Path, job: Job) -> None:
@@ -436,37 +481,17 @@ def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _write_shards(folder: Path, said: Mapping[str, Any]) -> None:
-    """Write this rank's shards, and remove the parts that they were made of."""
-    names = shard_names(len(said["shards"]))
-    for i in range(own_rank(), len(names), rank_count()):
-        parts = [folder / WORK / name for name in said["shards"][i]]
-        if not (folder / names[i]).exists():
-            write_shard(folder / names[i], parts, said["metadata"])
-        for part in parts:
-            part.unlink(missing_ok=True)
-
-
-def _end(folder: Path, said: Mapping[str, Any]) -> None:
-    """Make the folder complete."""
-    if len(said["shards"]) > 1:
-        write_index(folder, shard_names(len(said["shards"])))
-    shutil.rmtree(folder / WORK)
-
-
-def _report(folder: Path, job: Job, said: Mapping[str, Any]) -> Report:
+def _report(job: Job, made: Mapping[str, list[Any]]) -> Report:
     """Say what became of each layer."""
     lines: list[LayerReport] = []
     for plan in job.plans:
-        made = said["lines"].get(plan.name)
-        lines += report_lines([LayerResult(plan, plan.options)]) if made is None else map(_as_line, made)
-    before, quantized = sizes_of(job.model, {}), job.quantized
-    entries = [entry.tensor for entry in entries_of(job.model, {}) if id(entry.tensor) in quantized]
-    files = [folder / name for name in shard_names(len(said["shards"]))]
+        own = made.get(plan.name)
+        lines += report_lines([LayerResult(plan, plan.options)]) if own is None else map(_as_line, own)
+    before, quantized = sizes_of(job.model, {}), [tensor for unit in job.units for tensor in unit.quantized.values()]
     return Report(
         tuple(lines), job.settings, model_bytes=before.model, weight_bytes=before.weights,
-        float_weight_bytes=before.weights - sum(map(bytes_of, entries)),
-        file_bytes=sum(path.stat().st_size for path in files),
+        float_weight_bytes=before.weights - sum(map(bytes_of, quantized)),
+        file_bytes=sum(map(job.layout.size, range(len(job.layout.files)))),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Float weights in safetensors files, as Hugging Face lays them out, read one tensor at a time."""
 
 import json
+import math
 import os
 import re
 import struct
@@ -8,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,8 +102,9 @@ class Source:
     def read(self, name: str, like: torch.dtype, dtype: torch.dtype) -> Tensor:
         """Read a tensor, cast to the dtype `like` that it has in the model and from there to the one that is wanted."""
         region = self.regions[name]
-        result = torch.empty(region.shape, dtype=dtype, device="cpu")
-        flat = result.view(-1)
+        size = math.prod(region.shape) * dtype.itemsize
+        result = torch.from_numpy(np.empty(size, np.uint8)).view(dtype)  # numpy's memory is in large pages: four times
+        flat = result.view(-1)  # as fast here
         buffer = torch.empty(min(_CHUNK, max(flat.numel(), 1)), dtype=self.dtypes[name], device="cpu")
         with open(region.path, "rb") as file:
             file.seek(region.start)
@@ -109,7 +112,14 @@ class Source:
                 read = buffer[: part.numel()]
                 _fill(file, read, name)
                 part.copy_(read.to(like))
-        return result
+        return result.view(region.shape)
+
+    def expect(self, name: str) -> None:
+        """Let the system read a tensor ahead, where it can."""
+        region = self.regions[name]
+        if hasattr(os, "posix_fadvise"):
+            with open(region.path, "rb") as file:
+                os.posix_fadvise(file.fileno(), region.start, region.size, os.POSIX_FADV_WILLNEED)
 
 
 def _fill(file: BinaryIO, tensor: Tensor, name: str) -> None:
@@ -131,7 +141,7 @@ def sources_of(
     ignores, and under which prefix a base model's stand in it.
 
     Raises:
-        ValueError: a tensor is missing, is one too many, or has another shape or kind of dtype; it names the first ones.
+        ValueError: a tensor is missing, is one too many, or has another shape or kind of dtype; it names it.
     """
     own = {name for all_names in names.values() for name in all_names}
     files = _renamed(source.regions, own, getattr(model, "base_model_prefix", ""))

@@ -150,13 +150,14 @@ def as_stored(entry: Entry) -> Tensor:
 
 
 def _packed(name: str, layer: QuantizedLayer, weights: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Give what a file holds of these weights of a layer, and of its input."""
+    """Give what a file holds of these weights of a layer, and of its input; of those on the meta device, shapes."""
     for weight in weights:
         ints_name, scale_name, source_name = (full_name(name, buffer) for buffer in weight_buffers(weight))
-        ints, scale, _ = (tensor.cpu() for tensor in layer.weight_state(weight))
-        yield ints_name, torch.ops.ocs.pack(ints, layer.bits)
-        yield scale_name, scale.clone()
-        yield source_name, layer.copies(weight).to("cpu", torch.int32, copy=True)
+        ints, scale, _ = layer.weight_state(weight)
+        device = "meta" if ints.is_meta else "cpu"
+        yield ints_name, torch.ops.ocs.pack(ints.to(device), layer.bits)
+        yield scale_name, scale.to(device, copy=True)
+        yield source_name, layer.copies(weight).to(device, torch.int32, copy=True)
     for buffer in calibrated_buffers(layer.input_grid):
         tensor = layer.input_copies().int() if buffer == "input_source" else layer.input_scale
         yield full_name(name, buffer), tensor.to("cpu", copy=True)

@@ -25,6 +25,7 @@ from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
 from ocs.weight.apply_plan import quantize_plan
+from ocs.weight.blocks import count_blocks
 from ocs.weight.error import remaining_error
 from ocs.weight.hessian import Hessian
 from ocs.weight.plan import splits_for
@@ -218,6 +219,25 @@ def _replacement(
     for name, (ints, scale, source, _) in quantized.items() if plan.shell is not None else ():
         layer.hold(name, ints, scale, source)
     return layer
+
+
+def foretold(plan: LayerPlan) -> QuantizedLayer:
+    """Make what will replace a layer, on the meta device: shapes follow from its options, where no inputs tell more."""
+    options, held = plan.options, {}
+    if plan.target.reason_folded:
+        options = replace(options, expand=False)
+    for weight in weights_of(plan.like):
+        n, C = splits_for(options.r, weight.channels, weight.groups), weight.channels
+        scales = {
+            "tensor": [],
+            "channel": [weight.outputs],
+            "group": [weight.outputs, count_blocks(C, n, options.group)],
+        }
+        ints = torch.empty(weight.outputs, C + n, *weight.tensor.shape[2:], dtype=torch.int8, device="meta")
+        scale = torch.empty(scales[options.granularity], dtype=torch.float32, device="meta")
+        source = torch.empty(weight.groups * (C + n), dtype=torch.int64, device="meta")
+        held[weight.name] = QuantizedWeight(ints, scale, source, scale)
+    return _replacement(plan, held, options, quantize_input(plan, None) if plan.quantizes_input else None)
 
 
 def check_range(layer: QuantizedLayer) -> None:
