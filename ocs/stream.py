@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -274,7 +275,7 @@ def _filled(model: nn.Module, source: Source) -> dict[int, str]:
     for entry in entries:
         tensor, name = entry.tensor, found[entry.name]
         if id(tensor) not in waits:
-            new = source.read(name, tensor.dtype, tensor.dtype)
+            new = source.read(name, tensor.dtype)
             tensor = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
             for table, key in entry.places:
                 table[key] = tensor
@@ -340,6 +341,7 @@ def _make_units(folder: Path, job: Job, progress: bool | None) -> None:
     """Make this rank's units, those that are there already left out."""
     owners, rank, work = _shared([unit.size for unit in job.units], rank_count()), own_rank(), folder / WORK
     mine = [i for i, owner in enumerate(owners) if owner == rank]
+    memory = _memory_for(job.units[i] for i in mine)
     for at, i in enumerate(with_progress(mine, "quantize", progress if rank == 0 else False)):
         path = _unit_path(work, i)
         if _is_made(path, folder, job):
@@ -347,7 +349,7 @@ def _make_units(folder: Path, job: Job, progress: bool | None) -> None:
         for following in mine[at : at + 2]:
             for tensor in job.units[following].waiting:
                 job.source.expect(job.of_file[id(tensor)])
-        tensors, lines = _made(job.units[i], job)
+        tensors, lines = _made(job.units[i], job, memory)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({"sums": job.layout.write(work, tensors), "lines": lines}), encoding="utf-8")
         partial.replace(path)
@@ -381,12 +383,14 @@ def _shared(sizes: Sequence[int], ranks: int) -> list[int]:
     return shared
 
 
-def _made(unit: Unit, job: Job) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def _made(unit: Unit, job: Job, memory: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Make a unit's tensors, and its lines of the report."""
+    read = _read(unit, job, memory)
     if not unit.plans:
-        return {entry.name: _float_tensor(entry, job) for entry in unit.floats}, []
-    read: dict[int, nn.Parameter] = {}
-    plans = [_with_weights(plan, job, read) for plan in unit.plans]
+        held = {entry.name: entry for entry in unit.floats if not entry.tensor.is_meta}
+        waited = {entry.name: read[id(entry.tensor)] for entry in unit.floats if entry.tensor.is_meta}
+        return {name: as_stored(entry) for name, entry in held.items()} | waited, []
+    plans = [_with_weights(plan, read) for plan in unit.plans]
     results = quantize_layers(plans, job.facts, explain=job.request.model.explained, progress=False)
     lines = [asdict(_in_short(line)) for line in report_lines(results)]
     layers = {result.plan.name: result.replacement for result in results}
@@ -398,24 +402,33 @@ def _made(unit: Unit, job: Job) -> tuple[dict[str, torch.Tensor], list[dict[str,
     return tensors, lines
 
 
-def _float_tensor(entry: Entry, job: Job) -> torch.Tensor:
-    if not entry.tensor.is_meta:
-        return as_stored(entry)
-    return job.source.read(job.of_file[id(entry.tensor)], entry.tensor.dtype, entry.tensor.dtype)
+def _memory_for(units: Iterable[Unit]) -> torch.Tensor:
+    """Make room for the weights of any one of these units, which new memory for each would slow down several times."""
+    most = max((sum(map(_room, unit.waiting)) for unit in units), default=0)
+    return torch.from_numpy(np.empty(most, np.uint8))  # in large pages
 
 
-def _with_weights(plan: LayerPlan, job: Job, read: dict[int, nn.Parameter]) -> LayerPlan:
-    """Give a layer its weights, in float32, in which they are quantized; the layer itself stays without."""
-    module, exact = plan.target.module, plan.target.permanent is not None  # whose dtype decides its weight
-    weights = {}
-    for name in plan.kind.weight_names(module):
-        old = module._parameters[name]
-        if id(old) not in read:
-            dtype = old.dtype if exact or old.dtype.itemsize > 4 else torch.float32
-            tensor = job.source.read(job.of_file[id(old)], old.dtype, dtype)
-            read[id(old)] = nn.Parameter(tensor, requires_grad=False)
-        weights[name] = read[id(old)]
-    layer = with_parameters(module, **weights)
+def _room(tensor: torch.Tensor) -> int:
+    return -(-tensor.numel() * max(tensor.element_size(), 4) // 64) * 64
+
+
+def _read(unit: Unit, job: Job, memory: torch.Tensor) -> dict[int, nn.Parameter]:
+    """Read what of a unit is in files, by id of what is in the model; weights in float32, in which they are quantized."""
+    read, start = {}, 0
+    exact = not unit.plans or any(plan.target.permanent is not None for plan in unit.plans)  # by a weight in its dtype
+    for old in unit.waiting:
+        dtype = old.dtype if exact or old.dtype.itemsize > 4 else torch.float32
+        place = memory[start : start + old.numel() * dtype.itemsize].view(dtype).view(old.shape)
+        read[id(old)] = nn.Parameter(job.source.read(job.of_file[id(old)], old.dtype, place), requires_grad=False)
+        start += _room(old)
+    return read
+
+
+def _with_weights(plan: LayerPlan, read: Mapping[int, nn.Parameter]) -> LayerPlan:
+    """Give a copy of a layer its weights; the layer itself stays without."""
+    module = plan.target.module
+    names = plan.kind.weight_names(module)
+    layer = with_parameters(module, **{name: read[id(module._parameters[name])] for name in names})
     target = replace(plan.target, module=layer, permanent=made_permanent(layer))
     return replace(plan, target=target, shell=plan.module)
 

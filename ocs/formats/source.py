@@ -1,7 +1,6 @@
 """Float weights in safetensors files, as Hugging Face lays them out, read one tensor at a time."""
 
 import json
-import math
 import os
 import re
 import struct
@@ -9,7 +8,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from ocs.formats.contents import Entry
 from ocs.formats.shards import open_shards
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_CHUNK = 1 << 24  # numbers that are read and cast at once
+_CHUNK = 1 << 20  # numbers that are read and cast at once
 
 
 class Region(NamedTuple):
@@ -99,20 +97,20 @@ class Source:
         """Say of each file how large it is and when it was written, by which others with its name are told from it."""
         return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
 
-    def read(self, name: str, like: torch.dtype, dtype: torch.dtype) -> Tensor:
-        """Read a tensor, cast to the dtype `like` that it has in the model and from there to the one that is wanted."""
+    def read(self, name: str, like: torch.dtype, result: Tensor | None = None) -> Tensor:
+        """Read a tensor, cast to the dtype `like` that it has in the model; into another and its dtype where given."""
         region = self.regions[name]
-        size = math.prod(region.shape) * dtype.itemsize
-        result = torch.from_numpy(np.empty(size, np.uint8)).view(dtype)  # numpy's memory is in large pages: four times
-        flat = result.view(-1)  # as fast here
+        if result is None:
+            result = torch.empty(region.shape, dtype=like, device="cpu")
+        flat = result.view(-1)
         buffer = torch.empty(min(_CHUNK, max(flat.numel(), 1)), dtype=self.dtypes[name], device="cpu")
-        with open(region.path, "rb") as file:
+        with open(region.path, "rb", buffering=0) as file:
             file.seek(region.start)
             for part in flat.split(_CHUNK):
                 read = buffer[: part.numel()]
                 _fill(file, read, name)
                 part.copy_(read.to(like))
-        return result.view(region.shape)
+        return result
 
     def expect(self, name: str) -> None:
         """Let the system read a tensor ahead, where it can."""
