@@ -413,7 +413,7 @@ def _room(tensor: torch.Tensor) -> int:
 
 
 def _read(unit: Unit, job: Job, memory: torch.Tensor) -> dict[int, nn.Parameter]:
-    """Read what of a unit is in files, by id of what is in the model; weights in float32, in which they are quantized."""
+    """Read what of a unit is in files, by id in the model; weights of layers in float32, as they are quantized."""
     read, start = {}, 0
     exact = not unit.plans or any(plan.target.permanent is not None for plan in unit.plans)  # by a weight in its dtype
     for old in unit.waiting:
