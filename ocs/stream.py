@@ -96,7 +96,7 @@ def quantize_file(
     """
     begin = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
-        job = _plan(model, weights, shard_size, options)
+        job = _on_all_ranks(lambda: _plan(model, weights, shard_size, options))
         folder = Path(out)
         _on_all_ranks(lambda: _begin(folder, job) if own_rank() == 0 else None)
         _on_all_ranks(lambda: _check_record(folder / WORK, job.record))
@@ -315,7 +315,8 @@ def _begin(folder: Path, job: Job) -> None:
         raise FileExistsError(f"{folder}: it holds a model already: give another folder, or remove it")
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # what was left before there was a record
+    work.mkdir(parents=True)
     job.layout.begin(work)
     _write_beside(folder, job)
     with replacing(work / _RECORD) as partial:
