@@ -158,6 +158,7 @@ def _quantize(parser: _Parser) -> None:
         help="for models larger than memory: a layer at a time, from hf:FOLDER or --weights into the folder -o, and on"
         " where it was stopped; torchrun shares the layers",
     )  # fmt: skip
+    parser.add_argument("--shard-size", type=_count, metavar="BYTES", help="of a file that --stream writes, at most")
     parser.add_argument("--report", metavar="FILE", help="write the report: a page (.html) or JSON (.json)")
     parser.add_argument(
         "--calibration", dest="calibration_data", metavar="PATH",

@@ -44,6 +44,8 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result | None:
     """Quantize a model, and write it and its report."""
     if args.stream:
         return _streamed(args)
+    if args.shard_size is not None:
+        raise UsageError("--shard-size is for --stream, which writes several files")
     check_output(args.output, "-o", inputs=(args.weights, args.calibration_data))
     check_output(args.report, "--report", (".html", ".json"), (args.weights, args.output))
     if args.report and args.output and os.path.realpath(args.report) == os.path.realpath(args.output):
@@ -74,6 +76,8 @@ def _streamed(args: argparse.Namespace) -> Result | None:
         dist.init_process_group("gloo")
     options, usual = chosen_options(args), signature(quantize).parameters
     given = {name: value for name, value in options.items() if name == "progress" or value != usual[name].default}
+    if args.shard_size is not None:
+        given["shard_size"] = args.shard_size
     report = quantize_file(model, args.output, weights=args.weights, **given)
     if own_rank() > 0:
         return None
