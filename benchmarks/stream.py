@@ -3,7 +3,8 @@
     python benchmarks/stream.py [--json] [--layers 23] [--rounds 3] [--folder /tmp]
 
 23 layers are 1.5 billion weights, 3 GB, which are made in a temporary folder. quantize_file takes turns with reading
-these files and writing as many bytes as the result has, to the disk. Then, in a process of its own for each recipe, the
+these files and writing as many bytes as the result has, to the disk; first with files that the system holds nothing of,
+as where they are larger than memory, then with files in its page cache. Then, in a process for each recipe, the
 most memory over that after the imports; recipe="best" is timed there.
 """
 
@@ -112,6 +113,13 @@ def copy_bytes(source: Path, target: Path, size: int) -> None:
     target.unlink()
 
 
+def forget(folder: Path) -> None:
+    """Let the system forget files that it holds in memory, as it does with those that are larger."""
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def quantize(source: Path, out: Path, layers: int, recipe: str, progress: bool | None = False) -> int:
     """Quantize the files, and give the bytes of the result, which goes."""
     ocs.quantize_file(on_meta(layers), out, weights=source, progress=progress, **OPTIONS[recipe])
@@ -145,13 +153,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     source, out = folder / "float", folder / "out"
     source.mkdir()
     make_files(source, arguments.layers)
+    os.sync()
     size = quantize(source, out, arguments.layers, "paper")
-    calls = {
-        "quantize_file": lambda: quantize(source, out, arguments.layers, "paper"),
-        "reading and writing": lambda: copy_bytes(source, folder / "copy", size),
-    }
-    times = in_turns(calls, arguments.rounds, "stream")
-    rows = [at_most("quantize_file, 4 bits, r=0.02", times, "quantize_file", "reading and writing", 3)]
+    rows = []
+    for where, before in (("from the disk", lambda: forget(source)), ("from the page cache", lambda: None)):
+        calls = {
+            "quantize_file": lambda before=before: (before(), quantize(source, out, arguments.layers, "paper")),
+            "copy": lambda before=before: (before(), copy_bytes(source, folder / "copy", size)),
+        }
+        times = in_turns(calls, arguments.rounds, where)
+        times["reading and writing"] = times["copy"]
+        rows.append(at_most(f"4 bits, r=0.02, {where}", times, "quantize_file", "reading and writing", 3))
     notes: dict[str, Any] = {
         "weights": sum(p.numel() for p in on_meta(arguments.layers).parameters()),
         "bytes read": sum(path.stat().st_size for path in source.iterdir()),
