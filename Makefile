@@ -4,6 +4,7 @@
 # make sanitize every entry of the C API under GCC's sanitizers, over hostile arguments: three minutes, mostly compiling
 # make arm      the same for 64-bit ARM, in an emulator
 # make docs     the site, into build/site: its pages, options, C API, with every link checked
+# make cuda     models on a CUDA device, with the torch and the ocs of PYTHON=python3: tests, then timings
 # make bench    kernels, calibration and whole networks against their rivals
 # make wheel    one wheel for every CPython >= 3.11 and torch >= 2.10, in dist/
 # make dist     source archive and wheel as the package index takes them, in dist/, tried in an environment of their own
@@ -32,7 +33,7 @@ TEXT := --dataset bible --limit 8000 --out build/tables/lstm
 DECODER := --dataset bible --models decoder --limit 8000 --calibration 4000 --out build/tables/decoder
 VIT := --models ViT --out build/tables/vit
 
-.PHONY: demo tables test lint format sanitize arm docs bench wheel dist compat clean
+.PHONY: demo tables test lint format sanitize arm docs cuda bench wheel dist compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out build/demo
@@ -102,6 +103,13 @@ arm:
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Elsewhere than in the tree, so that what was installed is what is tested
+cuda:
+	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
+	  { echo "make cuda needs a CUDA device, and PYTHON with a torch for it, torch-ocs and pytest" >&2; exit 1; }
+	PYTHONSAFEPATH=1 $(PYTHON) -m pytest -m cuda tests/test_devices.py tests/kernels/test_ops.py
+	PYTHONSAFEPATH=1 PYTHONPATH=benchmarks $(PYTHON) benchmarks/device.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py

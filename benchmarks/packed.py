@@ -46,7 +46,8 @@ def packed_weight(bits: int, group: int = 0) -> tuple[Tensor, ...]:
     ints = torch.randint(-most, most + 1, (SIZE, SIZE), dtype=torch.int8)
     weight = PackedWeight.of(ints, torch.tensor(0.01), torch.arange(SIZE), bits, 1, SIZE)
     codes, scale, copies, outputs, _, _ = weight.operands()
-    return codes, torch.full((SIZE // group, SIZE), 0.01) if group else scale, copies, outputs, group, bits
+    of_groups = torch.full((SIZE // 16, SIZE // max(group, 1), 16), 0.01)
+    return codes, of_groups if group else scale, copies, outputs, group, bits
 
 
 def product(x: Tensor, weight: tuple[Tensor, ...], row_bits: int) -> Tensor:

@@ -236,6 +236,11 @@ static inline int64_t ocs_group_count(const ocs_packed_weight *w) {
     return w->group > 0 ? ocs_ceil_div(w->C + w->S, w->group) : 1;
 }
 
+/* The scales [groups, 16] of a block of outputs, where groups have their own. */
+static inline const float *ocs_scales_of_block(const ocs_packed_weight *w, int64_t block) {
+    return w->scale.value + block * ocs_group_count(w) * OCS_TILE_OUTPUTS;
+}
+
 /* Lines of the next tile where V are left. */
 static inline int ocs_tile_lines(int64_t V) {
     return V < OCS_TILE_LINES ? (int)V : OCS_TILE_LINES;

@@ -293,7 +293,7 @@ ocs_status ocs_unpack_i8(int8_t *q, const uint8_t *packed, int64_t N, int bits);
    bytes or, the last of 16 outputs, less; tiles.c says how they hold it. */
 typedef struct {
     const uint8_t *packed; /* [ocs_product_bytes(O, C + S, bits)] */
-    ocs_scale scale;       /* of all, or of each output channel; of each group and output channel, value [groups, O] */
+    ocs_scale scale;       /* of all, of each output channel, or of groups: [ceil(O / 16), groups, 16], stride 1 */
     const int32_t *copies; /* [S]: the original channel of each copy */
     int64_t O, C, S;
     int64_t group; /* expanded channels that have a scale of their own, a multiple of 32; 0: all have the same */

@@ -244,46 +244,26 @@ static int64_t outputs_of(const product_part *part, const ocs_packed_weight *w) 
     return left < outputs ? left : outputs;
 }
 
-enum { BLOCKS_OF_SCALES = 8 }; /* whose scales are copied at a time: those of one block's groups are far apart */
-
-static size_t scale_room(const ocs_packed_weight *w) {
-    const int64_t G = ocs_group_count(w), vectors = G > 1 ? BLOCKS_OF_SCALES * G : OCS_MOST_ROWS;
-    return (size_t)(vectors * OCS_TILE_OUTPUTS) * sizeof(float);
-}
-
-/* scale [B, G, 16] = those of B blocks; of outputs that the weight lacks, any. */
-static void copy_scales(float *restrict scale, const ocs_packed_weight *w, int64_t block, int64_t B, int64_t G) {
-    for (int64_t g = 0; g < G; ++g) {
-        for (int64_t b = 0; b < B; ++b) {
-            const int64_t first = (block + b) * OCS_TILE_OUTPUTS, left = w->O - first;
-            const float *from = w->scale.value + (g * w->O + first) * w->scale.stride;
-            float *to = scale + (b * G + g) * OCS_TILE_OUTPUTS;
-            if (w->scale.stride == 1 && left >= OCS_TILE_OUTPUTS) {
-                memcpy(to, from, OCS_TILE_OUTPUTS * sizeof *to);
-                continue;
-            }
-            for (int64_t o = 0; o < OCS_TILE_OUTPUTS; ++o) {
-                to[o] = from[o < left ? o * w->scale.stride : 0];
-            }
-        }
+/* scale [outputs of a part] = those of one scale, or of outputs; of outputs that the weight lacks, any. */
+static void copy_scales(float *restrict scale, const product_part *part, const ocs_packed_weight *w) {
+    const int64_t first = part->block * OCS_TILE_OUTPUTS, N = outputs_of(part, w);
+    for (int64_t i = 0; i < part->B * OCS_TILE_OUTPUTS; ++i) {
+        scale[i] = ocs_scale_of(w->scale, i < N ? first + i : first);
     }
 }
 
-/* The scales of a part [B, G, 16]: where they are, or in a range's memory, for several parts where one has one block,
-   and for all parts where there is one scale. */
+/* The scales of a part [B, G, 16]: where they are, or in a range's memory, for all parts where there is one. */
 static const float *scales_of(const product_part *part, const ocs_packed_weight *w, ocs_range *range) {
-    const int64_t G = ocs_group_count(w), step = G > 1 ? BLOCKS_OF_SCALES : part->B;
-    const int64_t done = part->block - range->begin, left = range->end - part->block;
-    if (G == 1 && w->scale.stride == 1 && outputs_of(part, w) == part->B * OCS_TILE_OUTPUTS) {
+    if (w->group > 0) {
+        return ocs_scales_of_block(w, part->block);
+    }
+    if (w->scale.stride == 1 && outputs_of(part, w) == part->B * OCS_TILE_OUTPUTS) {
         return w->scale.value + part->block * OCS_TILE_OUTPUTS;
     }
-    if (G == 1 && w->scale.stride == 0 && done > 0) {
-        return range->scratch;
+    if (w->scale.stride == 1 || part->block == range->begin) {
+        copy_scales(range->scratch, part, w);
     }
-    if (G == 1 || done % step == 0) {
-        copy_scales(range->scratch, w, part->block, left < step ? left : step, G);
-    }
-    return (const float *)range->scratch + (G > 1 ? done % step * G * OCS_TILE_OUTPUTS : 0);
+    return range->scratch;
 }
 
 /* Adds what S segments give, which are whole ones where there are several. */
@@ -385,9 +365,9 @@ static ocs_status run_rows(product_job *job, void *scratch, int64_t R) {
     job->row_sum = (int32_t *)(void *)(job->row_scale + R);
     const size_t room = job->dtype == OCS_ROWS_F32 ? 0 : (size_t)weight->C * sizeof(float) + 1;
     OCS_TRY(ocs_parallel_for(R, ocs_grain(4 * job->stride), room, prepare_rows, job));
+    const size_t room_of_scales = OCS_MOST_ROWS * OCS_TILE_OUTPUTS * sizeof(float);
     const int64_t blocks = ocs_ceil_div(weight->O, OCS_TILE_OUTPUTS);
-    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job->stride), scale_room(weight), multiply_blocks,
-                            job);
+    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job->stride), room_of_scales, multiply_blocks, job);
 }
 
 ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,

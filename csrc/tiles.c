@@ -195,7 +195,11 @@ ocs_status ocs_check_packed(const ocs_packed_weight *w) {
     if (w->group < 0 || w->group % OCS_TILE_CHANNELS != 0) {
         return OCS_BAD_GROUP;
     }
-    return ocs_check_scale(w->scale, ocs_group_count(w) * w->O);
+    if (w->group == 0) {
+        return ocs_check_scale(w->scale, w->O);
+    }
+    const int64_t scales = ocs_ceil_div(w->O, OCS_TILE_OUTPUTS) * OCS_TILE_OUTPUTS * ocs_group_count(w);
+    return w->scale.stride == 1 ? ocs_check_scale(w->scale, scales) : OCS_BAD_SCALE;
 }
 
 ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory) {
@@ -218,8 +222,9 @@ typedef struct {
 
 /* w [C] of integers q [C + S] with a scale for each group. */
 static void fold_groups(float *restrict row, const int8_t *q, const ocs_packed_weight *w, int64_t o) {
+    const float *scale = ocs_scales_of_block(w, o / OCS_TILE_OUTPUTS) + o % OCS_TILE_OUTPUTS;
     for (int64_t e = 0; e < w->C + w->S; ++e) {
-        const float value = (float)q[e] * ocs_scale_of(w->scale, e / w->group * w->O + o);
+        const float value = (float)q[e] * scale[e / w->group * OCS_TILE_OUTPUTS];
         if (e < w->C) {
             row[e] = value;
         } else {

@@ -18,8 +18,6 @@ import ocs
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.packed.layer import PackedLayer
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture(params=["expanded", "folded", "packed"])
 def model(request: pytest.FixtureRequest) -> Everything:
@@ -209,27 +207,3 @@ def test_module_methods_and_functional_call(model: Everything, inputs: tuple) ->
         assert_close(torch.func.functional_call(model, dict(model.named_parameters()), inputs), expected, 0)
         assert_close(model.train().eval()(*inputs), expected, 0)
         assert_close(model.to(memory_format=torch.channels_last)(*inputs), expected)
-
-
-@needs_cuda
-@pytest.mark.cuda
-def test_a_cuda_device_gives_the_same_integers_and_close_outputs(inputs: tuple) -> None:
-    torch.manual_seed(0)
-    on_cpu = Everything().eval()
-    on_device = copy.deepcopy(on_cpu).cuda()
-    for model in (on_cpu, on_device):
-        ocs.quantize(model, wbits=5, r=0.2, overrides={"lstm": {"granularity": "channel"}})
-    moved = copy.deepcopy(on_cpu).cuda()
-    for cpu, device, copied in zip(*map(quantized_layers, (on_cpu, on_device, moved)), strict=True):
-        for name in cpu.channels:
-            for ours, theirs, third in zip(
-                cpu.weight_state(name), device.weight_state(name), copied.weight_state(name), strict=True
-            ):
-                assert theirs.is_cuda
-                assert third.is_cuda
-                assert torch.equal(ours, theirs.cpu())
-                assert torch.equal(ours, third.cpu())
-    with torch.no_grad():
-        expected = on_cpu(*inputs)
-        for model in (on_device, moved):
-            assert_close([output.cpu() for output in model(*(x.cuda() for x in inputs))], expected, 1e-3)

@@ -37,8 +37,10 @@ static ocs_packed_weight read_packed(ocs_call *call, int i, int64_t C) {
     require(call, w.group >= 0 && w.group % 32 == 0, OCS_BAD_GROUP);
     if (call->status == OCS_OK && w.group > 0) {
         const int64_t groups = (w.C + w.S) / w.group + ((w.C + w.S) % w.group != 0);
-        require_shape(call, scale->rank == 2 && scale->sizes[0] == groups && scale->sizes[1] == w.O,
-                      "scale must be [%lld groups, %lld outputs]", (long long)groups, (long long)w.O);
+        const int64_t blocks = w.O / 16 + (w.O % 16 != 0);
+        const int64_t *sizes = scale->sizes;
+        require_shape(call, scale->rank == 3 && sizes[0] == blocks && sizes[1] == groups && sizes[2] == 16,
+                      "scale must be [%lld blocks, %lld groups, 16]", (long long)blocks, (long long)groups);
     } else if (call->status == OCS_OK) {
         require_per_row(call, "scale", scale, w.O);
     }

@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,8 +170,21 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.
     try:
         with replacing(path) as partial:
             safetensors.torch.save_file(tensors, partial, metadata=metadata)
+            _order_metadata(partial)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: it cannot be written ({error})") from error
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort what safetensors wrote in any order, lest the same model give other bytes each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _version() -> str:

@@ -32,6 +32,17 @@ def _packed_lines(channels: int, bits: int, device: torch.device) -> Tensor:
     return packed.flatten().nonzero().flatten().to(device)
 
 
+def tile_scales(scale: Tensor) -> Tensor:
+    """Arrange scales [O, groups] as products read them, [ceil(O / 16), groups, 16]; those of no outputs are 1."""
+    padded = torch.nn.functional.pad(scale, (0, 0, 0, -scale.shape[0] % TILE_OUTPUTS), value=1.0)
+    return padded.view(-1, TILE_OUTPUTS, scale.shape[1]).transpose(1, 2).contiguous()
+
+
+def untile_scales(scale: Tensor, outputs: int) -> Tensor:
+    """Give back scales [outputs, groups]."""
+    return scale.transpose(1, 2).reshape(-1, scale.shape[1])[:outputs].contiguous()
+
+
 def segment_channels(group: int) -> int:
     """Count the channels whose products are added up before they are scaled: the largest part of a group that fits."""
     if group == 0 or group % SEGMENT == 0:
@@ -97,7 +108,8 @@ def _check_packed(op: str, scale: Tensor, copies: Tensor, outputs: int, group: i
     _require(valid, op, "source, parts and offset are no split plan of this shape")
     if group:
         groups = -(-(channels + copies.numel()) // group)
-        _require(scale.shape == (groups, outputs), op, "scale must be [groups, outputs]")
+        blocks = -(-outputs // TILE_OUTPUTS)
+        _require(scale.shape == (blocks, groups, TILE_OUTPUTS), op, "scale must be [blocks, groups, 16]")
         _check_scales(op, scale.flatten(), scale.numel())
     else:
         _check_scales(op, scale, outputs)
@@ -106,7 +118,7 @@ def _check_packed(op: str, scale: Tensor, copies: Tensor, outputs: int, group: i
 def _scales(scale: Tensor, outputs: int, group: int, expanded: int) -> Tensor:
     """Give each integer its scale, [outputs, expanded] or what broadcasts to it."""
     if group:
-        return scale.repeat_interleave(group, 0)[:expanded].t()
+        return untile_scales(scale, outputs).repeat_interleave(group, 1)[:, :expanded]
     return scale.expand(outputs)[:, None]
 
 
@@ -174,7 +186,7 @@ def product(
     total = rows.new_zeros((rows.shape[0], outputs), dtype=torch.float32)
     for begin in range(0, rows.shape[1], span):
         sums = rows[:, begin : begin + span] @ q[:, begin : begin + span].t()  # exact in double
-        total += sums.float() * (scale[begin // group] if group else scale)
+        total += sums.float() * (scale[:, begin // group].flatten()[:outputs] if group else scale)
     total *= of_rows[:, None]
     if bias.numel():
         total += bias.float()

@@ -67,7 +67,7 @@ def product_unpack(packed: np.ndarray, outputs: int, channels: int, bits: int) -
 def _scales(scale: np.ndarray, outputs: int, group: int, expanded: int) -> np.ndarray:
     """Give each integer its scale, [outputs, expanded] or what broadcasts to it."""
     if group:
-        return np.repeat(scale, group, axis=0)[:expanded].T
+        return np.repeat(scale.transpose(0, 2, 1).reshape(-1, scale.shape[1])[:outputs], group, axis=1)[:, :expanded]
     return np.broadcast_to(scale.reshape(-1, 1), (outputs, 1))
 
 
@@ -135,7 +135,7 @@ def product(
     span = SEGMENT if group == 0 or group % SEGMENT == 0 else group if group < SEGMENT else group & -group
     for begin in range(0, rows.shape[1], span):
         sums = rows[:, begin : begin + span] @ q[:, begin : begin + span].T.astype(np.int64)
-        total += sums.astype(np.float32) * np.broadcast_to(scale[begin // group] if group else scale, outputs)
+        total += sums.astype(np.float32) * (scale[:, begin // group].ravel()[:outputs] if group else scale)
     total *= scales[:, None]
     if bias.size:
         total += bias

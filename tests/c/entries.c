@@ -303,13 +303,14 @@ static void check_tiles(void) {
 
 static ocs_packed_weight any_packed(int64_t O, int64_t C) {
     const int64_t S = C > 0 ? any(5) : 0, group = 32 * any(3), groups = group ? ocs_ceil_div(C + S, group) : 1;
+    const int64_t scales = ocs_ceil_div(O, 16) * 16 * groups; /* enough for any other group, too */
     const int bits = any_bits();
     int32_t *copies = new_array(S, sizeof *copies);
     for (int64_t i = 0; i < S; ++i) {
         copies[i] = any(20) == 0 ? (int32_t)(any(2) * INT32_MAX) - 1 : (int32_t)any(C);
     }
     ocs_packed_weight w = {
-        any_bytes(ocs_product_bytes(O, C + S, bits)), any_scale(groups * O), copies, O, C, S, group, bits};
+        any_bytes(ocs_product_bytes(O, C + S, bits)), any_scale(scales), copies, O, C, S, group, bits};
     int64_t *sizes[] = {&w.O, &w.C, &w.S, &w.group}, *size = sizes[any(4)];
     *size = any(4) == 0 ? hostile(*size) : *size;
     return w;

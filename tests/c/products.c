@@ -49,8 +49,10 @@ static ocs_packed_weight any_weight(int64_t O, int64_t C) {
         copies[i] = (int32_t)any(C);
     }
     w.scale.stride = w.group > 0 || any(2);
-    float *scale = new_array(w.scale.stride > 0 ? groups * O : 1, sizeof *scale);
-    for (int64_t i = 0; i < (w.scale.stride > 0 ? groups * O : 1); ++i) {
+    const int64_t outputs = w.group > 0 ? ocs_ceil_div(O, OCS_TILE_OUTPUTS) * OCS_TILE_OUTPUTS : O;
+    const int64_t scales = w.scale.stride > 0 ? groups * outputs : 1;
+    float *scale = new_array(scales, sizeof *scale);
+    for (int64_t i = 0; i < scales; ++i) {
         scale[i] = 1e-3f * (float)(1 + any(100));
     }
     w.packed = packed, w.copies = copies, w.scale.value = scale;

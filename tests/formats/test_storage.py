@@ -233,6 +233,14 @@ def test_saving_through_a_link_keeps_the_link(saved: tuple[nn.Module, Path]) -> 
     assert_same_model(ocs.load(link, fresh()), model)
 
 
+def test_a_model_gives_the_same_bytes_each_time(saved: tuple[nn.Module, Path]) -> None:
+    model, path = saved
+    before = path.read_bytes()
+    for _ in range(8):
+        ocs.save(model, path)
+        assert path.read_bytes() == before
+
+
 class Extra(nn.Linear):
     def get_extra_state(self) -> dict:
         return {"a": 1}

@@ -178,6 +178,7 @@ def test_other_devices_are_registered() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ocs::{name}", "CPU")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("name", "args"), EACH)
 def test_cuda_equals_cpu(name: str, args: tuple) -> None:

@@ -141,7 +141,9 @@ def test_sizes_without_elements_end_at_once() -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("group", "scale"), [(0, ()), (0, (37,)), (32, (5, 37)), (64, (3, 37)), (160, (1, 37))])
+@pytest.mark.parametrize(
+    ("group", "scale"), [(0, ()), (0, (37,)), (32, (3, 5, 16)), (64, (3, 3, 16)), (160, (3, 1, 16))]
+)
 def test_rows_of_a_weight_equal_their_twin(isa: str, group: int, scale: tuple, bits: int) -> None:
     for index in ([0, 3, 3, 17, 36, 16, 15], [], [36]):
         args = (np.int64(index), *packed_weight(*SHAPES["many tiles"], bits, group, scale), 130)
@@ -166,7 +168,7 @@ def test_products_equal_their_twin(isa: str, bits: int, shape: str, grid: str) -
 def test_last_tiles_of_any_number_of_lines(isa: str, bits: int, shape: tuple[int, int]) -> None:
     """One to four rows have kernels of their own, as have more than 16 of floats."""
     outputs, channels = shape
-    for group, scale in ((0, (outputs,)), (32, (2, outputs))):
+    for group, scale in ((0, (outputs,)), (32, (-(-outputs // 16), 2, 16))):
         weight = packed_weight(outputs, channels - 1, (0,), bits, group, scale)
         for grid in ("floats", "own scale", "unsigned"):
             for count in (1, 2, 3, 4, 6, 17):
@@ -174,7 +176,9 @@ def test_last_tiles_of_any_number_of_lines(isa: str, bits: int, shape: tuple[int
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("group", "scale"), [(0, (37,)), (32, (5, 37)), (64, (3, 37)), (96, (2, 37)), (160, (1, 37))])
+@pytest.mark.parametrize(
+    ("group", "scale"), [(0, (37,)), (32, (3, 5, 16)), (64, (3, 3, 16)), (96, (3, 2, 16)), (160, (3, 1, 16))]
+)
 def test_scales_of_outputs_and_groups(isa: str, group: int, scale: tuple, grid: str) -> None:
     for bits in (3, 8):
         check(rows(3, 130), packed_weight(*SHAPES["many tiles"], bits, group, scale), GRIDS[grid], rows(37))
@@ -208,7 +212,7 @@ def test_rows_of_any_values(isa: str, value: float, grid: str) -> None:
 def test_many_channels_are_added_up_in_segments(isa: str, grid: str, channels: int) -> None:
     x = np.abs(rows(2, channels))
     for group in (0, 32800, 65536) if grid != "floats" else (0,):  # the twin adds floats one by one
-        scale = (-(-(channels + 2) // group), 17) if group else (17,)
+        scale = (2, -(-(channels + 2) // group), 16) if group else (17,)
         args = (x, *packed_weight(17, channels, (7, channels - 1), 8, group, scale), NONE, *GRIDS[grid])
         y = check(x, args[1:7], GRIDS[grid])
         if grid != "floats":
@@ -299,7 +303,7 @@ def test_results_do_not_depend_on_threads(isa: str, threads: int) -> None:
     weight = packed_weight(500, 300, (1, 2), 5, 0, (500,))
     for grid in ("floats", "own scale"):
         check(rows(20, 300), weight, GRIDS[grid])
-        check(rows(1, 300), packed_weight(500, 300, (1, 2), 4, 32, (10, 500)), GRIDS[grid])
+        check(rows(1, 300), packed_weight(500, 300, (1, 2), 4, 32, (32, 10, 16)), GRIDS[grid])
         check(rows(20, 300), packed_weight(500, 300, (1, 2), 4), GRIDS[grid])
     check(rows(700, 300), packed_weight(17, 300, (), 4), GRIDS["unsigned"])
     index = np.arange(500)[::-1].copy()

@@ -170,7 +170,7 @@ def test_packed_layers_multiply_by_groups(how: str, tmp_path: Path) -> None:
     ocs.quantize(model, **{**HOW, **OPTIONS[how]})
     packed = copy.deepcopy(model)
     ocs.pack(packed)
-    assert packed.linear.scale.shape == (3, 70)
+    assert packed.linear.scale.shape == (5, 3, 16)
     assert packed.linear._buffers["copies"].numel() == 24 + 8
     torch.testing.assert_close(output(packed), output(model), rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(packed.linear.weight, model.linear.weight)

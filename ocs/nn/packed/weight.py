@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ocs.kernels.composite_product import packed_bytes
+from ocs.kernels.composite_product import packed_bytes, tile_scales, untile_scales
 from ocs.kernels.constants import MAX_BITS, TILE_OUTPUTS, qmax
 from ocs.nn.state import with_originals
 from ocs.weight.blocks import fold_weight
@@ -28,7 +28,7 @@ class Form(NamedTuple):
     channels: int  # C, the original input channels of one group
     bits: int  # of each code
     added_up: bool = False  # whether codes are of sums over a channel and its copy
-    group: int = 0  # the input channels that share a scale, where scales are [B, O] (tiled), or [O, B]
+    group: int = 0  # the input channels that share a scale, where scales are [O, B], or tile_scales of them
 
     @property
     def tiled(self) -> bool:
@@ -86,7 +86,7 @@ class PackedWeight(NamedTuple):
             own, copied = ints.tensor_split([channels], 1)
             padded = torch.cat([own, own.new_zeros(len(ints), form.padding), copied], 1)
             copies = torch.nn.functional.pad(copies, (form.padding, 0))
-            return PackedWeight(torch.ops.ocs.product_pack(padded, bits), scale.t().contiguous(), copies, form)
+            return PackedWeight(torch.ops.ocs.product_pack(padded, bits), tile_scales(scale), copies, form)
         smaller = form._replace(bits=bits + 1, added_up=True)
         if bits < MAX_BITS and smaller.packed_bytes() < form.packed_bytes() and _are_halves(ints, copies, channels):
             sums = ints[:, :channels].index_add(1, copies, ints[:, channels:])
@@ -97,7 +97,8 @@ class PackedWeight(NamedTuple):
     def state(codes: Tensor, scale: Tensor, copies: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
         """Unpack integers int8 [O, C + n, ...], and give scale and source of these."""
         weight = PackedWeight(codes, scale, copies, form)
-        return weight.integers(), scale.t().contiguous() if form.group and form.tiled else scale, weight.source()
+        of_groups = form.group and form.tiled
+        return weight.integers(), untile_scales(scale, form.shape[0]) if of_groups else scale, weight.source()
 
     def integers(self) -> Tensor:
         """Unpack the integers, int8 [O, C + n, ...]."""
@@ -138,7 +139,9 @@ class PackedWeight(NamedTuple):
         block = self.form.packed_bytes() // -(-self.form.shape[0] // TILE_OUTPUTS)
         codes = self.codes[begin // TILE_OUTPUTS * block : -(-end // TILE_OUTPUTS) * block]
         form = self.form._replace(shape=(end - begin, self.form.shape[1]))
-        scale = self.scale[..., begin:end].contiguous() if self.scale.dim() else self.scale
+        scale = self.scale
+        if scale.dim():
+            scale = scale[begin // TILE_OUTPUTS : -(-end // TILE_OUTPUTS)] if self.form.group else scale[begin:end]
         return PackedWeight(codes, scale, self.copies, form)
 
     def rows(self, index: Tensor) -> Tensor:
