@@ -6,12 +6,15 @@ save(), whoever makes which parts.
 """
 
 import copy
+import ctypes
 import inspect
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,10 +49,12 @@ from ocs.report.data import Histogram, LayerReport, Report
 from ocs.report.lines import report_lines
 
 T = TypeVar("T")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc
 SHARD = 2_000_000_000  # bytes
 WORK = ".unfinished"  # in the folder of the result, what is not complete yet
 _RECORD = "record.json"  # there: what is made of what
 _WHOLE = ("calibration", "fold_bn", "equalize", "allocate", "budget")  # options that need all of a model at once
+CONFIG = "config.json"  # of transformers
 _BESIDE = (".json", ".txt", ".model", ".jinja")  # what goes with a model's weights: tokenizers and the like
 
 
@@ -102,6 +107,7 @@ def quantize_file(
         _on_all_ranks(lambda: _check_record(folder / WORK, job.record))
         _on_all_ranks(lambda: _make_units(folder, job, progress))
         sums, lines = _on_all_ranks(lambda: _read_units(folder / WORK, job))
+        _on_all_ranks(lambda: _write_beside(folder, job) if own_rank() == 0 else None)
         _on_all_ranks(lambda: _finish(folder, job, sums))
         _on_all_ranks(lambda: _end(folder, job) if own_rank() == 0 else None)
     return replace(_report(job, lines), seconds=time.perf_counter() - begin)
@@ -183,7 +189,8 @@ def _plan(model: Any, weights: Any, shard_size: Any, options: Mapping[str, Any])
         raise ValueError(f"shard_size={shard_size!r}: use a positive integer, bytes")
     model, source = _opened(model, weights)
     of_file = _filled(model, source)
-    plans, settings = choose(model, request)
+    with _blocks_of_their_own():
+        plans, settings = choose(model, request)
     _check_data_free(plans)
     check_allocation(plans, request.model)
     plans, facts, *_ = learn(model, plans, request.model)
@@ -215,6 +222,24 @@ def _foretold(plans: Iterable[LayerPlan], units: Iterable[Unit]) -> tuple[dict[s
     packed, header = stored_layers(layers)
     floats = {entry.name: entry.tensor for unit in units for entry in unit.floats}
     return header, floats | packed
+
+
+@contextmanager
+def _blocks_of_their_own() -> Iterator[None]:
+    """Let the C library give back each large block at once: small ones between those of a large graph would keep them.
+
+    Afterwards it is as any process of torch's has it before long: blocks up to 32 MB stay for the next one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _request(options: Mapping[str, Any]) -> Request:
@@ -259,7 +284,7 @@ def _opened(model: Any, weights: Any) -> tuple[nn.Module, Source]:
     if weights is not None:
         raise TypeError(f"weights={str(weights)!r} is for a model that is an nn.Module: a folder brings its own")
     source = Source(model)
-    if not (source.path / "config.json").is_file():
+    if not (source.path / CONFIG).is_file():
         raise ValueError(f"{model}: it has no config.json, which says what model it is: give that, and weights=")
     from ocs.hf import on_meta
 
@@ -305,20 +330,19 @@ def _weights_of_layers(model: nn.Module) -> set[int]:
 
 
 def _begin(folder: Path, job: Job) -> None:
-    """Make the folder for what is unfinished, and what goes with the weights; or find it as it was left."""
+    """Make the folder for what is unfinished, or find it as it was left."""
     work = folder / WORK
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: it is no folder")
     if (work / _RECORD).exists():
         return
-    if folder.is_dir() and ((folder / INDEX).exists() or any(folder.glob("*.safetensors"))):
+    if any((folder / name).exists() for name in (INDEX, CONFIG)) or any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: it holds a model already: give another folder, or remove it")
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
     shutil.rmtree(work, ignore_errors=True)  # what was left before there was a record
     work.mkdir(parents=True)
     job.layout.begin(work)
-    _write_beside(folder, job)
     with replacing(work / _RECORD) as partial:
         partial.write_text(json.dumps(job.record), encoding="utf-8")
 
@@ -473,14 +497,14 @@ def _end(folder: Path, job: Job) -> None:
 def _write_beside(folder: Path, job: Job) -> None:
     """Write the configuration and the tokenizer of a model of transformers, where the source has them."""
     source = job.source.path
-    if not (source / "config.json").is_file() or not callable(getattr(type(job.model), "save_pretrained", None)):
+    if not (source / CONFIG).is_file() or not callable(getattr(type(job.model), "save_pretrained", None)):
         return
     for path in source.iterdir():
-        if path.is_file() and path.suffix in _BESIDE and path.name not in ("config.json", INDEX):
+        if path.is_file() and path.suffix in _BESIDE and path.name not in (CONFIG, INDEX):
             shutil.copy(path, folder / path.name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "ocs", "packed": True, **_as_json(job.options)}
-    with replacing(folder / "config.json") as partial:
+    with replacing(folder / CONFIG) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
