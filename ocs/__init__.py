@@ -22,7 +22,7 @@ from ocs.runtime.compile import Compiled, compile
 from ocs.runtime.export import export
 from ocs.runtime.lower import lower
 from ocs.runtime.pack import pack, unpack
-from ocs.stream import quantize_file
+from ocs.stream.execute import quantize_file
 from ocs.tune.reestimate import reestimate_batchnorm
 from ocs.tune.synthesize import synthesize
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ocs
-from ocs import stream
+from ocs.stream import execute as stream
 from ocs.formats.source import INDEX
-from ocs.stream import WORK
+from ocs.stream.execute import WORK
 
 OPTIONS = {"wbits": 4, "r": 0.1}
 SHARDS = 3000  # bytes
@@ -160,7 +160,7 @@ import os, signal, sys
 sys.path.insert(0, os.environ["TESTS"])
 from pathlib import Path
 from test_stream import WORK, run
-from ocs import stream
+from ocs.stream import execute as stream
 from ocs.formats.layout import Layout
 
 def killing(function, calls):

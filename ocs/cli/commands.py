@@ -29,7 +29,7 @@ from ocs.cli.say import Notes, Result, UsageError
 from ocs.quantization import quantize
 from ocs.runtime.compare import compare
 from ocs.runtime.export import export
-from ocs.stream import quantize_file
+from ocs.stream.execute import quantize_file
 from ocs.tune.synthesize import synthesize
 
 
