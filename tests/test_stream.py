@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ocs
-from ocs.stream import execute as stream
 from ocs.formats.source import INDEX
+from ocs.stream import execute as stream
 from ocs.stream.execute import WORK
 
 OPTIONS = {"wbits": 4, "r": 0.1}
@@ -457,6 +457,10 @@ def test_options_that_need_more_are_refused(
 def test_models_and_folders_that_cannot_be(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"net\.stem\.weight: it holds values: build the model on the meta device"):
         ocs.quantize_file(everything(), tmp_path / "out", weights=files)
+    net = nn.Sequential(nn.LazyLinear(2, bias=False, device="meta"))
+    save_file({"0.weight": torch.zeros(2, 2)}, tmp_path / "lazy")
+    with pytest.raises(ValueError, match=r"0\.weight: it is of a lazy layer"):
+        ocs.quantize_file(net, tmp_path / "out", weights=tmp_path / "lazy")
     with pytest.raises(TypeError, match=r"weights=\.\.\.\): say where the weights are"):
         ocs.quantize_file(on_meta(), tmp_path / "out")
     with pytest.raises(TypeError, match=r"is for a model that is an nn\.Module"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocs.formats.contents import Entry
 from ocs.formats.shards import open_shards
@@ -154,6 +154,8 @@ def sources_of(
     found = {name: files[of_file] for name, of_file in found.items()}
     for entry in entries:
         of_file, tensor = found[entry.name], entry.tensor
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{entry.name}: it is of a lazy layer, which has no shape yet: use one that has")
         shape, dtype = source.regions[of_file].shape, source.dtypes[of_file]
         if shape != list(tensor.shape):
             raise ValueError(f"{source.path}: {of_file} is {shape}, the model needs {list(tensor.shape)}")
