@@ -22,12 +22,13 @@ from ocs.runtime.compile import Compiled, compile
 from ocs.runtime.export import export
 from ocs.runtime.lower import lower
 from ocs.runtime.pack import pack, unpack
+from ocs.stream.execute import quantize_file
 from ocs.tune.reestimate import reestimate_batchnorm
 from ocs.tune.synthesize import synthesize
 
 __version__ = "0.1.0"
 __all__ = [
     "FIRST_LAYER", "Calibration", "Comparison", "Compiled", "LayerReport", "Report", "calibrate", "compare", "compile",
-    "export", "functional", "load", "lower", "nn", "pack", "plot", "quantize", "reestimate_batchnorm", "register",
-    "save", "synthesize", "training", "unpack",
+    "export", "functional", "load", "lower", "nn", "pack", "plot", "quantize", "quantize_file", "reestimate_batchnorm",
+    "register", "save", "synthesize", "training", "unpack",
 ]  # fmt: skip

@@ -16,13 +16,15 @@ import inspect
 import json
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 try:
-    from transformers import PreTrainedModel
+    import transformers
+    from transformers import AutoConfig, PreTrainedModel
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
@@ -116,6 +118,20 @@ def _let_save(model: PreTrainedModel) -> None:
     """Take back the refusal that ocs.quantize left, and let names in files be those of the model's tensors."""
     vars(model).pop("save_pretrained", None)
     model._weight_conversions = []
+
+
+def on_meta(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Make the float model of a folder on the meta device; dtype: where its configuration names none."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder}: it is quantized already, config.json says: give the folder of the float model")
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ValueError(
+            f"{folder}: config.json names no architecture that transformers {transformers.__version__} has"
+        )
+    with torch.device("meta"):
+        return kind._from_config(config, dtype=config.dtype or dtype)
 
 
 def _filled() -> nn.Parameter:

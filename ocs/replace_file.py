@@ -33,14 +33,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if mode is None:
             mode = stat.S_IMODE(partial.stat().st_mode)  # who writes there might make another, private one
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.chmod(mode)
         partial.replace(target)
     except OSError as error:
         raise _of_path(error, path) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _of_path(error: OSError, path: str | os.PathLike[str]) -> OSError:
@@ -93,7 +93,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk, where the system lets us."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -74,6 +74,32 @@ def test_what_was_saved_is_read_again(folder, options):
     assert all(torch.equal(part[name], whole[name]) for part in parts for name in part)
 
 
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+@pytest.mark.parametrize("options", [{"recipe": "best"}, {"embeddings": True}], ids=["best", "embeddings"])
+def test_folders_are_quantized_a_layer_at_a_time(folder, options):
+    """The result is that of from_pretrained and save_pretrained; what goes with the weights goes along."""
+    options = {"wbits": 4, "r": 0.02, **options}
+    (folder / "float" / "tokenizer.json").write_text("{}")
+    ocs.quantize_file(folder / "float", folder / "streamed", shard_size=20_000, **options)
+    assert len([*(folder / "streamed").glob("*.safetensors")]) > 1
+    model = read(folder / "float", quantization_config=ocs.hf.OcsConfig(**options))
+    assert same(read(folder / "streamed"), model)
+    model.save_pretrained(folder / "quantized")
+    saved = load_file(folder / "quantized" / "model.safetensors")
+    streamed = [load_file(path) for path in (folder / "streamed").glob("*.safetensors")]
+    streamed = {name: tensor for part in streamed for name, tensor in part.items()}
+    assert saved.keys() == streamed.keys()
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in saved.items())
+    assert json.loads(_metadata(next((folder / "streamed").glob("*.safetensors")))["ocs"]) == json.loads(
+        _metadata(folder / "quantized" / "model.safetensors")["ocs"]
+    )
+    config = json.loads((folder / "streamed" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "ocs", "packed": True, **options}
+    assert (folder / "streamed" / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match=r"streamed: it holds a quantized model"):
+        ocs.quantize_file(folder / "streamed", folder / "again", wbits=4)
+
+
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_models_generate_in_any_dtype_and_where_device_map_says(folder):
     config = ocs.hf.OcsConfig(wbits=5, r=0.02)

@@ -19,6 +19,7 @@ LAYERS = (  # each may import from those before it, and all may import what stan
     ("runtime",),
     ("quantization",),
     ("hf", "training"),
+    ("stream",),
     ("cli",),
     ("__main__",),
 )

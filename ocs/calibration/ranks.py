@@ -13,6 +13,11 @@ def rank_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def own_rank() -> int:
+    """Tell which of the ranks this one is, from 0 on."""
+    return dist.get_rank() if rank_count() > 1 else 0
+
+
 def reduced(x: Tensor, op: Any) -> Tensor:
     """Put together what all ranks hold, so that each has the same."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else x.device
@@ -21,8 +26,8 @@ def reduced(x: Tensor, op: Any) -> Tensor:
     return moved.to(x.device)
 
 
-def sum_over_ranks(measure: Callable[[], list[float]], count: int) -> list[float]:
-    """Measure so many values on each rank and add them up; where one rank fails, all do."""
+def sum_over_ranks(measure: Callable[[], list[float]], count: int, what: str = "calibration") -> list[float]:
+    """Measure so many values on each rank and add them up; where one rank fails, all do, and say that this did."""
     if rank_count() == 1:
         return measure()
     failure, values = None, [0.0] * count
@@ -36,7 +41,7 @@ def sum_over_ranks(measure: Callable[[], list[float]], count: int) -> list[float
     if failure is not None:
         raise failure
     if failed:
-        raise RuntimeError(f"calibration failed on {failed:.0f} other rank{'' if failed == 1 else 's'}")
+        raise RuntimeError(f"{what} failed on {failed:.0f} other rank{'' if failed == 1 else 's'}")
     return sums
 
 

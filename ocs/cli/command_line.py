@@ -61,7 +61,8 @@ def _run(args: argparse.Namespace) -> int:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr if args.json else sys.stdout):
             _warn_in_lines()  # and what a model prints stays out of the JSON
             result = args.run(args, notes)
-        print(json.dumps(plain(result.values | {"notes": notes.lines}), indent=1) if args.json else result.text)
+        if result is not None:
+            print(json.dumps(plain(result.values | {"notes": notes.lines}), indent=1) if args.json else result.text)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _failed(args, "interrupted; files are as they were", INTERRUPTED)
@@ -152,6 +153,12 @@ def _inspect(parser: _Parser) -> None:
 def _quantize(parser: _Parser) -> None:
     _add_model(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="write the quantized model, a safetensors file")
+    parser.add_argument(
+        "--stream", action="store_true",
+        help="for models larger than memory: a layer at a time, from hf:FOLDER or --weights into the folder -o, and on"
+        " where it was stopped; torchrun shares the layers",
+    )  # fmt: skip
+    parser.add_argument("--shard-size", type=_count, metavar="BYTES", help="of a file that --stream writes, at most")
     parser.add_argument("--report", metavar="FILE", help="write the report: a page (.html) or JSON (.json)")
     parser.add_argument(
         "--calibration", dest="calibration_data", metavar="PATH",

@@ -3,11 +3,14 @@
 import argparse
 import os
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from ocs.calibration.ranks import own_rank
 from ocs.cli.files import (
     check_output,
     is_quantized,
@@ -19,7 +22,7 @@ from ocs.cli.files import (
 )
 from ocs.cli.input_form import InputForm
 from ocs.cli.inputs import Batches, holds_arrays, random_batch, shape_text, with_shape
-from ocs.cli.models import FORMS, RANDOM, Loaded, is_model, load_model
+from ocs.cli.models import FORMS, RANDOM, Loaded, is_model, load_model, without_values
 from ocs.cli.options import chosen_options
 from ocs.cli.outliers import outliers_of, outliers_text
 from ocs.cli.say import Notes, Result, UsageError
@@ -27,6 +30,7 @@ from ocs.quantization import quantize
 from ocs.report.words import size
 from ocs.runtime.compare import compare
 from ocs.runtime.export import export
+from ocs.stream.execute import quantize_file
 from ocs.tune.synthesize import synthesize
 
 
@@ -37,8 +41,12 @@ def run_inspect(args: argparse.Namespace, notes: Notes) -> Result:
     return Result(outliers_text(found, args.top), {"model": args.model, **found.to_dict()})
 
 
-def run_quantize(args: argparse.Namespace, notes: Notes) -> Result:
+def run_quantize(args: argparse.Namespace, notes: Notes) -> Result | None:
     """Quantize a model, and write it and its report."""
+    if args.stream:
+        return _streamed(args)
+    if args.shard_size is not None:
+        raise UsageError("--shard-size is for --stream, which writes several files")
     check_output(args.output, "-o", inputs=(args.weights, args.calibration_data))
     check_output(args.report, "--report", (".html", ".json"), (args.weights, args.output))
     if args.report and args.output and os.path.realpath(args.report) == os.path.realpath(args.output):
@@ -61,6 +69,29 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result:
     values = {"model": args.model, "output": args.output, "report_file": args.report, **report.to_dict()}
     written = [f"{path}: {_size(path)}" for path in (args.output, args.report) if path]
     return Result("\n".join([str(report), *written]), values)
+
+
+def _streamed(args: argparse.Namespace) -> Result | None:
+    """Quantize a model from files to files; of ranks that torchrun started, the first has the result."""
+    if not args.output:
+        raise UsageError("--stream needs -o FOLDER")
+    if args.calibration_data or args.synthesize:
+        raise UsageError("--stream holds a layer at a time, which sees no inputs: leave --calibration and --synthesize")
+    check_output(args.report, "--report", (".html", ".json"), (args.weights,))
+    model = without_values(args.model, args.weights)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():  # as torchrun sets it
+        dist.init_process_group("gloo")
+    options, usual = chosen_options(args), signature(quantize).parameters
+    given = {name: value for name, value in options.items() if name == "progress" or value != usual[name].default}
+    if args.shard_size is not None:
+        given["shard_size"] = args.shard_size
+    report = quantize_file(model, args.output, weights=args.weights, **given)
+    if own_rank() > 0:
+        return None
+    if args.report:
+        report.save(args.report)
+    values = {"model": args.model, "output": args.output, "report_file": args.report, **report.to_dict()}
+    return Result(f"{report}\n{args.output}: {report.file_bytes / 1e6:.3g} MB", values)
 
 
 def run_compare(args: argparse.Namespace, notes: Notes) -> Result:

@@ -51,7 +51,7 @@ def is_quantized(path: str) -> bool:
 def load_quantized(path: str, model: str | None) -> Loaded:
     """Load a quantized file into the MODEL that the user or the file names."""
     said = made_of(path)
-    architecture = load_model(model or model_of(path), RANDOM, _Silent())
+    architecture = load_model(model or model_of(path), RANDOM, Notes(shown=False))
     module, form = load(path, architecture.module), architecture.form
     return Loaded(architecture.model, module.eval(), form, str(said.get("weights", "")))
 
@@ -85,13 +85,6 @@ def onnx_model(path: str) -> Callable[..., Any]:
         return [torch.from_numpy(each) for each in found]
 
     return run
-
-
-class _Silent(Notes):
-    """Keep quiet of the architecture's own weights, which the file's replace."""
-
-    def add(self, line: str) -> None:
-        """Say nothing."""
 
 
 # --- What commands write ----------------------------------------------------------------------------------------------

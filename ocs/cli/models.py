@@ -67,6 +67,18 @@ def load_model(model: str, weights: str | None, notes: Notes) -> Loaded:
     return Loaded(model, module.eval(), form or guessed_form(module), origin)
 
 
+def without_values(model: str, weights: str | None) -> nn.Module | str:
+    """Build a MODEL whose weights stay in files, on the meta device; of transformers' it is the folder."""
+    kind, _, name = model.partition(":")
+    if kind == "hf":
+        _needed("transformers", lambda: _beside_torchvision("transformers"))
+        return name
+    if weights in (None, PRETRAINED):
+        raise UsageError(f"{model} --stream: say where its weights are: --weights, a safetensors file or a folder")
+    with torch.device("meta"):
+        return load_model(model, RANDOM, Notes(shown=False)).module
+
+
 Made = tuple[nn.Module, InputForm | None, str]
 
 

@@ -22,10 +22,11 @@ class Notes:
     """What a user should know beside the result: one line each on stderr, and all of them in the JSON."""
 
     lines: list[str] = field(default_factory=list)
+    shown: bool = True
 
     def add(self, line: str) -> None:
         """Say it, once."""
-        if line not in self.lines:
+        if self.shown and line not in self.lines:
             self.lines.append(line)
             print(f"ocs: note: {line}", file=sys.stderr)
 

@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 
 class Shards:
     """Open safetensors files with one set of names, as one of them looks."""
@@ -22,6 +24,10 @@ class Shards:
             raise ValueError("the files are of different models")
         return first
 
+    def quantized(self) -> bool:
+        """Tell whether one of the files holds a quantized model."""
+        return any("ocs" in (file.metadata() or {}) for file in self._files)
+
     def keys(self) -> Collection[str]:
         """Name all tensors."""
         return self._of.keys()
@@ -33,6 +39,11 @@ class Shards:
     def get_tensor(self, name: str) -> Any:
         """Read a tensor."""
         return self._of[name].get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Tell the dtype of a tensor without reading it."""
+        found = self.get_slice(name)
+        return (found[:0] if found.get_shape() else self.get_tensor(name)).dtype
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.pretrained import refused_slots
 from ocs.formats.reader import RANGES, Reader
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
+from ocs.formats.shards import open_shards
+from ocs.formats.source import weight_files
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
 from ocs.model.wrappers import named_modules, unwrapped
@@ -73,20 +75,34 @@ def stored(model: nn.Module, progress: bool | None = False) -> tuple[dict[str, T
         raise ValueError(f"{type(model).__name__} has no quantized layer: call ocs.quantize first, or use torch.save")
     if "" in layers:
         raise ValueError(f"model is itself a {type(model).__name__}, which ocs.load could not put in place: wrap it")
-    tensors = {entry.name: _as_stored(entry) for entry in entries_of(model, {})}
-    tied = tied_layers(layers)
+    tensors = {entry.name: as_stored(entry) for entry in entries_of(model, {})}
+    packed, header = stored_layers(layers, progress)
+    header["batch_norms"] = [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)]
+    tensors |= packed
+    return tensors, sealed(header, {name: crc32(tensor) for name, tensor in tensors.items()})
+
+
+def stored_layers(
+    layers: Mapping[str, QuantizedLayer], progress: bool | None = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give what a file holds of these layers beside what stays float in them, and what its header says of them."""
+    tensors, tied = {}, tied_layers(layers)
     for name, layer in with_progress(layers.items(), "save", progress):
         tensors.update(_packed(name, layer, [] if name in tied else [*layer.channels]))
     header = {
         "format": _format(layers, tied),
         "ocs": _version(),
         "layers": {n: describe(layer) | ({"tied": tied[n]} if n in tied else {}) for n, layer in layers.items()},
-        "batch_norms": [name for name, module in named_modules(model) if isinstance(module, FoldedBatchNorm)],
+        "batch_norms": [],
         **{f"{what}s": _ranges(layers, what) for what in RANGES},
-        "tensors": {name: crc32(tensor) for name, tensor in tensors.items()},
     }
-    text = json.dumps(header)
-    return tensors, {"ocs": text, "crc32": str(zlib.crc32(text.encode()))}
+    return tensors, header
+
+
+def sealed(header: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, str]:
+    """Make a file's metadata of its header and of the CRC-32 of each tensor."""
+    text = json.dumps({**header, "tensors": sums})
+    return {"ocs": text, "crc32": str(zlib.crc32(text.encode()))}
 
 
 def _format(layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> int:
@@ -120,7 +136,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _as_stored(entry: Entry) -> Tensor:
+def as_stored(entry: Entry) -> Tensor:
     """Copy a tensor to the CPU, into memory of its own; refuse one that a file cannot hold."""
     tensor = entry.tensor
     if nn.parameter.is_lazy(tensor) or tensor.is_meta:
@@ -136,13 +152,14 @@ def _as_stored(entry: Entry) -> Tensor:
 
 
 def _packed(name: str, layer: QuantizedLayer, weights: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Give what a file holds of these weights of a layer, and of its input."""
+    """Give what a file holds of these weights of a layer, and of its input; of those on the meta device, shapes."""
     for weight in weights:
         ints_name, scale_name, source_name = (full_name(name, buffer) for buffer in weight_buffers(weight))
-        ints, scale, _ = (tensor.cpu() for tensor in layer.weight_state(weight))
-        yield ints_name, torch.ops.ocs.pack(ints, layer.bits)
-        yield scale_name, scale.clone()
-        yield source_name, layer.copies(weight).to("cpu", torch.int32, copy=True)
+        ints, scale, _ = layer.weight_state(weight)
+        device = "meta" if ints.is_meta else "cpu"
+        yield ints_name, torch.ops.ocs.pack(ints.to(device), layer.bits)
+        yield scale_name, scale.to(device, copy=True)
+        yield source_name, layer.copies(weight).to(device, torch.int32, copy=True)
     for buffer in calibrated_buffers(layer.input_grid):
         tensor = layer.input_copies().int() if buffer == "input_source" else layer.input_scale
         yield full_name(name, buffer), tensor.to("cpu", copy=True)
@@ -187,7 +204,7 @@ def load(
     """Turn a float model into the quantized one that was saved to `path`, in place, and return it.
 
     Args:
-        path: a file that ocs.save wrote.
+        path: a file that ocs.save wrote, or a folder that ocs.quantize_file wrote.
         model: the float architecture; its weights may be random, or on the meta device. Parameters keep their dtype and
             device, quantized layers those of the layer that they replace; meta tensors become CPU tensors, but for
             non-persistent buffers, which no file holds.
@@ -201,11 +218,10 @@ def load(
     """
     safetensors = _safetensors()
     check_order("ocs.load(path, model)", model, path)
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path}: it is a folder")
+    files = weight_files(path)
     with error_context(str(path)), torch.inference_mode(False), torch.no_grad():
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
+            with open_shards(files) as file:
                 reader, inside = Reader(file), unwrapped(model)
                 floats = float_replacements(reader, inside)
                 replacements = floats | quantized_replacements(reader, inside, floats, packed, progress)

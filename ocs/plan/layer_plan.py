@@ -29,6 +29,7 @@ class LayerPlan:
     input_mean: HasMean | None = None  # what is known of its input, where a recipe asked
     norm_folded: nn.Module | None = None  # what stands for the target's module once a BatchNorm is folded into it
     splits: Mapping[str, int] | None = None  # of each weight, in each group; None is what r says
+    shell: nn.Module | None = None  # where its weights are read for a while: the layer without them
 
     @property
     def name(self) -> str:
@@ -39,6 +40,11 @@ class LayerPlan:
     def module(self) -> nn.Module:
         """The float layer that is quantized."""
         return self.target.layer if self.norm_folded is None else self.norm_folded
+
+    @property
+    def like(self) -> nn.Module:
+        """The float layer whose dtype counts: weights that are read for a while are in another."""
+        return self.module if self.shell is None else self.shell
 
     @property
     def kind(self) -> type[QuantizedLayer]:

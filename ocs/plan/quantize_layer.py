@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
+from ocs.kernels.constants import qmax
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.embedding import share_tied
 from ocs.nn.input import InputGrid, QuantizedInput
@@ -24,12 +25,13 @@ from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
 from ocs.weight.apply_plan import quantize_plan
+from ocs.weight.blocks import count_blocks
 from ocs.weight.error import remaining_error
 from ocs.weight.hessian import Hessian
 from ocs.weight.plan import splits_for
 from ocs.weight.selection import choose_splits
 from ocs.weight.threshold import scale_for
-from ocs.weight.types import Quantization, Scheme, SplitPlan
+from ocs.weight.types import Quantization, QuantizedWeight, Scheme, SplitPlan
 
 
 class Measured(NamedTuple):
@@ -90,9 +92,7 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
             weights.append(quantizer.quantize_weight(name, options, plan.splits))
     quantized = {each.name: each.quantization.quantized for each in weights}
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
-    group = options.group if options.granularity == "group" else 0
-    replacement = plan.kind(plan.module, quantized, options.wbits, options.expand, grid, group)
-    replacement.settings = options.shown
+    replacement = _replacement(plan, quantized, options, grid)
     if grid is not None and facts.statistics is not None and not plan.rounds_rows:
         replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
         replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
@@ -209,10 +209,52 @@ class LayerQuantizer:
         return 1 + weight.groups * splits
 
 
+def _replacement(
+    plan: LayerPlan, quantized: Mapping[str, QuantizedWeight], options: LayerOptions, grid: QuantizedInput | None
+) -> QuantizedLayer:
+    """Make what replaces a layer; of one without weights a shell: it holds integers, and no floats to compute with."""
+    held = quantized
+    if plan.shell is not None:
+        held = {name: QuantizedWeight(*(part.to("meta") for part in each)) for name, each in quantized.items()}
+    group = options.group if options.granularity == "group" else 0
+    layer = plan.kind(plan.like, held, options.wbits, options.expand, grid, group)
+    layer.settings = options.shown
+    for name, (ints, scale, source, _) in quantized.items() if plan.shell is not None else ():
+        layer.hold(name, ints, scale, source)
+    return layer
+
+
+def foretold(plan: LayerPlan) -> QuantizedLayer:
+    """Make what will replace a layer, on the meta device: shapes follow from its options, where no inputs tell more."""
+    options, held = plan.options, {}
+    if plan.target.reason_folded:
+        options = replace(options, expand=False)
+    for weight in weights_of(plan.like):
+        n, C = splits_for(options.r, weight.channels, weight.groups), weight.channels
+        scales = {
+            "tensor": [],
+            "channel": [weight.outputs],
+            "group": [weight.outputs, count_blocks(C, n, options.group)],
+        }
+        ints = torch.empty(weight.outputs, C + n, *weight.tensor.shape[2:], dtype=torch.int8, device="meta")
+        scale = torch.empty(scales[options.granularity], dtype=torch.float32, device="meta")
+        source = torch.empty(weight.groups * (C + n), dtype=torch.int64, device="meta")
+        held[weight.name] = QuantizedWeight(ints, scale, source, scale)
+    return _replacement(plan, held, options, quantize_input(plan, None) if plan.quantizes_input else None)
+
+
 def check_range(layer: QuantizedLayer) -> None:
     """Refuse weights that the layer's dtype cannot hold once they are rounded: up, or copies added up."""
     for name in layer.channels:
         weight = layer._buffers[layer.forward_buffer(name)]
+        _, scale, source = layer.weight_state(name)
+        most = (
+            qmax(layer.bits) * float(scale.amax()) * int(source.bincount(minlength=1).amax()) if scale.numel() else 0.0
+        )
+        if most < torch.finfo(weight.dtype).max / 2:  # as always but in float16
+            continue
+        if weight.is_meta:  # of a shell
+            weight = layer.forward_weight(name).to(weight.dtype)
         if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
             raise ValueError(
                 f"{name} rounded to {layer.bits} bits leaves what {weight.dtype} holds: scale the layer down, use more"

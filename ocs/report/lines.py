@@ -57,7 +57,7 @@ def _quantized_weight(result: LayerResult, weight: WeightResult, w: Tensor) -> L
     sources, of_input = replacement.copies(weight.name).tolist(), _quantized_input(replacement)
     numbers_of_input = len(of_input.get("act_sources", ())) + ("act_scale" in of_input)
     first = not (plan.target.tied_to and not plan.kind.opt_in)  # what is held once counts once, for the embedding
-    shown = _float_weight(plan, weight.name, float_weight(plan.module, weight.name))
+    shown = _float_weight(plan, weight.name, float_weight(plan.like, weight.name))
     return LayerReport(
         **shown | {"float_bytes": shown["float_bytes"] * first},
         bits=options.wbits,

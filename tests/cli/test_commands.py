@@ -105,6 +105,32 @@ def test_what_needs_inputs_says_how_they_are_given_here(capsys: pytest.CaptureFi
     assert error.endswith("(here --calibration PATH, or --synthesize N without data)\n")
 
 
+def test_quantize_a_layer_at_a_time(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(small_net().state_dict(), "w.safetensors")
+    options = (MODEL, "--weights", "w.safetensors", "--wbits", "4", "--r", "0.1")
+    whole = run("quantize", *options, "-o", "q.safetensors")
+    found = run("quantize", *options, "--stream", "-o", "q", "--report", "r.json", "--shard-size", "400")
+    assert found["settings"] == whole["settings"]
+    assert found["totals"]["packed_bytes"] == whole["totals"]["packed_bytes"]
+    assert json.loads(Path("r.json").read_text())["totals"]["seconds"] == found["totals"]["seconds"]
+    assert len([*Path("q").glob("model-*.safetensors")]) > 1
+    x = torch.randn(2, 3, 16, 16)
+    expected = ocs.load("q.safetensors", small_net())(x)
+    assert torch.equal(ocs.load("q", small_net())(x), expected)
+    for wrong, says in (
+        ((*options, "--stream"), "--stream needs -o FOLDER"),
+        ((MODEL, "--stream", "-o", "a"), f"{MODEL} --stream: say where its weights are"),
+        ((*options, "--stream", "-o", "a", "--synthesize", "4"), "leave --calibration and --synthesize"),
+        ((*options, "--shard-size", "4"), "--shard-size is for --stream"),
+    ):
+        assert main(["quantize", *wrong]) == 2
+        assert says in capsys.readouterr().err
+    assert main(["quantize", *options, "--stream", "-o", "q"]) == 1
+    assert "q: it holds a model already" in capsys.readouterr().err
+    assert main(["quantize", *options, "--stream", "-o", "b", "--fold-bn"]) == 1
+    assert "fold_bn=True needs the whole model in memory" in capsys.readouterr().err
+
+
 def test_an_existing_file_is_kept_where_it_is_read_or_the_report_fails(capsys: pytest.CaptureFixture[str]) -> None:
     save_file(small_net().state_dict(), "w.safetensors")
     before = Path("w.safetensors").read_bytes()

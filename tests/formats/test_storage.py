@@ -219,7 +219,8 @@ def test_what_is_no_model_or_no_file(saved: tuple[nn.Module, Path]) -> None:
         ocs.save({}, saved[1])
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, not dict"):
         ocs.load(saved[1], {})
-    for call in (lambda: ocs.save(saved[0], saved[1].parent), lambda: ocs.load(saved[1].parent, fresh())):
+    (saved[1].parent / "folder").mkdir()
+    for call in (lambda: ocs.save(saved[0], saved[1].parent), lambda: ocs.load(saved[1].parent / "folder", fresh())):
         with pytest.raises(IsADirectoryError, match="it is a folder"):
             call()
 

@@ -1,0 +1,1 @@
+"""Models that memory does not hold: quantized from files to files."""

@@ -1,0 +1,483 @@
+"""ocs.quantize_file: the result of quantize and save, of files that memory never holds, however often it is stopped."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Everything, header_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ocs
+from ocs.formats.source import INDEX
+from ocs.stream import execute as stream
+from ocs.stream.execute import WORK
+
+OPTIONS = {"wbits": 4, "r": 0.1}
+SHARDS = 3000  # bytes
+
+
+def everything() -> Everything:
+    torch.manual_seed(0)
+    return Everything().eval()
+
+
+def on_meta() -> nn.Module:
+    """Everything without values, tied as it is; what it makes of arrays is left out."""
+    model = everything()
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    memo = {
+        key: nn.Parameter(tensor.to("meta"), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to("meta")
+        for key, tensor in tensors.items()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def write_files(model: nn.Module, folder: Path, count: int = 3) -> Path:
+    """Write a model as Hugging Face does: each tensor once, in several files with an index."""
+    folder.mkdir(exist_ok=True)
+    once = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    where = {}
+    for i, (name, _) in enumerate(once.values()):
+        where[name] = f"model-{i % count}.safetensors"
+    for file in set(where.values()):
+        save_file({n: t.detach().clone() for n, t in once.values() if where[n] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    return write_files(everything(), tmp_path / "float")
+
+
+def run(files: Path, out: Path, **options: Any) -> ocs.Report:
+    return ocs.quantize_file(on_meta(), out, weights=files, **{"shard_size": SHARDS, **OPTIONS, **options})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: each for path in folder.glob("*.safetensors") for name, each in load_file(path).items()}
+
+
+def lines_of(report: ocs.Report) -> list[dict[str, Any]]:
+    """What a report says of each weight, of several scales the ends."""
+    ends = lambda x: [min(x), max(x)] if isinstance(x, list) and x else x  # noqa: E731
+    lines = report.to_dict()["layers"]
+    return [line | {name: ends(line[name]) for name in ("scale", "threshold")} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"recipe": "best", "embeddings": True, "skip": None},
+        {"granularity": "group", "group": 32, "split": "even", "expand": False},
+        {"abits": 8, "act_scale": "dynamic", "skip": ["net.*", "up"], "overrides": {"lstm": {"wbits": 7}}},
+    ],
+    ids=["paper", "best", "groups", "dynamic"],
+)
+def test_the_result_is_that_of_the_whole_model(files: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    model, meta = everything(), on_meta()
+    before = repr(meta), [id(each) for each in [*meta.modules(), *meta.parameters(), *meta.buffers()]]
+    report = ocs.quantize_file(meta, tmp_path / "out", weights=files, shard_size=SHARDS, **OPTIONS | options)
+    assert before == (repr(meta), [id(each) for each in [*meta.modules(), *meta.parameters(), *meta.buffers()]])
+    whole = ocs.quantize(model, **OPTIONS | options)
+    ocs.save(model, tmp_path / "saved")
+    saved, found = load_file(tmp_path / "saved"), tensors_of(tmp_path / "out")
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(each, found[name]) and each.dtype == found[name].dtype for name, each in saved.items())
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert all(header_of(path) == header_of(tmp_path / "saved") for path in shards)
+    assert all(path.stat().st_size - SHARDS < 40_000 for path in shards)  # the header comes besides
+    assert lines_of(report) == lines_of(whole)
+    assert report.settings == whole.settings
+    for name in ("model_bytes", "weight_bytes", "float_weight_bytes", "packed_bytes"):
+        assert getattr(report, name) == getattr(whole, name)
+    assert report.file_bytes == sum(path.stat().st_size for path in shards)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_load_reads_the_folder(files: Path, tmp_path: Path, packed: bool) -> None:
+    run(files, tmp_path / "out")
+    model, images = everything(), Everything.inputs()
+    ocs.quantize(model, **OPTIONS)
+    ocs.save(model, tmp_path / "saved")
+    found = ocs.load(tmp_path / "out", everything(), packed=packed)
+    expected = ocs.load(tmp_path / "saved", everything(), packed=packed)
+    assert all(torch.equal(a, b) for a, b in zip(found(*images), expected(*images), strict=True))
+
+
+def test_one_file_has_no_index_and_one_file_is_read(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4, bias=False)).to(torch.bfloat16)
+    save_file(net.state_dict(), tmp_path / "any.safetensors")
+    with torch.device("meta"):
+        meta = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4, bias=False)).to(torch.bfloat16)
+    ocs.quantize_file(meta, tmp_path / "out", weights=tmp_path / "any.safetensors", wbits=3)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    ocs.quantize(net, wbits=3)
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    assert torch.equal(ocs.load(tmp_path / "out", copy.deepcopy(meta))(x), net(x))
+
+
+def test_weights_have_the_dtype_of_the_model(tmp_path: Path) -> None:
+    """As load_state_dict casts them: once to float16, and that is quantized."""
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Linear(40, 40), nn.Embedding(10, 4), nn.LayerNorm(40))  # noqa: E731
+    save_file(make().state_dict(), tmp_path / "model.safetensors")
+    model = make().half()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    ocs.quantize(model, wbits=8, granularity="channel")
+    ocs.save(model, tmp_path / "saved")
+    with torch.device("meta"):
+        meta = make().half()
+    ocs.quantize_file(meta, tmp_path / "out", weights=tmp_path, wbits=8, granularity="channel")
+    saved, found = load_file(tmp_path / "saved"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(each, found[name]) and each.dtype == found[name].dtype for name, each in saved.items())
+
+
+# --- Stopped, and called again ----------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, os.environ["TESTS"])
+from pathlib import Path
+from test_stream import WORK, run
+from ocs.stream import execute as stream
+from ocs.formats.layout import Layout
+
+def killing(function, calls):
+    def kills(*args, **kwargs):
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return kills
+
+files, folder = Path(sys.argv[1]), Path(sys.argv[2])
+run(files, folder.with_name("alone"))
+places = [(stream, "_made", 1), (stream, "_made", 4), (Layout, "write", 7), (stream, "_read_units", 1),
+          (Layout, "finish", 2), (Layout, "write_index", 1), (stream.shutil, "rmtree", 2)]
+for owner, name, calls in places:
+    child = os.fork()
+    if child == 0:
+        setattr(owner, name, killing(getattr(owner, name), calls))
+        run(files, folder)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, name
+    shards = [path.name for path in folder.glob("*.safetensors")]
+    print(name, sum(path.suffix == ".json" for path in (folder / WORK).iterdir()), len(shards))
+os._exit(0)
+"""
+
+
+def test_killed_at_any_time_it_goes_on(files: Path, tmp_path: Path) -> None:
+    env = os.environ | {"TESTS": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, str(files), str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()]
+    made, shards = [int(each[1]) for each in told], [int(each[2]) for each in told]
+    assert made[:3] == [1, 4, 10]  # the record, and what each had made on top of what it found
+    assert shards[:4] == [0] * 4  # none under its name before all is there
+    assert shards[4:] == [1, 4, 4]  # of four, then without an index, then with it
+    made_again = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_made", lambda *args: made_again.append(args))
+        run(files, tmp_path / "out")
+    assert not made_again
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+class StoppedError(Exception):
+    """Raised on the way."""
+
+
+def stopped(files: Path, out: Path, units: int = 3, **options: Any) -> None:
+    """Quantize so many units and stop."""
+    made, calls = stream._made, []
+
+    def stops(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > units:
+            raise StoppedError
+        return made(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_made", stops)
+        with pytest.raises(StoppedError):
+            run(files, out, **options)
+
+
+def test_it_goes_on_with_the_same_alone(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped(files, out)
+    before = contents(out / WORK)
+    for options, says in (
+        ({"wbits": 5}, "other options: wbits 4, now 5"),
+        ({"skip": None}, "other options: skip"),
+        ({"overrides": {"cell": {"wbits": 8}}}, "other options: overrides"),
+        ({"shard_size": 7000}, "other places: "),
+    ):
+        with pytest.raises(ValueError, match=f"out: what is unfinished there was begun with {says}.*remove .*{WORK}"):
+            run(files, out, **options)
+    os.utime(files / "model-1.safetensors", (0, 0))
+    with pytest.raises(ValueError, match=r"other files: model-1\.safetensors"):
+        run(files, out)
+    assert contents(out / WORK) == before
+
+
+def test_what_was_damaged_meanwhile_is_made_again(files: Path, tmp_path: Path) -> None:
+    """Where the machine stopped, not only the process."""
+    out = tmp_path / "out"
+    stopped(files, out, units=6)
+    (out / WORK / "unit-00002.json").write_text("")
+    shard = next(path for path in sorted((out / WORK).glob("*.safetensors")) if path.read_bytes().strip(b"\0"))
+    data = shard.read_bytes()
+    shard.write_bytes(bytes(len(data)))
+    run(files, out)
+    run(files, tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_full_disk_is_an_error_and_no_end(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, write, calls = tmp_path / "out", os.pwrite, []
+
+    def full(*args: Any) -> int:
+        calls.append(args)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*model-0000\d-of-0000\d\.safetensors'"):
+            run(files, out)
+    assert not [*out.glob("*.safetensors")]
+    run(files, out)
+    run(files, tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 99))
+        with pytest.raises(OSError, match=r"GB are to be written, the disk has 9\.9e-08 GB left"):
+            run(files, tmp_path / "other")
+
+
+# --- Several ranks ----------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_share_the_layers(files: Path, tmp_path: Path) -> None:
+    """What torchrun starts, on the command line; the result is that of one process."""
+    run(files, tmp_path / "alone")
+    net = (
+        "import torch, test_stream\ndef make():\n    with torch.device('cpu'):\n        return test_stream.on_meta()\n"
+    )
+    (tmp_path / "nets.py").write_text(net)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "ocs"]
+    options = ["--weights", str(files), "--stream", "-o", "out", "--wbits", "4", "--r", "0.1", "--json"]
+    options += ["--shard-size", str(SHARDS)]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "quantize", "nets:make", *options], env=env, cwd=tmp_path, check=False,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["totals"]["quantized_layers"] == 9  # of one of them
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert len(contents(tmp_path / "out")) == 5
+
+
+def test_work_is_shared_evenly_whoever_is_there() -> None:
+    sizes = [100, 1, 1, 50, 50, 3]
+    for ranks in (1, 2, 3, 7):
+        shared = stream._shared(sizes, ranks)
+        loads = [sum(size for size, rank in zip(sizes, shared, strict=True) if rank == each) for each in range(ranks)]
+        assert sum(loads) == sum(sizes)
+        assert max(loads) <= sum(sizes) / ranks + max(sizes)
+    assert set(stream._shared(sizes, 2)) == {0, 1}
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import json, struct, sys, torch, ocs
+from pathlib import Path
+from torch import nn
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+folder, layers, size = Path(sys.argv[1]), 40, 2048 * 2048
+with torch.device("meta"):
+    net = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(layers))).bfloat16()
+header = {f"{i}.weight": {"dtype": "BF16", "shape": [2048, 2048], "data_offsets": [2 * size * i, 2 * size * (i + 1)]}
+          for i in range(layers)}
+text = json.dumps(header).encode()
+text += b" " * (-len(text) % 8)
+with open(folder / "model.safetensors", "wb") as file:  # zeros that take no room
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.truncate(8 + len(text) + 2 * size * layers)
+before = status("VmRSS")
+ocs.quantize_file(net, folder / "out", weights=folder, wbits=4, r=0.01)
+print(status("VmHWM") - before, 2 * size, 2 * size * layers)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_holds_one_layer(tmp_path: Path) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], env=env, check=True, capture_output=True)
+    peak, layer, model = map(int, done.stdout.split())
+    assert peak < 2 * layer + 500e6
+    assert peak < 0.5 * model  # no bound that any model would keep
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+def without(files: Path, name: str) -> None:
+    change(files, lambda tensors: {key: each for key, each in tensors.items() if key != name})
+
+
+def change(files: Path, changed: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
+    for path in files.glob("*.safetensors"):
+        save_file(dict(changed(load_file(path))), path)
+
+
+def with_tensor(name: str, tensor: Tensor) -> Callable[[Path], None]:
+    return lambda files: change(files, lambda tensors: {n: tensor if n == name else t for n, t in tensors.items()})
+
+
+def added(files: Path) -> None:
+    path = files / "model-0.safetensors"
+    save_file(load_file(path) | {"more.weight": torch.zeros(2)}, path)
+
+
+def twice(files: Path) -> None:
+    tensors = load_file(files / "model-0.safetensors") | load_file(files / "model-1.safetensors")
+    save_file(tensors, files / "model-1.safetensors")
+
+
+def with_index(text: str) -> Callable[[Path], Any]:
+    return lambda files: (files / INDEX).write_text(text)
+
+
+def truncated(files: Path) -> None:
+    path = files / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def quantized(files: Path) -> None:
+    model = everything()
+    ocs.quantize(model)
+    (files / INDEX).unlink()
+    ocs.save(model, files / "model.safetensors")
+
+
+WRONG = {
+    "missing": (lambda files: without(files, "net.stem.bias"), r"it is of another model: it has no net\.stem\.bias$"),
+    "one more": (added, r"it is of another model: it has besides more\.weight$"),
+    "shape": (with_tensor("lstm.weight_hh_l0", torch.zeros(48, 13)), r"lstm\.weight_hh_l0 is \[48, 13\], .*\[48, 12\]"),
+    "dtype": (with_tensor("steps", torch.tensor(7.0)), r"steps is torch\.float32, the model has torch\.int64"),
+    "twice": (twice, "two of the files have a tensor of the same name"),
+    "half": (truncated, "it is no complete safetensors file"),
+    "quantized": (quantized, "it holds a quantized model"),
+    "no file": (lambda files: (files / "model-2.safetensors").unlink(), r"model-2\.safetensors: there is no such file"),
+    "no JSON": (with_index("{"), "it is no index"),
+    "no map": (with_index('{"weight_map": [1]}'), "it is no index"),
+    "elsewhere": (with_index('{"weight_map": {"a": "../model-0.safetensors"}}'), "it is no index"),
+    "nothing": (shutil.rmtree, "there is no such file or folder"),
+    "no weights": (lambda files: (files / INDEX).unlink(), "it is a folder, in which there is neither"),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), WRONG.values(), ids=WRONG)
+def test_files_that_do_not_fit_are_refused_before_any_work(
+    files: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    damage(files)
+    with pytest.raises((ValueError, OSError), match=says):
+        run(files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED = {
+    "calibration": ({"calibration": [torch.zeros(1)]}, ValueError, r"calibration=.* needs the whole model in memory"),
+    "folding": (
+        {"fold_bn": True},
+        ValueError,
+        "fold_bn=True needs the whole model in memory.*ocs.quantize and ocs.save",
+    ),
+    "equalize": ({"equalize": True}, ValueError, "equalize=True needs the whole model"),
+    "allocate": ({"allocate": "knapsack"}, ValueError, "allocate=knapsack needs the whole model"),
+    "budget": ({"wbits": "auto", "budget": 10**6}, ValueError, "budget=1000000 needs the whole model"),
+    "automatic": ({"wbits": "auto"}, ValueError, 'wbits="auto" is not for quantize_file'),
+    "inputs": ({"abits": 8}, ValueError, r"abits=8 with act_scale='static' is not for quantize_file, .*'dynamic'"),
+    "gptq": (
+        {"overrides": {"cell": {"rounding": "gptq"}}},
+        ValueError,
+        "cell: rounding='gptq' is not for quantize_file",
+    ),
+    "bias": ({"correct_bias": True}, ValueError, "net.body.0: correct_bias=True is not for quantize_file"),
+    "function": ({"select": lambda w, n: range(n)}, ValueError, "a function as select is not for quantize_file"),
+    "range": ({"wbits": 1}, ValueError, "wbits=1: use an integer from 2 to 8"),
+    "pattern": ({"overrides": {"nowhere": {}}}, ValueError, "nowhere"),
+    "unknown": ({"bits": 4}, TypeError, "quantize_file has no option 'bits': the nearest is wbits"),
+    "size": ({"shard_size": 0}, ValueError, "shard_size=0: use a positive integer"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "says"), REFUSED.values(), ids=REFUSED)
+def test_options_that_need_more_are_refused(
+    files: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        run(files, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_and_folders_that_cannot_be(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"net\.stem\.weight: it holds values: build the model on the meta device"):
+        ocs.quantize_file(everything(), tmp_path / "out", weights=files)
+    net = nn.Sequential(nn.LazyLinear(2, bias=False, device="meta"))
+    save_file({"0.weight": torch.zeros(2, 2)}, tmp_path / "lazy")
+    with pytest.raises(ValueError, match=r"0\.weight: it is of a lazy layer"):
+        ocs.quantize_file(net, tmp_path / "out", weights=tmp_path / "lazy")
+    with pytest.raises(TypeError, match=r"weights=\.\.\.\): say where the weights are"):
+        ocs.quantize_file(on_meta(), tmp_path / "out")
+    with pytest.raises(TypeError, match=r"is for a model that is an nn\.Module"):
+        ocs.quantize_file(files, tmp_path / "out", weights=files)
+    with pytest.raises(ValueError, match=r"it has no config\.json"):
+        ocs.quantize_file(files, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        run(files, tmp_path / "no" / "out")
+    with pytest.raises(FileExistsError, match="it holds a model already"):
+        run(files, files)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="it is no folder"):
+        run(files, tmp_path / "file")
+
+
+def test_a_weight_without_numbers_is_an_error_that_names_it(files: Path, tmp_path: Path) -> None:
+    change(files, lambda tensors: {n: t * torch.nan if n == "cell.weight_ih" else t for n, t in tensors.items()})
+    with pytest.raises(ValueError, match=r"^cell: weight_ih: .*NaN"):
+        run(files, tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("*.safetensors")]
