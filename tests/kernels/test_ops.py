@@ -37,7 +37,7 @@ NONE = torch.zeros(0)
 COPIES = torch.tensor([3, 40, 3], dtype=torch.int32)
 Q = torch.arange(37 * 44).remainder(15).sub(7).to(torch.int8).view(37, 44)  # [37, 41 + 3]
 TILES = torch.ops.ocs.product_pack(Q, 4)
-BY_OUTPUT, BY_GROUP = torch.linspace(0.05, 0.2, 37), torch.linspace(0.05, 0.2, 74).view(2, 37)
+BY_OUTPUT, BY_GROUP = torch.linspace(0.05, 0.2, 37), torch.linspace(0.05, 0.2, 96).view(3, 2, 16)
 WEIGHTS = [(TILES, scale, COPIES, 37, group, 4) for scale, group in ((SCALE, 0), (BY_OUTPUT, 0), (BY_GROUP, 32))]
 X = torch.sin(torch.arange(6.0 * 41)).view(2, 3, 41)
 ROWS = [(0, NONE, True), (8, NONE, True), (8, SCALE, True), (4, torch.tensor([0.2]), False)]
@@ -364,10 +364,10 @@ HOSTILE = [
     ("product", (X, TILES, -BY_OUTPUT, COPIES, 37, 0, 4, NONE, 0, NONE, True), "positive finite"),
     ("product", (X, TILES, BY_GROUP, COPIES, 37, 0, 4, NONE, 0, NONE, True), "scale must have"),
     ("product", (X, TILES, BY_GROUP, COPIES, 37, 64, 4, NONE, 0, NONE, True), "scale must be"),
-    ("product", (X, TILES, BY_GROUP.T, COPIES, 37, 32, 4, NONE, 0, NONE, True), "scale must be"),
+    ("product", (X, TILES, BY_GROUP.mT, COPIES, 37, 32, 4, NONE, 0, NONE, True), "scale must be"),
     ("product", (X, TILES, BY_GROUP * 0, COPIES, 37, 32, 4, NONE, 0, NONE, True), "positive finite"),
     ("product", (X, TILES, BY_GROUP, COPIES, 37, 33, 4, NONE, 0, NONE, True), "multiple of 32"),
-    ("product", (X, TILES, BY_GROUP, COPIES, 38, 32, 4, NONE, 0, NONE, True), "scale must be"),
+    ("product", (X, TILES, torch.ones(4, 2, 16), COPIES, 37, 32, 4, NONE, 0, NONE, True), "scale must be"),
     ("product", (X, TILES, SCALE, COPIES, 37, 0, 1, NONE, 0, NONE, True), "bits must be 2 to 8"),
     ("product", (X, *WEIGHTS[0], X[0, 0, :36], 0, NONE, True), "bias must be empty"),
     ("product", (X, *WEIGHTS[0], X[0, 0, :1], 0, NONE, True), "bias must be empty"),
