@@ -72,7 +72,7 @@ def check_grid(grid: InputGrid) -> None:
 
 
 class QuantizedInput(NamedTuple):
-    """The grid of a layer's input, and what calibration gave: no scale where each batch (Oracle OCS) or row has its own."""
+    """The grid of a layer's input, and what calibration gave: no scale where each batch or row has its own."""
 
     grid: InputGrid
     scale: Tensor | None = None  # float32 []

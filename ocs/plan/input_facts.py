@@ -201,7 +201,8 @@ def _check_has_effect(plans: Plans) -> None:
     if not seen and not any(each.correct_bias or each.compensated for each in options):
         raise ValueError(
             "calibration= has no effect on these options: add rounding='gptq', correct_bias=True or abits= with"
-            " act_scale='static' or act_r= to use it; batches (no ocs.Calibration) serve allocate='error' and wbits='auto', too"
+            " act_scale='static' or act_r= to use it; batches (no ocs.Calibration) serve allocate='error' and"
+            " wbits='auto', too"
         )
 
 
