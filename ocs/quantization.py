@@ -179,8 +179,8 @@ def quantize(
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
             clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
             power (after ReLU, say), and in convolutions of which nothing is known, else "nearest", as
-            for split="naive"; with abits, but for act_split="oracle", act_select="max", and but for
-            act_scale="dynamic", act_clip="mse" and, but for act_split="oracle", act_signed="auto".
+            for split="naive"; with abits, act_clip="mse" and, but for act_split="oracle", act_signed="auto"
+            and act_select="max", which alone goes with act_scale="dynamic".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
             recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate
             without data, functional.output_error, or with rounding="gptq" what calibration measured.
