@@ -55,17 +55,6 @@ def _with_rounded_rows(x: fx.Node, layer: QuantizedLayer) -> fx.Node:
     return rows_on_grid(fx.Proxy(x), layer.input_grid.bits).node
 
 
-def _parts_of_rows(body: Body, x: fx.Node, layer: QuantProduct, columns: "_Columns") -> fx.Node:
-    """Write out, in floats, the rounding of the parts of an input whose rows have their own scales."""
-    parts, bits, x = columns.parts, layer.input_grid.bits, fx.Proxy(x).float()
-    held = {"factor": parts.factor[columns.place], "shift": parts.shift[columns.place], "channel": columns.channel}
-    held["largest"] = largest_factor(parts)
-    factor, shift, channel, largest = (fx.Proxy(body.tensor(*each), x.tracer) for each in held.items())
-    scale = row_scales(x, bits, largest)
-    x = torch.index_select(x, -1, channel) * factor + shift * scale
-    return rows_on_grid(x, bits, scale).to(body.dtype).node
-
-
 class _Columns(NamedTuple):
     """What a product multiplies: the parts of its input's channels, and the integers of its weight."""
 
@@ -92,6 +81,17 @@ def _columns(layer: QuantProduct, arithmetic: Arithmetic, grid: Grid | None) -> 
         grouped = whole.unflatten(0, (groups, -1))
         whole = grouped.gather(2, index.expand(-1, grouped.shape[1], -1, *whole.shape[2:])).flatten(0, 1)
     return _Columns(parts, channel.flatten(), place.flatten(), in_columns(whole, groups, limit))
+
+
+def _parts_of_rows(body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns) -> fx.Node:
+    """Write out, in floats, the rounding of the parts of an input whose rows have their own scales."""
+    parts, bits, x = columns.parts, layer.input_grid.bits, fx.Proxy(x).float()
+    held = {"factor": parts.factor[columns.place], "shift": parts.shift[columns.place], "channel": columns.channel}
+    held["largest"] = largest_factor(parts)
+    factor, shift, channel, largest = (fx.Proxy(body.tensor(*each), x.tracer) for each in held.items())
+    scale = row_scales(x, bits, largest)
+    x = torch.index_select(x, -1, channel) * factor + shift * scale
+    return rows_on_grid(x, bits, scale).to(body.dtype).node
 
 
 def _operand(
