@@ -2,7 +2,9 @@
 # make tables   the paper's tables and those beyond it, as far as the bundled data goes, into docs/
 # make test     set up, check the style, run the tests (what CI runs)
 # make sanitize every entry of the C API under GCC's sanitizers, over hostile arguments: three minutes, mostly compiling
-# make arm      the same for 64-bit ARM, in an emulator
+# make fuzz     packed bytes and files that are mutated for ten minutes: FUZZ_SECONDS=300 of each
+# make faults   kills, full disks, interrupts, threads and hostile states, many times: half an hour
+# make arm      products for 64-bit ARM, in an emulator
 # make docs     the site, into build/site: its pages, options, C API, with every link checked
 # make cuda     models on a CUDA device, with the torch and the ocs of PYTHON=python3: tests, then timings
 # make bench    kernels, calibration and whole networks against their rivals
@@ -33,7 +35,7 @@ TEXT := --dataset bible --limit 8000 --out build/tables/lstm
 DECODER := --dataset bible --models decoder --limit 8000 --calibration 4000 --out build/tables/decoder
 VIT := --models ViT --out build/tables/vit
 
-.PHONY: demo tables test lint format sanitize arm docs cuda bench wheel dist compat clean
+.PHONY: demo tables test lint format sanitize fuzz faults arm docs cuda bench wheel dist compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out build/demo
@@ -86,10 +88,28 @@ sanitize:
 	@mkdir -p build
 	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover $(KERNEL_TEST) -o build/sanitize -lm
 	build/sanitize 5000
+	$(CC) -O1 -fsanitize=address,undefined -fno-sanitize-recover $(C_TEST) tests/c/fuzz.c -o build/packed-bytes -lm
+	build/packed-bytes 20000
 	$(CC) -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover $(HOSTILE) -o build/entries -lm
 	build/entries 3000
 	$(CC) -fsanitize=thread $(HOSTILE) -o build/entries-threads -lm
 	build/entries-threads 100 4
+
+# Inputs that found something new are kept in build/corpus, which a later run starts from.
+FUZZ_SECONDS ?= 300
+
+fuzz: $(VENV)/.test
+	@command -v clang > /dev/null || { echo "make fuzz needs clang and libFuzzer:" \
+	  "on Debian, apt-get install clang libclang-rt-dev" >&2; exit 1; }
+	@mkdir -p build/corpus
+	clang -O1 -fsanitize=fuzzer,address -mllvm -asan-instrumentation-with-call-threshold=50 -DOCS_LIBFUZZER $(C_TEST) \
+	  tests/c/fuzz.c -o build/fuzz -lm  # checks in line take minutes to compile
+	build/fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -print_final_stats=1 build/corpus
+	OCS_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q tests/formats/test_mutated_files.py
+
+faults: $(VENV)/.test
+	OCS_FAULTS=1 $(BIN)/python -m pytest -q tests/test_interrupts.py tests/test_many_threads.py tests/test_fork.py \
+	  tests/formats/test_writing_faults.py tests/nn/test_hostile_states.py
 
 ARM := aarch64-linux-gnu
 

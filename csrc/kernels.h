@@ -74,6 +74,22 @@ static inline float ocs_larger_abs(float max, float x) {
     return ocs_abs_bits(x) > ocs_abs_bits(max) ? fabsf(x) : max;
 }
 
+/* One element of error_sums, which belongs to this lane; and what the lanes add up to. */
+static inline void ocs_add_error(double lanes[5][4], int64_t lane, float w, float w_hat) {
+    const double v = w, d = (double)w_hat - v;
+    lanes[0][lane] += v * v;
+    lanes[1][lane] += v;
+    lanes[2][lane] += d * d;
+    lanes[3][lane] += d;
+    lanes[4][lane] += d * v;
+}
+
+static inline void ocs_sum_lanes(double sum[5], double lanes[5][4]) {
+    for (int s = 0; s < 5; ++s) {
+        sum[s] = lanes[s][0] + lanes[s][1] + lanes[s][2] + lanes[s][3];
+    }
+}
+
 /* floor(2 w / scale), saturated far outside every grid: 2^30 >> 23 is still above qmax. NaN becomes the upper limit. */
 #define OCS_HALF_STEPS_LIMIT 1073741824.0f
 static inline int32_t ocs_half_steps(float w, float scale) {

@@ -42,6 +42,14 @@ void ocs_squared_error_ref(double error[2], const float *x, const float *q, int6
     }
 }
 
+void ocs_error_sums_ref(double sum[5], const float *w, const float *q, int64_t N, float scale) {
+    double lanes[5][4] = {{0.0}};
+    for (int64_t i = 0; i < N; ++i) {
+        ocs_add_error(lanes, i % 4, w[i], q[i] * scale);
+    }
+    ocs_sum_lanes(sum, lanes);
+}
+
 /* round_half_even(x / scale) on the grid; NaN stays NaN, and adding 0 turns -0 into +0. */
 static float to_grid(float x, float scale, float qmin, float qmax) {
     float q = rintf(x / scale);
@@ -196,23 +204,33 @@ static double output_power_of(const output_power *p) {
     return (p->squares + p->of_filters + p->all * p->all) / 3.0;
 }
 
-/* The output error of a row w [N] whose folded integers are q [N]. */
-static double output_error_of(const float *w, const float *q, float scale, const ocs_shape *shape, double of_gain) {
+/* The output error of a row w [N] whose folded integers are q [N]. A filter of one element is its own sum. */
+static double output_error_of(const float *w, const float *q, float scale, const weight_job *job) {
+    const ocs_shape *shape = job->rows.shape;
     output_power of_w = {0}, of_d = {0};
     double dot = 0.0;
-    for (int64_t c = 0, i = 0; c < shape->C; ++c) {
-        for (int64_t k = 0; k < shape->K; ++k, ++i) {
-            const float w_hat = q[i] * scale;
-            const double d = (double)w_hat - w[i];
-            add_element(&of_w, w[i]);
-            add_element(&of_d, d);
-            dot += d * w[i];
+    if (shape->K == 1) {
+        double sum[5];
+        job->rows.kernels->error_sums(sum, w, q, shape->C, scale);
+        of_w = (output_power){.squares = sum[0], .of_filters = sum[0], .all = sum[1]};
+        of_d = (output_power){.squares = sum[2], .of_filters = sum[2], .all = sum[3]};
+        dot = sum[4];
+    } else {
+        for (int64_t c = 0, i = 0; c < shape->C; ++c) {
+            for (int64_t k = 0; k < shape->K; ++k, ++i) {
+                const float w_hat = q[i] * scale;
+                const double d = (double)w_hat - w[i];
+                add_element(&of_w, w[i]);
+                add_element(&of_d, d);
+                dot += d * w[i];
+            }
+            end_filter(&of_w);
+            end_filter(&of_d);
         }
-        end_filter(&of_w);
-        end_filter(&of_d);
     }
     const double gain = of_w.squares > 0.0 ? dot / of_w.squares : 0.0;
-    return output_power_of(&of_d) + of_gain * output_power_of(&of_w) * gain * gain;
+    const double error = output_power_of(&of_d) + job->gain * output_power_of(&of_w) * gain * gain;
+    return isnan(error) ? (double)NAN : error; /* which NaN it is depends on the instruction set */
 }
 
 static void output_error_rows(ocs_range *range) {
@@ -220,7 +238,7 @@ static void output_error_rows(ocs_range *range) {
     for (int64_t o = range->begin; o < range->end; ++o) {
         const float *w = job->w + o * job->rows.columns.N;
         fold_one(range->scratch, job, o, 1.0f);
-        job->error[o] = output_error_of(w, range->scratch, ocs_scale_of(job->scale, o), job->rows.shape, job->gain);
+        job->error[o] = output_error_of(w, range->scratch, ocs_scale_of(job->scale, o), job);
     }
 }
 

@@ -140,6 +140,7 @@ class OcsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OcsConfig, **more: Any) -> None:
         super().__init__(quantization_config, **more)
         self._files: Collection[str] = ()
+        self._device_map: dict[str, Any] = {}
         self._weights: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def is_serializable(self) -> bool:
@@ -153,8 +154,11 @@ class OcsQuantizer(HfQuantizer):
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Refuse what cannot be done before anything is read."""
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("device_map: a quantized model cannot be left on the disk: use devices, or 'cpu'")
+        self._device_map = device_map if isinstance(device_map, dict) else {}  # of "auto" it comes once that is known
+        for name, place in self._device_map.items():
+            if str(place) in ("disk", "meta"):
+                what = name or "a quantized model"
+                raise ValueError(f"device_map: {what} cannot be left on {str(place)!r}: use devices, or 'cpu'")
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Collection[str] | None = None, **_: Any
@@ -190,19 +194,25 @@ class OcsQuantizer(HfQuantizer):
         return model
 
     def _read_integers(self, model: PreTrainedModel) -> None:
-        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         for module, name, weight in self._weights:
             module._parameters[name] = weight
         model.tie_weights()
         with open_shards(self._files) as shards, torch.no_grad(), error_context(str(self._files[0])):
             reader = Reader(shards)
             replacements = quantized_replacements(reader, model, {}, self.quantization_config.packed, False)
-        for layer in replacements.values():
-            layer.to(device)
+        names = {id(target.module): target.name for target in find_targets(model)}
+        for old, layer in replacements.items():
+            layer.to(self._device_of(names[old]))
         exchange(module_slots(model, replacements))
         self._weights.clear()
         for kind in ("unexpected", "missing"):
             delattr(model, _IGNORED.format(kind))  # the class's is left
+
+    def _device_of(self, name: str) -> Any:
+        """Find where device_map puts a layer: as it says of the layer, or of the innermost module around it."""
+        while name and name not in self._device_map:
+            name = name.rpartition(".")[0]
+        return self._device_map.get(name, "cpu")
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Give what the files hold, as ocs.save writes it."""

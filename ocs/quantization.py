@@ -87,7 +87,7 @@ def quantize(
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold ("mse-release" ..., as the paper's release does, find it in the unsplit weights);
             "auto" is for each layer, or output channel that has a scale, what leaves the least functional.output_error,
-            with rounding="gptq" by what calibration measured (but for scales of groups); then a few are tried.
+            with rounding="gptq" by what calibration measured; then a few are tried.
         granularity: one scale per "tensor", or per output "channel"; or per "group", that is per output channel and
             `group` input channels, copies in groups of their own. There a copy rounds what is left of its channel once
             the channel itself is rounded (split="naive": does not). Embeddings have a scale for each row.

@@ -20,7 +20,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     removed: all that is in their folders, as writers have unfinished files of their own.
 
     Raises:
-        OSError: the file cannot be there: no folder, no regular file, or one that is read-only.
+        OSError: the file cannot be there: no folder, no regular file, or one that is read-only; or the disk is full.
     """
     target = Path(os.path.realpath(path))
     mode = _mode_of(target, str(path))
@@ -36,9 +36,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(partial)
         partial.chmod(mode)
         partial.replace(target)
+    except OSError as error:
+        raise _of_path(error, path) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     _sync(target.parent)
+
+
+def _of_path(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """Make of an error of the system one that says which file cannot be written: a full disk does not."""
+    kind = next(each for each in type(error).__mro__ if each.__module__ == "builtins")
+    made = kind(f"{os.fspath(path)}: it cannot be written ({error})")
+    made.errno = error.errno
+    return made
 
 
 def _mode_of(target: Path, shown: str) -> int | None:

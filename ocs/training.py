@@ -136,8 +136,9 @@ def prepare(
     check_coverage(plans)
     with torch.inference_mode(False), torch.no_grad():
         results = quantize_layers(plans, facts, explain=False, progress=progress)
-        slots = [slot for result in results if result.replacement is not None for slot in _slots(result, training)]
-    replacements = {id(result.plan.module): result.replacement for result in results if result.replacement is not None}
+        made = [result for result in results if result.replacement is not None]
+        slots = [slot for result in made for slot in _slots(result, facts[result.plan.name], training)]
+    replacements = {id(result.plan.module): result.replacement for result in made}
     report = report_of(model, results, replacements, settings | vars(training))
     exchange(slots)
     return replace(report, seconds=time.perf_counter() - begin)
@@ -228,11 +229,11 @@ def _reason_not_trained(plan: LayerPlan) -> str:
     return ""
 
 
-def _slots(result: LayerResult, training: TrainingOptions) -> Iterator[Slot | NewEntry]:
+def _slots(result: LayerResult, facts: InputFacts, training: TrainingOptions) -> Iterator[Slot | NewEntry]:
     """List what a layer must have, and the class that it must be of, to be trained as planned."""
     layer, plan, options, quantized = result.plan.target.module, result.plan, result.options, result.replacement
     learned = training.thresholds == "learned"
-    scheme = LayerQuantizer(plan, InputFacts()).scheme(result.weights[0].name, options)
+    scheme = LayerQuantizer(plan, facts).scheme(result.weights[0].name, options)
     preparation = Preparation(
         layer=plan.name,
         scheme=scheme,

@@ -25,6 +25,11 @@ from ocs.kernels import ops
 from ocs.nn.base import QuantizedLayer
 
 
+def repeats(few: int, many: int) -> int:
+    """How often a test of faults tries its luck: `make faults` and `make fuzz` want many."""
+    return many if os.environ.get("OCS_FAULTS") else few
+
+
 def available_isas() -> list[str]:
     """List the instruction sets of this build and CPU, plain first."""
     return list(ops.isas())

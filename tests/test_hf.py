@@ -78,11 +78,21 @@ def test_what_was_saved_is_read_again(folder, options):
 def test_models_generate_in_any_dtype_and_where_device_map_says(folder):
     config = ocs.hf.OcsConfig(wbits=5, r=0.02)
     read(folder / "float", quantization_config=config).save_pretrained(folder / "quantized")
-    for options in ({}, {"dtype": torch.bfloat16}, {"device_map": {"": "cpu"}}):
+    by_module = {"model": "cpu", "model.layers.1": "cpu", "lm_head": "cpu"}
+    maps = ({"device_map": each} for each in ("auto", "cpu", {"": "cpu"}, by_module))
+    for options in ({}, {"dtype": torch.bfloat16}, *maps):
         model = read(folder / "quantized", **options)
         assert model.device.type == "cpu"
         assert model(IDS).logits.dtype == options.get("dtype", torch.float32)
         assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 10)
+
+
+def test_device_map_places_layers_as_it_says_of_the_innermost_module():
+    quantizer = ocs.hf.OcsQuantizer(ocs.hf.OcsConfig(wbits=4))
+    assert quantizer._device_of("model.layers.1.mlp") == "cpu"
+    quantizer.validate_environment(device_map={"": 3, "model": "cpu", "model.layers.1": 1})
+    names = ("model.layers.1.mlp.up_proj", "model.layers.10.mlp", "model", "lm_head")
+    assert [quantizer._device_of(name) for name in names] == [1, "cpu", "cpu", 3]
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
@@ -139,8 +149,15 @@ def test_configurations_survive_json_and_refuse_what_does_not():
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_what_cannot_be_is_refused_before_anything_is_read(folder):
     config = ocs.hf.OcsConfig(wbits=4)
-    with pytest.raises(ValueError, match="cannot be left on the disk"):
-        read(folder / "float", quantization_config=config, device_map={"model": "cpu", "lm_head": "disk"})
+    config.attach(read(folder / "float", quantization_config=config)).save_pretrained(folder / "quantized")
+    for path, options in ((folder / "float", {"quantization_config": config}), (folder / "quantized", {})):
+        for place in ("disk", "meta", torch.device("meta")):
+            with pytest.raises(ValueError, match=f"device_map: lm_head cannot be left on '{place}': use devices, or"):
+                read(path, device_map={"model": "cpu", "lm_head": place}, **options)
+    with pytest.raises(ValueError, match="a quantized model cannot be left on 'meta'"):
+        read(folder / "quantized", device_map="meta")
+    with pytest.raises(ValueError, match="cannot be left on 'disk'"):
+        read(folder / "float", quantization_config=config, device_map="auto", max_memory={"cpu": "60KB"})
     with pytest.raises(ValueError, match="LlamaForCausalLM has no quantized layer"):
         config.attach(read(folder / "float"))
     with pytest.raises(TypeError, match="use a model of transformers"):

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.eval_frame as frames
+from conftest import header_of, repeats
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ocs
+from ocs.formats.contents import crc32
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.packed.layer import PackedLayer
 from ocs.nn.prepared import PreparedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-REPEATS = 12  # of each case; by hand 300, which takes some minutes
+REPEATS = repeats(12, 300)  # of each case
 PACKAGE = str(Path(ocs.__file__).parent)
 
 
@@ -87,6 +90,10 @@ def is_unpacked(model: Net) -> bool:
     return is_quantized(model) and not any(isinstance(module, PackedLayer) for module in model.modules())
 
 
+def is_lowered(model: Net) -> bool:
+    return not any(isinstance(module, QuantizedLayer) for module in model.modules())
+
+
 def prepared() -> Net:
     net = fresh()
     ocs.training.prepare(net, **ALL)
@@ -112,6 +119,7 @@ OPTIONS = {"recipe": "best", "allocate": "error", "abits": 8, "calibration": BAT
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     path, model = tmp_path_factory.mktemp("interrupts") / "model", quantized()
     ocs.save(model, path)
+    FILES[path] = header_of(path)  # sums of all tensors, too
     return {
         "quantize": Case(lambda net: ocs.quantize(net, **ALL, fold_bn=True), is_folded),
         "quantize by data": Case(lambda net: ocs.quantize(net, **ALL, **OPTIONS), is_quantized),
@@ -125,14 +133,21 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "prepare": Case(lambda net: ocs.training.prepare(net, **ALL), is_prepared),
         "convert": Case(ocs.training.convert, is_quantized, prepared),
         "compare": Case(lambda net: ocs.compare(net, model, BATCHES)),
+        "save": Case(lambda net: ocs.save(net, path), model=quantized),
+        "lower": Case(ocs.lower, is_lowered, quantized),
+        "export": Case(
+            lambda net: ocs.export(net, path.with_name("m.pt2"), images(1), form="program"), model=quantized
+        ),
         "synthesize": Case(lambda net: ocs.synthesize(net, (2, 5, 5), images=2, steps=2)),
     }
 
 
 NAMES = [
     "quantize", "quantize by data", "equalize", "calibrate", "load", "load packed", "pack", "unpack",
-    "reestimate", "prepare", "convert", "compare", "synthesize",
+    "reestimate", "prepare", "convert", "compare", "save", "lower", "synthesize",
 ]  # fmt: skip
+NAMES += ["export"] * repeats(0, 1)  # which takes a second, each time
+FILES: dict[Path, dict[str, Any]] = {}  # what is in them, and stays
 
 
 def of_torch() -> tuple[Any, ...]:
@@ -191,6 +206,9 @@ def interrupted(case: Case, call: Callable[[Callable[[], Any]], Any]) -> bool:
     assert of_torch() == globals_before
     unchanged = same(before, state(model))
     assert unchanged or case.is_done(model)
+    for path, header in FILES.items():
+        assert header_of(path) == header
+        assert {name: crc32(tensor) for name, tensor in load_file(path).items()} == header["tensors"]
     return raised
 
 

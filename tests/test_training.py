@@ -364,13 +364,14 @@ def test_prepare_has_the_options_of_quantize() -> None:
     assert all(f"\n        {name}: " in ocs.training.prepare.__doc__ for name in ours)
 
 
-def test_thresholds_are_searched_with_the_splits() -> None:
-    net = prepared(thresholds="searched", replan=1, granularity="channel")
+@pytest.mark.parametrize("clip", ["mse", "auto"])  # "auto" depends on how deep the model is
+def test_thresholds_are_searched_with_the_splits(clip: str) -> None:
+    net = prepared(clip=clip, thresholds="searched", replan=1, granularity="channel")
     train(net, 3)
     net.train()(IMAGES)
     twin = SmallNet()
     twin.load_state_dict({name: each for name, each in net.state_dict().items() if name in twin.state_dict()})
-    ocs.quantize(twin, wbits=3, r=0.3, clip="mse", granularity="channel", expand=False)
+    ocs.quantize(twin, wbits=3, r=0.3, clip=clip, granularity="channel", expand=False)
     assert equal(outputs(net, (IMAGES,)), outputs(twin, (IMAGES,)))
     assert not any(name.endswith("scale") for name, _ in net.named_parameters())
 

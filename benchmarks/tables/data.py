@@ -20,7 +20,7 @@ import paths  # noqa: F401
 import cifar
 import numpy as np
 import torch
-from fashion_mnist import MEAN, STD, load
+from fashion_mnist import ASSETS, MEAN, STD, load
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from zoo import torchvision_models
@@ -183,11 +183,17 @@ def _cifar_files(folder: Path, split: str) -> list[Path]:
     raise DataError(f"{folder}: {what}; extract {CIFAR_URL} there, which makes cifar-10-batches-py")
 
 
-def fashion_mnist(split: str) -> TensorDataset:
-    """(normalized float32 [1, 32, 32], int64 label), bundled: "t10k" (test) or "calibration" (512 of training)."""
-    if split not in ("t10k", "calibration"):
+def fashion_mnist(split: str, folder: Path = ASSETS) -> TensorDataset:
+    """(normalized float32 [1, 32, 32], int64 label), bundled: "t10k" (test) or "calibration" (512 of training).
+
+    folder: of the whole data set's idx files, for "train".
+    """
+    if split not in ("t10k", "calibration") and folder == ASSETS:
         raise DataError(f"Fashion-MNIST has no split {split!r} here, only t10k and calibration")
-    return TensorDataset(*load(split))
+    try:
+        return TensorDataset(*load(split, folder))
+    except (OSError, ValueError) as error:
+        raise DataError(str(error)) from None
 
 
 def pick(count: int, limit: int | None) -> list[int]:

@@ -98,7 +98,7 @@ def _add_options(parser: argparse.ArgumentParser, table: Table) -> None:
         add("--clip-as", choices=("ours", "release"), default="ours", help=f"{text}; %(default)s")
     add("--dataset", choices=list(names), default=table.dataset, help="%(default)s")
     if needs_data:
-        add("--data", type=Path, help="folder in the data set's official layout")
+        add("--data", type=Path, help="folder in the data set's official layout; Fashion-MNIST's calibrates")
         add("--limit", type=int, help=f"at most so many {units}")
         add("--batch-size", type=int, default=128, help=f"{together} that run at once; %(default)s")
     if needs_data and has_images:

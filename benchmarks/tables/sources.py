@@ -57,8 +57,8 @@ def _check_folder(args: argparse.Namespace) -> None:
         raise data.DataError(
             f"--data is missing: the folder of {args.dataset} in its official layout; or --dataset fashion-mnist"
         )
-    if bundled and (args.data or args.mean or args.std):
-        raise data.DataError("--dataset fashion-mnist is bundled and normalized: leave out --data, --mean and --std")
+    if bundled and (args.mean or args.std):
+        raise data.DataError("--dataset fashion-mnist is normalized: leave out --mean and --std")
 
 
 def _stated_preset(args: argparse.Namespace, preset: data.Preset) -> data.Preset:
@@ -73,6 +73,8 @@ def _stated_preset(args: argparse.Namespace, preset: data.Preset) -> data.Preset
 def open_split(args: argparse.Namespace, network: Network, split: str) -> Dataset:
     """Test or training images, prepared for this network."""
     if args.dataset == "fashion-mnist":
+        if split == "train" and args.data:
+            return data.fashion_mnist("train", args.data)
         return data.fashion_mnist({"test": "t10k", "train": "calibration"}[split])
     if args.dataset == "cifar10":
         return data.cifar10(args.data, split)

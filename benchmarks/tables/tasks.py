@@ -90,6 +90,11 @@ def _suffices(options: Options) -> bool:
     return options.get("allocate") != "error" and "size_of" not in options and options.get("rounding") != "learned"
 
 
+def _needs_statistics(options: Options) -> bool:
+    """Whether inputs are quantized by statistics alone: what `calibrated` shows tells of them, too."""
+    return "abits" in options and not options.get("calibrated")
+
+
 class Evaluation(Task):
     """A network on batches; subclasses say what a batch tells."""
 
@@ -229,12 +234,12 @@ class Classification(Evaluation):
     def prepare(self, options: Options | None) -> None:
         """Look at the calibration images once, for every setting with quantized inputs; ranks add their shares up."""
         super().prepare(options)
-        if self._statistics is None and "abits" in (options or {}):
+        if self._statistics is None and _needs_statistics(options or {}):
             self._statistics = ocs.calibrate(self.model, self.shown(), progress=False)
 
     def quantized(self, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """See Evaluation; with the statistics where inputs are quantized."""
-        if "abits" in options:
+        if _needs_statistics(options):
             options["calibration"] = self._statistics
         return super().quantized(options)
 

@@ -262,6 +262,32 @@ AVX2 static void squared_error_avx2(double error[2], const float *x, const float
     }
 }
 
+AVX2 static void error_sums_avx2(double sum[5], const float *w, const float *q, int64_t N, float scale) {
+    __m256d sums[5];
+    double lanes[5][4];
+    int64_t i = 0;
+    for (int s = 0; s < 5; ++s) {
+        sums[s] = _mm256_setzero_pd();
+    }
+    for (; i + 4 <= N; i += 4) {
+        const __m256d v = _mm256_cvtps_pd(_mm_loadu_ps(w + i));
+        const __m256d v_hat = _mm256_cvtps_pd(_mm_mul_ps(_mm_loadu_ps(q + i), _mm_set1_ps(scale)));
+        const __m256d d = _mm256_sub_pd(v_hat, v);
+        sums[0] = _mm256_add_pd(sums[0], _mm256_mul_pd(v, v));
+        sums[1] = _mm256_add_pd(sums[1], v);
+        sums[2] = _mm256_add_pd(sums[2], _mm256_mul_pd(d, d));
+        sums[3] = _mm256_add_pd(sums[3], d);
+        sums[4] = _mm256_add_pd(sums[4], _mm256_mul_pd(d, v));
+    }
+    for (int s = 0; s < 5; ++s) {
+        _mm256_storeu_pd(lanes[s], sums[s]);
+    }
+    for (; i < N; ++i) {
+        ocs_add_error(lanes, i % 4, w[i], q[i] * scale);
+    }
+    ocs_sum_lanes(sum, lanes);
+}
+
 /* Four columns of sixteen output channels are what the registers hold. */
 AVX2 static inline void sums_of_sixteen(float *restrict sum, const float *error, const float *factor, int64_t J,
                                         int64_t stride) {
@@ -432,6 +458,7 @@ const ocs_instruction_set ocs_isa_avx2 = {
     .kernels.fold_row = fold_row_avx2,
     .kernels.weighted_sums = weighted_sums_avx2,
     .kernels.squared_error = squared_error_avx2,
+    .kernels.error_sums = error_sums_avx2,
     .kernels.quantize = quantize_avx2,
     .kernels.dequantize = dequantize_avx2,
     .kernels.fake_quantize = fake_quantize_avx2,

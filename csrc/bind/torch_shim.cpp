@@ -8,6 +8,7 @@
 
 #include <array>
 #include <optional>
+#include <pthread.h>
 
 namespace {
 
@@ -115,6 +116,7 @@ void run_in_torch_threads(int64_t n, int64_t grain, ocs_range_fn fn, void *ctx) 
 
 STABLE_TORCH_LIBRARY(ocs, m) {
     ocs_set_parallel_for(run_in_torch_threads);
+    pthread_atfork(nullptr, nullptr, [] { ocs_set_parallel_for(nullptr); }); // a child has none of these threads
     for (const ocs_operator *op = ocs_operators; op->name != nullptr; ++op) {
         char schema[500];
         ocs_write_signature(schema, sizeof schema, op, true);

@@ -24,6 +24,7 @@ from ocs.cli.options import chosen_options
 from ocs.cli.outliers import outliers_of, outliers_text
 from ocs.cli.say import Notes, Result, UsageError
 from ocs.quantization import quantize
+from ocs.report.words import size
 from ocs.runtime.compare import compare
 from ocs.runtime.export import export
 from ocs.tune.synthesize import synthesize
@@ -44,7 +45,13 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result:
         raise UsageError(f"--report {args.report}: it is the file of -o")
     loaded = load_model(args.model, args.weights, notes)
     options = chosen_options(args)
-    report = quantize(loaded.module, calibration=_calibration(loaded, args, notes), **options)
+    calibration = _calibration(loaded, args, notes)
+    try:
+        report = quantize(loaded.module, calibration=calibration, **options)
+    except ValueError as error:
+        if calibration is None and "calibration=" in str(error):
+            error.add_note("here --calibration PATH, or --synthesize N without data")
+        raise
     if args.output:
         save_quantized(args.output, loaded, args.shape)
     else:
@@ -89,8 +96,7 @@ def run_export(args: argparse.Namespace, notes: Notes) -> Result:
 
 
 def _size(path: str) -> str:
-    count = os.path.getsize(path)
-    return f"{count / 1e3:.3g} KB" if count < 999_500 else f"{count / 1e6:.3g} MB"
+    return size(os.path.getsize(path))
 
 
 def _calibration(loaded: Loaded, args: argparse.Namespace, notes: Notes) -> Any:

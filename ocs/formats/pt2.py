@@ -17,8 +17,8 @@ def write_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Non
     The example stays out of the file: it may be a small part of much data, all of which would be written.
     """
     program.example_inputs = None
-    with quiet(), replacing(path) as partial:
-        torch.export.save(program, partial)
+    with quiet(), replacing(path) as partial, partial.open("wb") as file:  # whose errors say what is wrong
+        torch.export.save(program, file)
 
 
 def write_package(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:

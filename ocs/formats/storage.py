@@ -37,6 +37,7 @@ from ocs.replace_file import replacing
 # --- Save -------------------------------------------------------------------------------------------------------------
 
 
+@keeps_grad_mode
 def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | None = None) -> None:
     """Write a quantized model to a safetensors file, k bits for an integer of k bits.
 

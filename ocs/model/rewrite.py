@@ -6,6 +6,7 @@ other: no line of Python runs in between, at which an interrupt or a trace funct
 
 import functools
 import operator
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -86,17 +87,23 @@ def added_entry(table: dict[Any, Any], key: Any, value: Any) -> Step:
 
 
 def keeps_grad_mode(function: Callable[P, T]) -> Callable[P, T]:
-    """Have torch's grad mode as it was after a call of this function, wherever in torch that is interrupted."""
+    """Have torch's grad mode as it was after a call of this function, wherever in torch that is interrupted.
+
+    In a forked process torch runs in one thread meanwhile: it would wait for ever for those that were not forked.
+    """
 
     @functools.wraps(function)
     def kept(*args: P.args, **kwargs: P.kwargs) -> T:
-        back = partial(torch._C._set_grad_enabled, torch.is_grad_enabled())
-        return _C.between(((_nothing, back),), partial(function, *args, **kwargs), False)
+        steps = [(_nothing, partial(torch._C._set_grad_enabled, torch.is_grad_enabled()))]
+        if os.getpid() != _PROCESS:
+            steps.append((partial(torch.set_num_threads, 1), partial(torch.set_num_threads, torch.get_num_threads())))
+        return _C.between(tuple(steps), partial(function, *args, **kwargs), False)
 
     return kept
 
 
 _nothing = tuple  # a function in C without effect
+_PROCESS = os.getpid()  # that imports this
 
 
 def _no_overrides() -> Step:

@@ -206,6 +206,8 @@ def _reason_irreplaceable(module: nn.Module, parameters: set[str]) -> str:
     """Say what a layer of torch's kind would not do that this module does, or ""."""
     kind, replacement = type(module).__name__, replacement_of(module)
     of = replacement.float_kind
+    if kind == of.__name__:  # another's Linear, say
+        kind = f"{type(module).__module__}.{kind}"
     changed = changed_methods(type(module), of)
     if changed:
         reason = f"{kind} has a {' and '.join(changed)} of its own"

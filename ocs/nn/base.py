@@ -330,8 +330,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move and cast as nn.Module does, but keep scales in float32 and round weights once, from the integers."""
-        state = [*(buffer for name in self.channels for buffer in self.buffers_of(name)), *self._input_buffers()]
-        before = {buffer: self._buffers[buffer] for buffer in state}
+        before = {buffer: self._buffers[buffer] for buffer in self._state_buffers()}
         forward_buffer = self.forward_buffer(next(iter(self.channels)))
         dtype = self._buffers[forward_buffer].dtype
         super()._apply(fn, recurse)
@@ -351,6 +350,9 @@ class QuantizedLayer(nn.Module):
         if any(problems):  # nothing of this layer is loaded
             error_msgs.extend(f"{prefix.removesuffix('.')}: {problem}" for problem in problems if problem)
             return
+        for key in (prefix + buffer for buffer in self._state_buffers()):
+            if key in state_dict:  # a parameter that is assigned would stand beside the buffers
+                state_dict[key] = state_dict[key].detach()
         with self._without_load_hooks():
             super()._load_from_state_dict(state_dict, prefix, *others)
         self._restore_dtypes()
@@ -409,6 +411,10 @@ class QuantizedLayer(nn.Module):
             for buffer, dtype in zip(names, (torch.float32, self.source_dtype), strict=True):
                 if self._buffers.get(buffer) is not None:
                     self._buffers[buffer] = self._buffers[buffer].to(dtype)
+
+    def _state_buffers(self) -> list[str]:
+        """Name the buffers that its weights and its quantized input consist of."""
+        return [*(buffer for name in self.channels for buffer in self.buffers_of(name)), *self._input_buffers()]
 
     def _input_buffers(self) -> dict[str, Tensor]:
         """Find the buffers of its quantized input that it has."""

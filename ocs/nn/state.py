@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ocs.kernels.composite import source_valid
 from ocs.kernels.constants import qmax
@@ -105,6 +106,8 @@ def _unlike(tensor: Any, shape: torch.Size) -> str:
     """Say why this, of a state, is no plain tensor of the shape that is needed, or ""."""
     if not isinstance(tensor, Tensor):
         return f"must be a tensor, not {type(tensor).__name__}"
+    if is_lazy(tensor):
+        return "must be a tensor with values: it is of a lazy layer that never ran"
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         return f"is {tensor.layout}, {tensor.dtype}: it must be a dense tensor of real numbers"
     found, needed = list(tensor.shape), list(shape)

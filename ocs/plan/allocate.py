@@ -181,7 +181,7 @@ def _bits_candidates(quantizer: LayerQuantizer, sensitivity: float) -> list[Cand
         tried = [replace(options, wbits=bits, r=r) for bits in BITS for r in reversed(by_splits.values())]
     candidates = []
     for each in tried:
-        found = [quantizer.measure(weight.name, each) for weight in weights]
+        found = [quantizer.measure(weight.name, each, few=True) for weight in weights]
         error = sensitivity * sum(measured.error for measured in found)
         candidates.append(Candidate(sum(measured.packed_bytes for measured in found), error, each))
     return candidates

@@ -160,19 +160,22 @@ class LayerQuantizer:
         return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
 
     def quantize_weight(
-        self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None
+        self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None, *, few: bool = False
     ) -> WeightResult:
-        """Quantize a weight by these options; splits: of the layer's weights, in each group, where not r says it."""
-        w, scheme = self.weight(name), self.scheme(name, options)
+        """Quantize a weight by these options; splits: of the layer's weights, in each group, where not r says it.
+
+        few: see Scheme.
+        """
+        w, scheme = self.weight(name), self.scheme(name, options)._replace(few=few)
         by_ratio = splits is None or not options.r
         n = splits_for(options.r, w.shape[1], scheme.groups) if by_ratio else splits[name]
         plan = choose_splits(w, n, options.select, scheme)
         return WeightResult(name, plan, quantize_plan(w, plan, scheme))
 
-    def measure(self, name: str, options: LayerOptions, splits: int | None = None) -> Measured:
-        """Measure what a weight takes and what error is left when it is quantized so."""
+    def measure(self, name: str, options: LayerOptions, splits: int | None = None, *, few: bool = False) -> Measured:
+        """Measure what a weight takes and what error is left when it is quantized so; few: about so, see Scheme."""
         options = self.possible(options)
-        result = self.quantize_weight(name, options, None if splits is None else {name: splits})
+        result = self.quantize_weight(name, options, None if splits is None else {name: splits}, few=few)
         plan, quantization = result.plan, result.quantization
         before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))
         copies = plan.source.numel() - plan.channel_max.numel()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ocs.report.cells import MEANING, cells_of, columns_of, largest_threshold, outputs_db
 from ocs.report.comparison import losses, row_of
 from ocs.report.summary import MEANING as STEPS
-from ocs.report.summary import facts_of, left_float, notes_of, outputs_measured, what_was_done
+from ocs.report.summary import facts_of, left_float, notes_of, outputs_known, what_was_done
 from ocs.report.svg import decibels_by_layer, histogram_pair
 from ocs.report.words import counted, decibels, fine_percent, in_decibels, percent, printable, size
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EXTRA = {  # not on phones
     "kind", "shape", "clipped at", "input", "channels+copies", "max |w| -> split", "size", "cosine",
 }  # fmt: skip
+FIRST_TO_GO, ROOM = ("kind", "shape", "input"), 9  # of more columns than fit, these stand in the rows that open
 LEGEND = (
     '<p class="soft">Headers sort, rows open: to the weights before and after in steps of the grid, counts on a'
     " logarithmic scale; dashed: where the grid ends; orange: weights beyond it, which splitting halves and clipping"
@@ -109,9 +110,7 @@ def _chart(report: Report) -> str:
     legend = "SQNR of each weight in dB, higher is better"
     if any(layer.steps for layer in layers):
         curves.append([outputs_db(layer) for layer in layers])
-        legend += "; dashed: of the layer's outputs, " + (
-            "from calibration" if all(map(outputs_measured, layers)) else "estimated"
-        )
+        legend += f"; dashed: of the layer's outputs, {outputs_known(report)}"
     if any(layer.sqnr_db == math.inf for layer in layers):
         legend += "; exact weights are left out"
     chart = decibels_by_layer([printable(layer.label) for layer in layers], curves)
@@ -121,16 +120,18 @@ def _chart(report: Report) -> str:
 def _layers(report: Report) -> str:
     """Write the table; each row opens to what is known of its weight."""
     columns = [name for name in columns_of(report) if name != "note"]
+    if len(columns) > ROOM:
+        columns = [name for name in columns if name not in FIRST_TO_GO]
     bars = _Bars(report)
     bodies = []
     for layer in report.layers:
         cells = cells_of(layer)
         row = "".join(_cell(name, cells, layer, bars) for name in columns)
         kind = "" if layer.status == "quantized" else ' class="float"'
-        more = f'<tr class="more"><td colspan="{len(columns)}">{_details(layer, cells)}</td></tr>'
+        more = f'<tr class="more"><td colspan="{len(columns)}">{_details(layer, cells, columns)}</td></tr>'
         bodies.append(f"<tbody{kind}><tr>{row}</tr>{more}</tbody>")
     heads = "".join(_head(name) for name in columns)
-    return _table(heads, bodies)
+    return _table(heads, bodies, many=bool({"clipped at", "outputs dB"} & {*columns}))
 
 
 def _head(name: str, meaning: str = "") -> str:
@@ -138,8 +139,8 @@ def _head(name: str, meaning: str = "") -> str:
     return f'<th scope="col"{extra} title="{escape(meaning or MEANING.get(name, ""))}">{escape(name)}</th>'
 
 
-def _table(heads: str, bodies: Sequence[str]) -> str:
-    return f'<table class="sortable"><thead><tr>{heads}</tr></thead>{"".join(bodies)}</table>'
+def _table(heads: str, bodies: Sequence[str], *, many: bool = False) -> str:
+    return f'<table class="sortable{" many" if many else ""}"><thead><tr>{heads}</tr></thead>{"".join(bodies)}</table>'
 
 
 class _Bars:
@@ -207,10 +208,10 @@ def _value(name: str, text: str, key: float | None, bar: float | None) -> str:
 # --- One weight -------------------------------------------------------------------------------------------------------
 
 
-def _details(layer: LayerReport, cells: dict[str, str]) -> str:
+def _details(layer: LayerReport, cells: dict[str, str], columns: Sequence[str]) -> str:
     """Write all that is known of a weight: its cells, histograms and split channels."""
     facts = {name: cells[name] for name in MEANING if name in EXTRA and cells.get(name)}
-    narrow = [*facts]
+    narrow = [name for name in facts if name in columns]
     facts |= {"why": layer.reason} if layer.reason else {}
     if layer.status != "quantized":
         return _facts(facts, narrow)

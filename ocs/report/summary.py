@@ -110,9 +110,13 @@ def _outputs(report: Report) -> str:
     total = sum(means.values())
     parts = [f"{db:+.1f} by {MEANING.get(what, what)}" for what, db in means.items()]
     first = parts[0].removeprefix("+").replace(" by ", " ")
+    return f"SQNR {total:.1f} dB on average, {outputs_known(report)}: {', '.join([first, *parts[1:]])}"
+
+
+def outputs_known(report: Report) -> str:
+    """Say where the ratios of outputs are from."""
     measured = [outputs_measured(layer) for layer in report.quantized if layer.steps]
-    how = "from calibration" if all(measured) else "estimated" if not any(measured) else "estimated or from calibration"
-    return f"SQNR {total:.1f} dB on average, {how}: {', '.join([first, *parts[1:]])}"
+    return "from calibration" if all(measured) else "estimated or from calibration" if any(measured) else "estimated"
 
 
 def outputs_measured(layer: LayerReport) -> bool:
@@ -147,6 +151,18 @@ def notes_of(report: Report) -> list[str]:
     """Say what was not done as asked, a sentence for each."""
     groups = grouped([layer for layer in report.quantized if layer.reason], _reason)
     return [f"{_names(group)}: {group[0].reason}" for group in groups]
+
+
+def left_unfolded(report: Report) -> list[str]:
+    """Say which batch norms stay and why, a sentence for each reason."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in report.batch_norms.items():
+        if reason:
+            groups.setdefault(reason, []).append(printable(name))
+    return [
+        f"{counted(len(names), 'batch norm')} not folded, {' to '.join(dict.fromkeys((names[0], names[-1])))}: {reason}"
+        for reason, names in groups.items()
+    ]
 
 
 def grouped(layers: Iterable[LayerReport], key: Callable[[LayerReport], Hashable]) -> list[list[LayerReport]]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ocs.report.cells import RIGHT_ALIGNED, cells_of, cells_of_all, columns_of
-from ocs.report.summary import facts_of, grouped, left_float, notes_of, what_was_done, worst_first
+from ocs.report.summary import facts_of, grouped, left_float, left_unfolded, notes_of, what_was_done, worst_first
 from ocs.report.words import counted, plural
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def report_text(report: Report, *, every: bool = False, width: int | None = None
     width = terminal_width() if width is None else width
     lines = [what_was_done(report), *facts(facts_of(report), width)]
     lines += facts(_listed("float", left_float(report), every), width)
-    lines += facts(_listed("note", notes_of(report), every), width)
+    lines += facts(_listed("note", [*notes_of(report), *left_unfolded(report)], every), width)
     if every:
         columns = columns_of(report)
         rows = [columns, *([cells_of(layer).get(name, "") for name in columns] for layer in report.layers)]
@@ -103,8 +103,15 @@ def fitted(
         left = width - sum(widths[1:]) - 2 * (len(widths) - 1)
         if left >= min(widths[0], 2 * SHORTEST):
             break
-    rows = [[shortened(row[0], max(left, SHORTEST)), *row[1:]] for row in rows]
-    return table(rows, right_aligned)
+    names = all_shortened([row[0] for row in rows], max(left, SHORTEST))
+    return table([[name, *row[1:]] for name, row in zip(names, rows, strict=True)], right_aligned)
+
+
+def all_shortened(names: Sequence[str], width: int) -> list[str]:
+    """Leave out the middles of names that are too long, or their beginnings where only these keep them apart."""
+    found = [shortened(name, width) for name in names]
+    ends = [name if len(name) <= width else f"...{name[3 - width :]}" for name in names]
+    return ends if len({*ends}) > len({*found}) else found
 
 
 def shortened(name: str, width: int) -> str:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ocs.calibration.batches import arguments_of, batch_context, check_data
 from ocs.calibration.run import undisturbed
 from ocs.model.batchnorm_folding import FoldedBatchNorm
-from ocs.model.rewrite import Step, added_entry
+from ocs.model.rewrite import Step, added_entry, keeps_grad_mode
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.base import QuantizedLayer
 from ocs.progress import with_progress
@@ -20,6 +20,7 @@ from ocs.report.comparison import Agreement, Comparison
 from ocs.weight.error import sqnr_db
 
 
+@keeps_grad_mode
 def compare(
     float_model: nn.Module, model: Callable[..., Any], batches: Any, *, progress: bool | None = None
 ) -> Comparison:

@@ -1,7 +1,6 @@
 """Compile a quantized model for an engine: the same callable, tensors in and out, whose products run in integers."""
 
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,14 +12,17 @@ from torch.utils import _pytree as pytree
 
 from ocs.errors import quiet
 from ocs.formats.pt2 import fit_inductor
+from ocs.model.rewrite import keeps_grad_mode
+from ocs.progress import steps
 from ocs.runtime.export import write_lowered
-from ocs.runtime.program import Example, as_example, bound, lowered_copy, program_of
+from ocs.runtime.program import ONE_EXPORT, Example, as_example, bound, lowered_copy, program_of
 from ocs.weight.arguments import check_choice, check_flag
 
 Engine = Literal["inductor", "onnxruntime", "openvino"]
 Run = Callable[[Example], Any]
 
 
+@keeps_grad_mode
 def compile(
     model: nn.Module,
     example: Any,
@@ -29,6 +31,7 @@ def compile(
     target: str = "this",
     additions: bool = True,
     dynamic_lstm: bool = False,
+    progress: bool | None = None,
 ) -> "Compiled":
     """Compile a quantized model, so that its products run in 8-bit integers.
 
@@ -50,6 +53,7 @@ def compile(
         additions: round what residual additions add to 8 bits, too, by the ranges that calibration saw: faster, and not
             quite what the quantized model computes (docs/integers.md has the cost). False leaves them in floats.
         dynamic_lstm: with engine="onnxruntime", see ocs.export.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Returns:
         A callable that takes and gives what the model does, without gradients.
@@ -62,9 +66,13 @@ def compile(
     if dynamic_lstm and engine != "onnxruntime":
         raise ValueError(f"dynamic_lstm=True: engine={engine!r} has no such operator, use 'onnxruntime'")
     check_flag("additions", additions)
-    lowered = lowered_copy(model, target)
-    compiled = Compiled(lowered, engine, target, additions, dynamic_lstm)
-    compiled.prepare(as_example(lowered, example))
+    with steps("compile", 2, progress) as begin:
+        begin("lower")
+        lowered = lowered_copy(model, target)
+        compiled = Compiled(lowered, engine, target, additions, dynamic_lstm)
+        given = as_example(lowered, example)
+        begin(engine)
+        compiled.prepare(given)
     return compiled
 
 
@@ -75,7 +83,6 @@ class Compiled:
         self.engine = engine
         self._model, self._target, self._additions, self._dynamic_lstm = model, target, additions, dynamic_lstm
         self._runs: dict[Any, Run] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the model does."""
@@ -85,7 +92,7 @@ class Compiled:
     def prepare(self, example: Example) -> Run:
         """Compile for inputs like these, if that has not been done."""
         key = self._key(example)
-        with self._lock:
+        with ONE_EXPORT:
             if key not in self._runs:
                 self._runs[key] = _ENGINES[self.engine](self, example)
             return self._runs[key]

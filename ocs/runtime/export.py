@@ -10,14 +10,17 @@ from torch.export import ExportedProgram
 from ocs.formats.onnx import write_onnx
 from ocs.formats.onnx_recurrent import weights_of
 from ocs.formats.pt2 import write_package, write_program
+from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.wrappers import named_modules
+from ocs.progress import steps
 from ocs.runtime.arithmetic import arithmetic_of
-from ocs.runtime.program import Additions, as_example, lowered_copy, program_of
+from ocs.runtime.program import ONE_EXPORT, Additions, as_example, lowered_copy, program_of
 from ocs.weight.arguments import check_choice, check_flag
 
 Form = Literal["package", "program"]
 
 
+@keeps_grad_mode
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -27,6 +30,7 @@ def export(
     form: Form = "package",
     additions: bool | None = None,
     dynamic_lstm: bool = False,
+    progress: bool | None = None,
 ) -> None:
     """Export a quantized model, its weights and products in integers, by the ending of the path: .pt2 or .onnx.
 
@@ -38,7 +42,8 @@ def export(
 
     Args:
         model: quantized by ocs.quantize or ocs.load, or lowered. Products run in integers where inputs are quantized
-            (abits); weights are integers in any case: in ONNX int4 up to 4 bits, where sums of copies fit, else int8.
+            (abits); weights are integers in any case: in ONNX int4 up to 4 bits, but for the few channels
+            whose sums of copies take more, else int8.
         path: of the file. ONNX is of opset 21, with QuantizeLinear and DequantizeLinear; the batch size is open.
         example: an input: a tensor, a tuple of arguments, or a dict of arguments by name.
         target: see ocs.lower. "tensorrt" takes int8 inputs with zero point 0 and a scale per tensor, and a scale per
@@ -50,6 +55,7 @@ def export(
         dynamic_lstm: of an .onnx: write LSTM as ONNX Runtime's DynamicQuantizeLSTM, which multiplies int8 weights by
             inputs and states that it quantizes as they arrive, three to five times as fast there; it runs nowhere else.
             Else LSTM and GRU are ONNX's own, with dequantized int8 weights.
+        progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
 
     Raises:
         ValueError: the ending is another one, nothing in the model is quantized, or a layer cannot be lowered.
@@ -65,17 +71,21 @@ def export(
         raise ValueError(f"form={form!r}: that is of a .pt2, and {os.fspath(path)!r} is none")
     if additions is not None:
         check_flag("additions", additions, "True, False or None")
-    lowered = lowered_copy(model, target)
-    given = as_example(lowered, example)
-    if ending == ".onnx":
-        program = program_of(lowered, given, target=target, additions=_terms(additions, "all"))
-        write_lowered(lowered, program, path, dynamic_lstm=dynamic_lstm, target=target)
-    elif form == "package":
-        program = program_of(lowered, given, target=target, additions=_terms(additions, "one"), dynamic=False)
-        write_package(program, path)
-    else:
-        terms = _terms(bool(additions), "all")
-        write_program(program_of(lowered, given, target=target, additions=terms), path)
+    package = ending == ".pt2" and form == "package"
+    rounded = _terms(bool(additions) if form == "program" else additions, "one" if package else "all")
+    with ONE_EXPORT, steps("export", 3, progress) as begin:
+        begin("lower")
+        lowered = lowered_copy(model, target)
+        given = as_example(lowered, example)
+        begin("trace")
+        program = program_of(lowered, given, target=target, additions=rounded, dynamic=not package)
+        begin("write")
+        if ending == ".onnx":
+            write_lowered(lowered, program, path, dynamic_lstm=dynamic_lstm, target=target)
+        elif package:
+            write_package(program, path)
+        else:
+            write_program(program, path)
 
 
 def write_lowered(

@@ -1,6 +1,7 @@
 """A quantized model as one exported program of integers: what every engine starts from."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Mapping
 from inspect import signature
@@ -20,6 +21,7 @@ from ocs.runtime.between_layers import round_between_layers
 from ocs.runtime.lower import lower, lowered_for, quantized_layers
 
 Additions = Literal["float", "one", "all"]  # which terms of residual additions are rounded
+ONE_EXPORT = threading.RLock()  # torch exports and compiles in one thread at a time, whatever the model
 
 
 class Example(NamedTuple):

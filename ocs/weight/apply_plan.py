@@ -15,8 +15,9 @@ from ocs.weight.threshold import scale_for, split_thresholds
 from ocs.weight.types import Array, Quantization, QuantizedWeight, Scheme, SplitPlan
 
 AUTO = ("none", "mse", *(i / 20 for i in range(4, 20)))  # what clip="auto" chooses from
-RISING = (*AUTO[2:], AUTO[0])  # with gptq, which takes long,
-FEW = (2, 6, 11, 16)  # and what it tries of these: 0.3, 0.5, 0.75, none
+RISING = (*AUTO[2:], AUTO[0])  # with gptq, which takes long, or where only errors are compared,
+FEW = (2, 6, 11, 16)  # and what gptq tries of these: 0.3, 0.5, 0.75, none
+EVERY_FOURTH = (0, 4, 8, 12, 16)  # and what is tried otherwise
 
 
 def quantize_plan(w: Array, plan: SplitPlan, scheme: Scheme) -> Quantization:
@@ -58,9 +59,23 @@ def _compensated(w: Array, plan: SplitPlan, scheme: Scheme, threshold: Array) ->
     return QuantizedWeight(ints, scale, plan.source, threshold), error
 
 
+def _with_error(w: Array, plan: SplitPlan, scheme: Scheme, threshold: np.ndarray) -> tuple[QuantizedWeight, np.ndarray]:
+    """Take step 3, and say what outputs are off by then: float64 [O], or their sum where one scale serves all."""
+    threshold = array_like(threshold, w)
+    if scheme.rounding == "gptq":
+        quantized, error = _compensated(w, plan, scheme, threshold)
+        w_hat = fold(quantized, w.shape[1], scheme.groups)
+        error = error + measured_outputs(w, scheme).error_of_gain(w_hat, scheme.gain)
+    else:
+        quantized = _quantized(w, plan, scheme, threshold)
+        error = output_error(w, quantized, scheme.groups, scheme.gain)
+    return quantized, as_numpy(error) if scheme.granularity == "channel" else np.asarray(as_numpy(error).sum())
+
+
 def _least_output_error(w: Array, plan: SplitPlan, scheme: Scheme) -> tuple[str | float, QuantizedWeight]:
     """Choose from AUTO what leaves the least output error, the first where several do; "auto" where channels differ."""
-    clips, search = (RISING, _least_of_few) if scheme.rounding == "gptq" else (AUTO, _least_of_all)
+    few = scheme.few or scheme.rounding == "gptq"
+    clips, search = (RISING, _least_of_few) if few else (AUTO, _least_of_all)
     thresholds = np.stack([as_numpy(each) for each in _thresholds(w, plan, scheme, clips)])
     chosen, quantized = search(w, plan, scheme, thresholds)
     names = {clips[i] for i in chosen.ravel()}
@@ -71,10 +86,7 @@ def _least_of_all(
     w: Array, plan: SplitPlan, scheme: Scheme, thresholds: np.ndarray
 ) -> tuple[np.ndarray, QuantizedWeight]:
     """Try all of the thresholds [A] or [A, O]; which one is the best for each scale, and the integers."""
-    errors = []
-    for threshold in thresholds:
-        quantized = _quantized(w, plan, scheme, array_like(np.asarray(threshold), w))
-        errors.append(_by_scale(output_error(w, quantized, scheme.groups, scheme.gain), scheme))
+    errors = [_with_error(w, plan, scheme, np.asarray(threshold))[1] for threshold in thresholds]
     chosen = np.stack(errors).argmin(0)
     return np.asarray(chosen), _quantized(w, plan, scheme, array_like(_picked(thresholds, chosen), w))
 
@@ -82,33 +94,27 @@ def _least_of_all(
 def _least_of_few(
     w: Array, plan: SplitPlan, scheme: Scheme, thresholds: np.ndarray
 ) -> tuple[np.ndarray, QuantizedWeight]:
-    """Try FEW of the thresholds [A] or [A, O], and for each scale the one between the best and its better neighbour."""
-    measured, tried, ints, errors = measured_outputs(w, scheme), [], [], []
+    """Try few of the thresholds [A] or [A, O], and for each scale the one between the best and its better neighbour."""
+    tried, ints, errors, few = [], [], [], FEW if scheme.rounding == "gptq" else EVERY_FOURTH
 
     def attempt(at: np.ndarray) -> None:
-        quantized, error = _compensated(w, plan, scheme, array_like(_picked(thresholds, at), w))
-        of_gain = measured.error_of_gain(fold(quantized, w.shape[1], scheme.groups), scheme.gain)
+        quantized, error = _with_error(w, plan, scheme, _picked(thresholds, at))
         tried.append(at)
         ints.append(as_numpy(quantized.ints))
-        errors.append(_by_scale(error + of_gain, scheme))
+        errors.append(error)
 
-    for i in FEW:
+    for i in few:
         attempt(np.full(thresholds.shape[1:], i))
     best = np.stack(errors).argmin(0)
     walls = np.pad(np.stack(errors), [(1, 1)] + [(0, 0)] * best.ndim, constant_values=np.inf)  # none beyond the ends
     neighbour = np.where(_picked(walls, best) < _picked(walls, best + 2), best - 1, best + 1)
-    attempt((np.array(FEW)[best] + np.array(FEW)[neighbour]) // 2)
+    attempt((np.array(few)[best] + np.array(few)[neighbour]) // 2)
     best = np.stack(errors).argmin(0)
     at = _picked(np.stack(tried), best)
     of_rows = np.stack(ints)[np.broadcast_to(best, len(w)), np.arange(len(w))]
     threshold = array_like(_picked(thresholds, at), w)
     quantized = QuantizedWeight(array_like(of_rows, w), scale_for(threshold, qmax(scheme.bits)), plan.source, threshold)
     return at, quantized
-
-
-def _by_scale(error: Array, scheme: Scheme) -> np.ndarray:
-    """Sum errors of output channels [O] where one scale serves all."""
-    return as_numpy(error) if scheme.granularity == "channel" else np.asarray(as_numpy(error).sum())
 
 
 def _picked(values: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -47,11 +47,12 @@ def quantize_in_blocks(
     copies = source[:, C:] - C * torch.arange(groups, device=source.device)[:, None]
     made = []
     for g, rows in enumerate(as_tensor(w).float().reshape(len(w), C, K).chunk(groups)):
-        weight = _Weight(rows, copies[g], parts[g], scheme, quantize_rows)
+        hessian = None if scheme.hessian is None else scheme.hessian.of_group(g, groups)
+        weight = _Weight(rows, copies[g], parts[g], scheme, hessian, quantize_rows)
         weight.round_own()
         weight.round_copies()
-        if scheme.hessian is not None:
-            weight.compensate(scheme.hessian.of_group(g, groups))
+        if hessian is not None:
+            weight.compensate(hessian)
         made.append(weight)
     ints, scale, threshold = (torch.cat([getattr(each, name) for each in made]) for name in _MADE)
     ints, clips = ints.view(len(w), C + n, *w.shape[2:]), {clip for each in made for clip in each.clips}
@@ -71,9 +72,18 @@ class _Weight:
         w: float32 [O, C, K].
         copies: int64 [n], the channels that are split.
         parts: int32 [C + n], how many like each expanded channel make up the channel.
+        hessian: of what this group of channels meets.
     """
 
-    def __init__(self, w: Tensor, copies: Tensor, parts: Tensor, scheme: Scheme, quantize_rows: QuantizeRows) -> None:
+    def __init__(
+        self,
+        w: Tensor,
+        copies: Tensor,
+        parts: Tensor,
+        scheme: Scheme,
+        hessian: Hessian | None,
+        quantize_rows: QuantizeRows,
+    ) -> None:
         (outputs, C, K), n = w.shape, len(copies)
         self.w, self.copies, self.scheme, self.quantize_rows = w, copies, scheme, quantize_rows
         self.share = 1 / parts.double()
@@ -86,6 +96,8 @@ class _Weight:
         compensates = scheme.rounding == "gptq"
         self.rounding = "nearest" if compensates else scheme.rounding
         self.of_rows = scheme._replace(granularity="channel", rounding=self.rounding, groups=1, hessian=None)
+        whole = hessian is not None and len(hessian.second) == 1
+        self.measured = hessian if scheme.clip == "auto" and whole else None
 
     def round_own(self) -> None:
         """Round the channels themselves, all blocks of one width at once."""
@@ -93,14 +105,18 @@ class _Weight:
         target = self.w * self.share[:C, None].float()
         for begin, end in ((0, C // width * width), (C // width * width, C)):
             blocks = -(-(end - begin) // width)
-            rows = target[:, begin:end].reshape(outputs * blocks, min(width, end - begin), K)
+            rows = target[:, begin:end].reshape(outputs, blocks, min(width, end - begin), K).transpose(0, 1)
             if not rows.numel():
                 continue
-            columns, at = slice(begin, end), slice(begin // width, begin // width + blocks)
-            steps = [self._quantize(some) for some in rows.split(ROWS)]
-            ints, scale, threshold = (torch.cat([getattr(step, name) for step in steps]) for name in _MADE)
-            self.ints[:, columns] = ints.view(outputs, end - begin, K)
-            self.scale[:, at], self.threshold[:, at] = scale.view(outputs, blocks), threshold.view(outputs, blocks)
+            first, at_once = begin // width, max(1, ROWS // outputs)
+            for b in range(0, blocks, at_once):
+                some = rows[b : b + at_once]
+                channels = torch.arange(begin + b * width, begin + b * width + len(some) * some.shape[2])
+                step, at = self._quantize(some, channels), slice(first + b, first + b + len(some))
+                ints = step.ints.view(some.shape).transpose(0, 1)
+                self.ints[:, channels] = ints.reshape(outputs, len(channels), K)
+                for made, found in ((self.scale, step.scale), (self.threshold, step.threshold)):
+                    made[:, at] = found.view(len(some), outputs).T
         self.rest -= self.ints[:, :C].float() * self.scale[:, self.block[:C], None]
         self.left -= self.share[:C]
 
@@ -109,7 +125,7 @@ class _Weight:
         C, n = self.w.shape[1], len(self.copies)
         for begin in range(0, n if self.w.numel() else 0, self.scheme.group):
             at = torch.arange(begin, min(begin + self.scheme.group, n), device=self.w.device)
-            step = self._quantize(self._target(at))
+            step = self._quantize(self._target(at)[None], self.copies[at])
             b = self.block[C + begin]
             self.scale[:, b], self.threshold[:, b] = step.scale, step.threshold
             for same in _in_turn(self.copies[at]):
@@ -133,10 +149,22 @@ class _Weight:
         self.rest[:, self.copies[at]] -= ints.float() * scale[:, None, None]
         self.left[self.copies[at]] -= self.share[C + at]
 
-    def _quantize(self, rows: Tensor) -> QuantizedWeight:
-        step = self.quantize_rows(rows, largest_first(rows, 0, 1), self.of_rows)
+    def _quantize(self, rows: Tensor, channels: Tensor) -> QuantizedWeight:
+        """Quantize blocks [B, O, width, K] of these channels; measured by calibration, where it finds thresholds."""
+        w = rows.flatten(0, 1).contiguous()
+        if self.measured is None:
+            steps = [self.quantize_rows(some, largest_first(some, 0, 1), self.of_rows) for some in w.split(ROWS)]
+            self.clips |= {step.clip for step in steps}
+            ints, scale, threshold = (torch.cat([getattr(step.quantized, name) for step in steps]) for name in _MADE)
+            return QuantizedWeight(ints, scale, channels, threshold)
+        groups, K = len(rows), rows.shape[3]
+        of_blocks = (channels[:, None] * K + torch.arange(K, device=channels.device)).view(groups, -1).to(w.device)
+        second = torch.stack([self.measured.second[0][each][:, each] for each in of_blocks])
+        measured = {"rounding": "gptq", "groups": groups, "hessian": Hessian(second, self.measured.count)}
+        plan = largest_first(w, 0, groups)
+        step = self.quantize_rows(w, plan, self.of_rows._replace(**measured))
         self.clips.add(step.clip)
-        return step.quantized
+        return quantize_split(w, plan, step.quantized.threshold, self.of_rows.bits, "qa", "nearest", groups)
 
     # --- GPTQ
 

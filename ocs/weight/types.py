@@ -51,6 +51,7 @@ class Scheme(NamedTuple):
     hessian: Hessian | None = None  # of what it meets, for rounding="gptq"
     gain: float = GAIN  # see output_error
     group: int = GROUP  # with granularity="group": input channels that share a scale
+    few: bool = False  # whether clip="auto" tries but a few thresholds: to compare errors, not for integers to keep
 
 
 class Quantization(NamedTuple):

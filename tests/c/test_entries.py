@@ -33,3 +33,16 @@ def test_other_processors_are_refused(name: str, value: str, message: str, tmp_p
     refused = subprocess.run(command, check=False, capture_output=True, text=True)
     assert refused.returncode != 0
     assert message in refused.stderr
+
+
+@needs_gcc
+def test_packed_bytes_are_what_their_bits_say(tmp_path: Path) -> None:
+    """What `make fuzz` and `make sanitize` run for longer."""
+    kernels = map(str, [*(ROOT / "csrc").glob("*.c"), *(ROOT / "csrc" / "arch").glob("*.c")])
+    flags = ["-std=c11", "-O0", "-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}"]
+    program = tmp_path / "fuzz"
+    source = str(ROOT / "tests" / "c" / "fuzz.c")
+    subprocess.run(["gcc", *flags, *kernels, source, "-o", str(program), "-lm"], check=True)
+    done = subprocess.run([str(program), "3000"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3000 packed weights are what their bits say" in done.stdout

@@ -98,6 +98,13 @@ def test_quantize_with_calibration(run: Any) -> None:
     assert "calibrated on 4 synthetic inputs" in found["notes"][0]
 
 
+def test_what_needs_inputs_says_how_they_are_given_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", MODEL, "--abits", "8"]) == 1
+    error = capsys.readouterr().err
+    assert "abits=8 needs calibration=" in error
+    assert error.endswith("(here --calibration PATH, or --synthesize N without data)\n")
+
+
 def test_an_existing_file_is_kept_where_it_is_read_or_the_report_fails(capsys: pytest.CaptureFixture[str]) -> None:
     save_file(small_net().state_dict(), "w.safetensors")
     before = Path("w.safetensors").read_bytes()

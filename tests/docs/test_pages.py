@@ -54,6 +54,16 @@ def test_examples_of_convolutional_networks_run(page, tmp_path, monkeypatch):
         run(code, space)
 
 
+def test_the_example_of_engines_runs(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/integers.md", "python")
+    program = code.replace('"model.pt2", images', '"model.pt2", images, form="program"')  # a package takes its time
+    assert program != code
+    run(program, names(small_network, torch.randn(32, 3, 8, 8)))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.pt2"}
+
+
 def test_examples_of_packed_layers_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = names(small_lstm, torch.randint(50, (7, 4)))
@@ -70,8 +80,38 @@ def test_examples_of_transformers_run(tmp_path, monkeypatch):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes)).save_pretrained("language")
     transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained("encoder")
     space = {"ocs": ocs, "token_ids": torch.randint(50, (2, 8))}
-    for code in blocks("docs/transformers.md", "python"):
+    examples = [code for code in blocks("docs/transformers.md", "python") if code not in of_sentences()]
+    assert len(examples) == 2
+    for code in examples:
         run(code, space | {"language_folder": "language", "encoder_folder": "encoder"})
+
+
+def of_sentences() -> list[str]:
+    return [code for code in blocks("docs/transformers.md", "python") if "SentenceTransformer" in code]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of what it imports
+def test_examples_of_sentence_encoders_run(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    zoo.torchvision_models()
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", "a", "dog", "ran", "."]
+    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.save_pretrained("sentences")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained("sentences")
+    space = {"ocs": ocs, "sentences_folder": "sentences"}
+    examples = of_sentences()
+    assert len(examples) == 2
+    for code in examples:
+        run(code, space)
+    assert capsys.readouterr().out == "(2, 32)\n"
+    read = sentence_transformers.SentenceTransformer("sentences-3bit", device="cpu")
+    ocs.pack(space["inside"])
+    one, other = read.encode(space["sentences"]), space["encoder"].encode(space["sentences"])
+    assert (one == other).all()
 
 
 ERRORS = re.findall(

@@ -333,6 +333,20 @@ def test_auto_leaves_the_least_output_error(kind, r: float, groups: int, roundin
             assert best.error == functional.weight_error(kind(w), best.quantized, groups)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "squant"])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_a_few_thresholds_are_nearly_as_good(kind, granularity: str, rounding: str) -> None:
+    """Errors of ways to quantize are compared by them."""
+    w = kind(outlier_weight((30, 64)))
+    for bits in (3, 5, 8):
+        plan, how = functional.plan_splits(w, 0.05), functional.Scheme(bits, "auto", granularity, "qa", rounding)
+        all_tried, few = (functional.quantize_plan(w, plan, how._replace(few=few)) for few in (False, True))
+        errors = [functional.output_error(w, each.quantized).sum() for each in (all_tried, few)]
+        assert errors[0] <= errors[1] * 1.001  # the error of groups is not that of their sum
+        assert errors[1] < 1.25 * errors[0]
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("shape", [(3, 4), (4, 0), (0, 3, 3), (5, 3, 0)])
 def test_auto_without_weights(granularity: str, shape: tuple[int, ...]) -> None:

@@ -188,6 +188,21 @@ def test_gptq_is_the_same_by_every_instruction_set(shape: tuple[int, ...], even:
     ops.set_isa("auto")
 
 
+@pytest.mark.parametrize("odd", [0.0, np.nan, np.inf, -np.inf])
+def test_output_errors_have_the_same_bits_by_any_instruction_set(odd: float) -> None:
+    """Filters of one element, in rows of any length."""
+    for C in range(1, 12):
+        w = outlier_weight((3, C))
+        w[1, C // 2] += odd
+        ints, scale = np.ones((3, C), np.int8), np.float32([0.3, 0.1, 2])
+        found = []
+        for name in _C.isas():
+            ops.set_isa(name)
+            found.append(both("output_error", w, ints, scale, np.arange(C), 1, 10.0).view(np.int64))
+            assert_same(found[0], found[-1])
+    ops.set_isa("auto")
+
+
 def test_squant_by_hand() -> None:
     """The largest error of a filter moves, then that of the filter with the largest; of equal ones the first."""
     assert squant([[[0.75, -0.375, -0.4375, 3]]]) == [[[1, 0, -1, 3]]]  # errors 0.25, 0.375, 0.4375, 0: one whole step

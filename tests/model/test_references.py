@@ -180,6 +180,7 @@ def test_batch_norms_fold_there_or_stay_with_the_reason() -> None:
     with_linear = nn.Sequential(fixed, nn.Linear(4, 64))
     report = ocs.quantize(with_linear, skip=None, fold_bn=True)
     assert "is also held by 'held' of FoldsInto" in report.batch_norms["0.norm"]
+    assert "1 batch norm not folded, 0.norm: " in " ".join(str(report).split())
 
 
 class OfTheClass(nn.Module):

@@ -46,6 +46,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: folder / f"{name}.html" for name in ("report", "comparison", "notebook")}
     report.save(found["report"], comparison=comparison)
     comparison.save(found["comparison"])
+    found["everything"] = folder / "everything.html"
+    x = torch.randn(5, 3, 6, 6)
+    ocs.quantize(float_model, wbits=4, r=0.1, recipe="best", abits=8, calibration=[x]).save(found["everything"])
     pieces = f"<p>one</p>{report._repr_html_()}<p>two</p>{comparison._repr_html_()}{report._repr_html_()}"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     found["notebook"].write_text(f"<!doctype html>{head}{pieces}", encoding="utf-8")
@@ -84,6 +87,23 @@ def test_it_fits_the_window(browser: Browser, pages: dict[str, Path], name: str,
     ink, paper = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors)
     assert (ink > paper) == dark
     assert abs(ink - paper) > 500
+
+
+@pytest.mark.parametrize("width", [320, 660, 900, 1024, 1100, 1280, 1920])
+def test_no_column_is_beyond_the_window(browser: Browser, pages: dict[str, Path], width: int) -> None:
+    """Those that have no room stand in the row that opens."""
+    for name in ("everything", "report"):
+        browser.open(pages[name], width)
+        assert browser.run("document.documentElement.scrollWidth") == width
+    browser.open(pages["everything"], width)
+    browser.click("tbody:nth-of-type(3) td.name summary")
+    shown = (
+        "[...document.querySelectorAll('tbody:nth-of-type(3) dt')].filter(e => e.offsetParent).map(e => e.innerText)"
+    )
+    heads = "[...document.querySelectorAll('th')].filter(e => e.offsetParent).map(e => e.innerText.trim())"
+    both = [*browser.run(shown), *browser.run(heads)]
+    assert {"kind", "shape", "channels+copies", "clipped at", "outputs dB", "size", "input"} <= {*both}
+    assert len(both) == len({*both})
 
 
 def test_names_are_text(browser: Browser, pages: dict[str, Path]) -> None:

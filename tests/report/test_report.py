@@ -124,6 +124,16 @@ def test_html_escapes_names() -> None:
     assert "&lt;b&gt;&amp;" in ocs.quantize(model)._repr_html_()
 
 
+def test_the_legend_says_where_ratios_of_outputs_are_from() -> None:
+    how = {"wbits": 3, "rounding": "gptq", "calibration": [torch.eye(4)], "explain": True}
+    for overrides, said in (
+        ({}, "outputs, from calibration"),
+        ({"1": {"rounding": "nearest"}}, "outputs, estimated or from calibration"),
+    ):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        assert said in ocs.quantize(net, overrides=overrides, **how).to_html()
+
+
 def test_dict_and_json(report: ocs.Report, tmp_path: Path) -> None:
     content = report.to_dict()
     assert content["settings"]["wbits"] == 5

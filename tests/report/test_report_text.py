@@ -14,7 +14,7 @@ from torch import nn
 
 import ocs
 from ocs.report.comparison import Agreement, Comparison
-from ocs.report.text import shortened, terminal_width
+from ocs.report.text import all_shortened, shortened, terminal_width
 
 LONG = "model.decoder.layers.{}.encoder_attention.output_projection"
 
@@ -108,6 +108,14 @@ def test_names_lose_their_middle() -> None:
     assert name.startswith(short.split("...")[0])
     assert name.endswith(short.split("...")[1])
     assert shortened(name, len(name)) == name
+
+
+def test_names_that_differ_in_the_middle_stay_different() -> None:
+    names = [f"model.encoder.layer.{i}.attention.self.{kind}" for i in (0, 1) for kind in ("key", "value")]
+    assert len({shortened(name, 25) for name in names}) == 2
+    assert all_shortened(names, 25) == [f"...{name[-22:]}" for name in names]
+    assert all_shortened(["a", names[0]], 25) == ["a", shortened(names[0], 25)]
+    assert all_shortened(names, 99) == names
 
 
 @pytest.mark.parametrize("values", [torch.zeros(3, 4), torch.full((3, 4), 7.0)], ids=["zeros", "exact"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,37 @@ def test_weights_are_in_the_narrowest_integers(bits: int, kind: str, granularity
     assert relative(y, model(x)) < 0.03
 
 
+def test_channels_of_sums_beyond_4_bits_are_held_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(64, 32, 3), nn.Flatten(), nn.Linear(288, 16)), torch.randn(2, 64, 5, 5)
+    with torch.no_grad():
+        for layer, channels in ((model[0], [3, 9]), (model[2], [7])):
+            layer.weight[:, channels] *= 2
+    ocs.quantize(model, wbits=4, r=0.05, skip=None)
+    lowered = ocs.lower(copy.deepcopy(model))
+    ocs.export(model, tmp_path / "model.onnx", x)
+    found = {name: onnx.numpy_helper.to_array(each) for name, each in initializers(tmp_path / "model.onnx").items()}
+    for name in ("0.weight", "2.weight"):
+        (ints,) = [each for own, each in lowered.named_buffers() if own == f"{name}_int"]
+        wide = [each for own, each in found.items() if own.startswith(f"{name}_int.wide")]
+        assert found[name].dtype.name == "int4"
+        assert found[name].size + wide[0].size == ints.numel()
+        assert 0 < wide[0].shape[1] <= math.ceil(0.05 * ints.shape[1])
+        assert (abs(wide[0]) > 7).any((0, *range(2, ints.dim()))).all()
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x)[0], model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_export_shows_its_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(4, 16)
+    ocs.quantize(model, wbits=4)
+    ocs.export(model, tmp_path / "model.onnx", x)
+    assert "export" not in capsys.readouterr().err
+    ocs.export(model, tmp_path / "model.onnx", x, progress=True)
+    assert "export: write |" in capsys.readouterr().err
+    ocs.compile(model, x, engine="onnxruntime", progress=True)
+    assert "compile: onnxruntime |" in capsys.readouterr().err
+
+
 def test_form_of_the_file(tmp_path: Path) -> None:
     model, x = residual()
     ocs.export(model, tmp_path / "model.onnx", x[:1])
@@ -60,6 +93,7 @@ def test_form_of_the_file(tmp_path: Path) -> None:
     assert [dim.dim_param or dim.dim_value for dim in found.graph.output[0].type.tensor_type.shape.dim] == ["batch", 10]
     assert {each.key: each.value for each in found.metadata_props}["ocs"] == ocs.__version__
     assert found.graph.input[0].name == "x"
+    assert str(Path(__file__).parent).encode() not in (tmp_path / "model.onnx").read_bytes()
     (y,) = run(tmp_path / "model.onnx", x)
     assert relative(y, model(x)) < 0.03
 

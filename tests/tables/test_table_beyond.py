@@ -20,6 +20,7 @@ import recipes
 import rounding
 import splits
 import tasks
+import together
 import torch
 from cells import Store
 from language_model import ASSETS, LanguageModel, encode, load_model, read_words, save_model, vocabulary_of
@@ -120,6 +121,7 @@ def check_files(table: ModuleType, folder: Path, rows: list[str], columns: list[
         (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, *list(recipes.MORE)]),
         (rounding, [*ONE, "--r", "0.1"], ["3 bits, per channel, r = 0.1"], ROUNDING),
         (learned, [], ["3 bits"], ["gptq", "learned", "gptq, synthetic", "learned, synthetic"]),
+        (together, [], ["3 bits, inputs of 3"], list(together.COLUMNS)),
     ],
 )
 def test_commands_on_images(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import gzip
+import math
 import os
 import pickle
 import struct
@@ -339,6 +341,17 @@ def test_fashion_mnist_is_normalized_already() -> None:
     assert torch.equal(x, ours.tensors[0])
     with pytest.raises(DataError, match="no split 'train' here"):
         data.fashion_mnist("train")
+
+
+def test_fashion_mnist_calibrates_with_others(tmp_path: Path) -> None:
+    for kind, rank, size in (("images", 3, (3, 28, 28)), ("labels", 1, (3,))):
+        header = struct.pack(f">i{rank}i", 0x800 | rank, *size)
+        packed = gzip.compress(header + bytes(range(3)) * (math.prod(size) // 3))
+        (tmp_path / f"train-{kind}-idx{rank}-ubyte.gz").write_bytes(packed)
+    images, labels = data.fashion_mnist("train", tmp_path).tensors
+    assert (images.shape, labels.tolist()) == ((3, 1, 32, 32), [0, 1, 2])
+    with pytest.raises(DataError, match="No such file"):
+        data.fashion_mnist("train", tmp_path / "missing")
 
 
 def test_pick_takes_every_class_evenly() -> None:

@@ -386,7 +386,7 @@ def test_a_failing_model_does_not_lose_the_others(tmp_path: Path, capsys: pytest
             "600 training images are asked for (--calibration), there are 512",
         ),
         (table4, [*FASHION, "--batch-size", "12", "--batches", "8"], "--batches 8: give numbers that divide"),
-        (table1, [*FASHION, "--mean", "0.1"], "leave out --data, --mean and --std"),
+        (table1, [*FASHION, "--mean", "0.1"], "leave out --mean and --std"),
         (table1, ["--dataset", "cifar10", "--data", "x", "--weights", "random", "--std", "0", "1", "1"], "--std"),
         (table1, [*FASHION, "--device", "tpu"], "--device"),
     ],

@@ -167,7 +167,7 @@ class PackedWeight(NamedTuple):
             return f"{codes} has a scale that is not positive and finite (in float32)"
         channels = self.form.channels
         first = channels * torch.arange(self.form.groups, device=copies.device)[:, None]
-        within = copies.view(self.form.groups, -1) - first
+        within = copies.long().view(self.form.groups, -1) - first
         if copies.is_floating_point() or not bool(((within >= 0) & (within < channels)).all()):
             return f"{codes} has copies that are none of its channels"
         return ""
