@@ -131,9 +131,10 @@ def quantize(
             nothing negative.
         act_scale: "static": one scale for the input of a layer, from calibration. Or "dynamic": one for each row of it
             (the vector over the channels: a token, a time step), the row's largest |x| / qmax, measured as it arrives.
-            That needs no calibration, and act_clip, act_r, act_split, act_select and act_signed as they are by default;
-            it is for inputs whose channels are the last axis, not for those of convolutions. A recurrent layer whose
-            abits an override names has its hidden states rounded so as well, at each step, as they meet their weights;
+            That needs no calibration unless act_r splits channels, which calibration chooses, once; the scale of a row
+            is then that of its largest part. act_clip, act_split and act_signed must be as they are by default; it is
+            for inputs whose channels are the last axis, not for those of convolutions. A recurrent layer whose abits an
+            override names has its hidden states rounded so as well, at each step, as they meet their weights;
             other recurrent layers keep float inputs as with "static", even where a model has nothing else.
         correct_bias: add to the bias of each convolution and linear layer what its errors take from the mean of its
             outputs, (w - w_hat) E[x] (Nagel et al. 2019); a layer without a bias gets one. E[x] is the mean of the
@@ -178,8 +179,8 @@ def quantize(
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
             clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
             power (after ReLU, say), and in convolutions of which nothing is known, else "nearest", as
-            for split="naive"; with abits, but for act_scale="dynamic", act_clip="mse" and, but for act_split="oracle",
-            act_signed="auto" and act_select="max".
+            for split="naive"; with abits, act_clip="mse" and, but for act_split="oracle", act_signed="auto"
+            and act_select="max", which alone goes with act_scale="dynamic".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
             recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate
             without data, functional.output_error, or with rounding="gptq" what calibration measured.

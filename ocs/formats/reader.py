@@ -15,9 +15,9 @@ from ocs.nn.input import InputGrid, check_grid
 from ocs.nn.state import calibrated_buffers, weight_buffers
 from ocs.weight.blocks import GROUP_STEP
 
-FORMAT = 6  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
+FORMAT = 7  # 1 had neither quantized inputs nor folded batch norms, 2 no integers that two layers share, 3 no inputs
 # with a scale for each row, 4 none of which a channel is split repeatedly, 5 no scales of groups of input channels, and
-# none split into equal parts
+# none split into equal parts, 6 none that is split and has a scale for each row
 MOST_LEVELS = 16  # of lists and dicts in a header; we write some 5
 
 

@@ -162,17 +162,16 @@ def _read_input(reader: Reader, layer: Target, weight: Weight, grid: InputGrid) 
     has_no_rows = grid.dynamic and weight.input_axis != -1
     if layer.reason_float_input or grid.splits > possible_splits or has_no_rows:
         raise ValueError(f"it was saved with an input of {grid}, which this layer cannot have")
-    if not grid.calibrated:
-        return QuantizedInput(grid)
-    device, source = _device_of(weight), None
-    scale = reader.read(full_name(layer.name, "input_scale"), [], "F32")
-    if grid.splits:
+    device, scale, source = _device_of(weight), None, None
+    if grid.calibrated:
+        scale = reader.read(full_name(layer.name, "input_scale"), [], "F32").to(device)
+    if grid.split_once:
         copies = reader.read(full_name(layer.name, "input_source"), [weight.groups * grid.splits], "I32").long()
-        source = with_originals(copies, weight.groups, weight.channels)
+        source = with_originals(copies, weight.groups, weight.channels).to(device)
     problem = input_problem(scale, source, weight.groups, weight.channels)
     if problem:
         raise ValueError(problem)
-    return QuantizedInput(grid, scale.to(device), None if source is None else source.to(device))
+    return QuantizedInput(grid, scale, source)
 
 
 def _device_of(weight: Weight) -> torch.device | str:

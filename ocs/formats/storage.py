@@ -108,6 +108,8 @@ def sealed(header: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, str]
 def _format(layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> int:
     """Choose the oldest format that has what these layers need, so that readers as old as that take the file."""
     grids = [layer.input_grid for layer in layers.values() if layer.input_grid is not None]
+    if any(grid.dynamic and grid.splits for grid in grids):
+        return 7
     if any(layer.scale_group for layer in layers.values()) or any(grid.split == "even" for grid in grids):
         return 6
     if any(_splits_repeatedly(layer) for layer in layers.values()):

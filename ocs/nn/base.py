@@ -11,7 +11,7 @@ integers or the layer's dtype change.
 A layer may quantize its input too (ocs.nn.input): `input_grid` says how, and the buffer `input_form` encodes that, lest
 a state be taken for that of another grid; `input_scale` float32 [] and, where channels of it are split, `input_source`
 int64 [C + n] hold what calibration gave: copies in the order of splitting, which says what part of its channel each one
-is (ocs.nn.input_parts). Where each row of the input has its own scale there is neither.
+is (ocs.nn.input_parts). Where each row of the input has its own scale there is no `input_scale`.
 """
 
 from __future__ import annotations
@@ -402,10 +402,8 @@ class QuantizedLayer(nn.Module):
         form = given["input_form"]
         if not torch.equal(form, self.input_form.to(form.device)):
             return f"input_form is {form.tolist()}: the state is of another input than one of {self.input_grid}"
-        if "input_scale" not in given:
-            return ""
         channels = next(iter(self.channels.values()))
-        return input_problem(given["input_scale"].float(), given.get("input_source"), self.groups, channels)
+        return input_problem(given.get("input_scale"), given.get("input_source"), self.groups, channels)
 
     def _restore_dtypes(self) -> None:
         """Cast scales to float32 and sources to integers: a state that is assigned may have come in another dtype."""

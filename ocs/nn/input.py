@@ -42,16 +42,20 @@ class InputGrid:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its scale, and which channels are split, come from calibration."""
+        """Whether its scale comes from calibration."""
         return not self.oracle and not self.dynamic
 
+    @property
+    def split_once(self) -> bool:
+        """Whether channels are split that calibration chose."""
+        return self.splits > 0 and not self.oracle
+
     def __str__(self) -> str:
-        if self.dynamic:
-            return f"{self.bits} bits, a scale per row"
         sign = "" if self.signed else " unsigned"
+        rows = ", a scale per row" if self.dynamic else ""
         kind = " oracle" if self.oracle else ""
         splits = f", {self.splits}{kind} splits" if self.splits else ""
-        return f"{self.bits}{sign} bits{splits}"
+        return f"{self.bits}{sign} bits{rows}{splits}"
 
 
 def check_grid(grid: InputGrid) -> None:
@@ -63,12 +67,12 @@ def check_grid(grid: InputGrid) -> None:
     check_clip("clip", grid.clip)
     if not isinstance(grid.signed, bool) or type(grid.splits) is not int or grid.splits < 0:
         raise ValueError(f"signed={grid.signed!r}, splits={grid.splits!r}: use a bool and a number of splits")
-    if grid.dynamic and grid != InputGrid(grid.bits, split=grid.split, act_scale="dynamic"):
-        raise ValueError("act_scale='dynamic': such a grid is signed, neither split nor clipped")
+    if grid.dynamic and grid != InputGrid(grid.bits, splits=grid.splits, split=grid.split, act_scale="dynamic"):
+        raise ValueError("act_scale='dynamic': such a grid is signed, neither clipped nor split by each batch")
 
 
 class QuantizedInput(NamedTuple):
-    """The grid of a layer's input and, unless each batch (Oracle OCS) or row has its own, what calibration gave."""
+    """The grid of a layer's input, and what calibration gave: no scale where each batch or row has its own."""
 
     grid: InputGrid
     scale: Tensor | None = None  # float32 []

@@ -5,7 +5,8 @@ in two, (x - d/2) / 2 and (x + d/2) / 2 where quantization-aware, x / 2 both whe
 twice. With u = x / d, round((u - 1/2) / 2) + round((u + 1/2) / 2) = round(u) but for ties (Hermite): the grid then
 holds values twice as large, or is twice as fine. Copies may be split again: a part is the k-th of n equal ones,
 (u + k + 1/2) / n - 1/2 for k = 0 .. n - 1, n a power of two, or where split="even" the number of all parts. The
-channels are chosen once, from calibration, or (Oracle OCS) for each batch from its own values.
+channels are chosen once, from calibration, or (Oracle OCS) for each batch from its own values. The scale may be that of
+each row as well (ocs.nn.input_rows), of the parts of channels that were chosen once.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ocs.kernels.ops import fake_quantize
 from ocs.nn.input import InputGrid
+from ocs.nn.input_rows import refuse_nested, round_rows, row_scales
 from ocs.weight.plan import occurrences, split_plan_of
 from ocs.weight.threshold import scale_for, split_thresholds
 from ocs.weight.types import Split
@@ -28,7 +30,7 @@ class InputParts(NamedTuple):
     All but the scale are None where no channel is split.
     """
 
-    scale: Tensor | None
+    scale: Tensor | None  # float32 [], or of each row [..., 1]
     source: Tensor | None = None  # int64 [copies]: the original channel, over all groups
     factor: Tensor | None = None  # float32 [channels + copies], the original channels first
     shift: Tensor | None = None
@@ -43,7 +45,7 @@ def _parts_of_plan(
     return InputParts(scale, source[channels:], factor, shift)
 
 
-def static_parts(grid: InputGrid, scale: Tensor, source: Tensor, groups: int) -> InputParts:
+def static_parts(grid: InputGrid, scale: Tensor | None, source: Tensor, groups: int) -> InputParts:
     """Split channels that calibration chose, as often as each is named. source [C + n] is laid out group by group."""
     if not grid.splits:
         return InputParts(scale)
@@ -70,6 +72,27 @@ def parts_of(source: Tensor, channels: int, split: Split) -> tuple[Tensor, Tenso
 def largest_part(splits: Tensor, split: Split) -> Tensor:
     """Count how many of the largest part of a channel that is split so often would make it up."""
     return splits + 1 if split == "even" else 2 ** (torch.frexp((splits + 1).float())[1].long() - 1)
+
+
+def with_row_scales(x: Tensor, grid: InputGrid, parts: InputParts) -> InputParts:
+    """Measure the scale of each row of x [..., C] over all its parts, where each row has its own."""
+    return parts._replace(scale=_scales_of_parts(x, grid.bits, parts)) if grid.dynamic else parts
+
+
+@torch.fx.wrap  # as a whole: tracing knows no shapes
+def _scales_of_parts(x: Tensor, bits: int, parts: InputParts) -> Tensor:
+    refuse_nested(x)
+    if not x.shape[-1]:
+        return torch.ones_like(x.sum(-1, keepdim=True), dtype=torch.float32)
+    return row_scales(x.detach(), bits, largest_factor(parts))
+
+
+def largest_factor(parts: InputParts) -> Tensor | None:
+    """Find the size of each channel's largest part, float32 [C]; None where no channel is split."""
+    if parts.factor is None:
+        return None
+    own, copies = parts.factor.split([parts.factor.numel() - parts.source.numel(), parts.source.numel()])
+    return own.scatter_reduce(0, parts.source, copies, "amax")
 
 
 def oracle_parts(grid: InputGrid, x: Tensor, axis: int, groups: int) -> InputParts:
@@ -112,12 +135,6 @@ def _as_dense(x: Tensor) -> Tensor:
     return x if x.layout == torch.strided or x.is_nested else x.to_dense()
 
 
-def refuse_nested(x: Tensor) -> None:
-    """Refuse a nested tensor, whose shape no rounding knows."""
-    if x.is_nested:
-        raise RuntimeError("a quantized layer input cannot be a nested tensor: pad it, torch.nested.to_padded_tensor")
-
-
 def take_channels(x: Tensor, index: Tensor, axis: int) -> Tensor:
     """Take channels of x: by indexing, as index_select is slow on channels-last inputs."""
     return x[(..., index, *[slice(None)] * (-axis - 1))]
@@ -144,7 +161,9 @@ def _round_parts(
     if parts.factor is not None:
         part = slice(x.shape[axis]) if part is None else part
         per_channel = (-1, *[1] * (-axis - 1))
-        x = x * parts.factor[part].view(per_channel) + (parts.shift[part] * parts.scale).view(per_channel)
+        x = x * parts.factor[part].view(per_channel) + parts.shift[part].view(per_channel) * parts.scale
+    if grid.dynamic:
+        return round_rows(x, grid.bits, parts.scale).to(dtype)
     return fake_quantize(x, parts.scale, grid.bits, grid.signed).to(dtype)
 
 

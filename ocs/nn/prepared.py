@@ -24,8 +24,7 @@ from ocs.errors import error_context
 from ocs.kernels.constants import qmax
 from ocs.nn.base import QuantizedLayer, memory_format
 from ocs.nn.input import InputGrid, QuantizedInput
-from ocs.nn.input_parts import as_dense, parts_of, round_folded, static_parts
-from ocs.nn.input_rows import round_rows
+from ocs.nn.input_parts import as_dense, parts_of, round_folded, static_parts, with_row_scales
 from ocs.nn.own_forward import QuantOwnForward, own_forward
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
 from ocs.nn.straight_through import (
@@ -183,15 +182,13 @@ class PreparedLayer(nn.Module):
         """Round an input as the quantized layer will; gradients are straight through, of a learned scale LSQ's."""
         grid, axis = self._preparation.input_grid, self.input_axis
         x = as_dense(x)
-        if grid.dynamic:
-            return round_rows(x, grid.bits)
-        scale = positive(self._tensor("input_scale"))
-        if scale.requires_grad:
+        scale = positive(self._tensor("input_scale")) if grid.calibrated else None
+        if scale is not None and scale.requires_grad:
             features = x.numel() // max(x.shape[0], 1)
             scale = ScaledGradient.apply(scale, gradient_scale(features, grid.qmax))
         groups = self._preparation.scheme.groups
         parts = static_parts(grid, scale, self._buffers.get("input_source"), groups)
-        return round_folded(x, grid, parts, axis)
+        return round_folded(x, grid, with_row_scales(x, grid, parts), axis)
 
     @property
     def input_axis(self) -> int:
@@ -202,10 +199,10 @@ class PreparedLayer(nn.Module):
     def quantized_input(self) -> QuantizedInput | None:
         """Say how its input is quantized, tensors of their own."""
         grid = self._preparation.input_grid
-        if grid is None or not grid.calibrated:
-            return grid and QuantizedInput(grid)
+        if grid is None:
+            return None
         source = self._buffers.get("input_source")
-        scale = positive(self._tensor("input_scale").detach()).clone()
+        scale = positive(self._tensor("input_scale").detach()).clone() if grid.calibrated else None
         return QuantizedInput(grid, scale, None if source is None else source.clone())
 
     def _rounded_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:

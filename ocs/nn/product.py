@@ -21,8 +21,8 @@ from ocs.nn.input_parts import (
     round_parts,
     static_parts,
     take_channels,
+    with_row_scales,
 )
-from ocs.nn.input_rows import round_rows
 from ocs.nn.registry import register
 
 
@@ -102,8 +102,8 @@ class QuantProduct(QuantizedLayer):
         return tuple(self.in_float_layout(torch.empty(shape, dtype=torch.int8, device="meta")).shape)
 
     def static_parts(self) -> InputParts:
-        """Split the input as calibration said; there are no parts yet where each batch or row has its own grid."""
-        if self.input_grid is None or not self.input_grid.calibrated:
+        """Split the input as calibration said; there are no parts yet where each batch has its own."""
+        if self.input_grid is None or self.input_grid.oracle:
             return InputParts(None)
         return static_parts(self.input_grid, self.input_scale, self._buffers.get("input_source"), self.groups)
 
@@ -114,10 +114,11 @@ class QuantProduct(QuantizedLayer):
         return parts
 
     def _parts_of_input(self, x: Tensor) -> InputParts:
-        """Tell how an input on one grid is split: as calibration said, or by its own values."""
+        """Tell how an input is split and scaled: as calibration said, or by its own values."""
         if self.input_grid.oracle:
             return oracle_parts(self.input_grid, x, self.input_axis, self.groups)
-        return InputParts(self.input_scale, self.cut_source, self.cut_factor, self.cut_shift)
+        parts = InputParts(self.input_scale, self.cut_source, self.cut_factor, self.cut_shift)
+        return with_row_scales(x, self.input_grid, parts)
 
     def _copied_weight(self, copied: CopiedChannels) -> Tensor:
         """Dequantize the columns of the expanded weight that these channels meet: float32 [O, m, ...]."""
@@ -136,8 +137,6 @@ class QuantProduct(QuantizedLayer):
         x = as_dense(x)
         if self.input_grid is None:
             return self._unsplit_operands(x)
-        if self.input_grid.dynamic:
-            return self._unsplit_operands(round_rows(x, self.input_grid.bits))
         parts = self._parts_of_input(x)
         if not self.expand:
             return Operands(round_folded(x, self.input_grid, parts, self.input_axis))

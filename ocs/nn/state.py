@@ -29,9 +29,10 @@ def packed_buffers(weight: str) -> tuple[str, str, str]:
 
 def calibrated_buffers(grid: InputGrid | None) -> tuple[str, ...]:
     """Name the buffers that hold what calibration gave for an input with this grid."""
-    if grid is None or not grid.calibrated:
+    if grid is None:
         return ()
-    return ("input_scale", "input_source") if grid.splits else ("input_scale",)
+    scale = ("input_scale",) if grid.calibrated else ()
+    return (*scale, "input_source") if grid.split_once else scale
 
 
 def encode_grid(grid: InputGrid) -> Tensor:
@@ -66,9 +67,9 @@ def weight_problem(
     return ""
 
 
-def input_problem(scale: Tensor, source: Tensor | None, groups: int, channels: int) -> str:
+def input_problem(scale: Tensor | None, source: Tensor | None, groups: int, channels: int) -> str:
     """Say why these values cannot be what calibration gave for a layer's input, or ""."""
-    if not bool(scale.isfinite() & (scale > 0)):
+    if scale is not None and not bool((scale := scale.float()).isfinite() & (scale > 0)):
         return "input_scale is not positive and finite (in float32)"
     if source is None:
         return ""

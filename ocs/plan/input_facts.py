@@ -29,7 +29,7 @@ _TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of cl
 class InputFacts:
     """What is known of a layer besides its weights."""
 
-    statistics: Statistics | None = None  # of its input, where that is to be quantized with a scale of its own
+    statistics: Statistics | None = None  # of its input, where that is to have one scale, or to be split
     mean: InputMean | None = None  # of its input, where the bias is to be corrected
     second_moments: LayerMoments | None = None  # of what each weight meets, where these are rounded by them
     gain: float = GAIN  # see output_error
@@ -182,7 +182,7 @@ def _check_rows(plan: LayerPlan) -> None:
 
 
 def _check_needs_none(plans: Plans) -> None:
-    needs = [(plan, f"abits={plan.options.abits}") for plan in plans if plan.needs_statistics]
+    needs = [(plan, _need(plan.options)) for plan in plans if plan.needs_statistics]
     rounded = [plan for plan in plans if plan.needs_second_moments or (plan.quantized and plan.options.learned)]
     needs += [(plan, f"rounding={plan.options.rounding!r}") for plan in rounded]
     if needs:
@@ -190,13 +190,19 @@ def _check_needs_none(plans: Plans) -> None:
         raise ValueError(f"{plan.name}: {need} needs calibration=: batches of inputs, say")
 
 
+def _need(options: LayerOptions) -> str:
+    """Say which option of inputs it is that asks for calibration."""
+    return f"act_r={options.act_r}" if options.act_scale == "dynamic" else f"abits={options.abits}"
+
+
 def _check_has_effect(plans: Plans) -> None:
     options = [plan.options for plan in plans]
-    scaled = any(each.abits is not None and each.act_scale == "static" for each in options)
-    if not scaled and not any(each.correct_bias or each.compensated for each in options):
+    seen = any(each.abits is not None and (each.act_scale == "static" or each.act_r) for each in options)
+    if not seen and not any(each.correct_bias or each.compensated for each in options):
         raise ValueError(
             "calibration= has no effect on these options: add rounding='gptq', correct_bias=True or abits= with"
-            " act_scale='static' to use it; batches (no ocs.Calibration) serve allocate='error' and wbits='auto', too"
+            " act_scale='static' or act_r= to use it; batches (no ocs.Calibration) serve allocate='error' and"
+            " wbits='auto', too"
         )
 
 

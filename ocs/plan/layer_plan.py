@@ -71,8 +71,10 @@ class LayerPlan:
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration must tell of its input."""
+        if self.rounds_rows:
+            return self.options.splits_input and self.kind.splits_input
         oracle = self.options.act_split == "oracle" and self.options.act_signed is True
-        return self.quantizes_input and not oracle and not self.rounds_rows
+        return self.quantizes_input and not oracle
 
     @property
     def can_correct_bias(self) -> bool:

@@ -148,7 +148,7 @@ class LayerOptions:
 
     def _check_dynamic(self) -> None:
         """Refuse what a scale for each row of an input leaves no room for."""
-        for name in ("act_clip", "act_r", "act_split", "act_select", "act_signed"):
+        for name in ("act_clip", "act_split", "act_signed"):
             value, needed = getattr(self, name), getattr(LayerOptions, name)
             if value != needed:
                 raise ValueError(

@@ -202,11 +202,11 @@ class LayerQuantizer:
 
     def _numbers_of_input(self, options: LayerOptions) -> int:
         """Count the numbers that a quantized input takes: its scale, and the sources of its copies."""
-        if not self.plan.quantizes_input or options.act_split == "oracle" or options.act_scale == "dynamic":
+        if not self.plan.quantizes_input or options.act_split == "oracle":
             return 0
         weight = input_weight(self.plan.module)
         splits = splits_for(options.act_r, weight.channels, weight.groups) if self.plan.kind.splits_input else 0
-        return 1 + weight.groups * splits
+        return (options.act_scale == "static") + weight.groups * splits
 
 
 def _replacement(
@@ -304,7 +304,7 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
         clip=options.act_clip,
         act_scale=options.act_scale,
     )
-    if not grid.calibrated:
+    if not grid.calibrated and not grid.split_once:
         return QuantizedInput(grid)
     if splits_input and statistics.channels not in (None, groups * C):
         raise ValueError(f"calibration saw {statistics.channels} input channels, this layer has {groups * C}")
@@ -312,6 +312,8 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
     if grid.splits:
         split = choose_input_splits(statistics, grid, options.act_select, weight).flatten()
         source = with_originals(split, groups, C).to(device)
+    if grid.dynamic:
+        return QuantizedInput(grid, None, source)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split, grid.split)
     scale = scale_for(torch.tensor(threshold, dtype=torch.float32, device="cpu"), grid.qmax)
     return QuantizedInput(grid, scale.to(device), source)

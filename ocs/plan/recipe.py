@@ -39,10 +39,10 @@ def _favoured(options: LayerOptions, *, has_mean: bool) -> dict[str, Any]:
     """What docs/accuracy.md measured to be best for a layer, without data."""
     compensates = has_mean and options.split != "naive"
     favoured = {"granularity": "channel", "clip": "auto", "rounding": "squant" if compensates else "nearest"}
+    if options.splits_input:
+        favoured["act_select"] = "max"
     if options.abits is not None and options.act_scale != "dynamic":  # which neither clips nor asks for signs
         favoured["act_clip"] = "mse"
-        if options.splits_input:
-            favoured["act_select"] = "max"
         if options.act_split != "oracle":  # which needs no calibration, as long as nothing is known of signs
             favoured["act_signed"] = "auto"
     return favoured

@@ -99,7 +99,7 @@ def input_of(layer: LayerReport) -> str:
     if layer.act_split == "oracle":
         return f"{bits}, by each batch{splits}"
     if layer.act_dynamic:
-        return f"{bits}, a scale per row"
+        return f"{bits}, a scale per row{splits}"
     lowest = f"-{layer.act_threshold:.3g}" if layer.act_signed else "0"
     clip = "" if layer.act_clip == "none" else f" ({clip_method(layer.act_clip)})"
     return f"{bits}, {lowest} to {layer.act_threshold:.3g}{clip}{splits}"

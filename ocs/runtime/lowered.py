@@ -14,8 +14,8 @@ from ocs.nn.attention import QuantMultiheadAttention
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.convolution import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from ocs.nn.embedding import QuantEmbedding, QuantEmbeddingBag
-from ocs.nn.input_parts import InputParts
-from ocs.nn.input_rows import rows_on_grid
+from ocs.nn.input_parts import InputParts, largest_factor
+from ocs.nn.input_rows import row_scales, rows_on_grid
 from ocs.nn.own_forward import QuantOwnForward
 from ocs.nn.product import QuantLinear, QuantProduct
 from ocs.nn.state import INPUT_BUFFERS, weight_buffers
@@ -83,13 +83,27 @@ def _columns(layer: QuantProduct, arithmetic: Arithmetic, grid: Grid | None) -> 
     return _Columns(parts, channel.flatten(), place.flatten(), in_columns(whole, groups, limit))
 
 
+def _parts_of_rows(body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns) -> fx.Node:
+    """Write out, in floats, the rounding of the parts of an input whose rows have their own scales."""
+    parts, bits, x = columns.parts, layer.input_grid.bits, fx.Proxy(x).float()
+    held = {"factor": parts.factor[columns.place], "shift": parts.shift[columns.place], "channel": columns.channel}
+    held["largest"] = largest_factor(parts)
+    factor, shift, channel, largest = (fx.Proxy(body.tensor(*each), x.tracer) for each in held.items())
+    scale = row_scales(x, bits, largest)
+    x = torch.index_select(x, -1, channel) * factor + shift * scale
+    return rows_on_grid(x, bits, scale).to(body.dtype).node
+
+
 def _operand(
     body: Body, x: fx.Node, layer: QuantProduct, columns: _Columns, grid: Grid | None, arithmetic: Arithmetic
 ) -> fx.Node:
     """Round the parts of an input, and give each as often as the weight has columns for it."""
     axis, parts, per_channel = layer.input_axis, columns.parts, (-1, *[1] * (-layer.input_axis - 1))
-    x = _with_rounded_rows(x, layer)
-    if parts.factor is not None:
+    if parts.factor is None:
+        x = _with_rounded_rows(x, layer)
+    elif layer.input_grid.dynamic:
+        x = _parts_of_rows(body, x, layer, columns)
+    else:
         factor = parts.factor[columns.place].view(per_channel).to(body.dtype)
         shift = (parts.shift * parts.scale)[columns.place].view(per_channel).to(body.dtype)
         x = body.call(torch.index_select, x, axis, body.tensor("channel", columns.channel))

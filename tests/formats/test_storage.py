@@ -347,7 +347,7 @@ def nested(levels: int) -> list:
 HEAD = ("layers", "net.head")
 LAYER = {"kind": "Linear", "bits": 5, "expand": True, "settings": {}, "weights": {}}
 FORGED = {
-    "newer": (setting("format", to=7), "wrote it in format 7, newer than 6: upgrade torch-ocs"),
+    "newer": (setting("format", to=8), "wrote it in format 8, newer than 7: upgrade torch-ocs"),
     "format of another type": (setting("format", to="1"), "header is damaged"),
     "format zero": (setting("format", to=0), "header is damaged"),
     "format of no number": (setting("format", to=True), "header is damaged"),

@@ -168,10 +168,11 @@ def test_the_gradient_is_one_everywhere() -> None:
         ({"act_scale": "row"}, "act_scale='row': use 'static' or 'dynamic'"),
         ({"abits": None}, "0: an act_ option without abits has no effect: set abits, too"),
         ({"act_clip": "mse"}, "act_clip='mse' with act_scale='dynamic'.*use act_clip='none', or act_scale='static'"),
-        ({"act_r": 0.1}, "act_r=0.1 with act_scale='dynamic'.*use act_r=0.0, or act_scale='static'"),
+        ({"act_r": 0.1}, "0: act_r=0.1 needs calibration=: batches of inputs, say"),
+        ({"act_select": "max"}, "act_select='max' has no effect: it is for act_r"),
         ({"act_split": "oracle"}, "act_split='oracle' with act_scale='dynamic'.*use act_split='static', or"),
         ({"act_signed": "auto"}, "act_signed='auto' with act_scale='dynamic'.*use act_signed=True, or"),
-        ({"calibration": torch.randn(2, 3)}, "calibration= has no effect.*abits= with act_scale='static'"),
+        ({"calibration": torch.randn(2, 3)}, "calibration= has no effect.*abits= with act_scale='static' or act_r="),
         ({"act_scale": "static"}, "0: abits=8 needs calibration"),
         (
             {"act_scale": "static", "act_clip": "mse", "overrides": {"0": {"act_scale": "dynamic"}}},
@@ -329,7 +330,7 @@ def test_states_of_the_other_kind_are_refused() -> None:
     [
         ({"act_scale": "row"}, "act_scale='row'"),
         ({"act_scale": ["dynamic"]}, "act_scale="),
-        ({"act_scale": "dynamic", "splits": 1}, "act_scale='dynamic'"),
+        ({"act_scale": "dynamic", "splits": -1}, "splits=-1"),
         ({"act_scale": "dynamic", "act_split": "oracle"}, "act_scale='dynamic'"),
         ({"act_scale": "dynamic", "signed": False}, "act_scale='dynamic'"),
         ({"act_scale": "dynamic", "clip": "mse"}, "act_scale='dynamic'"),

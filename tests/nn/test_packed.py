@@ -32,7 +32,7 @@ def pair(layer: nn.Module, *example: Any, **options: Any) -> tuple[nn.Module, nn
         for i, p in enumerate(model.parameters()):
             if p.dim() > 1:
                 p.copy_(torch.from_numpy(outlier_weight(tuple(p.shape), seed=i)) * 0.1)
-    if "abits" in options and options.get("act_scale") != "dynamic":
+    if "abits" in options and ("act_r" in options or options.get("act_scale") != "dynamic"):
         options["calibration"] = lambda model: model[0](*example)
     asked = {"0": {"abits": options["abits"]}} if "abits" in options else {}  # as recurrent layers must be
     ocs.quantize(model, **{"skip": None, "wbits": 5, "r": 0.1, "embeddings": True, "overrides": asked} | options)
@@ -89,13 +89,14 @@ INPUTS = {
     "split": {"abits": 4, "act_r": 0.2},
     "oracle": {"abits": 4, "act_r": 0.2, "act_split": "oracle"},
     "dynamic": {"abits": 8, "act_scale": "dynamic"},
+    "dynamic, split": {"abits": 8, "act_scale": "dynamic", "act_r": 0.4, "act_select": "max"},
 }
 MULTIPLYING = [name for name in KINDS if "embedding" not in name and "bag" not in name]
 
 
 def with_inputs(kinds: list[str], *inputs: str | None) -> list[tuple[str, str | None]]:
     """Pair kinds with ways to round their inputs; only linear and recurrent layers have rows."""
-    return [(kind, each) for kind in kinds for each in inputs if each != "dynamic" or "conv" not in kind]
+    return [(kind, each) for kind in kinds for each in inputs if "dynamic" not in str(each) or "conv" not in kind]
 
 
 def made(kind: str, **options: Any) -> tuple[tuple[nn.Module, nn.Module], Tensor]:

@@ -287,7 +287,6 @@ def test_a_rule_without_splits_has_no_effect(net: SmallNet, options: dict) -> No
     [
         ({"abits": 4, "act_r": 0.1, "act_select": "most"}, "act_select='most': use 'percentile' or 'max' or 'error'"),
         ({"act_select": "max"}, "an act_ option without abits has no effect"),
-        ({"abits": 8, "act_scale": "dynamic", "act_select": "max"}, "act_select='max' with act_scale='dynamic'"),
     ],
 )
 def test_what_cannot_be_is_refused(net: SmallNet, options: dict, message: str) -> None:

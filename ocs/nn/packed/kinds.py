@@ -48,8 +48,8 @@ class PackedProduct(PackedLayer):
     def rounded(self, x: Tensor) -> Tensor:
         """Round an input to its grid, if it has one."""
         x, grid = as_dense(x), self.input_grid
-        if grid is None or grid.dynamic:
-            return self.round_input(x)
+        if grid is None:
+            return x
         return round_folded(x, grid, self._parts_of_input(x), self.input_axis)
 
 

@@ -153,9 +153,9 @@ class PackedLayer(QuantizedLayer):
         grid = self.input_grid
         if grid is None:
             return FLOAT_ROWS
-        if grid.dynamic:
-            return RowGrid(grid.bits)
-        return None if grid.splits or grid.oracle else RowGrid(grid.bits, self.input_scale, grid.signed)
+        if grid.splits or grid.oracle:
+            return None
+        return RowGrid(grid.bits) if grid.dynamic else RowGrid(grid.bits, self.input_scale, grid.signed)
 
     def asks_for_gradient(self, *inputs: Tensor | None) -> bool:
         """Tell whether a derivative is to reach these inputs, forward-mode too, or, in training, the biases."""
