@@ -2,9 +2,11 @@
 
     pip install transformers
     python benchmarks/tables/encoder.py sentence-transformers/all-MiniLM-L6-v2
+    python benchmarks/tables/encoder.py sentence-transformers/all-MiniLM-L6-v2 --what inputs both
 
-Weights only, all layers; 1 - mean cosine, times 100, over 256 verses of the bundled text. What is calibrated sees 32
-others. MODEL is a BERT-like encoder in Hugging Face's form: a name, or a folder with its config, weights and tokenizer.
+All layers; 1 - mean cosine, times 100, over 256 verses of the bundled text. What is calibrated sees 32 others. "inputs"
+has those of all layers in few bits, with weights of 8; "both" weights, too, and the parts of the recipe one by one.
+MODEL is a BERT-like encoder in Hugging Face's form: a name, or a folder with its config, weights and tokenizer.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +34,47 @@ import ocs
 
 SENTENCES, OTHERS, BATCH = 256, 32, 32
 WORDS = range(8, 40)  # of a verse that is taken
-ROWS: dict[str, dict[str, Any]] = {
+Options = dict[str, Any]
+WEIGHTS: dict[str, Options] = {
     "per tensor, nearest": {"r": 0.0},
     "per tensor, OCS (the paper)": {},
     "per channel, nearest": {"r": 0.0, "granularity": "channel"},
     "per channel, OCS": {"granularity": "channel"},
     "per channel, OCS, mse clip": {"granularity": "channel", "clip": "mse"},
+    "groups of 32, OCS, mse clip": {"granularity": "group", "group": 32, "clip": "mse"},
     "recipe best, r = 0": {"r": 0.0, "recipe": "best"},
     "recipe best": {"recipe": "best"},
     "recipe best, nearest": {"recipe": "best", "rounding": "nearest"},
     "recipe best, squant": {"recipe": "best", "rounding": "squant"},
     "recipe best, select error": {"recipe": "best", "select": "error"},
     "recipe best, gptq": {"recipe": "best", "rounding": "gptq"},
+}
+EIGHT: Options = {"wbits": 8, "r": 0.0, "recipe": "best"}
+INPUTS: dict[str, Options] = {
+    f"{bits} bits, {how}": EIGHT | {"abits": bits} | options
+    for bits in (8, 6)
+    for how, options in {
+        "no clipping": {"act_clip": "none"},
+        "mse clip": {"act_clip": "mse"},
+        "a scale per row": {"act_scale": "dynamic"},
+    }.items()
+}
+SPLITS: dict[str, Options] = {
+    "r = 0": {},
+    "0.05, percentile (the paper)": {"act_r": 0.05, "act_select": "percentile"},
+    **{f"{r:g}": {"act_r": r, "act_select": "max"} for r in (0.02, 0.05, 0.1)},
+}
+MAX: Options = {"act_r": 0.05, "act_select": "max"}
+BOTH: dict[str, Options] = {
+    f"W{wbits}A{abits}": {"wbits": wbits, "abits": abits, "recipe": "best"} for wbits, abits in ((8, 8), (8, 6), (4, 8))
+}
+PARTS: dict[str, Options] = {
+    "r = 0": {"r": 0.0},
+    "weights split": {},
+    "inputs split": MAX | {"r": 0.0},
+    "both": MAX,
+    "both, gptq": MAX | {"rounding": "gptq"},
+    "both, gptq, no clipping": MAX | {"rounding": "gptq", "act_clip": "none"},
 }
 Batch = Mapping[str, Tensor]
 
@@ -71,28 +103,43 @@ def embeddings(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
 
 def distances(
-    model: nn.Module, batches: Sequence[Batch], others: Sequence[Batch], bits: Sequence[int], r: float
+    model: nn.Module,
+    batches: Sequence[Batch],
+    others: Sequence[Batch],
+    rows: Mapping[str, Options],
+    columns: Mapping[str, Options],
+    r: float,
 ) -> dict[str, list[float]]:
-    """100 (1 - mean cosine) for each row and each number of bits."""
+    """100 (1 - mean cosine) for each row and column; NaN where the two do not go together."""
     expected, found = embeddings(model, batches), {}
     seen = ocs.calibrate(model, others, moments=True, progress=False)
-    for row, options in tqdm(ROWS.items(), "settings", leave=False, disable=None):
+    for row, options in tqdm(rows.items(), "settings", leave=False, disable=None):
         found[row] = []
-        for wbits in bits:
+        for others_of_column in columns.values():
+            given = {"r": r, **options, **others_of_column}
+            if "abits" in given or given.get("rounding") == "gptq":
+                given["calibration"] = seen
             quantized = copy.deepcopy(model)
-            given = {"r": r, **options} | ({"calibration": seen} if options.get("rounding") == "gptq" else {})
-            ocs.quantize(quantized, wbits=wbits, skip=None, expand=False, explain=False, progress=False, **given)
+            try:
+                ocs.quantize(quantized, skip=None, expand=False, explain=False, progress=False, **given)
+            except ValueError as error:
+                tqdm.write(f"{row}: {error}")
+                found[row].append(float("nan"))
+                continue
             cosine = (embeddings(quantized, batches) * expected).sum(1).mean()
             found[row].append(100 * (1 - float(cosine)))
     return found
 
 
-def table(found: Mapping[str, Sequence[float]], bits: Sequence[int]) -> str:
-    """Markdown; the least of each column is bold."""
+def table(found: Mapping[str, Sequence[float]], columns: Sequence[str], *, bold: bool = True) -> str:
+    """Markdown; the least of each column is bold where its cells compete."""
     least = [min(column) for column in zip(*found.values(), strict=True)]
-    lines = [["", *(f"{wbits} bits" for wbits in bits)]]
+    lines = [["", *columns]]
     for row, values in found.items():
-        shown = (f"**{x:.2f}**" if x == best else f"{x:.2f}" for x, best in zip(values, least, strict=True))
+        cells = ("" if isnan(x) else f"{x:.2f}" for x in values)
+        shown = (
+            f"**{cell}**" if bold and x == best else cell for cell, x, best in zip(cells, values, least, strict=True)
+        )
         lines.append([row, *shown])
     return aligned(lines)
 
@@ -101,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write encoder.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--what", choices=("weights", "inputs", "both"), nargs="+", default=["weights"])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3])
     parser.add_argument("--r", type=float, default=0.05)
     parser.add_argument("--out", type=Path, default=paths.OUT)
@@ -114,14 +162,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = (kind.from_pretrained(args.model) for kind in (AutoModel, AutoTokenizer))
     sentences = verses(ASSETS / "test.txt")
     batches, others = (tokens(tokenizer, part) for part in (sentences[:SENTENCES], sentences[SENTENCES:][:OTHERS]))
-    found = distances(model.eval(), batches, others, args.bits, args.r)
-    what = f"100 (1 - cosine to the float embeddings); r = {args.r:g} where split"
-    heading = f"**{Path(args.model).name}**; {SENTENCES} verses; {what}"
-    text = f"{heading}\n\n{table(found, args.bits)}"
-    print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    made = {"command": f"python benchmarks/tables/encoder.py {args.model}", "machine": machine()}
-    (args.out / "encoder.md").write_text(f"{text}\n\n{footnote(made)}\n")
+    by_bits = {f"{wbits} bits": {"wbits": wbits} for wbits in args.bits}
+    tables = {"weights": (WEIGHTS, by_bits), "inputs": (INPUTS, SPLITS), "both": (BOTH, PARTS)}
+    for what in args.what:
+        rows, columns = tables[what]
+        found = distances(model.eval(), batches, others, rows, columns, args.r)
+        measure = f"100 (1 - cosine to the float embeddings); r = {args.r:g} where weights are split"
+        heading = f"**{Path(args.model).name}**, {what}; {SENTENCES} verses; {measure}"
+        text = f"{heading}\n\n{table(found, list(columns), bold=what == 'weights')}"
+        print(text)
+        command = f"python benchmarks/tables/encoder.py sentence-transformers/{Path(args.model).name} --what {what}"
+        name = "encoder.md" if what == "weights" else f"encoder-{what}.md"
+        (args.out / name).write_text(f"{text}\n\n{footnote({'command': command, 'machine': machine()})}\n")
 
 
 if __name__ == "__main__":

@@ -405,7 +405,8 @@ def test_embeddings_do_not_depend_on_padding() -> None:
 def test_distances_fall_with_bits_and_by_what_was_calibrated() -> None:
     sentences = encoder.verses(ASSETS / "test.txt")
     batches, others = (encoder.tokens(tokenizer, part) for part in (sentences[:40], sentences[40:200]))
-    found = encoder.distances(Encoder().eval(), batches, others, [6, 3], 0.1)
+    columns = {"6 bits": {"wbits": 6}, "3 bits": {"wbits": 3}}
+    found = encoder.distances(Encoder().eval(), batches, others, encoder.WEIGHTS, columns, 0.1)
     assert all(0 < six < three for six, three in found.values())
     assert found["recipe best, gptq"][1] < 0.8 * found["recipe best"][1]
-    assert "| 6 bits | 3 bits |" in " ".join(encoder.table(found, [6, 3]).split())
+    assert "| 6 bits | 3 bits |" in " ".join(encoder.table(found, list(columns)).split())
