@@ -6,6 +6,7 @@ Each has models of its own: those that watch a model run would see what others h
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import outlier_weight, repeats
 from torch import Tensor, nn
@@ -59,6 +61,7 @@ training.prepare(PREPARED, **ALL)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     ocs.save(QUANTIZED, tmp_path / "model")
+    safetensors.torch.save_file(FLOAT.state_dict(), tmp_path / "float.safetensors")
     return tmp_path
 
 
@@ -76,6 +79,14 @@ def saved(folder: Path) -> nn.Module:
     return ocs.load(path, copy.deepcopy(FLOAT))
 
 
+def streamed(folder: Path) -> nn.Module:
+    """Each thread's folder of files, from the file of all."""
+    path = folder / f"{get_ident()}-streamed"
+    shutil.rmtree(path, ignore_errors=True)
+    ocs.quantize_file(copy.deepcopy(FLOAT).to("meta"), path, weights=folder / "float.safetensors", **ALL)
+    return ocs.load(path, copy.deepcopy(FLOAT))
+
+
 CALLS: dict[str, Callable[[Path], Any]] = {
     "calibrate": lambda _: list(ocs.calibrate(copy.deepcopy(FLOAT), BATCHES, moments=True)),
     "compare": lambda _: ocs.compare(copy.deepcopy(FLOAT), copy.deepcopy(QUANTIZED), BATCHES).to_json(),
@@ -88,6 +99,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "quantize by data": lambda _: changed(
         FLOAT, lambda net: ocs.quantize(net, **ALL, abits=8, calibration=BATCHES, correct_bias=True)
     ),
+    "quantize_file": streamed,
     "reestimate_batchnorm": lambda _: changed(FLOAT, lambda net: ocs.reestimate_batchnorm(net, BATCHES)),
     "register": lambda _: ocs.register(type("Own", (nn.Linear,), {})).__name__,
     "save": saved,

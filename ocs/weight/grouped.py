@@ -111,7 +111,8 @@ class _Weight:
             first, at_once = begin // width, max(1, ROWS // outputs)
             for b in range(0, blocks, at_once):
                 some = rows[b : b + at_once]
-                channels = torch.arange(begin + b * width, begin + b * width + len(some) * some.shape[2])
+                start, count = begin + b * width, len(some) * some.shape[2]
+                channels = torch.arange(start, start + count, device=some.device)
                 step, at = self._quantize(some, channels), slice(first + b, first + b + len(some))
                 ints = step.ints.view(some.shape).transpose(0, 1)
                 self.ints[:, channels] = ints.reshape(outputs, len(channels), K)
