@@ -115,8 +115,8 @@ def distances(
     seen = ocs.calibrate(model, others, moments=True, progress=False)
     for row, options in tqdm(rows.items(), "settings", leave=False, disable=None):
         found[row] = []
-        for others_of_column in columns.values():
-            given = {"r": r, **options, **others_of_column}
+        for column in columns.values():
+            given = {"r": r, **options, **column}
             if "abits" in given or given.get("rounding") == "gptq":
                 given["calibration"] = seen
             quantized = copy.deepcopy(model)

@@ -47,8 +47,7 @@ INLINE floats gather(const float *from, const int32_t *index) {
     return _mm256_i32gather_ps(from, int_load(index), 4);
 }
 
-/* Most are divided by 1. Doubles hold both, and a quotient that is no integer is at least 2^-22 away from one, which is
-   more than it is rounded by. */
+/* In doubles; see loops.h. */
 INLINE ints floor_divide(ints x, const int32_t *odd) {
     const ints by = int_load(odd), above = _mm256_sub_epi32(by, _mm256_set1_epi32(1));
     if (_mm256_testz_si256(above, above)) {

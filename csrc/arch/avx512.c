@@ -46,8 +46,7 @@ INLINE floats gather(const float *from, const int32_t *index) {
     return _mm512_i32gather_ps(int_load(index), from, 4);
 }
 
-/* Most are divided by 1. Doubles hold both, and a quotient that is no integer is at least 2^-22 away from one, which is
-   more than it is rounded by. */
+/* In doubles; see loops.h. */
 INLINE ints floor_divide(ints x, const int32_t *odd) {
     const ints by = int_load(odd);
     if (_mm512_cmpneq_epi32_mask(by, _mm512_set1_epi32(1)) == 0) {

@@ -15,7 +15,8 @@
      octave_of                  ints of abs_bits >> 20: exponent and three bits of the fraction
      signed_as (ints, floats)   n, or -n where x < 0, or 0 where |x| is below every normal number
      keep (to, n, usual)        puts those ints in memory that are not the usual one, or all; returns how many
-     floor_divide               ints by others in memory, rounded down
+     floor_divide               ints by others in memory, mostly 1, rounded down. Doubles hold both, and a quotient that
+                                is no integer is at least 2^-22 away from one, which is more than it is rounded by
      gather                     floats at indices in memory
      store_bytes                the low bytes of four ints in order
      fetch_ahead                memory that a loop reads and writes soon, where that helps

@@ -91,7 +91,7 @@ def _streamed(args: argparse.Namespace) -> Result | None:
     if args.report:
         report.save(args.report)
     values = {"model": args.model, "output": args.output, "report_file": args.report, **report.to_dict()}
-    return Result(f"{report}\n{args.output}: {report.file_bytes / 1e6:.3g} MB", values)
+    return Result(f"{report}\n{args.output}: {size(report.file_bytes)}", values)
 
 
 def run_compare(args: argparse.Namespace, notes: Notes) -> Result:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ocs.formats.contents import crc32
 from ocs.formats.source import INDEX, WEIGHTS
-from ocs.formats.storage import sealed
+from ocs.formats.storage import dtype_name, sealed
 from ocs.replace_file import replacing, sync
 
 _CHUNK = 1 << 24  # bytes that are written or read at once
@@ -58,7 +58,11 @@ class Layout:
     def _header(self, shard: int, sums: Mapping[str, int]) -> bytes:
         """Write the header of a shard; it is longest where all sums are."""
         entries = {
-            name: {"dtype": dtype_name(p.like), "shape": [*p.like.shape], "data_offsets": [p.start, p.start + p.size]}
+            name: {
+                "dtype": dtype_name(p.like.dtype),
+                "shape": [*p.like.shape],
+                "data_offsets": [p.start, p.start + p.size],
+            }
             for name, p in self.places.items()
             if p.shard == shard
         }
@@ -135,13 +139,6 @@ def _cut(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """Name the dtype of a tensor as safetensors does."""
-    from safetensors.torch import save
-
-    return json.loads(save({"": torch.empty(0, dtype=tensor.dtype, device="cpu")})[8:])[""]["dtype"]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -1,11 +1,18 @@
 """Several safetensors files that hold one model, read as one."""
 
+import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+
+def header_of(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """Read what a safetensors file begins with, and how many bytes that takes besides the eight that say so."""
+    size = int.from_bytes(file.read(8), "little")
+    return size, json.loads(file.read(size))
 
 
 class Shards:

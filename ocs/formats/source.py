@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ocs.formats.contents import Entry
-from ocs.formats.shards import open_shards
+from ocs.formats.shards import header_of, open_shards
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CHUNK = 1 << 20  # numbers that are read and cast at once
@@ -59,8 +58,7 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
 def regions_of(path: Path) -> dict[str, Region]:
     """Find the tensors of a file that safetensors has opened without complaint."""
     with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        length, header = header_of(file)
     header.pop("__metadata__", None)
     bounds = {name: said["data_offsets"] for name, said in header.items()}
     return {

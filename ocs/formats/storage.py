@@ -10,6 +10,8 @@ settings and the shapes; which batch norms were folded; of each tensor a CRC-32.
 Nothing in a file is trusted: the model decides which layers and shapes there may be.
 """
 
+import functools
+import io
 import json
 import os
 import zlib
@@ -25,7 +27,7 @@ from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.pretrained import refused_slots
 from ocs.formats.reader import RANGES, Reader
 from ocs.formats.restore import float_replacements, plan_floats, quantized_replacements
-from ocs.formats.shards import open_shards
+from ocs.formats.shards import header_of, open_shards
 from ocs.formats.source import weight_files
 from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.model.rewrite import exchange, keeps_grad_mode, module_slots
@@ -138,6 +140,13 @@ def _safetensors() -> Any:
     return safetensors
 
 
+@functools.cache  # as models have few
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as safetensors does; a KeyError where it has none such."""
+    content = _safetensors().torch.save({"": torch.empty(0, dtype=dtype, device="cpu")})
+    return header_of(io.BytesIO(content))[1][""]["dtype"]
+
+
 def as_stored(entry: Entry) -> Tensor:
     """Copy a tensor to the CPU, into memory of its own; refuse one that a file cannot hold."""
     tensor = entry.tensor
@@ -147,7 +156,7 @@ def as_stored(entry: Entry) -> Tensor:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise ValueError(f"{entry.name}: it is {kind}, which a safetensors file cannot hold")
     try:
-        _safetensors().torch.save({"": tensor.new_empty(0, device="cpu")})
+        dtype_name(tensor.dtype)
     except KeyError:
         raise ValueError(f"{entry.name}: it is {tensor.dtype}, which a safetensors file cannot hold") from None
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -181,8 +190,7 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.
 def _order_metadata(path: Path) -> None:
     """Sort what safetensors wrote in any order, lest the same model give other bytes each time."""
     with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        size, header = header_of(file)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) <= size:

@@ -171,7 +171,7 @@ def _check_data_free(plans: Iterable[LayerPlan]) -> None:
         options = plan.options
         needs = {
             f"abits={options.abits} with act_scale={options.act_scale!r}": plan.needs_statistics,
-            f"rounding={options.rounding!r}": plan.quantized and options.rounding in ("gptq", "learned"),
+            f"rounding={options.rounding!r}": plan.quantized and options.compensated,
             "correct_bias=True": plan.needs_mean,
             'wbits="auto"': plan.quantized and options.automatic,
             "a function as select": plan.quantized and callable(options.select),
