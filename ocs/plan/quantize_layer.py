@@ -163,13 +163,14 @@ class LayerQuantizer:
         return Scheme(*given, self.weights[name].groups, hessian, gain, options.group)
 
     def _gain(self, name: str) -> float:
-        """Weigh changes of the outputs' gain: less where a weight passes signals on hardly better than errors.
+        """Weigh changes of the outputs' gain: fully where a weight passes signals on half as well again as errors.
 
-        Only where it does are there directions that layers share, in which such changes add up.
+        Only where it does are there directions that layers share, in which such changes add up; where it passes both on
+        alike, as random weights do, they are errors as all others.
         """
         if name not in self._gains:
             aligned = alignment(self.weight(name), self.weights[name].groups)
-            self._gains[name] = self.facts.gain * min(max(aligned - 1, 0.0), 1.0)
+            self._gains[name] = self.facts.gain * min(max(2 * (aligned - 1), 0.0), 1.0)
         return self._gains[name]
 
     def quantize_weight(

@@ -165,7 +165,7 @@ def decibels(w: torch.Tensor, q: functional.QuantizedWeight, gain: float) -> flo
 def test_steps_are_what_each_option_alone_does() -> None:
     model = Norms().eval()
     w = model.after_relu.weight.detach()
-    gain = 1.5 * max(alignment(w) - 1, 0)  # three layers, a LayerNorm
+    gain = 1.5 * min(max(2 * (alignment(w) - 1), 0), 1)  # three layers, a LayerNorm
     report = ocs.quantize(model, wbits=3, r=0.2, recipe="best")
     line = next(layer for layer in report.quantized if layer.name == "after_relu")
     expected = [
