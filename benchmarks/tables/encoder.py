@@ -45,7 +45,6 @@ WEIGHTS: dict[str, Options] = {
     "recipe best, r = 0": {"r": 0.0, "recipe": "best"},
     "recipe best": {"recipe": "best"},
     "recipe best, nearest": {"recipe": "best", "rounding": "nearest"},
-    "recipe best, squant": {"recipe": "best", "rounding": "squant"},
     "recipe best, select error": {"recipe": "best", "select": "error"},
     "recipe best, gptq": {"recipe": "best", "rounding": "gptq"},
 }

@@ -26,7 +26,7 @@ from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
 from ocs.weight.apply_plan import quantize_plan
 from ocs.weight.blocks import count_blocks
-from ocs.weight.error import alignment, remaining_error
+from ocs.weight.error import remaining_error, with_gain_of
 from ocs.weight.hessian import Hessian
 from ocs.weight.plan import splits_for
 from ocs.weight.selection import choose_splits
@@ -116,7 +116,6 @@ class LayerQuantizer:
         self.plan, self.facts = plan, facts
         self.weights = {weight.name: weight for weight in weights_of(plan.module)}
         self._floats: dict[str, Tensor] = {}
-        self._gains: dict[str, float] = {}
 
     @cached_property
     def hessians(self) -> dict[str, Hessian]:
@@ -158,20 +157,8 @@ class LayerQuantizer:
         hessian = self.hessians[name] if options.compensated else None
         rounding = "gptq" if options.compensated else options.rounding
         given = (options.wbits, options.clip, options.granularity, options.split, rounding)
-        estimated = options.clip == "auto" and hessian is None
-        gain = self._gain(name) if estimated else self.facts.gain
-        return Scheme(*given, self.weights[name].groups, hessian, gain, options.group)
-
-    def _gain(self, name: str) -> float:
-        """Weigh changes of the outputs' gain: fully where a weight passes signals on half as well again as errors.
-
-        Only where it does are there directions that layers share, in which such changes add up; where it passes both on
-        alike, as random weights do, they are errors as all others.
-        """
-        if name not in self._gains:
-            aligned = alignment(self.weight(name), self.weights[name].groups)
-            self._gains[name] = self.facts.gain * min(max(2 * (aligned - 1), 0.0), 1.0)
-        return self._gains[name]
+        scheme = Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
+        return with_gain_of(self.weight(name), scheme)
 
     def quantize_weight(
         self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None, *, few: bool = False
