@@ -50,6 +50,8 @@ def compare(
         raise TypeError(f"float_model is {type(float_model).__name__}: use the nn.Module that was quantized")
     inside = unwrapped(float_model)
     pairs = _layers(inside, model) if isinstance(model, nn.Module) else {}
+    modules = named_modules(unwrapped(model)) if isinstance(model, nn.Module) else ()
+    folded = {name for name, each in modules if isinstance(each, FoldedBatchNorm)}
     sums, of_layers, top1, count = {}, {}, [0, 0], 0
     check_data(batches, "batches")
     for number, batch in enumerate(
@@ -57,8 +59,8 @@ def compare(
     ):
         with batch_context(inside, "batches", number):
             args, kwargs = arguments_of(inside, batch)
-            theirs, float_layers = _run(float_model, args, kwargs, pairs, folded_of=model)
-            ours, layers = _run(model, args, kwargs, pairs)
+            theirs, float_layers = _run(float_model, args, kwargs, pairs, folded)
+            ours, layers = _run(model, args, kwargs, pairs, folded)
             counts = len(_outputs(ours)), len(_outputs(theirs))
             if counts[0] != counts[1]:
                 raise ValueError(f"the model returns {counts[0]} float tensors, the float model {counts[1]}")
@@ -89,20 +91,17 @@ def _layers(float_model: nn.Module, model: nn.Module) -> dict[str, str]:
 
 
 def _run(
-    model: Callable[..., Any], args: Any, kwargs: Any, names: Mapping[str, str], folded_of: Any = None
+    model: Callable[..., Any], args: Any, kwargs: Any, names: Mapping[str, str], folded: set[str]
 ) -> tuple[Any, dict[str, list[Tensor]]]:
     """Call a model; gives what it returns, and the output of each call of these layers, in running order.
 
-    folded_of: the model that shows which BatchNorms were folded: theirs is then the output of the layer before them.
+    folded: names of the BatchNorms that were folded: theirs is then the output of the layer before them.
     """
     if not isinstance(model, nn.Module):
         with torch.no_grad():
             return model(*args, **kwargs), {}
     outputs: dict[str, list[Tensor]] = {}
-    modules, folded = dict(named_modules(unwrapped(model))), set()
-    if isinstance(folded_of, nn.Module):
-        folded = {name for name, each in named_modules(unwrapped(folded_of)) if isinstance(each, FoldedBatchNorm)}
-    steps = [*_watch(modules, names, folded, outputs)]
+    steps = [*_watch(dict(named_modules(unwrapped(model))), names, folded, outputs)]
     return undisturbed(model, partial(model, *args, **kwargs), steps), outputs
 
 
@@ -124,7 +123,7 @@ def _watch(
     for name in names:
         yield added_entry(modules[name]._forward_hooks, object(), partial(take, name))
     for name in folded:
-        if isinstance(modules.get(name), _BatchNorm):
+        if isinstance(modules.get(name), _BatchNorm | FoldedBatchNorm):
             yield added_entry(modules[name]._forward_hooks, object(), take_normed)
 
 
