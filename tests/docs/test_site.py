@@ -34,6 +34,14 @@ def test_every_page_is_there_and_loads_nothing_from_elsewhere(site):
             assert not re.match(r"(\w+:)?//", address), f"{page.relative_to(site)} loads {address}"
 
 
+def test_pictures_say_what_they_show(site):
+    pictures = [tag for page in site.rglob("*.html") for tag in re.findall(r"<img\b[^>]*>", page.read_text())]
+    assert len(pictures) >= 15
+    for picture in pictures:
+        alt = re.search(r'alt="([^"]*)"', picture)[1]
+        assert len(alt) > 100, picture
+
+
 def test_equations_are_mathml(site):
     page = (site / "how-it-works" / "index.html").read_text()
     assert page.count("<math") == 4
