@@ -1,5 +1,6 @@
 """Compare a quantized model with the float one on the same inputs, without labels."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -108,17 +109,19 @@ def _run(
 def _watch(
     modules: Mapping[str, nn.Module], names: Mapping[str, str], folded: set[str], outputs: dict[str, list[Tensor]]
 ) -> Iterator[Step]:
-    """Keep the outputs of layers, and of BatchNorms directly after them that were folded."""
+    """Copy the outputs of layers, and of BatchNorms directly after them that were folded: others may write to them."""
+    last: dict[str, weakref.ref[Tensor]] = {}  # of each layer, as it gave it
 
     def take(name: str, module: nn.Module, args: Any, output: Any) -> None:
         first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
         if first is not None and first.is_floating_point():
-            outputs.setdefault(name, []).append(first)
+            outputs.setdefault(name, []).append(first.clone())
+            last[name] = weakref.ref(first)
 
     def take_normed(module: nn.Module, args: Any, output: Any) -> None:
-        for kept in outputs.values():
-            if args and kept[-1] is args[0]:
-                kept[-1] = output
+        for name, tensor in last.items():
+            if args and tensor() is args[0]:
+                outputs[name][-1] = output.clone()
 
     for name in names:
         yield added_entry(modules[name]._forward_hooks, object(), partial(take, name))

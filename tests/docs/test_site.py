@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from screenshot import Browser, chromium
 
 pytest.importorskip("mkdocs")
 
@@ -46,3 +47,18 @@ def test_equations_are_mathml(site):
     page = (site / "how-it-works" / "index.html").read_text()
     assert page.count("<math") == 4
     assert r"\frac" not in page
+
+
+@pytest.mark.skipif(chromium() is None, reason="needs Chromium: apt-get install chromium")
+def test_pages_are_as_dark_as_the_system_and_fit_a_phone(site):
+    with Browser() as browser:
+        for page in ("index.html", "choosing/index.html"):  # the second after the first, which remembers
+            brightness = []
+            for dark in (False, True):
+                browser.open(site / page, 390, dark=dark)
+                color = browser.run("getComputedStyle(document.body).backgroundColor")
+                brightness.append(max(map(int, re.findall(r"\d+", color))))
+                assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+            assert brightness[0] > 200
+            assert brightness[1] < 60
+        assert browser.problems == []
