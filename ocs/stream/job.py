@@ -79,7 +79,7 @@ class Opened:
     plans: list[LayerPlan]
     request: Request
     settings: dict[str, Any]
-    options: dict[str, Any]  # as the caller gave them
+    options: dict[str, Any]  # as the caller gave them, but for calibration
     shard_size: int
 
     @property
@@ -126,6 +126,10 @@ def weights_in_files(opened: Opened) -> FileWeights:
 
 def check_values(opened: Opened) -> None:
     """Refuse a model that cannot run, as something has values neither in it nor in the files."""
+    if any(kind.__name__ == "PreTrainedModel" for kind in type(opened.model).__mro__):
+        from ocs.hf import compute_buffers
+
+        compute_buffers(opened.model)
     for prefix, module in named_modules(opened.model):
         for key, each in {**module._parameters, **module._buffers, **vars(module)}.items():
             if isinstance(each, torch.Tensor) and each.is_meta and id(each) not in opened.of_file:
@@ -146,7 +150,8 @@ def open_job(model: Any, weights: Any, shard_size: Any, options: Mapping[str, An
         plans, settings = choose(model, request)
     _check_plans(plans)
     check_allocation(plans, request.model)
-    return Opened(model, source, of_file, plans, request, settings, dict(options), shard_size)
+    given = {name: value for name, value in options.items() if name != "calibration"}
+    return Opened(model, source, of_file, plans, request, settings, given, shard_size)
 
 
 def plan_job(opened: Opened, plans: list[LayerPlan], facts: dict[str, InputFacts], observed: Observed) -> Job:
