@@ -27,7 +27,7 @@ from ocs.kernels.constants import OCTAVE_BINS
 from ocs.model.rewrite import for_a_while
 from ocs.model.wrappers import named_modules
 from ocs.plan.input_facts import Watches
-from ocs.replace_file import replacing, sync
+from ocs.replace_file import replacing
 from ocs.stream.file_weights import FileWeights
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Spilled:
 
     def __init__(self, observer: Statistics | LayerMoments, path: Path, now: Callable[[], int]) -> None:
         self.observer, self.path, self.now = observer, path, now
-        self.written: dict[str, str] = {}  # the files, by part and field
+        self.written: dict[str, tuple[str, int]] = {}  # the file of each part, and its sum
         self.parts = [*observer.values()] if isinstance(observer, LayerMoments) else [observer]
         self.drop()
 
@@ -66,15 +66,16 @@ class Spilled:
         for key, part, field in self._large():
             tensor = getattr(part, field)
             if tensor is not None and tensor.numel():
-                self.written[key] = f"{self.path.name}-{key}.{self.now()}.npy"
-                np.save(self.path.with_name(self.written[key]), tensor.numpy())
+                name = f"{self.path.name}-{key}.{self.now()}.npy"
+                np.save(self.path.with_name(name), tensor.numpy())
+                self.written[key] = name, checksum(tensor)
         self.drop()
 
     def load(self) -> None:
         """Hold what is in files."""
         for key, part, field in self._large():
             if key in self.written:
-                setattr(part, field, torch.from_numpy(np.load(self.path.with_name(self.written[key]))))
+                setattr(part, field, torch.from_numpy(np.load(self.path.with_name(self.written[key][0]))))
             elif field == "octaves":
                 part.octaves = torch.zeros(part.channels or 0, OCTAVE_BINS, dtype=torch.int64, device="cpu")
 
@@ -108,16 +109,16 @@ class Observed:
 
     def run(self, model: nn.Module, watches: Watches, data: Data, progress: bool | None) -> Calibration:
         """Let the watches see the batches, those that they have seen already left out."""
-        self.folder.mkdir(exist_ok=True)
         inputs, moments = (self._spill(each, kind) for kind, each in zip("im", watches, strict=True))
         additions = Additions(dict(named_modules(model)))
-        if not self._restored(additions):
+        if self._restored(additions):
+            finish = partial(self._check_same, data)
+        else:
             left = data if isinstance(data, Callable) else self._left(data, additions)
             body = partial(collect, model, left, inputs, moments, progress, "calibration", additions)
             for_a_while([self.weights.step()], body)
-            self._keep(additions, complete=True)
-        else:
-            self._check_same(data)
+            finish = partial(self._keep, additions, complete=True)
+        sum_over_ranks(lambda: finish() or [], 0)
         self.weights.held.clear()
         reached = [{w.name: w.observer.observer for w in each if w.observer.inputs} for each in (inputs, moments)]
         return Calibration(reached[0], moments=reached[1], terms=additions.ranges)
@@ -191,9 +192,7 @@ class Observed:
                 (tensors if isinstance(value, Tensor) else numbers)[f"{key}.{field}"] = value
         said = {"seen": self.seen, "complete": complete, "numbers": numbers, "written": written}
         said["ranges"] = [[*term, *found] for term, found in additions.ranges.items()]
-        names = {name for files in written.values() for name in files.values()}
-        for name in names:
-            sync(self.folder / name)
+        names = {name for files in written.values() for name, _ in files.values()}
         with replacing(self.folder / _STATE) as partial_file:
             save_file(tensors, partial_file, metadata={"ocs": json.dumps(said)})
         for path in self.folder.glob("*.npy"):
@@ -201,25 +200,44 @@ class Observed:
                 path.unlink()
 
     def _restored(self, additions: Additions) -> bool:
-        """Take up what was kept, if so; tell whether that is all."""
-        from safetensors import safe_open
+        """Take up what was kept, of several ranks if each has all; tell whether that is all."""
+        kept: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
-        path, said, tensors = self.folder / _STATE, None, {}
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                said = json.loads(file.metadata()["ocs"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        complete = sum_over_ranks(lambda: [float(said is not None and said["complete"])], 1)[0] == rank_count()
-        if said is None or not (complete or rank_count() == 1):
+        def read() -> list[float]:
+            self.folder.mkdir(exist_ok=True)
+            kept.extend(self._kept())
+            return [sum(said["complete"] for said, _ in kept)]
+
+        complete = sum_over_ranks(read, 1)[0] == rank_count()
+        if not kept or not (complete or rank_count() == 1):
             return False
+        said, tensors = kept[0]
         self.seen = said["seen"]
         additions.ranges = {Term(*each[:2]): tuple(each[2:]) for each in said["ranges"]}
         for key, (_, spilled) in self.spilled.items():
-            spilled.written = said["written"][key]
+            spilled.written = {part: tuple(file) for part, file in said["written"][key].items()}
             for field, part, name in spilled.small():
                 found = f"{key}.{field}"
                 setattr(part, name, tensors[found] if found in tensors else said["numbers"][found])
         return complete
+
+    def _kept(self) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Read what was kept; nothing where that is damaged, as when the machine stopped, not we."""
+        from safetensors import safe_open
+
+        if (self.folder / _STATE).exists():
+            with safe_open(self.folder / _STATE, "pt") as file:
+                said = json.loads(file.metadata()["ocs"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if all(self._holds(*each) for files in said["written"].values() for each in files.values()):
+                yield said, tensors
+
+    def _holds(self, name: str, expected: int) -> bool:
+        """Tell whether a file is undamaged."""
+        try:
+            return checksum(torch.from_numpy(np.load(self.folder / name))) == expected
+        except (OSError, ValueError, EOFError):
+            return False
 
 
 def checksum(batch: Any, start: int = 0) -> int:
