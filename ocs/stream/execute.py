@@ -1,8 +1,9 @@
 """quantize_file(): models that memory does not hold, from files to files, a layer at a time.
 
-The model stands on the meta device. What decides (ocs.plan) sees it whole; then one layer after the other gets its
-weights, is quantized as quantize() does, and written to its place in the result (ocs.formats.layout). So the result is
-that of quantize() and save(), whoever makes which layers.
+The model stands on the meta device. Where data calibrates it, it runs with its weights in files (ocs.stream.observed).
+What decides (ocs.plan) sees it whole; then one layer after the other gets its weights, is quantized as quantize() does,
+and written to its place in the result (ocs.formats.layout). So the result is that of quantize() and save(), whoever
+makes which layers.
 """
 
 import json
@@ -62,11 +63,19 @@ def quantize_file(
     the meta device, and so does transformers' from_pretrained after `import ocs.hf`, where the model is one of its.
     Memory holds one layer at a time, in float32 and as integers, and what belongs to no layer: norms and biases.
 
-    Called again after whatever stopped it, with the same arguments, it goes on where it stopped. Where
-    torch.distributed is initialized (torchrun), the ranks share the layers, and the result is that of one; all must see
-    the same folders.
+    With calibration the model runs first, batch by batch, each weight read when an operation uses it: memory holds two
+    weights, the values of one batch, and some 80 KB of statistics for each layer. Each batch reads all weights once, so
+    few large ones are faster than many small ones. Second moments, and histograms of channels to be split, are in files
+    in `out` meanwhile: up to 2 GiB for a model, twice while a batch runs; ocs.calibration.gram.BYTES is that bound,
+    which here costs disk alone.
+
+    Called again after whatever stopped it, with the same arguments, it goes on where it stopped, with the batch or
+    layer that was not finished. Where torch.distributed is initialized (torchrun), the ranks share the layers, and the
+    result is that of one; all must see the same folders. Calibration is then that of ocs.quantize: each rank has
+    batches of its own, and what was seen of them is kept once all are through.
 
         ocs.quantize_file("llama-70b", "llama-70b-4bit", wbits=4, r=0.02, recipe="best")
+        ocs.quantize_file("llama-70b", "llama-70b-gptq", wbits=4, rounding="gptq", calibration=[{"input_ids": ids}])
 
     Args:
         model: a folder as transformers' save_pretrained writes it; or a float model on the meta device
@@ -76,16 +85,19 @@ def quantize_file(
             safetensors file, whose names are those of its state_dict.
         shard_size: bytes that a file has at most, but for a single larger layer.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
-        options: those of ocs.quantize which need neither inputs nor the whole model: wbits, r, recipe, overrides ...
+        options: those of ocs.quantize which do not need the whole model: wbits, r, recipe, overrides, calibration ...
+            Calibration is batches, the same ones in the same order when called again, or a callable, whose batches
+            nobody compares with those of the call before.
 
     Returns:
         The Report of ocs.quantize; of scales and thresholds that a layer has many of, it has the least and the largest.
 
     Raises:
         OSError: files are missing or cannot be written, or `out` holds a model.
-        ValueError: an option is out of range or needs inputs or the whole model; files and model do not fit, the error
-            names the tensor; a weight holds NaN or Inf; what is unfinished in `out` was begun otherwise.
-        TypeError: there is no such option.
+        ValueError: an option is out of range or needs the whole model, or calibration that is not there; files and
+            model do not fit, or with calibration a tensor of the model has no values in either, the error names it; a
+            weight or an input holds NaN or Inf; what is unfinished in `out` was begun otherwise.
+        TypeError: there is no such option, or calibration is an ocs.Calibration.
     """
     begin = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
