@@ -37,9 +37,10 @@ class FileWeights(TorchFunctionMode):
         self.read, self.most = read, 2 * max(map(bytes_of, waiting), default=0)
         self.held: dict[int, Tensor] = {}  # in the order of their last use
 
-    def step(self) -> Step:
+    def steps(self) -> list[Step]:
         """Give what lets the functions that are called meanwhile have the weights, and lets go of these."""
-        return partial(torch._C._push_on_torch_function_stack, self), torch._C._pop_torch_function_stack
+        push = partial(torch._C._push_on_torch_function_stack, self)
+        return [(self.held.clear, self.held.clear), (push, torch._C._pop_torch_function_stack)]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -131,8 +131,8 @@ def check_values(opened: Opened) -> None:
 
         compute_buffers(opened.model)
     for prefix, module in named_modules(opened.model):
-        for key, each in {**module._parameters, **module._buffers, **vars(module)}.items():
-            if isinstance(each, torch.Tensor) and each.is_meta and id(each) not in opened.of_file:
+        for key, each in module._buffers.items():
+            if each is not None and each.is_meta and id(each) not in opened.of_file:
                 raise ValueError(
                     f"{full_name(prefix, key)}: calibration runs the model, where this has no values: it is on the meta"
                     " device, and in no file. Give it those that it has where the model is built without meta"
@@ -169,7 +169,7 @@ def _foretold(plan: LayerPlan, facts: InputFacts, observed: Observed) -> Quantiz
         return foretold(plan, facts, None)
     choose = partial(choose_input, plan, facts.statistics)
     if plan.options.act_select == "error":  # looks at the weights
-        choose = partial(for_a_while, [observed.weights.step()], choose)
+        choose = partial(for_a_while, observed.weights.steps(), choose)
     return foretold(plan, facts, observed.with_values((plan.name,), choose))
 
 

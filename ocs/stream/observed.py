@@ -23,6 +23,7 @@ from ocs.calibration.gram import LayerMoments
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.calibration.run import Data, Watch
 from ocs.calibration.statistics import Statistics
+from ocs.errors import error_context
 from ocs.kernels.constants import OCTAVE_BINS
 from ocs.model.rewrite import for_a_while
 from ocs.model.wrappers import named_modules
@@ -66,9 +67,10 @@ class Spilled:
         for key, part, field in self._large():
             tensor = getattr(part, field)
             if tensor is not None and tensor.numel():
-                name = f"{self.path.name}-{key}.{self.now()}.npy"
-                np.save(self.path.with_name(name), tensor.numpy())
-                self.written[key] = name, checksum(tensor)
+                path = self.path.with_name(f"{self.path.name}-{key}.{self.now()}.npy")
+                with error_context(str(path)):
+                    np.save(path, tensor.numpy())
+                self.written[key] = path.name, checksum(tensor)
         self.drop()
 
     def load(self) -> None:
@@ -116,10 +118,9 @@ class Observed:
         else:
             left = data if isinstance(data, Callable) else self._left(data, additions)
             body = partial(collect, model, left, inputs, moments, progress, "calibration", additions)
-            for_a_while([self.weights.step()], body)
+            for_a_while(self.weights.steps(), body)
             finish = partial(self._keep, additions, complete=True)
         sum_over_ranks(lambda: finish() or [], 0)
-        self.weights.held.clear()
         reached = [{w.name: w.observer.observer for w in each if w.observer.inputs} for each in (inputs, moments)]
         return Calibration(reached[0], moments=reached[1], terms=additions.ranges)
 
