@@ -239,6 +239,32 @@ def test_batches_that_were_stopped_on_the_way_count_once(files: Path, tmp_path: 
     assert contents(out) == contents(tmp_path / "alone")
 
 
+def test_what_was_damaged_meanwhile_is_seen_again(files: Path, tmp_path: Path) -> None:
+    """Where the machine stopped, not only the process."""
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        run(files, out, stopping(words(), 3), **GPTQ)
+    path = max((out / WORK / "calibration-0").glob("*.npy"), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-4] + b"1234")
+    assert run(files, out, words(), **GPTQ) == 4
+    run(files, tmp_path / "alone", words(), **GPTQ)
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.save", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            run(files, tmp_path / "out", words(), **GPTQ)
+    assert any(f"{WORK}/calibration-0/m0-0.0.npy" in note for note in caught.value.__notes__)
+    assert run(files, tmp_path / "out", words(), **GPTQ) == 4
+
+
 def test_it_goes_on_with_the_same_batches_alone(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, data = tmp_path / "out", words()
     with pytest.raises(StoppedError):
@@ -329,6 +355,11 @@ def test_what_has_no_values_anywhere_is_refused_by_name(files: Path, tmp_path: P
         ocs.quantize_file(model, tmp_path / "out", weights=files, calibration=words(), **GPTQ)
     assert not (tmp_path / "out").exists()
     ocs.quantize_file(model, tmp_path / "out", weights=files, wbits=4)  # which does not run it
+    model = decoder_on_meta()
+    model.blocks[1]["norm"].register_forward_hook(lambda norm, args, y: y + torch.zeros(16, device="meta"))
+    with pytest.raises(RuntimeError, match="meta") as caught:
+        ocs.quantize_file(model, tmp_path / "other", weights=files, calibration=words(), **GPTQ)
+    assert caught.value.__notes__[-1].endswith("make it a buffer")
 
 
 def test_errors_name_the_batch_and_the_layer(files: Path, tmp_path: Path) -> None:

@@ -118,7 +118,12 @@ class Observed:
         else:
             left = data if isinstance(data, Callable) else self._left(data, additions)
             body = partial(collect, model, left, inputs, moments, progress, "calibration", additions)
-            for_a_while(self.weights.steps(), body)
+            try:
+                for_a_while(self.weights.steps(), body)
+            except RuntimeError as error:
+                if "meta" in str(error):
+                    error.add_note("what the model keeps as a plain attribute has no values there: make it a buffer")
+                raise
             finish = partial(self._keep, additions, complete=True)
         sum_over_ranks(lambda: finish() or [], 0)
         reached = [{w.name: w.observer.observer for w in each if w.observer.inputs} for each in (inputs, moments)]
