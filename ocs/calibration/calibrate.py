@@ -9,7 +9,7 @@ from ocs.calibration.additions import Additions, Range, Term
 from ocs.calibration.gram import LayerMoments, widest_block
 from ocs.calibration.run import Data, Watch, observe
 from ocs.calibration.statistics import Statistics
-from ocs.errors import check_order
+from ocs.errors import check_order, error_context
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
 from ocs.model.wrappers import named_modules, submodule, unwrapped
@@ -106,7 +106,8 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
     channels: False leaves these histograms out.
     """
     module, kind = target.module, replacement_of(target.module)
-    weight = input_weight(module)
+    with error_context(target.name):
+        weight = input_weight(module)
     if not (channels and kind.splits_input):
         return Watch(target.name, module, Statistics(weight.input_axis))
     return Watch(target.name, module, Statistics(weight.input_axis, weight.in_channels))

@@ -37,7 +37,7 @@ from ocs.progress import with_progress
 from ocs.replace_file import replacing
 from ocs.report.data import Histogram, LayerReport, Report
 from ocs.report.lines import report_lines
-from ocs.stream.job import CONFIG, Job, Unit, check_values, open_job, plan_job, weights_in_files
+from ocs.stream.job import CONFIG, Job, Unit, blocks_of_their_own, check_values, open_job, plan_job, weights_in_files
 from ocs.stream.observed import Observed
 
 T = TypeVar("T")
@@ -107,7 +107,8 @@ def quantize_file(
         def run(model: nn.Module, watches: Watches, data: Data, _: bool | None) -> Calibration:
             _on_all_ranks(lambda: check_values(opened))
             _begin(folder, opened.record)
-            return observed.run(model, watches, data, progress)
+            with blocks_of_their_own():
+                return observed.run(model, watches, data, progress)
 
         plans, facts, *_ = learn(opened.model, opened.plans, opened.request.model, run)
         job = _on_all_ranks(lambda: plan_job(opened, plans, facts, observed))

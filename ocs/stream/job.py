@@ -146,7 +146,7 @@ def open_job(model: Any, weights: Any, shard_size: Any, options: Mapping[str, An
         raise ValueError(f"shard_size={shard_size!r}: use a positive integer, bytes")
     model, source = _opened(model, weights)
     of_file = _filled(model, source)
-    with _blocks_of_their_own():
+    with blocks_of_their_own():
         plans, settings = choose(model, request)
     _check_plans(plans)
     check_allocation(plans, request.model)
@@ -209,7 +209,7 @@ def _contents(
 
 
 @contextmanager
-def _blocks_of_their_own() -> Iterator[None]:
+def blocks_of_their_own() -> Iterator[None]:
     """Let the C library give back each large block at once: small ones between those of a large graph would keep them.
 
     Afterwards it is as any process of torch's has it before long: blocks up to 32 MB stay for the next one.
