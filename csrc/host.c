@@ -69,7 +69,7 @@ const char *ocs_status_text(ocs_status status) {
                "more than 22 deep, into over 2^22 "
                "parts";
     case OCS_BAD_CODE: return "an integer is outside -qmax .. qmax, or bits beyond the last one are not 0";
-    case OCS_BAD_METHOD: return "there is no such clip method";
+    case OCS_BAD_METHOD: return "there is no such clip method, kind of cell or type of rows";
     case OCS_BAD_ISA: return "this build or CPU does not have that instruction set";
     case OCS_BAD_GROUP: return "a group must be a multiple of 32 channels";
     case OCS_BAD_INDEX: return "an index is outside the rows of the weight";

@@ -291,6 +291,9 @@ static inline int ocs_tile_lines(int64_t V) {
 /* What is wrong with a weight's sizes and scales, if anything is. */
 ocs_status ocs_check_packed(const ocs_packed_weight *weight);
 
+/* OCS_BAD_BITS or OCS_BAD_SCALE unless rows can be rounded so. */
+ocs_status ocs_check_grid(ocs_row_grid grid);
+
 /* Gives a weight copies of its own, in memory [S], and checks these: another thread could change the ones given.
    OCS_BAD_PLAN: one is no channel. */
 ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory);

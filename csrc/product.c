@@ -378,8 +378,7 @@ ocs_status ocs_product_in(ocs_member *member, void *scratch, float *y, const flo
     return run_rows(member, &job, scratch, R);
 }
 
-/* OCS_BAD_BITS or OCS_BAD_SCALE unless rows can be rounded so. */
-static ocs_status check_grid(ocs_row_grid grid) {
+ocs_status ocs_check_grid(ocs_row_grid grid) {
     if (grid.bits == 0) {
         return OCS_OK;
     }
@@ -391,7 +390,7 @@ static ocs_status check_grid(ocs_row_grid grid) {
 ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_packed_weight *weight, ocs_row_grid grid,
                        int64_t R, ocs_row_dtype dtype) {
     enum { ROWS_AT_ONCE = 256 }; /* that are prepared: the scratch memory stays in the cache */
-    OCS_TRY(check_grid(grid));
+    OCS_TRY(dtype <= OCS_ROWS_BF16 ? ocs_check_grid(grid) : OCS_BAD_METHOD);
     OCS_TRY(ocs_check_packed(weight));
     OCS_TRY(ocs_check_sizes(R, weight->C, 1));
     OCS_TRY(ocs_check_sizes(R, weight->O, 1));

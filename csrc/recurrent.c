@@ -150,6 +150,7 @@ static ocs_status run_steps(ocs_member *member, void *ctx) {
 /* Whether all sizes fit one another. */
 static ocs_status check_layer(const ocs_recurrent_layer *layer) {
     const ocs_packed_weight *hidden = &layer->hidden, *projection = layer->projection;
+    OCS_TRY(layer->kind <= OCS_RNN_RELU ? ocs_check_grid(layer->grid) : OCS_BAD_METHOD);
     OCS_TRY(ocs_check_packed(hidden));
     if (projection != NULL) {
         OCS_TRY(ocs_check_packed(projection));

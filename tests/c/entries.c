@@ -347,7 +347,8 @@ static void check_product(void) {
     const float *x = any_floats(R * C), *bias = any(2) ? any_floats(O) : NULL;
     float *y = new_array(R * O, sizeof *y), *rows = new_array(R * C, sizeof *rows);
     const int64_t *index = any_int64s(R, O > 0 ? O : 1);
-    record_floats(ocs_product(y, x, bias, &w, grid, hostile(R), OCS_ROWS_F32), y, R * O);
+    const ocs_row_dtype dtype = any(20) == 0 ? (ocs_row_dtype)hostile(2) : OCS_ROWS_F32;
+    record_floats(ocs_product(y, x, bias, &w, grid, hostile(R), dtype), y, R * O);
     record_floats(ocs_product_rows_f32(rows, index, &w, hostile(R)), rows, R * C);
 }
 
@@ -360,7 +361,7 @@ static void check_recurrent(void) {
                                        .bias = any(2) ? any_floats(gates) : NULL,
                                        .projection = projects ? &projection : NULL,
                                        .grid = {any(2) ? 0 : any_bits(), true, 0.0f},
-                                       .kind = kind};
+                                       .kind = any(20) == 0 ? (ocs_cell_kind)hostile(4) : kind};
     int64_t sizes[] = {N, any(N + 1), 0};
     sizes[2] = any(20) == 0 ? hostile(N) : any(sizes[1] + 1);
     const int64_t R = N + sizes[1] + any(2) * (sizes[2] > 0 && sizes[2] <= N ? sizes[2] : 0);
