@@ -14,7 +14,7 @@ from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
 from ocs.model.wrappers import named_modules, submodule, unwrapped
 from ocs.nn.registry import replacement_of
-from ocs.nn.weights import input_weight
+from ocs.nn.weights import input_weight, weights_of
 from ocs.weight.arguments import check_flag
 
 
@@ -115,6 +115,9 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
 
 def watch_moments(model: nn.Module, targets: Sequence[Target]) -> list[Watch]:
     """Take second moments of what the weights of layers meet, all together within the bound of ocs.calibration.gram."""
+    for target in targets:
+        with error_context(target.name):
+            weights_of(target.module)  # those of lazy layers have no shape yet
     widest = widest_block(target.module for target in targets)
     return [_watch_moments(model, target, widest) for target in targets]
 
