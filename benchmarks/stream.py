@@ -175,8 +175,10 @@ def measure_calibrated(arguments: argparse.Namespace, folder: Path) -> None:
     (source := folder / "float").mkdir()
     make_files(source, arguments.layers)
     in_files, whole = (in_process(arguments, source, how) for how in ("files", "memory"))
-    ratios = {name: in_files[name] / whole[name] for name in whole}
+    ratios = {name: in_files[name] / whole[name] for name in whole} | {"bound": in_files["bytes"] / MEMORY}
     rows = [
+        Row("MB of memory, gptq", "MB: 2 x largest layer + 500", in_files["bytes"] / 1e6, MEMORY / 1e6,
+            ratios["bound"], "<= 1x", ratios["bound"] <= 1),
         Row("MB of memory, gptq", "MB: quantize and save", in_files["bytes"] / 1e6, whole["bytes"] / 1e6,
             ratios["bytes"], "<= 1x", ratios["bytes"] <= 1),
         Row("ms of processor time, gptq", "quantize and save", 1e3 * in_files["seconds"], 1e3 * whole["seconds"],
