@@ -223,7 +223,8 @@ def _quantize(model: nn.Module, request: Request, equalization: Equalization) ->
         plans = allocate_sizes(model, plans, facts, sample, request.model)
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=request.model.progress)
         replacements = _replacements(folding, results)
-        results = _learned(model, replacements, results, facts, inputs, request.model.progress)
+        folded = {**folding.layers, **folding.norms}
+        results = _learned(model, replacements, folded, results, facts, inputs, request.model.progress)
     replacements = equalization.modules | replacements
     report = report_of(model, results, replacements, settings)
     return replace(report, batch_norms=folding.by_name(model), equalized=equalization.by_name), replacements
@@ -244,6 +245,7 @@ def report_of(
 def _learned(
     model: nn.Module,
     replacements: Mapping[int, nn.Module],
+    folded: Mapping[int, nn.Module],
     results: Sequence[LayerResult],
     facts: Mapping[str, InputFacts],
     inputs: Data | None,
@@ -262,7 +264,7 @@ def _learned(
         )
         for each in asked
     ]
-    outcomes = learn_rounding(model, replacements, layers, inputs, progress)
+    outcomes = learn_rounding(model, replacements, layers, inputs, progress, folded)
     return [
         after_learning(each, facts[each.plan.name], note=_WHY_NOT[outcomes[each.plan.name]])
         if each.plan.name in outcomes
