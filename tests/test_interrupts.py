@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import ocs
 from ocs.formats.contents import crc32
+from ocs.model.batchnorm_folding import FoldedBatchNorm
 from ocs.nn.base import QuantizedLayer
 from ocs.nn.packed.layer import PackedLayer
 from ocs.nn.prepared import PreparedLayer
@@ -72,7 +73,7 @@ def is_quantized(model: Net) -> bool:
 
 
 def is_folded(model: Net) -> bool:
-    return is_quantized(model) and isinstance(model.norm, nn.Identity)
+    return is_quantized(model) and isinstance(model.norm, FoldedBatchNorm)
 
 
 def quantized() -> Net:
@@ -212,6 +213,7 @@ def interrupted(case: Case, call: Callable[[Callable[[], Any]], Any]) -> bool:
     return raised
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # between open() and `with`: the file is closed as it is dropped
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exception_at_any_line(cases: dict[str, Case], name: str) -> None:
     def at(line: int) -> Callable[[Callable[[], Any]], Any]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import ocs
 from ocs.formats import reader
+from ocs.model.batchnorm_folding import FoldedBatchNorm
 
 
 @pytest.fixture(params=["static", "oracle", "no splits", "unsigned", "repeated", "by error"])
@@ -143,7 +144,7 @@ def test_a_model_with_folded_batch_norms_is_saved_and_loaded(net: SmallNet, tmp_
     report = ocs.quantize(net, wbits=8, fold_bn=True, abits=8, calibration=x)
     assert report.batch_norms == {"body.1": ""}
     assert "1 of 1 batch norms folded" in str(report)
-    assert isinstance(net.body[1], nn.Identity)
+    assert isinstance(net.body[1], FoldedBatchNorm)
     assert net.body[0].bias is not None
     assert (net(x) - expected).abs().max() < 0.05 * expected.abs().max()
     ocs.save(net, tmp_path / "folded.safetensors")
