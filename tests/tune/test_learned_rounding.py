@@ -108,6 +108,17 @@ def test_outputs_are_nearer_to_those_of_the_float_model(
             assert [label for label, _ in line.steps][-len(steps) :] == steps
 
 
+def test_layers_of_several_groups_are_measured_as_they_are(quick: None) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(70, 40), nn.ReLU(), nn.Linear(40, 5)), [torch.randn(64, 70)]
+    ours, report = quantized(model, inputs, granularity="group", group=32)
+    for line, layer in zip(report.quantized, (0, 2), strict=True):
+        w = model[layer].weight.detach()
+        noise = (w - ours[layer].weight).square().sum()
+        assert line.rounding == "learned"
+        assert line.sqnr_db == pytest.approx(float(10 * (w.square().sum() / noise).log10()), abs=1e-3)
+
+
 def test_every_kind_of_layer_learns(quick: None) -> None:
     torch.manual_seed(0)
     model = Everything().eval()
