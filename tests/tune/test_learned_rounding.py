@@ -119,7 +119,8 @@ def test_layers_of_several_groups_are_measured_as_they_are(quick: None) -> None:
         assert line.sqnr_db == pytest.approx(float(10 * (w.square().sum() / noise).log10()), abs=1e-3)
 
 
-def test_every_kind_of_layer_learns(quick: None) -> None:
+@pytest.mark.parametrize("scales", [{}, {"granularity": "group", "group": 32}])
+def test_every_kind_of_layer_learns(quick: None, scales: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = Everything().eval()
     data = [model.inputs() for _ in range(3)]
@@ -128,8 +129,8 @@ def test_every_kind_of_layer_learns(quick: None) -> None:
         for images, words in data:
             net(images, words)
 
-    before, _ = quantized(model, run, rounding="gptq", wbits=3)
-    after, report = quantized(model, run, wbits=3)
+    before, _ = quantized(model, run, rounding="gptq", wbits=3, **scales)
+    after, report = quantized(model, run, wbits=3, **scales)
     changed = {
         name
         for name, tensor in before.state_dict().items()
