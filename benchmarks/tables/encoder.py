@@ -37,7 +37,7 @@ SENTENCES, OTHERS, BATCH = 256, 32, 32
 WORDS = range(8, 40)  # of a verse that is taken
 Options = dict[str, Any]
 GROUPS: Options = {"granularity": "group", "group": 32}
-FEW = 4  # bits, to which learned rounding is for
+FEW = 3  # bits, up to which learned rounding is measured
 WEIGHTS: dict[str, Options] = {
     "per tensor, nearest": {"r": 0.0},
     "per tensor, OCS (the paper)": {},
@@ -46,7 +46,6 @@ WEIGHTS: dict[str, Options] = {
     "groups of 32, OCS, mse clip": {**GROUPS, "clip": "mse"},
     "recipe best, r = 0": {"r": 0.0, "recipe": "best"},
     "recipe best": {"recipe": "best"},
-    "recipe best, nearest": {"recipe": "best", "rounding": "nearest"},
     "recipe best, squant": {"recipe": "best", "rounding": "squant"},
     "recipe best, gptq": {"recipe": "best", "rounding": "gptq"},
     "recipe best, learned": {"recipe": "best", "rounding": "learned"},
@@ -125,7 +124,8 @@ def distances(
         found[row] = []
         for column in columns.values():
             given = {"r": r, **options, **column}
-            if given.get("rounding") == "learned" and given["wbits"] > FEW:
+            nothing_clipped = given.get("act_scale") == "dynamic" and "act_clip" in column
+            if nothing_clipped or (given.get("rounding") == "learned" and given["wbits"] > FEW):
                 found[row].append(float("nan"))
                 continue
             of_input = "abits" in given and ("act_r" in given or given.get("act_scale") != "dynamic")
