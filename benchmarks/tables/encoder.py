@@ -63,6 +63,7 @@ INPUTS: dict[str, Options] = {
         "a scale per row": ROWS,
         "a scale per row, weights by gptq": ROWS | {"rounding": "gptq"},
     }.items()
+    if bits == 8 or "gptq" not in how  # weights of 8 bits are not what 6-bit inputs lose by
 }
 SPLITS: dict[str, Options] = {
     "r = 0": {},
@@ -122,7 +123,7 @@ def distances(
     seen = ocs.calibrate(model, others, moments=True, progress=False)
     for row, options in tqdm(rows.items(), "settings", leave=False, disable=None):
         found[row] = []
-        for column in columns.values():
+        for name, column in columns.items():
             given = {"r": r, **options, **column}
             nothing_clipped = given.get("act_scale") == "dynamic" and "act_clip" in column
             if nothing_clipped or (given.get("rounding") == "learned" and given["wbits"] > FEW):
@@ -142,6 +143,7 @@ def distances(
                 continue
             cosine = (embeddings(quantized, batches) * expected).sum(1).mean()
             found[row].append(100 * (1 - float(cosine)))
+            tqdm.write(f"{row}; {name}: {found[row][-1]:.3f}")
     return found
 
 

@@ -418,7 +418,8 @@ def test_distances_fall_with_bits_and_by_what_was_calibrated() -> None:
 def test_a_scale_for_each_row_is_calibrated_where_channels_are_split() -> None:
     sentences = encoder.verses(ASSETS / "test.txt")
     batches, others = (encoder.tokens(tokenizer, part) for part in (sentences[:40], sentences[40:200]))
-    rows = {row: encoder.INPUTS[row] for row in encoder.INPUTS if row.startswith("6 bits, a scale per row")}
+    of_rows = encoder.INPUTS["6 bits, a scale per row"]
+    rows = {"nearest": of_rows, "gptq": of_rows | {"rounding": "gptq"}}
     found = encoder.distances(Encoder().eval(), batches, others, rows, encoder.SPLITS, 0.1)
     assert len(found) == 2
     for whole, *split in found.values():
