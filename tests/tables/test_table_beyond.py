@@ -116,7 +116,7 @@ def check_files(table: ModuleType, folder: Path, rows: list[str], columns: list[
             bits,
             ["--r", "0", "0.1"],
             [f"{recipe}, size of 3 bits, r = {r}" for recipe in BOTH for r in ("0", "0.1")],
-            BITS,
+            [*BITS, *bits.OF_NORMS],
         ),
         (calibrated, ONE, BASES, list(calibrated.COLUMNS)),
         (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, *list(recipes.MORE)]),
