@@ -139,17 +139,16 @@ typedef struct {
     int64_t bins;
     float limit;
     int64_t size;
-    int parts;
 } histogram_job;
 
-/* Counts a range into scratch [parts][size]. */
+/* Counts a range into scratch [OCS_COUNTS][size]. */
 static void histogram_range(ocs_range *range) {
     const histogram_job *job = range->ctx;
     for (int64_t begin = range->begin; begin < range->end; begin += OCS_MOST_COUNTED) {
         const int64_t N = range->end - begin < OCS_MOST_COUNTED ? range->end - begin : OCS_MOST_COUNTED;
-        memset(range->scratch, 0, (size_t)(job->parts * job->size) * sizeof(uint32_t));
+        memset(range->scratch, 0, (size_t)(OCS_COUNTS * job->size) * sizeof(uint32_t));
         job->kernel(range->scratch, job->x + begin, N, job->bins, job->limit);
-        ocs_add_counts(job->counts, range->scratch, job->size, job->parts);
+        ocs_add_counts(job->counts, range->scratch, job->size, OCS_COUNTS);
     }
 }
 
@@ -164,17 +163,17 @@ static ocs_status run_histogram(histogram_job *job, int64_t N, int64_t first) {
     }
     /* A range is worth its own counts only where it has many more elements than they have. */
     const int64_t grain = job->size > OCS_GRAIN / 16 ? 16 * job->size : OCS_GRAIN;
-    return ocs_parallel_for(N, grain, (size_t)(job->parts * job->size) * sizeof(uint32_t), histogram_range, job);
+    return ocs_parallel_for(N, grain, (size_t)(OCS_COUNTS * job->size) * sizeof(uint32_t), histogram_range, job);
 }
 
 ocs_status ocs_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
-    histogram_job job = {ocs_kernel_table()->histogram, counts, x, bins, limit, bins, 4};
+    histogram_job job = {ocs_kernel_table()->histogram, counts, x, bins, limit, bins};
     return run_histogram(&job, N, 0);
 }
 
 ocs_status ocs_signed_histogram_f32(int64_t *counts, const float *x, int64_t N, int64_t bins, float limit) {
     const int64_t valid = bins >= 1 && bins <= OCS_MAX_BINS ? bins : 0;
-    histogram_job job = {ocs_kernel_table()->signed_histogram, counts, x, bins, limit, 2 * valid + 1, 2};
+    histogram_job job = {ocs_kernel_table()->signed_histogram, counts, x, bins, limit, 2 * valid + 1};
     return run_histogram(&job, N, bins);
 }
 

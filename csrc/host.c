@@ -16,17 +16,22 @@ typedef struct {
     int status; /* of a range that failed, if any did */
 } parallel_job;
 
-static void run_range(int64_t begin, int64_t end, void *ctx) {
-    parallel_job *job = ctx;
-    ocs_range range = {begin, end, job->ctx, NULL, OCS_NO_MEMORY};
-    range.scratch = job->scratch > 0 ? malloc(job->scratch) : NULL;
-    if (range.scratch != NULL || job->scratch == 0) {
+ocs_status ocs_run_range(int64_t begin, int64_t end, size_t scratch, ocs_work_fn work, void *ctx) {
+    ocs_range range = {begin, end, ctx, NULL, OCS_NO_MEMORY};
+    range.scratch = scratch > 0 ? malloc(scratch) : NULL;
+    if (range.scratch != NULL || scratch == 0) {
         range.status = OCS_OK;
-        job->work(&range);
+        work(&range);
     }
     free(range.scratch);
-    if (range.status != OCS_OK) {
-        __atomic_store_n(&job->status, (int)range.status, __ATOMIC_RELAXED);
+    return range.status;
+}
+
+static void run_range(int64_t begin, int64_t end, void *ctx) {
+    parallel_job *job = ctx;
+    const ocs_status status = ocs_run_range(begin, end, job->scratch, job->work, job->ctx);
+    if (status != OCS_OK) {
+        __atomic_store_n(&job->status, (int)status, __ATOMIC_RELAXED);
     }
 }
 
@@ -64,7 +69,7 @@ const char *ocs_status_text(ocs_status status) {
                "more than 22 deep, into over 2^22 "
                "parts";
     case OCS_BAD_CODE: return "an integer is outside -qmax .. qmax, or bits beyond the last one are not 0";
-    case OCS_BAD_METHOD: return "there is no such clip method";
+    case OCS_BAD_METHOD: return "there is no such clip method, kind of cell or type of rows";
     case OCS_BAD_ISA: return "this build or CPU does not have that instruction set";
     case OCS_BAD_GROUP: return "a group must be a multiple of 32 channels";
     case OCS_BAD_INDEX: return "an index is outside the rows of the weight";

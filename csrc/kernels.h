@@ -149,6 +149,28 @@ typedef void (*ocs_work_fn)(ocs_range *range);
    not OCS_OK where a range had one, OCS_NO_MEMORY where it got no scratch memory. */
 ocs_status ocs_parallel_for(int64_t n, int64_t grain, size_t scratch, ocs_work_fn work, void *ctx);
 
+/* Runs `work` over one range, in the thread that calls. */
+ocs_status ocs_run_range(int64_t begin, int64_t end, size_t scratch, ocs_work_fn work, void *ctx);
+
+/* --- Threads that stay together (team.c) ------------------------------------------------------ */
+
+typedef struct ocs_team ocs_team;
+
+typedef struct {
+    ocs_team *team;
+    int64_t number, most; /* of the members; how many pieces a step has at most */
+    int64_t step;         /* the next of those it goes through */
+} ocs_member;
+
+typedef ocs_status (*ocs_member_fn)(ocs_member *member, void *ctx);
+
+/* Runs fn in the host's threads, as many as steps of `size` elements are worth. Each member makes the same calls of
+   ocs_parallel_in; what they share is written in these alone. Returns a status that is not OCS_OK where fn had one. */
+ocs_status ocs_with_team(int64_t size, ocs_member_fn fn, void *ctx);
+
+/* The next step: ocs_parallel_for, run by the members together, over when it returns. Without a member, by the host. */
+ocs_status ocs_parallel_in(ocs_member *member, int64_t n, int64_t grain, size_t scratch, ocs_work_fn work, void *ctx);
+
 /* Elements that are worth a thread of their own. */
 #define OCS_GRAIN 32768
 
@@ -158,6 +180,10 @@ static inline int64_t ocs_grain(int64_t size) {
 }
 
 /* --- Histograms (histogram.c) ----------------------------------------------------------------- */
+
+/* A thread's histograms of the same values: neighbours are counted in different ones. Two of 2048 bins leave half of a
+   first-level cache of 32 KB to what is counted. */
+#define OCS_COUNTS 2
 
 /* What a thread may count in 32 bits before it adds to the 64-bit counts. */
 #define OCS_MOST_COUNTED (INT64_C(1) << 30)
@@ -265,6 +291,9 @@ static inline int ocs_tile_lines(int64_t V) {
 /* What is wrong with a weight's sizes and scales, if anything is. */
 ocs_status ocs_check_packed(const ocs_packed_weight *weight);
 
+/* OCS_BAD_BITS or OCS_BAD_SCALE unless rows can be rounded so. */
+ocs_status ocs_check_grid(ocs_row_grid grid);
+
 /* Gives a weight copies of its own, in memory [S], and checks these: another thread could change the ones given.
    OCS_BAD_PLAN: one is no channel. */
 ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory);
@@ -272,10 +301,10 @@ ocs_status ocs_own_copies(ocs_packed_weight *weight, int32_t *memory);
 /* The bytes of scratch memory that ocs_product_in needs for up to R rows. */
 size_t ocs_product_scratch(const ocs_packed_weight *weight, int64_t R);
 
-/* ocs_product of float32 rows and a weight that was checked and has copies of its own; the scratch memory is for R rows
-   or more. */
-ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
-                          ocs_row_grid grid, int64_t R);
+/* ocs_product of float32 rows and a weight that was checked and has copies of its own, by a team; the scratch memory is
+   for R rows or more. */
+ocs_status ocs_product_in(ocs_member *member, void *scratch, float *y, const float *x, const float *bias,
+                          const ocs_packed_weight *weight, ocs_row_grid grid, int64_t R);
 
 /* --- Recurrent layers (recurrent.c) ----------------------------------------------------------- */
 

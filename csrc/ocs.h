@@ -73,7 +73,7 @@ typedef enum {
     OCS_TOO_LARGE,  /* more than OCS_MAX_ELEMENTS, an output channel of 2^31 or more weights, or a channel split into
                        more than OCS_MAX_PARTS */
     OCS_BAD_CODE,   /* an integer outside -qmax .. qmax, or bits beyond the last packed one */
-    OCS_BAD_METHOD, /* a clip method that there is not */
+    OCS_BAD_METHOD, /* a clip method, kind of cell or type of rows that there is not */
     OCS_BAD_ISA,    /* an instruction set that this build or CPU does not have */
     OCS_BAD_GROUP,  /* a group of channels that is no multiple of 32 */
     OCS_BAD_INDEX,  /* an index of a row that there is not */

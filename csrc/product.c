@@ -357,28 +357,28 @@ static product_job job_of(const ocs_packed_weight *weight, const float *bias, oc
 }
 
 /* Multiplies R rows, for which there is scratch memory. */
-static ocs_status run_rows(product_job *job, void *scratch, int64_t R) {
+static ocs_status run_rows(ocs_member *member, product_job *job, void *scratch, int64_t R) {
     const ocs_packed_weight *weight = job->weight;
     job->R = R;
     job->rows = (uint8_t *)(((uintptr_t)scratch + 63) / 64 * 64);
     job->row_scale = (float *)(void *)(job->rows + (size_t)(R * job->places * job->stride));
     job->row_sum = (int32_t *)(void *)(job->row_scale + R);
     const size_t room = job->dtype == OCS_ROWS_F32 ? 0 : (size_t)weight->C * sizeof(float) + 1;
-    OCS_TRY(ocs_parallel_for(R, ocs_grain(4 * job->stride), room, prepare_rows, job));
+    OCS_TRY(ocs_parallel_in(member, R, ocs_grain(4 * job->stride), room, prepare_rows, job));
     const size_t room_of_scales = OCS_MOST_ROWS * OCS_TILE_OUTPUTS * sizeof(float);
     const int64_t blocks = ocs_ceil_div(weight->O, OCS_TILE_OUTPUTS);
-    return ocs_parallel_for(blocks, ocs_grain(OCS_TILE_OUTPUTS * job->stride), room_of_scales, multiply_blocks, job);
+    const int64_t grain = ocs_grain(OCS_TILE_OUTPUTS * job->stride);
+    return ocs_parallel_in(member, blocks, grain, room_of_scales, multiply_blocks, job);
 }
 
-ocs_status ocs_product_in(void *scratch, float *y, const float *x, const float *bias, const ocs_packed_weight *weight,
-                          ocs_row_grid grid, int64_t R) {
+ocs_status ocs_product_in(ocs_member *member, void *scratch, float *y, const float *x, const float *bias,
+                          const ocs_packed_weight *weight, ocs_row_grid grid, int64_t R) {
     product_job job = job_of(weight, bias, grid, OCS_ROWS_F32);
     job.x = (const char *)x, job.y = (char *)y;
-    return run_rows(&job, scratch, R);
+    return run_rows(member, &job, scratch, R);
 }
 
-/* OCS_BAD_BITS or OCS_BAD_SCALE unless rows can be rounded so. */
-static ocs_status check_grid(ocs_row_grid grid) {
+ocs_status ocs_check_grid(ocs_row_grid grid) {
     if (grid.bits == 0) {
         return OCS_OK;
     }
@@ -390,7 +390,7 @@ static ocs_status check_grid(ocs_row_grid grid) {
 ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_packed_weight *weight, ocs_row_grid grid,
                        int64_t R, ocs_row_dtype dtype) {
     enum { ROWS_AT_ONCE = 256 }; /* that are prepared: the scratch memory stays in the cache */
-    OCS_TRY(check_grid(grid));
+    OCS_TRY(dtype <= OCS_ROWS_BF16 ? ocs_check_grid(grid) : OCS_BAD_METHOD);
     OCS_TRY(ocs_check_packed(weight));
     OCS_TRY(ocs_check_sizes(R, weight->C, 1));
     OCS_TRY(ocs_check_sizes(R, weight->O, 1));
@@ -406,7 +406,7 @@ ocs_status ocs_product(void *y, const void *x, const float *bias, const ocs_pack
     for (int64_t r = 0; r < R && status == OCS_OK; r += at_once) {
         job.x = (const char *)x + (size_t)(r * w.C) * size_of(dtype);
         job.y = (char *)y + (size_t)(r * w.O) * size_of(dtype);
-        status = run_rows(&job, copies + w.S, R - r < at_once ? R - r : at_once);
+        status = run_rows(NULL, &job, copies + w.S, R - r < at_once ? R - r : at_once);
     }
     free(copies);
     return status;

@@ -50,8 +50,8 @@ static void gru_cell(float *restrict h, const float *from_x, const float *from_h
 }
 
 void ocs_cell_ref(float *restrict h, float *restrict c, const float *from_x, const float *from_h, int64_t H,
-                  int64_t first, ocs_cell_kind kind) {
-    for (int64_t u = first; u < H; ++u) {
+                  int64_t first, int64_t last, ocs_cell_kind kind) {
+    for (int64_t u = first; u < last; ++u) {
         const float sum = from_x[u] + from_h[u];
         switch (kind) {
         case OCS_LSTM: lstm_cell(h, c, from_x, from_h, H, u); break;
@@ -68,52 +68,81 @@ int64_t ocs_cell_gates(ocs_cell_kind kind) {
     return kind == OCS_LSTM ? 4 : kind == OCS_GRU ? 3 : 1;
 }
 
+enum { UNITS = 16 }; /* hidden units of one sequence that are a thread's least */
+
 typedef struct {
-    const ocs_kernels *kernels;
     const ocs_recurrent_layer *layer;
-    const float *from_x; /* of this step */
-    float *from_h;       /* [N, gates H] */
-    float *unit;         /* [N, H]: the state, or what is projected to it */
-    float *c;
-    int64_t H;
+    const float *from_x;
+    const int64_t *batch_sizes;
+    int64_t T, H;
+    float *from_h; /* [N, gates H] */
+    float *unit;   /* [N, H]: the state, or what is projected to it */
+    float *h, *c;
+    float *y;
+    bool reverse;
+    void *scratch; /* of products */
+} layer_job;
+
+typedef struct {
+    const layer_job *of;
+    int64_t row, batch; /* rows of from_x and y, and how many */
 } step_job;
 
+/* y = h from element `first` on. */
+static void write_states(const step_job *step, int64_t first, int64_t count) {
+    float *y = step->of->y + step->row * step->of->layer->hidden.C;
+    ocs_copy(y + first, step->of->h + first, count * (int64_t)sizeof *y);
+}
+
 static void run_cells(ocs_range *range) {
-    const step_job *job = range->ctx;
-    const int64_t H = job->H, gates = ocs_cell_gates(job->layer->kind) * H;
-    for (int64_t n = range->begin; n < range->end; ++n) {
-        float *c = job->c != NULL ? job->c + n * H : NULL;
-        job->kernels->cell(job->unit + n * H, c, job->from_x + n * gates, job->from_h + n * gates, H, 0,
-                           job->layer->kind);
+    const step_job *step = range->ctx;
+    const layer_job *job = step->of;
+    const int64_t H = job->H, gates = ocs_cell_gates(job->layer->kind) * H, parts = ocs_ceil_div(H, UNITS);
+    const ocs_kernels *kernels = ocs_kernel_table();
+    for (int64_t i = range->begin, left; i < range->end; i += left) {
+        const int64_t n = i / parts, first = i % parts;
+        left = parts - first < range->end - i ? parts - first : range->end - i;
+        const int64_t last = (first + left) * UNITS < H ? (first + left) * UNITS : H;
+        kernels->cell(job->unit + n * H, job->c != NULL ? job->c + n * H : NULL, job->from_x + (step->row + n) * gates,
+                      job->from_h + n * gates, H, first * UNITS, last, job->layer->kind);
+        if (job->layer->projection == NULL) {
+            write_states(step, n * H + first * UNITS, last - first * UNITS);
+        }
     }
+}
+
+static void write_rows(ocs_range *range) {
+    const step_job *step = range->ctx;
+    const int64_t P = step->of->layer->hidden.C;
+    write_states(step, range->begin * P, (range->end - range->begin) * P);
 }
 
 /* h [batch, P] and c become those of the next step. */
-static ocs_status run_step(const step_job *job, float *h, void *scratch, int64_t batch) {
+static ocs_status run_step(ocs_member *member, step_job *step) {
+    const layer_job *job = step->of;
     const ocs_recurrent_layer *layer = job->layer;
-    const int64_t work = 16 * ocs_cell_gates(layer->kind) * job->H; /* a cell costs some 16 plain elements */
-    OCS_TRY(ocs_product_in(scratch, job->from_h, h, layer->bias, &layer->hidden, layer->grid, batch));
-    OCS_TRY(ocs_parallel_for(batch, ocs_grain(work), 0, run_cells, (void *)job));
+    const int64_t work = 16 * ocs_cell_gates(layer->kind) * UNITS; /* a cell costs some 16 plain elements */
+    OCS_TRY(ocs_product_in(member, job->scratch, job->from_h, job->h, layer->bias, &layer->hidden, layer->grid,
+                           step->batch));
+    OCS_TRY(ocs_parallel_in(member, step->batch * ocs_ceil_div(job->H, UNITS), ocs_grain(work), 0, run_cells, step));
     if (layer->projection == NULL) {
         return OCS_OK;
     }
-    return ocs_product_in(scratch, h, job->unit, NULL, layer->projection, layer->grid, batch);
+    OCS_TRY(ocs_product_in(member, job->scratch, job->h, job->unit, NULL, layer->projection, layer->grid, step->batch));
+    return ocs_parallel_in(member, step->batch, ocs_grain(layer->hidden.C), 0, write_rows, step);
 }
 
-static ocs_status run_steps(step_job *job, float *y, float *h, void *scratch, const float *from_x,
-                            const int64_t *batch_sizes, int64_t T, bool reverse) {
-    const int64_t P = job->layer->hidden.C, gates = ocs_cell_gates(job->layer->kind) * job->H;
-    int64_t row = 0;
-    for (int64_t t = 0; t < T && reverse; ++t) {
-        row += batch_sizes[t];
+static ocs_status run_steps(ocs_member *member, void *ctx) {
+    const layer_job *job = ctx;
+    step_job step = {.of = job};
+    for (int64_t t = 0; t < job->T && job->reverse; ++t) {
+        step.row += job->batch_sizes[t];
     }
-    for (int64_t s = 0; s < T; ++s) {
-        const int64_t batch = batch_sizes[reverse ? T - 1 - s : s];
-        row -= reverse ? batch : 0;
-        job->from_x = from_x + row * gates;
-        OCS_TRY(run_step(job, h, scratch, batch));
-        ocs_copy(y + row * P, h, batch * P * (int64_t)sizeof *y);
-        row += reverse ? 0 : batch;
+    for (int64_t s = 0; s < job->T; ++s) {
+        step.batch = job->batch_sizes[job->reverse ? job->T - 1 - s : s];
+        step.row -= job->reverse ? step.batch : 0;
+        OCS_TRY(run_step(member, &step));
+        step.row += job->reverse ? 0 : step.batch;
     }
     return OCS_OK;
 }
@@ -121,6 +150,7 @@ static ocs_status run_steps(step_job *job, float *y, float *h, void *scratch, co
 /* Whether all sizes fit one another. */
 static ocs_status check_layer(const ocs_recurrent_layer *layer) {
     const ocs_packed_weight *hidden = &layer->hidden, *projection = layer->projection;
+    OCS_TRY(layer->kind <= OCS_RNN_RELU ? ocs_check_grid(layer->grid) : OCS_BAD_METHOD);
     OCS_TRY(ocs_check_packed(hidden));
     if (projection != NULL) {
         OCS_TRY(ocs_check_packed(projection));
@@ -171,13 +201,24 @@ ocs_status ocs_recurrent_f32(float *y, float *h, float *c, const float *from_x, 
     }
     float *from_h = (float *)(void *)(sizes + T);
     int32_t *of_hidden = (int32_t *)(void *)(from_h + gates + units), *of_projection = of_hidden + own.hidden.S;
-    step_job job = {.kernels = ocs_kernel_table(), .layer = &own, .from_h = from_h, .c = c, .H = H};
+    layer_job job = {.layer = &own,
+                     .from_x = from_x,
+                     .batch_sizes = sizes,
+                     .T = T,
+                     .H = H,
+                     .from_h = from_h,
+                     .h = h,
+                     .c = c,
+                     .y = y,
+                     .reverse = reverse,
+                     .scratch = of_projection + projection.S};
     job.unit = own.projection != NULL ? from_h + gates : h;
     ocs_status status = own_sizes(sizes, batch_sizes, T, N, R);
     status = status == OCS_OK ? ocs_own_copies(&own.hidden, of_hidden) : status;
     status = status == OCS_OK ? ocs_own_copies(&projection, of_projection) : status;
     if (status == OCS_OK) {
-        status = run_steps(&job, y, h, of_projection + projection.S, from_x, sizes, T, reverse);
+        const int64_t rows = N < 16 ? N : 16; /* enough for all threads, and too few to overflow */
+        status = ocs_with_team(rows * own.hidden.O * own.hidden.C, run_steps, &job);
     }
     free(sizes);
     return status;

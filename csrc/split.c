@@ -257,13 +257,13 @@ static int64_t split_row(float *restrict values, const split_rows *split, int64_
     return count;
 }
 
-/* Counts rows into scratch: own [4][bins], and the values of one row [M + 1]. */
+/* Counts rows into scratch: own [OCS_COUNTS][bins], and the values of one row [M + 1]. */
 static void split_histogram_range(ocs_range *range) {
     const split_histogram_job *job = range->ctx;
     const int64_t bins = job->bins;
     uint32_t *own = range->scratch;
-    float *values = (float *)(own + bins * 4);
-    memset(own, 0, (size_t)bins * 4 * sizeof *own);
+    float *values = (float *)(own + OCS_COUNTS * bins);
+    memset(own, 0, (size_t)(OCS_COUNTS * bins) * sizeof *own);
     int64_t counted = 0;
     for (int64_t o = range->begin; o < range->end; ++o) {
         const int64_t row = job->R == 1 ? 0 : o, count = split_row(values, &job->split, o);
@@ -274,8 +274,8 @@ static void split_histogram_range(ocs_range *range) {
         }
         counted += count;
         if (job->R > 1 || o + 1 == range->end || counted >= OCS_MOST_COUNTED) {
-            ocs_add_counts(job->counts + row * bins, own, bins, 4);
-            memset(own, 0, (size_t)bins * 4 * sizeof *own);
+            ocs_add_counts(job->counts + row * bins, own, bins, OCS_COUNTS);
+            memset(own, 0, (size_t)(OCS_COUNTS * bins) * sizeof *own);
             counted = 0;
         }
     }
@@ -293,7 +293,7 @@ ocs_status ocs_split_histogram_f32(int64_t *counts, const float *w, const ocs_pl
     ocs_clear(counts, R * bins * (int64_t)sizeof *counts);
     const int64_t M = job.split.rows.columns.M;
     if (M > 0) {
-        const size_t scratch = (size_t)bins * 4 * sizeof(uint32_t) + (size_t)(M + 1) * sizeof(float);
+        const size_t scratch = (size_t)(OCS_COUNTS * bins) * sizeof(uint32_t) + (size_t)(M + 1) * sizeof(float);
         status = ocs_parallel_for(shape->O, ocs_grain(M), scratch, split_histogram_range, &job);
     }
     split_rows_end(&job.split);

@@ -17,6 +17,6 @@ void ocs_product_avx2(int32_t *restrict sum, const uint8_t *tiles, const uint8_t
                       int64_t tile_step, int64_t x_step, int64_t stride, int bits, bool is_signed);
 void ocs_cut_row_avx2(int8_t *restrict bytes, const float *x, int64_t N, int64_t stride, float step);
 void ocs_cell_avx2(float *restrict h, float *restrict c, const float *from_x, const float *from_h, int64_t H,
-                   int64_t first, ocs_cell_kind kind);
+                   int64_t first, int64_t last, ocs_cell_kind kind);
 
 #endif

@@ -157,7 +157,7 @@ LOOP void histogram(uint32_t *restrict counts, const float *x, int64_t N, int64_
         for (int64_t i = 0; i < n; i += LANES) {
             int_store(bin + i, bins_of(magnitude(load(x + i)), by, scale, last));
         }
-        count(counts, bin, n, bins, 4);
+        count(counts, bin, n, bins, OCS_COUNTS);
     }
     ocs_histogram_ref(counts, x, N, bins, limit);
 }
@@ -178,7 +178,7 @@ LOOP void signed_histogram(uint32_t *restrict counts, const float *x, int64_t N,
             const ints steps = int_add(bins_of(magnitude(values), by, scale, last), one);
             kept += keep(bin + kept, int_add(middle, signed_as(steps, values)), middle);
         }
-        count(counts, bin, kept, 2 * bins + 1, 2);
+        count(counts, bin, kept, 2 * bins + 1, OCS_COUNTS);
         counts[bins] += (uint32_t)(n - kept);
     }
     ocs_signed_histogram_ref(counts, x, N, bins, limit);

@@ -282,9 +282,9 @@ INLINE float32x4_t rectified(float32x4_t x) {
 }
 
 static void cell_neon(float *restrict h, float *restrict c, const float *from_x, const float *from_h, int64_t H,
-                      int64_t first, ocs_cell_kind kind) {
+                      int64_t first, int64_t last, ocs_cell_kind kind) {
     int64_t u = first;
-    for (; u + 4 <= H; u += 4) {
+    for (; u + 4 <= last; u += 4) {
         switch (kind) {
         case OCS_LSTM: lstm_cells(h + u, c + u, from_x + u, from_h + u, H); break;
         case OCS_GRU: gru_cells(h + u, from_x + u, from_h + u, H); break;
@@ -292,7 +292,7 @@ static void cell_neon(float *restrict h, float *restrict c, const float *from_x,
         default: vst1q_f32(h + u, rectified(gate(from_x + u, from_h + u)));
         }
     }
-    ocs_cell_ref(h, c, from_x, from_h, H, u, kind);
+    ocs_cell_ref(h, c, from_x, from_h, H, u, last, kind);
 }
 
 static bool always(void) {

@@ -51,9 +51,9 @@ INLINE void gru_cells(float *h, const float *from_x, const float *from_h, int64_
 }
 
 AVX2 void ocs_cell_avx2(float *restrict h, float *restrict c, const float *from_x, const float *from_h, int64_t H,
-                        int64_t first, ocs_cell_kind kind) {
+                        int64_t first, int64_t last, ocs_cell_kind kind) {
     int64_t u = first;
-    for (; u + 8 <= H; u += 8) {
+    for (; u + 8 <= last; u += 8) {
         switch (kind) {
         case OCS_LSTM: lstm_cells(h + u, c + u, from_x + u, from_h + u, H); break;
         case OCS_GRU: gru_cells(h + u, from_x + u, from_h + u, H); break;
@@ -61,6 +61,6 @@ AVX2 void ocs_cell_avx2(float *restrict h, float *restrict c, const float *from_
         default: _mm256_storeu_ps(h + u, _mm256_max_ps(_mm256_setzero_ps(), gate(from_x + u, from_h + u)));
         }
     }
-    ocs_cell_ref(h, c, from_x, from_h, H, u, kind);
+    ocs_cell_ref(h, c, from_x, from_h, H, u, last, kind);
 }
 #endif

@@ -1,4 +1,4 @@
-/* Every entry of ocs.h with hostile sizes, bits, plans, histograms, orders, indices and packed bytes.
+/* Every entry of ocs.h with hostile sizes, bits, plans, histograms, orders, indices and packed bytes; teams.
 
    Each call is made once by every instruction set, cut by the host in different ways; statuses and outputs must agree
    bit for bit. Arrays have the sizes they should have; a size replaced by an extreme one must be refused before
@@ -347,7 +347,8 @@ static void check_product(void) {
     const float *x = any_floats(R * C), *bias = any(2) ? any_floats(O) : NULL;
     float *y = new_array(R * O, sizeof *y), *rows = new_array(R * C, sizeof *rows);
     const int64_t *index = any_int64s(R, O > 0 ? O : 1);
-    record_floats(ocs_product(y, x, bias, &w, grid, hostile(R), OCS_ROWS_F32), y, R * O);
+    const ocs_row_dtype dtype = any(20) == 0 ? (ocs_row_dtype)hostile(2) : OCS_ROWS_F32;
+    record_floats(ocs_product(y, x, bias, &w, grid, hostile(R), dtype), y, R * O);
     record_floats(ocs_product_rows_f32(rows, index, &w, hostile(R)), rows, R * C);
 }
 
@@ -360,7 +361,7 @@ static void check_recurrent(void) {
                                        .bias = any(2) ? any_floats(gates) : NULL,
                                        .projection = projects ? &projection : NULL,
                                        .grid = {any(2) ? 0 : any_bits(), true, 0.0f},
-                                       .kind = kind};
+                                       .kind = any(20) == 0 ? (ocs_cell_kind)hostile(4) : kind};
     int64_t sizes[] = {N, any(N + 1), 0};
     sizes[2] = any(20) == 0 ? hostile(N) : any(sizes[1] + 1);
     const int64_t R = N + sizes[1] + any(2) * (sizes[2] > 0 && sizes[2] <= N ? sizes[2] : 0);
@@ -370,6 +371,46 @@ static void check_recurrent(void) {
         ocs_recurrent_f32(y, h, c, from_x, &layer, sizes, hostile(R), hostile(3), hostile(N), any(2));
     record_floats(status, y, R * P <= 3 * N * P ? R * P : 0);
     record_floats(status, h, N * P);
+}
+
+/* Sums of neighbours, again and again. */
+typedef struct {
+    uint32_t *last, *next; /* [n] */
+    int64_t n, steps;
+} neighbours;
+
+static void add_neighbours(ocs_range *range) {
+    const neighbours *row = range->ctx;
+    for (int64_t i = range->begin; i < range->end; ++i) {
+        row->next[i] = row->last[i] + 3 * row->last[(i + 1) % row->n];
+    }
+}
+
+static ocs_status add_all(ocs_member *member, void *ctx) {
+    neighbours row = *(const neighbours *)ctx;
+    for (int64_t step = 0; step < row.steps; ++step) {
+        OCS_TRY(ocs_parallel_in(member, step % 3 == 2 ? 0 : row.n, 1 + step % 4 * 20, 8, add_neighbours, &row));
+        uint32_t *last = row.last;
+        row.last = row.next, row.next = last;
+    }
+    return OCS_OK;
+}
+
+/* A team computes what one thread does. */
+static void check_team(void) {
+    const int64_t n = 1 + any(90), bytes = n * (int64_t)sizeof(uint32_t);
+    neighbours team = {new_array(n, 4), new_array(n, 4), n, any(60)}, alone = team;
+    alone.last = new_array(n, 4), alone.next = new_array(n, 4);
+    for (int64_t i = 0; i < n; ++i) {
+        team.last[i] = alone.last[i] = (uint32_t)any(1000);
+    }
+    const ocs_status status = ocs_with_team(any(2) * 20 * OCS_GRAIN, add_all, &team);
+    if (status != add_all(NULL, &alone) || memcmp(team.last, alone.last, (size_t)bytes) != 0 ||
+        memcmp(team.next, alone.next, (size_t)bytes) != 0) {
+        printf("a team of the host's threads does not compute what one thread does\n");
+        exit(1);
+    }
+    record(team.last, n, sizeof *team.last);
 }
 
 /* --- All of them, by every instruction set and in threads -------------------------------------- */
@@ -385,6 +426,7 @@ static const struct {
     CHECK(split_weights), CHECK(rounding),    CHECK(gptq),
     CHECK(fold),          CHECK(clip),        CHECK(release),
     CHECK(tiles),         CHECK(product),     CHECK(recurrent),
+    CHECK(team),
 };
 enum { CHECKS = sizeof checks / sizeof checks[0] };
 
