@@ -1,11 +1,15 @@
 """quantize_file on a model of random bfloat16 weights in files, shaped like a Llama: time and memory.
 
     python benchmarks/stream.py [--json] [--layers 23] [--rounds 3] [--folder /tmp]
+    python benchmarks/stream.py --calibrated --layers 2
 
 23 layers are 1.5 billion weights, 3 GB, which are made in a temporary folder. quantize_file takes turns with reading
 these files and writing as many bytes as the result has, to the disk; first with files that the system holds nothing of,
 as where they are larger than memory, then with files in its page cache. Then, in a process for each recipe, the
 most memory over that after the imports; recipe="best" is timed there.
+
+With --calibrated instead: memory and processor time of gptq with 8-bit inputs, calibrated on a few batches of random
+words, by quantize_file and by quantize and save of the model in memory, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any
 
 import torch
 from bench import Row, at_most, in_turns, publish
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ocs
@@ -31,6 +35,7 @@ from ocs.formats.source import INDEX
 
 HIDDEN, INNER, HEADS, KEYS, WORDS = 2048, 8192, 32, 512, 32_000
 OPTIONS = {"paper": {"wbits": 4, "r": 0.02}, "best": {"wbits": 4, "r": 0.02, "recipe": "best"}}
+GPTQ = {"wbits": 4, "r": 0.02, "rounding": "gptq", "abits": 8}
 LARGEST = 2 * HIDDEN * WORDS  # bytes of the largest layer
 MEMORY, SECONDS = 2 * LARGEST + 500_000_000, 600
 
@@ -141,11 +146,45 @@ def watched(source: Path, out: Path, layers: int, recipe: str) -> dict[str, floa
     return {"bytes": status("VmHWM") - before, "seconds": time.perf_counter() - begin}
 
 
+def calibrated(source: Path, how: str) -> dict[str, float]:
+    """Memory and processor seconds with calibration, in this process; how: in "files" or in "memory"."""
+    layers = sum(name.count(".q_proj.") for name in json.loads((source / INDEX).read_text())["weight_map"])
+    torch.manual_seed(0)
+    data = [torch.randint(WORDS, (2, 128)) for _ in range(3)]
+    before, begin = status("VmRSS"), time.process_time()
+    if how == "files":
+        ocs.quantize_file(on_meta(layers), source.with_name("out"), weights=source, calibration=data, **GPTQ)
+    else:
+        model = on_meta(layers).to_empty(device="cpu")
+        for path in source.glob("*.safetensors"):
+            model.load_state_dict(load_file(path), strict=False)
+        ocs.quantize(model, calibration=data, **GPTQ)
+        ocs.save(model, source.with_name("saved"))
+    return {"bytes": status("VmHWM") - before, "seconds": time.process_time() - begin}
+
+
 def in_process(arguments: argparse.Namespace, source: Path, recipe: str) -> dict[str, float]:
     """Memory and seconds, in a process of its own."""
     command = [sys.executable, __file__, "--layers", str(arguments.layers), "--watched", recipe, str(source)]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(found.stdout)
+
+
+def measure_calibrated(arguments: argparse.Namespace, folder: Path) -> None:
+    """Make the files, and compare both ways."""
+    (source := folder / "float").mkdir()
+    make_files(source, arguments.layers)
+    in_files, whole = (in_process(arguments, source, how) for how in ("files", "memory"))
+    ratios = {name: in_files[name] / whole[name] for name in whole} | {"bound": in_files["bytes"] / MEMORY}
+    rows = [
+        Row("MB of memory, gptq", "MB: 2 x largest layer + 500", in_files["bytes"] / 1e6, MEMORY / 1e6,
+            ratios["bound"], "<= 1x", ratios["bound"] <= 1),
+        Row("MB of memory, gptq", "MB: quantize and save", in_files["bytes"] / 1e6, whole["bytes"] / 1e6,
+            ratios["bytes"], "<= 1x", ratios["bytes"] <= 1),
+        Row("ms of processor time, gptq", "quantize and save", 1e3 * in_files["seconds"], 1e3 * whole["seconds"],
+            ratios["seconds"], "<= 1.5x", ratios["seconds"] <= 1.5),
+    ]  # fmt: skip
+    publish("stream-calibrated", rows, {"layers": arguments.layers, "bytes of the largest layer": LARGEST})
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
@@ -187,14 +226,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=23)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where the temporary folder is made")
+    parser.add_argument("--calibrated", action="store_true", help="gptq with calibration instead")
     parser.add_argument("--watched", nargs=2, metavar=("RECIPE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.watched:
         recipe, source = arguments.watched
-        print(json.dumps(watched(Path(source), Path(source).parent / "out", arguments.layers, recipe)))
+        source = Path(source)
+        found = watched(source, source.with_name("out"), arguments.layers, recipe) if recipe in OPTIONS else None
+        print(json.dumps(found or calibrated(source, recipe)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        measure(arguments, Path(folder))
+        (measure_calibrated if arguments.calibrated else measure)(arguments, Path(folder))
 
 
 if __name__ == "__main__":

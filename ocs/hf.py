@@ -134,6 +134,27 @@ def on_meta(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         return kind._from_config(config, dtype=config.dtype or dtype)
 
 
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Give values to buffers on the meta device that no file has, as transformers does once it has loaded the others.
+
+    Those that it leaves as they are, 0 or 1, stay on the meta device.
+    """
+    places = [(module._buffers, name) for module in model.modules() for name in module._non_persistent_buffers_set]
+    missing = [(table, key, table[key]) for table, key in places if table.get(key) is not None and table[key].is_meta]
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = True
+    found = []
+    for untouched in (0, 1):
+        for table, key, old in missing:
+            table[key] = torch.full_like(old, untouched, device="cpu")
+        for module in model.modules():
+            module._is_hf_initialized = False
+        model.initialize_weights()
+        found.append([table[key] for table, key, _ in missing])
+    for (table, key, old), first, second in zip(missing, *found, strict=True):
+        table[key] = first if torch.equal(first, second) else old
+
+
 def _filled() -> nn.Parameter:
     """Make what stands for a weight while transformers fills and initializes all others: it takes this for done."""
     parameter = nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu"), requires_grad=False)

@@ -87,6 +87,7 @@ def quantize(
         clip: where the split weights saturate: "none", "mse", "aciq", "kl" ..., or a fraction of the largest |w|, see
             functional.clip_threshold ("mse-release" ..., as the paper's release does, find it in the unsplit weights);
             "auto" is for each layer, or output channel that has a scale, what leaves the least functional.output_error,
+            in which gain counts less where a weight passes signals on hardly better than errors, as random ones do;
             with rounding="gptq" by what calibration measured; then a few are tried.
         granularity: one scale per "tensor", or per output "channel"; or per "group", that is per output channel and
             `group` input channels, copies in groups of their own. There a copy rounds what is left of its channel once
@@ -177,9 +178,9 @@ def quantize(
         recipe: what the options mean that are None here. "paper": clip="none", granularity="tensor",
             rounding="nearest", act_clip="none", act_select="percentile", act_signed=True.
             "best": what measurements favour, layer by layer and without data (docs/accuracy.md): granularity="channel",
-            clip="auto"; rounding="squant" where the squared mean of a layer's inputs is more than a twentieth of their
-            power (after ReLU, say), and in convolutions of which nothing is known, else "nearest", as
-            for split="naive"; with abits, act_clip="mse" and, but for act_split="oracle", act_signed="auto"
+            clip="auto"; rounding="squant", but "nearest" for split="naive", and in convolutions of larger filters than
+            one weight whose inputs are known to have a squared mean of less than a twentieth of their power (after a
+            LayerNorm, say); with abits, act_clip="mse" and, but for act_split="oracle", act_signed="auto"
             and act_select="max", which alone goes with act_scale="dynamic".
         explain: say in the report what each option did for the error of each layer's outputs; by default with another
             recipe than the paper's. Quantizing then takes a few times as long. The error is an estimate
@@ -222,7 +223,8 @@ def _quantize(model: nn.Module, request: Request, equalization: Equalization) ->
         plans = allocate_sizes(model, plans, facts, sample, request.model)
         results = quantize_layers(plans, facts, explain=request.model.explained, progress=request.model.progress)
         replacements = _replacements(folding, results)
-        results = _learned(model, replacements, results, facts, inputs, request.model.progress)
+        folded = {**folding.layers, **folding.norms}
+        results = _learned(model, replacements, folded, results, facts, inputs, request.model.progress)
     replacements = equalization.modules | replacements
     report = report_of(model, results, replacements, settings)
     return replace(report, batch_norms=folding.by_name(model), equalized=equalization.by_name), replacements
@@ -243,6 +245,7 @@ def report_of(
 def _learned(
     model: nn.Module,
     replacements: Mapping[int, nn.Module],
+    folded: Mapping[int, nn.Module],
     results: Sequence[LayerResult],
     facts: Mapping[str, InputFacts],
     inputs: Data | None,
@@ -261,7 +264,7 @@ def _learned(
         )
         for each in asked
     ]
-    outcomes = learn_rounding(model, replacements, layers, inputs, progress)
+    outcomes = learn_rounding(model, replacements, layers, inputs, progress, folded)
     return [
         after_learning(each, facts[each.plan.name], note=_WHY_NOT[outcomes[each.plan.name]])
         if each.plan.name in outcomes

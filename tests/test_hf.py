@@ -100,6 +100,24 @@ def test_folders_are_quantized_a_layer_at_a_time(folder, options):
         ocs.quantize_file(folder / "streamed", folder / "again", wbits=4)
 
 
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+def test_folders_are_calibrated_where_they_are(folder):
+    """The result is that of quantize and save: transformers' buffers that no file has are computed."""
+    torch.manual_seed(1)
+    options = {"wbits": 3, "r": 0.02, "rounding": "gptq", "abits": 8, "act_r": 0.05, "act_signed": "auto"}
+    data = [{"input_ids": torch.randint(100, (2, 9))} for _ in range(2)]
+    ocs.quantize_file(folder / "float", folder / "streamed", calibration=data, **options)
+    model = read(folder / "float")
+    ocs.quantize(model, calibration=data, **options)
+    ocs.save(model, folder / "saved")
+    saved, found = load_file(folder / "saved"), load_file(folder / "streamed" / "model.safetensors")
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in saved.items())
+    assert same(read(folder / "streamed"), ocs.pack(model))
+    config = json.loads((folder / "streamed" / "config.json").read_text())
+    assert "calibration" not in config["quantization_config"]
+
+
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_models_generate_in_any_dtype_and_where_device_map_says(folder):
     config = ocs.hf.OcsConfig(wbits=5, r=0.02)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ocs
+from ocs.calibration.calibrate import Calibration
 from ocs.formats.source import INDEX
 from ocs.stream import execute as stream
 from ocs.stream.execute import WORK
@@ -420,7 +421,8 @@ def test_files_that_do_not_fit_are_refused_before_any_work(
 
 
 REFUSED = {
-    "calibration": ({"calibration": [torch.zeros(1)]}, ValueError, r"calibration=.* needs the whole model in memory"),
+    "calibration": ({"calibration": Calibration(), "abits": 8}, TypeError, "give quantize_file the batches"),
+    "without use": ({"calibration": [torch.zeros(1)]}, ValueError, "calibration= has no effect on these options"),
     "folding": (
         {"fold_bn": True},
         ValueError,
@@ -430,13 +432,9 @@ REFUSED = {
     "allocate": ({"allocate": "knapsack"}, ValueError, "allocate=knapsack needs the whole model"),
     "budget": ({"wbits": "auto", "budget": 10**6}, ValueError, "budget=1000000 needs the whole model"),
     "automatic": ({"wbits": "auto"}, ValueError, 'wbits="auto" is not for quantize_file'),
-    "inputs": ({"abits": 8}, ValueError, r"abits=8 with act_scale='static' is not for quantize_file, .*'dynamic'"),
-    "gptq": (
-        {"overrides": {"cell": {"rounding": "gptq"}}},
-        ValueError,
-        "cell: rounding='gptq' is not for quantize_file",
-    ),
-    "bias": ({"correct_bias": True}, ValueError, "net.body.0: correct_bias=True is not for quantize_file"),
+    "inputs": ({"abits": 8}, ValueError, "abits=8 needs calibration=: batches of inputs, say"),
+    "gptq": ({"overrides": {"cell": {"rounding": "gptq"}}}, ValueError, "cell: rounding='gptq' needs calibration="),
+    "learned": ({"rounding": "learned", "calibration": [0]}, ValueError, "rounding='learned' is not for.*'gptq' takes"),
     "function": ({"select": lambda w, n: range(n)}, ValueError, "a function as select is not for quantize_file"),
     "range": ({"wbits": 1}, ValueError, "wbits=1: use an integer from 2 to 8"),
     "pattern": ({"overrides": {"nowhere": {}}}, ValueError, "nowhere"),

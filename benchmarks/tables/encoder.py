@@ -46,7 +46,7 @@ WEIGHTS: dict[str, Options] = {
     "groups of 32, OCS, mse clip": {**GROUPS, "clip": "mse"},
     "recipe best, r = 0": {"r": 0.0, "recipe": "best"},
     "recipe best": {"recipe": "best"},
-    "recipe best, squant": {"recipe": "best", "rounding": "squant"},
+    "recipe best, nearest": {"recipe": "best", "rounding": "nearest"},
     "recipe best, gptq": {"recipe": "best", "rounding": "gptq"},
     "recipe best, learned": {"recipe": "best", "rounding": "learned"},
     "groups of 32, gptq": {**GROUPS, "recipe": "best", "rounding": "gptq"},

@@ -1,7 +1,7 @@
 """Put the tables that the commands have written into the pages in docs/, and their pictures beside them.
 
 A page's text is written by hand; between <!-- table1 --> and <!-- /table1 --> comes build/tables/table1.md. Tables
-that have not been made are left as they are, and named.
+that have not been made are left as they are, and named. What a page says of a picture to who cannot see it stays.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 import paths
 
 PAGES = [paths.ROOT / "docs" / name for name in ("results.md", "accuracy.md", "integers.md")]
+PICTURE = re.compile(r"!\[([^]]*)\]\(([^)]+)\)")
 MARKER = re.compile(r"(<!-- ([\w/-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def fill(page: str, folder: Path, pictures: Path) -> tuple[str, list[str]]:
     """The page with every table that lies in the folder, and the names of those that do not."""
-    missing = []
+    missing, said = [], {name: text for text, name in PICTURE.findall(page)}
 
     def table(match: re.Match[str]) -> str:
         name = match[2]
@@ -31,7 +32,7 @@ def fill(page: str, folder: Path, pictures: Path) -> tuple[str, list[str]]:
         for picture in sorted(source.parent.glob(f"{source.stem}*.png")):
             copy = pictures / picture.relative_to(folder).as_posix().replace("/", "-")
             shutil.copyfile(picture, copy)
-            text += f"\n![{name}]({copy.name})\n"
+            text += f"\n![{said.get(copy.name, name)}]({copy.name})\n"
         return f"{match[1]}\n{text}\n{match[3]}"
 
     return MARKER.sub(table, page), missing

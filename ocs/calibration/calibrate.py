@@ -14,8 +14,7 @@ from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.targets import Target, check_model, check_values, find_targets
 from ocs.model.wrappers import named_modules, submodule, unwrapped
 from ocs.nn.registry import replacement_of
-from ocs.nn.weights import check_values as check_weight_values
-from ocs.nn.weights import input_weight
+from ocs.nn.weights import input_weight, weights_of
 from ocs.weight.arguments import check_flag
 
 
@@ -66,6 +65,8 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
     check_model(model)
     check_flag("moments", moments)
     targets = [target for target in find_targets(model) if target.tied_to or not target.reason_float]
+    for target in targets:
+        check_values(target)
     inputs = [watch_input(target) for target in targets]
     seen = [target for target in targets if not replacement_of(target.module).unseen(target.module)]
     of_weights = watch_moments(model, seen) if moments else []
@@ -73,13 +74,20 @@ def calibrate(model: nn.Module, data: Data, *, moments: bool = False, progress: 
 
 
 def collect(
-    model: nn.Module, data: Data, inputs: Sequence[Watch], moments: Sequence[Watch], progress: bool | None, what: str
+    model: nn.Module,
+    data: Data,
+    inputs: Sequence[Watch],
+    moments: Sequence[Watch],
+    progress: bool | None,
+    what: str,
+    additions: Additions | None = None,
 ) -> Calibration:
     """Run the batches, and keep what was seen of the layers that had an input; that none had one is a ValueError.
 
     inputs, moments: what to look at, from watch_input and watch_moments. what: the argument that data is, for errors.
+    additions: those that were seen before, which these join.
     """
-    watches, additions = [*inputs, *moments], Additions(dict(named_modules(model)))
+    watches, additions = [*inputs, *moments], additions or Additions(dict(named_modules(model)))
     observe(model, data, watches, progress, steps=additions.steps(), what=what)
     additions.reduce()
     names = [*dict.fromkeys(watch.name for watch in watches)]
@@ -100,7 +108,6 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
     module, kind = target.module, replacement_of(target.module)
     with error_context(target.name):
         weight = input_weight(module)
-        check_weight_values(weight.tensor)
     if not (channels and kind.splits_input):
         return Watch(target.name, module, Statistics(weight.input_axis))
     return Watch(target.name, module, Statistics(weight.input_axis, weight.in_channels))
@@ -109,7 +116,8 @@ def watch_input(target: Target, *, channels: bool = True) -> Watch:
 def watch_moments(model: nn.Module, targets: Sequence[Target]) -> list[Watch]:
     """Take second moments of what the weights of layers meet, all together within the bound of ocs.calibration.gram."""
     for target in targets:
-        check_values(target)
+        with error_context(target.name):
+            weights_of(target.module)  # those of lazy layers have no shape yet
     widest = widest_block(target.module for target in targets)
     return [_watch_moments(model, target, widest) for target in targets]
 

@@ -67,7 +67,7 @@ def observe(
 
 
 class Call(NamedTuple):
-    """A call of a module: copies of what it was given, and what it returned."""
+    """A call of a module: copies of what it was given and what it returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -83,7 +83,7 @@ def calls_of(model: nn.Module, data: Data, module: nn.Module) -> list[Call]:
         given.append(copy.deepcopy((args, kwargs)))  # the module may write to them
 
     def finish(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.append(Call(*given.pop(), output))
+        calls.append(Call(*given.pop(), copy.deepcopy(output)))  # what follows may write to it
 
     steps = [
         added_entry(module._forward_pre_hooks_with_kwargs, before, True),

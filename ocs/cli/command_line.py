@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any, NoReturn, get_args
 
 from ocs.cli import commands
@@ -31,11 +32,15 @@ from ocs.runtime.export import export
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
+class _CalledWrongly(SystemExit):
+    """What a parser refuses: its program, and what is wrong, in a line."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: error: {' '.join(message.split())} ({self.prog} --help)\n")
+        raise _CalledWrongly(self.prog, f"{' '.join(message.split())} ({self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE
         if unknown:
             _refuse(parser, args, unknown)
+    except _CalledWrongly as wrong:
+        return _failed(*wrong.args, USAGE, as_json="--json" in (sys.argv if argv is None else argv))
     except SystemExit as stop:
         return int(stop.code or DONE)
     return _run(args)
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Run a command; what it raises becomes a line and an exit code."""
-    notes = Notes()
+    notes, failed = Notes(), partial(_failed, f"ocs {args.command}", as_json=args.json)
     try:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr if args.json else sys.stdout):
             _warn_in_lines()  # and what a model prints stays out of the JSON
@@ -65,22 +72,22 @@ def _run(args: argparse.Namespace) -> int:
             print(json.dumps(plain(result.values | {"notes": notes.lines}), indent=1) if args.json else result.text)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _failed(args, "interrupted; files are as they were", INTERRUPTED)
+        return failed("interrupted; files are as they were", INTERRUPTED)
     except BrokenPipeError:  # who read the output has seen enough: Python would complain of it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except SystemExit as stop:
-        return _failed(args, f"the model's own code called sys.exit({stop.code!r})", FAILED)
+        return failed(f"the model's own code called sys.exit({stop.code!r})", FAILED)
     except Exception as error:  # noqa: BLE001 - whatever it is, users get a line
         if args.debug:
             traceback.print_exc()
-        return _failed(args, one_line(error), USAGE if isinstance(error, UsageError) else FAILED)
+        return failed(one_line(error), USAGE if isinstance(error, UsageError) else FAILED)
     return DONE
 
 
-def _failed(args: argparse.Namespace, message: str, code: int) -> int:
-    print(f"ocs {args.command}: error: {message}", file=sys.stderr)
-    if args.json:
+def _failed(program: str, message: str, code: int, *, as_json: bool) -> int:
+    print(f"{program}: error: {message}", file=sys.stderr)
+    if as_json:
         print(json.dumps({"error": message, "exit_code": code}))
     return code
 

@@ -4,13 +4,15 @@ import argparse
 import os
 from collections.abc import Callable
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from ocs.calibration.ranks import own_rank
+from ocs.calibration.ranks import own_rank, rank_count
 from ocs.cli.files import (
     check_output,
     is_quantized,
@@ -44,7 +46,7 @@ def run_inspect(args: argparse.Namespace, notes: Notes) -> Result:
 def run_quantize(args: argparse.Namespace, notes: Notes) -> Result | None:
     """Quantize a model, and write it and its report."""
     if args.stream:
-        return _streamed(args)
+        return _streamed(args, notes)
     if args.shard_size is not None:
         raise UsageError("--shard-size is for --stream, which writes several files")
     check_output(args.output, "-o", inputs=(args.weights, args.calibration_data))
@@ -57,8 +59,7 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result | None:
     try:
         report = quantize(loaded.module, calibration=calibration, **options)
     except ValueError as error:
-        if calibration is None and "calibration=" in str(error):
-            error.add_note("here --calibration PATH, or --synthesize N without data")
+        _say_how(error, args)
         raise
     if args.output:
         save_quantized(args.output, loaded, args.shape)
@@ -71,27 +72,42 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result | None:
     return Result("\n".join([str(report), *written]), values)
 
 
-def _streamed(args: argparse.Namespace) -> Result | None:
+def _streamed(args: argparse.Namespace, notes: Notes) -> Result | None:
     """Quantize a model from files to files; of ranks that torchrun started, the first has the result."""
     if not args.output:
         raise UsageError("--stream needs -o FOLDER")
-    if args.calibration_data or args.synthesize:
-        raise UsageError("--stream holds a layer at a time, which sees no inputs: leave --calibration and --synthesize")
-    check_output(args.report, "--report", (".html", ".json"), (args.weights,))
-    model = without_values(args.model, args.weights)
+    if args.synthesize:
+        raise UsageError(
+            "--stream holds a layer at a time, and --synthesize needs the whole model: use --calibration PATH"
+        )
+    check_output(args.report, "--report", (".html", ".json"), (args.weights, args.calibration_data))
+    model, form = without_values(args.model, args.weights)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():  # as torchrun sets it
         dist.init_process_group("gloo")
     options, usual = chosen_options(args), signature(quantize).parameters
     given = {name: value for name, value in options.items() if name == "progress" or value != usual[name].default}
     if args.shard_size is not None:
         given["shard_size"] = args.shard_size
-    report = quantize_file(model, args.output, weights=args.weights, **given)
+    if args.calibration_data:
+        batches = _calibration(Loaded(args.model, nn.Module(), form, ""), args, notes)
+        given["calibration"] = islice(batches, own_rank(), None, rank_count())
+    try:
+        report = quantize_file(model, args.output, weights=args.weights, **given)
+    except ValueError as error:
+        _say_how(error, args)
+        raise
     if own_rank() > 0:
         return None
     if args.report:
         report.save(args.report)
     values = {"model": args.model, "output": args.output, "report_file": args.report, **report.to_dict()}
     return Result(f"{report}\n{args.output}: {size(report.file_bytes)}", values)
+
+
+def _say_how(error: ValueError, args: argparse.Namespace) -> None:
+    """Note how inputs are given on the command line, where an error asks for them."""
+    if not args.calibration_data and not args.synthesize and "calibration=" in str(error):
+        error.add_note("here --calibration PATH" + ("" if args.stream else ", or --synthesize N without data"))
 
 
 def run_compare(args: argparse.Namespace, notes: Notes) -> Result:

@@ -67,16 +67,19 @@ def load_model(model: str, weights: str | None, notes: Notes) -> Loaded:
     return Loaded(model, module.eval(), form or guessed_form(module), origin)
 
 
-def without_values(model: str, weights: str | None) -> nn.Module | str:
-    """Build a MODEL whose weights stay in files, on the meta device; of transformers' it is the folder."""
+def without_values(model: str, weights: str | None) -> tuple[nn.Module | str, InputForm | None]:
+    """Build a MODEL whose weights stay in files, on the meta device (of transformers, name it), and what it takes."""
     kind, _, name = model.partition(":")
     if kind == "hf":
         _needed("transformers", lambda: _beside_torchvision("transformers"))
-        return name
+        from ocs.hf import on_meta
+
+        return name, _form_of(on_meta(Path(name), None)) if (Path(name) / "config.json").is_file() else None
     if weights in (None, PRETRAINED):
         raise UsageError(f"{model} --stream: say where its weights are: --weights, a safetensors file or a folder")
     with torch.device("meta"):
-        return load_model(model, RANDOM, Notes(shown=False)).module
+        loaded = load_model(model, RANDOM, Notes(shown=False))
+    return loaded.module, loaded.form
 
 
 Made = tuple[nn.Module, InputForm | None, str]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ocs.errors import error_context
 from ocs.formats.contents import Entry, entries_of, full_name
 from ocs.formats.reader import Reader, SavedLayer
-from ocs.model.batchnorm_folding import FoldedBatchNorm, with_parameters
+from ocs.model.batchnorm_folding import FoldedBatchNorm, run_afterwards, with_parameters
 from ocs.model.references import Place
 from ocs.model.rewrite import Slot
 from ocs.model.standardized import made_permanent
@@ -41,9 +41,10 @@ def float_replacements(reader: Reader, model: nn.Module) -> dict[int, nn.Module]
     modules = dict(named_modules(model))
     replacements: dict[int, nn.Module] = {}
     for name in reader.batch_norms:
-        if not isinstance(modules.get(name), nn.modules.batchnorm._BatchNorm):
+        is_norm = isinstance(modules.get(name), nn.modules.batchnorm._BatchNorm)
+        if not is_norm or (after := run_afterwards(modules[name])) is None:
             raise ValueError(f"it was saved from another model: this one has no batch norm {name[:200]!r} to fold")
-        replacements[id(modules[name])] = FoldedBatchNorm()
+        replacements[id(modules[name])] = FoldedBatchNorm(after)
     for name, module in modules.items():
         if _gains_bias(reader, name, module, folded=bool(replacements)):
             replacements[id(module)] = _with_bias(module)

@@ -93,7 +93,7 @@ def stored_layers(
         tensors.update(_packed(name, layer, [] if name in tied else [*layer.channels]))
     header = {
         "format": _format(layers, tied),
-        "ocs": _version(),
+        "ocs": version(),
         "layers": {n: describe(layer) | ({"tied": tied[n]} if n in tied else {}) for n, layer in layers.items()},
         "batch_norms": [],
         **{f"{what}s": _ranges(layers, what) for what in RANGES},
@@ -198,7 +198,8 @@ def _order_metadata(path: Path) -> None:
             file.write(text.ljust(size))
 
 
-def _version() -> str:
+def version() -> str:
+    """Tell which version of the package this is."""
     from ocs import __version__
 
     return __version__

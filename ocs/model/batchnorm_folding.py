@@ -2,18 +2,22 @@
 
 In eval mode a BatchNorm is one scale and one shift per channel, s = gamma / sqrt(var + eps) and beta - mean s, and the
 convolution before it may as well apply them: weight' = weight s per output channel, bias' = (bias - mean) s + beta.
-A pair is folded only where a symbolic trace of the model shows that nothing else sees what lies between the two.
+A pair is folded only where a symbolic trace of the model shows that nothing else sees what lies between the two. Of a
+BatchNorm that also runs children after normalizing, an activation say, these stay, where its own trace shows them.
 """
 
 import copy
-from typing import NamedTuple
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocs.model.exclusive import only_call, problem_of, shared_parts
-from ocs.model.graph import Trace, first_line, traces
+from ocs.model.graph import Trace, asks_for_shape, first_line, own_graph, traces
 from ocs.model.wrappers import named_modules
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import replacement_of
@@ -22,8 +26,16 @@ from ocs.nn.weights import input_weight
 _NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # spatial dimensions of the convolutions they fit
 
 
-class FoldedBatchNorm(nn.Identity):
-    """Stands where a BatchNorm was whose scale and shift the layer before it now holds."""
+class FoldedBatchNorm(nn.Sequential):
+    """Stands where a BatchNorm was whose scale and shift the layer before it now holds, with what that ran afterwards.
+
+    That is nothing but in subclasses: timm's BatchNormAct2d has a drop layer and an activation.
+    """
+
+    def __init__(self, after: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._modules.update(after)
+        self.training = False  # these keep their modes
 
 
 class Folding(NamedTuple):
@@ -62,8 +74,69 @@ def plan_folding(model: nn.Module) -> Folding:
         if layer is None:
             folding.left[name] = reason or "the folded weight or bias would not be finite"
         else:
-            folding.layers[id(modules[before])], folding.norms[id(norm)] = layer, FoldedBatchNorm().eval()
+            folding.layers[id(modules[before])], folding.norms[id(norm)] = layer, FoldedBatchNorm(run_afterwards(norm))
     return folding
+
+
+# --- What a norm does -------------------------------------------------------------------------------------------------
+
+
+def run_afterwards(norm: _BatchNorm) -> dict[str, nn.Module] | None:
+    """Name the children that a BatchNorm's forward runs after it has normalized its input, in eval mode, in order.
+
+    None where its trace does not show that this is all that it does.
+    """
+    kind = next((kind for kind in _NORMS if isinstance(norm, kind)), None)
+    if kind is None or type(norm).forward is kind.forward:
+        return {}
+    changes: dict[str, Any] = {"training": False}
+    if type(norm)._check_input_dim is kind._check_input_dim:  # which asks what is no tensor for its rank
+        changes["_check_input_dim"] = lambda x: None
+    try:
+        return _chain(norm, own_graph(norm, **changes))
+    except Exception:  # noqa: BLE001 - the norm's own code runs here, on what is no tensor
+        return None
+
+
+def _chain(norm: _BatchNorm, graph: fx.Graph) -> dict[str, nn.Module] | None:
+    """Follow a graph that normalizes its one input and then calls one child after the other."""
+    (x,) = (node for node in graph.nodes if node.op == "placeholder")
+    (node,) = (node for node in graph.nodes if node.target is F.batch_norm)
+    if _given(node) != _expected(norm, x):
+        return None
+    chain, after = [x, node], {}
+    while (user := _only(node.users)).op == "call_module":
+        if (user.args, user.kwargs) != ((node,), {}) or user.target in after:
+            return None
+        after[user.target] = norm._modules[user.target]
+        chain.append(node := user)
+    checks = set()
+    for other in graph.nodes:
+        of_shape = asks_for_shape(other) or (other.op == "call_function" and {*other.all_input_nodes} <= checks)
+        checks |= {other} if of_shape else set()
+        if not (of_shape or other.op == "get_attr" or other in chain or other is user):
+            return None
+    return after if user.op == "output" and user.args == (node,) else None
+
+
+def _only(users: Mapping[fx.Node, None]) -> fx.Node:
+    (user,) = users
+    return user
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """Name what F.batch_norm is given, tensors of the module by their names, but for momentum."""
+    given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    names = {k: v.target if isinstance(v, fx.Node) and v.op == "get_attr" else v for k, v in given.arguments.items()}
+    return {k: v for k, v in names.items() if k != "momentum"}
+
+
+def _expected(norm: _BatchNorm, x: fx.Node) -> dict[str, Any]:
+    """Name what F.batch_norm is given where it does what torch's BatchNorm does in eval mode."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    tensors = {name: None if getattr(norm, name) is None else name for name in names}
+    return {"input": x, **tensors, "training": False, "eps": norm.eps}
 
 
 # --- The arithmetic ---------------------------------------------------------------------------------------------------
@@ -151,7 +224,8 @@ def _traced_before(name: str, modules: dict[str, nn.Module], trace: Trace) -> tu
 
 def _problem(module: nn.Module, kind: type[nn.Module], shared: dict[int, str]) -> str:
     """Say why a norm or layer cannot be folded, whatever the model does with it, or ""."""
-    problem, buffers = problem_of(module, kind, shared), module._buffers
+    buffers, proven = module._buffers, kind in _NORMS and run_afterwards(module) is not None
+    problem = problem_of(module, type(module) if proven else kind, shared)
     if problem:
         return problem
     if kind not in _NORMS:

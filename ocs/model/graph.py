@@ -50,6 +50,17 @@ def traced_parts(model: nn.Module) -> list[tuple[str, list[Trace]]]:
     return _parts(model)[0]
 
 
+def own_graph(module: nn.Module, **attributes: Any) -> fx.Graph:
+    """Trace what a module's own forward does, each of its children as one node; it may have other attributes there.
+
+    Raises whatever torch.fx or the module's own code raises where that fails.
+    """
+    _check(module)
+    copied = copy.deepcopy(module, _kept(module))
+    vars(copied).update(attributes)
+    return _trace(copied, _OwnTracer({})).graph
+
+
 def first_line(error: Exception) -> str:
     """Shorten what an error says."""
     return textwrap.shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 100, placeholder=" ...")
@@ -63,6 +74,14 @@ def _is_node(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether more may run than the module's forward."""
     return any(vars(module).get(hooks) for hooks in _HOOKS)
+
+
+def asks_for_shape(node: fx.Node) -> bool:
+    """Tell whether a node asks for what a tensor's values do not change: its shape, dtype or device."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    facts = ("shape", "ndim", "dtype", "device")
+    return node.op == "call_function" and node.target is getattr and node.args[1] in facts
 
 
 # --- One trace --------------------------------------------------------------------------------------------------------
@@ -95,6 +114,14 @@ class _Tracer(fx.Tracer):
         names = inspect.unwrap(root_fn).__code__.co_varnames
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         return fn, [self.arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
+
+
+class _OwnTracer(_Tracer):
+    """Looks into no child."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Record each child as one node."""
+        return True
 
 
 class _OpenTracer(_Tracer):

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from ocs.model.exclusive import only_call, problem_of, shared_parts
-from ocs.model.graph import Trace, first_line, has_hooks, traces
+from ocs.model.graph import Trace, asks_for_shape, first_line, has_hooks, traces
 from ocs.model.wrappers import named_modules
 from ocs.nn.convolution import CONVOLUTIONS
 from ocs.nn.registry import is_quantizable, replacement_of
@@ -185,7 +185,7 @@ def _consumers(
     while todo:
         node = todo.popleft()
         for user in node.users:
-            if _asks_for_shape(user):
+            if asks_for_shape(user):
                 continue
             module = modules.get(str(user.target)) if user.op == "call_module" else None
             if module is not None and is_quantizable(module):
@@ -234,15 +234,6 @@ _POOLS: dict[Callable[..., Any], int] = {
     for dims in (1, 2, 3)
 }
 _POOL_MODULES = (_AvgPoolNd, _AdaptiveAvgPoolNd, _MaxPoolNd, _AdaptiveMaxPoolNd)
-_FACTS = ("shape", "ndim", "dtype", "device")  # of a tensor, which no scale changes
-
-
-def _asks_for_shape(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("size", "dim")
-    return (
-        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
-    )
 
 
 def _passed(
@@ -295,7 +286,7 @@ def _keeps_first(node: fx.Node, places: Mapping[fx.Node, _Channels]) -> bool:
         return first.target == "size" and first.args[0] in places and first.args[1:] == (0,)
     shape = first.args[0]
     is_item = first.target is operator.getitem and first.args[1] == 0 and isinstance(shape, fx.Node)
-    return is_item and _asks_for_shape(shape) and shape.args[0] in places and shape.args[1:] in ((), ("shape",))
+    return is_item and asks_for_shape(shape) and shape.args[0] in places and shape.args[1:] in ((), ("shape",))
 
 
 def _flattened(given: _Channels) -> _Channels | None:

@@ -104,7 +104,7 @@ class QuantizedLayer(nn.Module):
         self.channels, self.settings = {}, {"wbits": bits, "expand": expand}
         self._register_weights(float_layer, quantized)
         if quantized_input is not None:
-            self._register_input(quantized_input, next(iter(quantized.values())).ints.device)
+            self.hold_input(quantized_input, next(iter(quantized.values())).ints.device)
         for name in self.derived_buffers:
             self.register_buffer(name, None, persistent=False)
         for name in self.unquantized_names(float_layer):
@@ -148,7 +148,7 @@ class QuantizedLayer(nn.Module):
         for buffer, tensor in zip(self.buffers_of(name), (ints, scale, source), strict=True):
             self.register_buffer(buffer, tensor)
 
-    def _register_input(self, quantized_input: QuantizedInput, device: torch.device) -> None:
+    def hold_input(self, quantized_input: QuantizedInput, device: torch.device) -> None:
         """Hold how the input is quantized."""
         self.input_grid, scale, source = quantized_input
         for buffer, tensor in zip(INPUT_BUFFERS, (encode_grid(self.input_grid).to(device), scale, source), strict=True):

@@ -37,6 +37,7 @@ from ocs.nn.straight_through import (
 )
 from ocs.nn.weights import parameter_of
 from ocs.weight.apply_plan import quantize_plan
+from ocs.weight.error import with_gain_of
 from ocs.weight.plan import split_plan_of
 from ocs.weight.selection import choose_splits
 from ocs.weight.types import QuantizedWeight, Scheme, Select, SplitPlan
@@ -167,7 +168,8 @@ class PreparedLayer(nn.Module):
         preparation = self._preparation
         for name in preparation.names:
             weight, _, source = self.part(name)
-            weight, scheme = weight.detach().float(), preparation.scheme
+            weight = weight.detach().float()
+            scheme = with_gain_of(weight, preparation.scheme)
             n = source.numel() // scheme.groups - weight.shape[1]
             with error_context(preparation.layer, name):
                 plan = choose_splits(weight, n, preparation.select, scheme)

@@ -58,7 +58,7 @@ def restore_mean(layer: QuantProduct, weight: Tensor, mean: Tensor) -> None:
         shift = shift / math.prod(layer.stride)
     old = layer.bias
     bias = shift if old is None else old.detach().cpu().double() + shift
-    bias = bias.to(layer.original if old is None else old)
+    bias = bias.to(weight.device, (layer.original if old is None else old).dtype)
     if not bool(bias.isfinite().all()):
         raise ValueError(f"correct_bias=True: the corrected bias is not finite in {bias.dtype}; use correct_bias=False")
     layer.bias = nn.Parameter(bias, weight.requires_grad if old is None else old.requires_grad)

@@ -1,7 +1,7 @@
 """Second stage of quantize(): what is known of the inputs of layers, by calibration or from the graph."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,17 +10,27 @@ from torch import nn
 from ocs.calibration.additions import Range, Term
 from ocs.calibration.calibrate import Calibration, collect, watch_input, watch_moments
 from ocs.calibration.gram import LayerMoments
-from ocs.calibration.run import Data, kept, with_sample
+from ocs.calibration.run import Data, Watch, kept, with_sample
 from ocs.calibration.statistics import Statistics
 from ocs.errors import error_context
 from ocs.model.input_statistics import estimate_inputs
-from ocs.nn.weights import input_weight
+from ocs.nn.weights import check_values, input_weight
 from ocs.plan.bias_correction import InputMean, means_of_graph, measured_means
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.options import LayerOptions, ModelOptions
 from ocs.weight.types import GAIN
 
 Plans = Sequence[LayerPlan]
+
+
+class Watches(NamedTuple):
+    """What looks at a model while batches run through it."""
+
+    inputs: list[Watch]  # have Statistics
+    moments: list[Watch]  # have LayerMoments
+
+
+Run = Callable[[nn.Module, Watches, Data, bool | None], Calibration]  # of the model, the data, a bar
 
 _TAKES_GAIN = re.compile("(Layer|RMS|Group|Instance)Norm")  # in the names of classes, torch's and others'
 
@@ -46,8 +56,18 @@ class Learned(NamedTuple):
     inputs: Data | None  # all batches, where integers shall be learned on them
 
 
-def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
+def run_whole(model: nn.Module, watches: Watches, data: Data, progress: bool | None) -> Calibration:
+    """Run the batches through a model that holds its weights."""
+    for watch in [*watches.inputs, *watches.moments]:
+        with error_context(watch.name):
+            check_values(input_weight(watch.module).tensor)
+    return collect(model, data, *watches, progress, "calibration")
+
+
+def learn(model: nn.Module, plans: Plans, options: ModelOptions, run: Run = run_whole) -> Learned:
     """Run calibration where it was given, and find out what the plans need to know of each layer's input.
+
+    run: lets the watches see the batches.
 
     Raises:
         ValueError: calibration is missing, empty, of another model, or has no effect on these plans.
@@ -55,7 +75,7 @@ def learn(model: nn.Module, plans: Plans, options: ModelOptions) -> Learned:
     inputs = _inputs(plans, options.calibration)
     sample, calibration = _with_sample(options.calibration if inputs is None else inputs, options)
     equalized = options.equalize and any(plan.quantizes_input for plan in plans)
-    seen = _calibrated(model, plans, calibration, options.progress, has_use=sample is not None or equalized)
+    seen = _calibrated(model, plans, calibration, options.progress, run, has_use=sample is not None or equalized)
     plans = [_left_where_unreached(plan, seen) for plan in plans]
     means = _means(model, plans, seen)
     gain = _gain(model, plans)
@@ -124,7 +144,13 @@ def _gain(model: nn.Module, plans: Plans) -> float:
 
 
 def _calibrated(
-    model: nn.Module, plans: Plans, calibration: Data | Calibration | None, progress: bool | None, *, has_use: bool
+    model: nn.Module,
+    plans: Plans,
+    calibration: Data | Calibration | None,
+    progress: bool | None,
+    run: Run,
+    *,
+    has_use: bool,
 ) -> Calibration:
     """What calibration says of the layers that need it; has_use: it is used for something else, too."""
     _check_options_of_inputs(plans)
@@ -138,16 +164,11 @@ def _calibrated(
     if not watched and not compensated:
         return Calibration()
     if not isinstance(calibration, Calibration):
-        return _run(model, watched, compensated, calibration, progress)
+        statistics = [watch_input(plan.target, channels=plan.options.splits_input) for plan in watched]
+        moments = watch_moments(model, [plan.target for plan in compensated])
+        return run(model, Watches(statistics, moments), calibration, progress)
     _check_fits(calibration, watched, compensated)
     return calibration
-
-
-def _run(model: nn.Module, watched: Plans, compensated: Plans, data: Data, progress: bool | None) -> Calibration:
-    """What these layers need and no more."""
-    statistics = [watch_input(plan.target, channels=plan.options.splits_input) for plan in watched]
-    moments = watch_moments(model, [plan.target for plan in compensated])
-    return collect(model, data, statistics, moments, progress, "calibration")
 
 
 # --- What does not go together ----------------------------------------------------------------------------------------

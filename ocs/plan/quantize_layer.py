@@ -26,7 +26,7 @@ from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
 from ocs.weight.apply_plan import quantize_plan
 from ocs.weight.blocks import count_blocks
-from ocs.weight.error import remaining_error
+from ocs.weight.error import remaining_error, with_gain_of
 from ocs.weight.hessian import Hessian
 from ocs.weight.plan import splits_for
 from ocs.weight.selection import choose_splits
@@ -93,9 +93,7 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     quantized = {each.name: each.quantization.quantized for each in weights}
     grid = quantize_input(plan, facts.statistics) if plan.quantizes_input else None
     replacement = _replacement(plan, quantized, options, grid)
-    if grid is not None and facts.statistics is not None and not plan.rounds_rows:
-        replacement.input_range = (facts.statistics.smallest, facts.statistics.highest)
-        replacement.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
+    _take_ranges(replacement, plan, facts)
     check_range(replacement)
     if facts.mean is not None:
         restore_mean(replacement, plan.module.weight, facts.mean.mean)
@@ -104,6 +102,20 @@ def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False)
     note = quantizer.rounding_note(plan.options)
     bias_from = "" if facts.mean is None else facts.mean.source
     return LayerResult(plan, options, replacement, tuple(weights), note, bias_from, _input_note(grid, facts.statistics))
+
+
+def possible(facts: InputFacts, options: LayerOptions) -> LayerOptions:
+    """Give the options, with nearest rounding where nothing is known that gptq could round by."""
+    if options.compensated and not facts.second_moments:
+        return replace(options, rounding="nearest")
+    return options
+
+
+def _take_ranges(layer: QuantizedLayer, plan: LayerPlan, facts: InputFacts) -> None:
+    """Let a layer whose input has one scale know what calibration saw of its input and output."""
+    if layer.input_grid is not None and facts.statistics is not None and not plan.rounds_rows:
+        layer.input_range = (facts.statistics.smallest, facts.statistics.highest)
+        layer.output_range = facts.output_range if plan.norm_folded is None else facts.normed_range
 
 
 class LayerQuantizer:
@@ -125,15 +137,13 @@ class LayerQuantizer:
 
     def possible(self, options: LayerOptions) -> LayerOptions:
         """The options, with nearest rounding where nothing is known that gptq could round by."""
-        if options.compensated and not self.hessians:
-            return replace(options, rounding="nearest")
-        return options
+        return possible(self.facts, options)
 
     def rounding_note(self, options: LayerOptions) -> str:
         """Say where gptq knew nothing, or little: blocks, or fewer vectors than they have numbers."""
         if not options.compensated:
             return ""
-        if not self.hessians:
+        if not self.facts.second_moments:
             return f"rounded to nearest: {self.plan.kind.unseen(self.plan.module) or 'calibration never reached it'}"
         fewest = min(self.facts.second_moments.values(), key=lambda each: each.count - each.width)
         widest = max(self.facts.second_moments.values(), key=lambda each: each.blocks)
@@ -157,7 +167,8 @@ class LayerQuantizer:
         hessian = self.hessians[name] if options.compensated else None
         rounding = "gptq" if options.compensated else options.rounding
         given = (options.wbits, options.clip, options.granularity, options.split, rounding)
-        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
+        scheme = Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
+        return with_gain_of(self.weight(name), scheme)
 
     def quantize_weight(
         self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None, *, few: bool = False
@@ -213,20 +224,24 @@ def _replacement(
     plan: LayerPlan, quantized: Mapping[str, QuantizedWeight], options: LayerOptions, grid: QuantizedInput | None
 ) -> QuantizedLayer:
     """Make what replaces a layer; of one without weights a shell: it holds integers, and no floats to compute with."""
-    held = quantized
-    if plan.shell is not None:
-        held = {name: QuantizedWeight(*(part.to("meta") for part in each)) for name, each in quantized.items()}
     group = options.group if options.granularity == "group" else 0
-    layer = plan.kind(plan.like, held, options.wbits, options.expand, grid, group)
+    if plan.shell is None:
+        layer = plan.kind(plan.like, quantized, options.wbits, options.expand, grid, group)
+        layer.settings = options.shown
+        return layer
+    held = {name: QuantizedWeight(*(part.to("meta") for part in each)) for name, each in quantized.items()}
+    layer = plan.kind(plan.like, held, options.wbits, options.expand, None, group)
     layer.settings = options.shown
-    for name, (ints, scale, source, _) in quantized.items() if plan.shell is not None else ():
+    for name, (ints, scale, source, _) in quantized.items():
         layer.hold(name, ints, scale, source)
+    if grid is not None:
+        layer.hold_input(grid, torch.device("cpu"))
     return layer
 
 
-def foretold(plan: LayerPlan) -> QuantizedLayer:
-    """Make what will replace a layer, on the meta device: shapes follow from its options, where no inputs tell more."""
-    options, held = plan.options, {}
+def foretold(plan: LayerPlan, facts: InputFacts, quantized_input: QuantizedInput | None) -> QuantizedLayer:
+    """Make what will replace a layer, its weights on the meta device: shapes follow from its options."""
+    options, held = possible(facts, plan.options), {}
     if plan.target.reason_folded:
         options = replace(options, expand=False)
     for weight in weights_of(plan.like):
@@ -240,7 +255,12 @@ def foretold(plan: LayerPlan) -> QuantizedLayer:
         scale = torch.empty(scales[options.granularity], dtype=torch.float32, device="meta")
         source = torch.empty(weight.groups * (C + n), dtype=torch.int64, device="meta")
         held[weight.name] = QuantizedWeight(ints, scale, source, scale)
-    return _replacement(plan, held, options, quantize_input(plan, None) if plan.quantizes_input else None)
+    layer = _replacement(replace(plan, shell=plan.like), held, options, quantized_input)
+    _take_ranges(layer, plan, facts)
+    if facts.mean is not None:
+        like = plan.like.weight if layer.bias is None else layer.bias
+        layer.bias = nn.Parameter(torch.empty(input_weight(plan.like).outputs, dtype=like.dtype, device="meta"))
+    return layer
 
 
 def check_range(layer: QuantizedLayer) -> None:
@@ -292,9 +312,15 @@ def probe(plan: LayerPlan, bits: int, gain: float) -> tuple[nn.Module, float]:
 
 
 def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedInput:
-    """Decide an input's grid, which channels are split, and then its scale."""
+    """Decide an input's grid, its splits and its scale, on the layer's device."""
+    device, (grid, scale, source) = input_weight(plan.module).tensor.device, choose_input(plan, statistics)
+    return QuantizedInput(grid, *(None if each is None else each.to(device) for each in (scale, source)))
+
+
+def choose_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedInput:
+    """Decide an input's grid, which channels are split, and then its scale, on the CPU."""
     options, splits_input, weight = plan.options, plan.kind.splits_input, input_weight(plan.module)
-    groups, C, device = weight.groups, weight.channels, weight.tensor.device
+    groups, C = weight.groups, weight.channels
     grid = InputGrid(
         bits=options.abits,
         signed=options.act_signed is True or statistics.smallest < 0,
@@ -311,9 +337,9 @@ def quantize_input(plan: LayerPlan, statistics: Statistics | None) -> QuantizedI
     source = split = None
     if grid.splits:
         split = choose_input_splits(statistics, grid, options.act_select, weight).flatten()
-        source = with_originals(split, groups, C).to(device)
+        source = with_originals(split, groups, C)
     if grid.dynamic:
         return QuantizedInput(grid, None, source)
     threshold = statistics.threshold(grid.bits, grid.clip, grid.signed, split, grid.split)
     scale = scale_for(torch.tensor(threshold, dtype=torch.float32, device="cpu"), grid.qmax)
-    return QuantizedInput(grid, scale.to(device), source)
+    return QuantizedInput(grid, scale, source)

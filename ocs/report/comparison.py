@@ -45,13 +45,14 @@ class Comparison:
     def worst(self) -> Agreement | None:
         """Find the layer at which most is lost: whose output is furthest below that of the one before it, in dB.
 
-        The first whose output is NaN, where one is; None where all layers are exact.
+        Where none is below, the first that is not exact. The first whose output is NaN, where one is; None where all
+        layers are exact.
         """
         before, found, most = math.inf, None, -math.inf
         for layer in self.layers:
             if math.isnan(layer.sqnr_db):
                 return layer
-            lost = min(before, 1e3) - layer.sqnr_db if before < math.inf else -layer.sqnr_db
+            lost = before - layer.sqnr_db if before < math.inf else min(0.0, 1e3 - layer.sqnr_db)
             if lost > most:
                 found, most = layer, lost
             before = layer.sqnr_db

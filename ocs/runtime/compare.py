@@ -1,5 +1,6 @@
 """Compare a quantized model with the float one on the same inputs, without labels."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -50,6 +51,8 @@ def compare(
         raise TypeError(f"float_model is {type(float_model).__name__}: use the nn.Module that was quantized")
     inside = unwrapped(float_model)
     pairs = _layers(inside, model) if isinstance(model, nn.Module) else {}
+    modules = named_modules(unwrapped(model)) if isinstance(model, nn.Module) else ()
+    folded = {name for name, each in modules if isinstance(each, FoldedBatchNorm)}
     sums, of_layers, top1, count = {}, {}, [0, 0], 0
     check_data(batches, "batches")
     for number, batch in enumerate(
@@ -57,8 +60,8 @@ def compare(
     ):
         with batch_context(inside, "batches", number):
             args, kwargs = arguments_of(inside, batch)
-            theirs, float_layers = _run(float_model, args, kwargs, pairs, folded_of=model)
-            ours, layers = _run(model, args, kwargs, pairs)
+            theirs, float_layers = _run(float_model, args, kwargs, pairs, folded)
+            ours, layers = _run(model, args, kwargs, pairs, folded)
             counts = len(_outputs(ours)), len(_outputs(theirs))
             if counts[0] != counts[1]:
                 raise ValueError(f"the model returns {counts[0]} float tensors, the float model {counts[1]}")
@@ -89,42 +92,41 @@ def _layers(float_model: nn.Module, model: nn.Module) -> dict[str, str]:
 
 
 def _run(
-    model: Callable[..., Any], args: Any, kwargs: Any, names: Mapping[str, str], folded_of: Any = None
+    model: Callable[..., Any], args: Any, kwargs: Any, names: Mapping[str, str], folded: set[str]
 ) -> tuple[Any, dict[str, list[Tensor]]]:
     """Call a model; gives what it returns, and the output of each call of these layers, in running order.
 
-    folded_of: the model that shows which BatchNorms were folded: theirs is then the output of the layer before them.
+    folded: names of the BatchNorms that were folded: theirs is then the output of the layer before them.
     """
     if not isinstance(model, nn.Module):
         with torch.no_grad():
             return model(*args, **kwargs), {}
     outputs: dict[str, list[Tensor]] = {}
-    modules, folded = dict(named_modules(unwrapped(model))), set()
-    if isinstance(folded_of, nn.Module):
-        folded = {name for name, each in named_modules(unwrapped(folded_of)) if isinstance(each, FoldedBatchNorm)}
-    steps = [*_watch(modules, names, folded, outputs)]
+    steps = [*_watch(dict(named_modules(unwrapped(model))), names, folded, outputs)]
     return undisturbed(model, partial(model, *args, **kwargs), steps), outputs
 
 
 def _watch(
     modules: Mapping[str, nn.Module], names: Mapping[str, str], folded: set[str], outputs: dict[str, list[Tensor]]
 ) -> Iterator[Step]:
-    """Keep the outputs of layers, and of BatchNorms directly after them that were folded."""
+    """Copy the outputs of layers, and of BatchNorms directly after them that were folded: others may write to them."""
+    last: dict[str, weakref.ref[Tensor]] = {}  # of each layer, as it gave it
 
     def take(name: str, module: nn.Module, args: Any, output: Any) -> None:
         first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
         if first is not None and first.is_floating_point():
-            outputs.setdefault(name, []).append(first)
+            outputs.setdefault(name, []).append(first.clone())
+            last[name] = weakref.ref(first)
 
     def take_normed(module: nn.Module, args: Any, output: Any) -> None:
-        for kept in outputs.values():
-            if args and kept[-1] is args[0]:
-                kept[-1] = output
+        for name, tensor in last.items():
+            if args and tensor() is args[0]:
+                outputs[name][-1] = output.clone()
 
     for name in names:
         yield added_entry(modules[name]._forward_hooks, object(), partial(take, name))
     for name in folded:
-        if isinstance(modules.get(name), _BatchNorm):
+        if isinstance(modules.get(name), _BatchNorm | FoldedBatchNorm):
             yield added_entry(modules[name]._forward_hooks, object(), take_normed)
 
 

@@ -1,8 +1,9 @@
 """quantize_file(): models that memory does not hold, from files to files, a layer at a time.
 
-The model stands on the meta device. What decides (ocs.plan) sees it whole; then one layer after the other gets its
-weights, is quantized as quantize() does, and written to its place in the result (ocs.formats.layout). So the result is
-that of quantize() and save(), whoever makes which layers.
+The model stands on the meta device. Where data calibrates it, it runs with its weights in files (ocs.stream.observed).
+What decides (ocs.plan) sees it whole; then one layer after the other gets its weights, is quantized as quantize() does,
+and written to its place in the result (ocs.formats.layout). So the result is that of quantize() and save(), whoever
+makes which layers.
 """
 
 import json
@@ -11,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ocs.calibration.calibrate import Calibration
 from ocs.calibration.ranks import own_rank, rank_count, sum_over_ranks
+from ocs.calibration.run import Data
 from ocs.formats.contents import sizes_of
 from ocs.formats.source import INDEX
 from ocs.formats.storage import as_stored, stored_layers
@@ -26,13 +30,15 @@ from ocs.model.batchnorm_folding import with_parameters
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.model.standardized import made_permanent
 from ocs.nn.weights import bytes_of
+from ocs.plan.input_facts import Watches, learn
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
 from ocs.progress import with_progress
 from ocs.replace_file import replacing
 from ocs.report.data import Histogram, LayerReport, Report
 from ocs.report.lines import report_lines
-from ocs.stream.job import CONFIG, Job, Unit, plan_job
+from ocs.stream.job import CONFIG, Job, Unit, blocks_of_their_own, check_values, open_job, plan_job, weights_in_files
+from ocs.stream.observed import Observed
 
 T = TypeVar("T")
 SHARD = 2_000_000_000  # bytes
@@ -57,11 +63,19 @@ def quantize_file(
     the meta device, and so does transformers' from_pretrained after `import ocs.hf`, where the model is one of its.
     Memory holds one layer at a time, in float32 and as integers, and what belongs to no layer: norms and biases.
 
-    Called again after whatever stopped it, with the same arguments, it goes on where it stopped. Where
-    torch.distributed is initialized (torchrun), the ranks share the layers, and the result is that of one; all must see
-    the same folders.
+    With calibration the model runs first, batch by batch, each weight read when an operation uses it: memory holds two
+    weights, the values of one batch, and some 80 KB of statistics for each layer. Each batch reads all weights once, so
+    few large ones are faster than many small ones. Second moments, and histograms of channels to be split, are in files
+    in `out` meanwhile: up to 2 GiB for a model, twice while a batch runs; ocs.calibration.gram.BYTES is that bound,
+    which here costs disk alone.
+
+    Called again after whatever stopped it, with the same arguments, it goes on where it stopped, with the batch or
+    layer that was not finished. Where torch.distributed is initialized (torchrun), the ranks share the layers, and the
+    result is that of one; all must see the same folders. Calibration is then that of ocs.quantize: each rank has
+    batches of its own, and what was seen of them is kept once all are through.
 
         ocs.quantize_file("llama-70b", "llama-70b-4bit", wbits=4, r=0.02, recipe="best")
+        ocs.quantize_file("llama-70b", "llama-70b-gptq", wbits=4, rounding="gptq", calibration=[{"input_ids": ids}])
 
     Args:
         model: a folder as transformers' save_pretrained writes it; or a float model on the meta device
@@ -71,24 +85,37 @@ def quantize_file(
             safetensors file, whose names are those of its state_dict.
         shard_size: bytes that a file has at most, but for a single larger layer.
         progress: show a bar; by default where it takes over two seconds, a terminal looks on and tqdm is installed.
-        options: those of ocs.quantize which need neither inputs nor the whole model: wbits, r, recipe, overrides ...
+        options: those of ocs.quantize which do not need the whole model: wbits, r, recipe, overrides, calibration ...
+            Calibration is batches, the same ones in the same order when called again, or a callable, whose batches
+            nobody compares with those of the call before.
 
     Returns:
         The Report of ocs.quantize; of scales and thresholds that a layer has many of, it has the least and the largest.
 
     Raises:
         OSError: files are missing or cannot be written, or `out` holds a model.
-        ValueError: an option is out of range or needs inputs or the whole model; files and model do not fit, the error
-            names the tensor; a weight holds NaN or Inf; what is unfinished in `out` was begun otherwise.
-        TypeError: there is no such option.
+        ValueError: an option is out of range or needs the whole model, or calibration that is not there; files and
+            model do not fit, or with calibration a tensor of the model has no values in either, the error names it; a
+            weight or an input holds NaN or Inf; what is unfinished in `out` was begun otherwise.
+        TypeError: there is no such option, or calibration is an ocs.Calibration.
     """
     begin = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
-        job = _on_all_ranks(lambda: plan_job(model, weights, shard_size, options))
-        folder = Path(out)
-        _on_all_ranks(lambda: _begin(folder, job) if own_rank() == 0 else None)
+        opened, folder = _on_all_ranks(lambda: open_job(model, weights, shard_size, options)), Path(out)
+        observed = Observed(folder / WORK / f"calibration-{own_rank()}", weights_in_files(opened))
+
+        def run(model: nn.Module, watches: Watches, data: Data, _: bool | None) -> Calibration:
+            _on_all_ranks(lambda: check_values(opened))
+            _begin(folder, opened.record)
+            with blocks_of_their_own():
+                return observed.run(model, watches, data, progress)
+
+        plans, facts, *_ = learn(opened.model, opened.plans, opened.request.model, run)
+        job = _on_all_ranks(lambda: plan_job(opened, plans, facts, observed))
+        _begin(folder, opened.record)
+        _on_all_ranks(lambda: _lay_out(folder / WORK, job) if own_rank() == 0 else None)
         _on_all_ranks(lambda: _check_record(folder / WORK, job.record))
-        _on_all_ranks(lambda: _make_units(folder, job, progress))
+        _on_all_ranks(lambda: _make_units(folder, job, observed, progress))
         sums, lines = _on_all_ranks(lambda: _read_units(folder / WORK, job))
         _on_all_ranks(lambda: _write_beside(folder, job) if own_rank() == 0 else None)
         _on_all_ranks(lambda: _finish(folder, job, sums))
@@ -111,8 +138,13 @@ def _on_all_ranks(work: Callable[[], T]) -> T:
 # --- Units ------------------------------------------------------------------------------------------------------------
 
 
-def _begin(folder: Path, job: Job) -> None:
-    """Make the folder for what is unfinished, or find it as it was left."""
+def _begin(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make the folder for what is unfinished, or find it as it was left by the same call."""
+    _on_all_ranks(lambda: _make_folder(folder, record) if own_rank() == 0 else None)
+    _on_all_ranks(lambda: _check_record(folder / WORK, record))
+
+
+def _make_folder(folder: Path, record: Mapping[str, Any]) -> None:
     work = folder / WORK
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: it is no folder")
@@ -124,9 +156,19 @@ def _begin(folder: Path, job: Job) -> None:
         raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
     shutil.rmtree(work, ignore_errors=True)  # what was left before there was a record
     work.mkdir(parents=True)
-    job.layout.begin(work)
+    _write_record(work, record)
+
+
+def _write_record(work: Path, record: Mapping[str, Any]) -> None:
     with replacing(work / _RECORD) as partial:
-        partial.write_text(json.dumps(job.record), encoding="utf-8")
+        partial.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _lay_out(work: Path, job: Job) -> None:
+    """Make the files of the result without values, unless they are there."""
+    if "places" not in json.loads((work / _RECORD).read_text(encoding="utf-8")):
+        job.layout.begin(work)
+        _write_record(work, job.record)
 
 
 def _check_record(work: Path, record: Mapping[str, Any]) -> None:
@@ -144,7 +186,7 @@ def _check_record(work: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _make_units(folder: Path, job: Job, progress: bool | None) -> None:
+def _make_units(folder: Path, job: Job, observed: Observed, progress: bool | None) -> None:
     """Make this rank's units, those that are there already left out."""
     owners, rank, work = _shared([unit.size for unit in job.units], rank_count()), own_rank(), folder / WORK
     mine = [i for i, owner in enumerate(owners) if owner == rank]
@@ -156,10 +198,11 @@ def _make_units(folder: Path, job: Job, progress: bool | None) -> None:
         for following in mine[at : at + 2]:
             for tensor in job.units[following].waiting:
                 job.source.expect(job.of_file[id(tensor)])
-        tensors, lines = _made(job.units[i], job, memory)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"sums": job.layout.write(work, tensors), "lines": lines}), encoding="utf-8")
-        partial.replace(path)
+        unit = job.units[i]
+        tensors, lines = observed.with_values({plan.name for plan in unit.plans}, partial(_made, unit, job, memory))
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps({"sums": job.layout.write(work, tensors), "lines": lines}), encoding="utf-8")
+        unfinished.replace(path)
 
 
 def _unit_path(work: Path, number: int) -> Path:
@@ -203,6 +246,7 @@ def _made(unit: Unit, job: Job, memory: torch.Tensor) -> tuple[dict[str, torch.T
     layers = {result.plan.name: result.replacement for result in results}
     del plans, results, read  # the floats, before there are packed integers
     tensors, header = stored_layers(layers)
+    tensors |= {name: layers[layer].bias.detach() for name, layer in unit.biases.items()}
     for name, said in header["layers"].items():
         if said != job.layout.header["layers"][name]:
             raise RuntimeError(f"{name} is {said}, planned was {job.layout.header['layers'][name]}")

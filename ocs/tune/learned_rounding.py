@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,21 @@ class Outcome(IntEnum):
     LEARNED = 2
 
 
+class Standing(NamedTuple):
+    """What stands in the model for a while."""
+
+    modules: Mapping[int, nn.Module]  # by id of what stands there now
+    swap: list[Step]
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """Find what stands for a module."""
+        return self.modules.get(id(module), module)
+
+    def calls(self, model: nn.Module, data: Data, module: nn.Module) -> list[Call]:
+        """Record every call of what stands for a module."""
+        return for_a_while(self.swap, partial(calls_of, model, data, self.of(module)))
+
+
 class Block(NamedTuple):
     """A module whose outputs are to be those of the float model, and the layers in it that are learned for that."""
 
@@ -79,6 +95,7 @@ def learn_rounding(
     layers: Sequence[Learnable],
     data: Data,
     progress: bool | None = None,
+    floats: Mapping[int, nn.Module] = MappingProxyType({}),
 ) -> dict[str, Outcome]:
     """Learn the integers of quantized layers that are to replace those of a float model, which stays as it is.
 
@@ -90,6 +107,7 @@ def learn_rounding(
         layers: those whose integers are learned.
         data: what calibrates, the same each time it is run.
         progress: show a bar.
+        floats: what stands in the float model, by id, once its norms are folded, whose layers' outputs these are to be.
 
     Returns:
         What became of each layer, by name.
@@ -101,7 +119,7 @@ def learn_rounding(
     def run() -> list[float]:
         if rank_count() > 1 and dist.get_rank() > 0:
             return [0.0] * len(layers)
-        outcomes = _learn(model, replacements, layers, data, progress)
+        outcomes = _learn(model, replacements, layers, data, progress, floats)
         return [float(outcomes[layer.name]) for layer in layers]
 
     outcomes = sum_over_ranks(run, len(layers))
@@ -126,6 +144,7 @@ def _learn(
     layers: Sequence[Learnable],
     data: Data,
     progress: bool | None,
+    floats: Mapping[int, nn.Module],
 ) -> dict[str, Outcome]:
     made_there = next((name for name, tensor in _tensors_of(model) if tensor.is_inference()), None)
     if made_there is not None:
@@ -134,11 +153,13 @@ def _learn(
     integers = sum(w.numel() for each in layers for w in each.weights.values())
     if integers <= SMALL and len(blocks) > 1:
         blocks.append(Block("", model, list(layers)))
-    swap = [slot.step() for slot in module_slots(model, replacements)]
+    student, teacher = (
+        Standing(new, [slot.step() for slot in module_slots(model, new)]) for new in (replacements, floats)
+    )
     outcomes = {layer.name: Outcome.UNREACHED for layer in layers}
     for block in with_progress(blocks, "learn rounding", progress, "block"):
         with error_context(block.name or "the model"):
-            for name, outcome in _learn_block(model, block, replacements, swap, data).items():
+            for name, outcome in _learn_block(model, block, student, teacher, data).items():
                 outcomes[name] = max(outcomes[name], outcome)
     return outcomes
 
@@ -173,13 +194,11 @@ def blocks_of(model: nn.Module, layers: Sequence[Learnable]) -> list[Block]:
 # --- One block --------------------------------------------------------------------------------------------------------
 
 
-def _learn_block(
-    model: nn.Module, block: Block, replacements: Mapping[int, nn.Module], swap: Sequence[Step], data: Data
-) -> dict[str, Outcome]:
+def _learn_block(model: nn.Module, block: Block, ours: Standing, floats: Standing, data: Data) -> dict[str, Outcome]:
     """Learn the integers of a block."""
-    expected = [list(float_tensors(call.output)) for call in calls_of(model, data, block.module)]
-    student = replacements.get(id(block.module), block.module)
-    calls = for_a_while(swap, partial(calls_of, model, data, student))
+    student, swap = ours.of(block.module), ours.swap
+    expected = [list(float_tensors(call.output)) for call in floats.calls(model, data, block.module)]
+    calls = ours.calls(model, data, block.module)
     if [_shapes(float_tensors(call.output)) for call in calls] != [_shapes(each) for each in expected]:
         if block.module is model:
             raise ValueError("calibration gives outputs of other shapes each time: the same batches must give the same")

@@ -1,6 +1,7 @@
 """What quantization leaves of a weight, and of the outputs that it computes."""
 
 import math
+import sys
 
 import numpy as np
 import torch
@@ -66,6 +67,40 @@ def output_power(w: Array) -> Array:
     zeros = w.new_zeros(w.shape, dtype=torch.int8) if isinstance(w, Tensor) else np.zeros(w.shape, np.int8)
     one, source = (array_like(values, w) for values in (np.ones((), np.float32), np.arange(w.shape[1])))
     return kernels(w).output_error(w, zeros, one, source, 1, 0.0)
+
+
+SAMPLE = 128  # rows of a group that tell of the others
+
+
+def alignment(w: Array, groups: int = 1) -> float:
+    """Measure by how much more a weight passes on of what layers like it give than of errors; 1 for random numbers.
+
+    Training makes layers agree: what one gives lies where the next one looks. For rows w_o of N columns it is the mean
+    over groups of what (w_o w_p)^2, summed over all pairs of O rows, is to what random rows of this power have,
+    |w|^4 (1 / O + 1 / N): 1.2 to 4.4 in the layers of trained networks, 0.96 to 1.03 in random ones. Of more rows than
+    SAMPLE, some evenly spaced ones tell. Groups of one row tell nothing: 2.
+    """
+    count = w.shape[0] // groups
+    rows = as_tensor(w).reshape(groups, count, math.prod(w.shape[1:]))
+    if count < 2 or not rows.shape[2]:
+        return 2.0
+    rows = rows[:, :: -(-count // SAMPLE)].double()
+    among, n, N = rows @ rows.mT, rows.shape[1], rows.shape[2]
+    own = among.diagonal(dim1=1, dim2=2).square().mean(1)
+    others = (among.square().sum((1, 2)) - n * own) / (n * (n - 1))
+    power = rows.square().sum(2).mean(1).square().clamp(min=sys.float_info.min)
+    return float(((own / count + (1 - 1 / count) * others) / power / (1 / count + 1 / N)).mean())
+
+
+def with_gain_of(w: Array, scheme: Scheme) -> Scheme:
+    """Weigh changes of the outputs' gain, where clip="auto" estimates: in full for weights of alignment 1.5 and more.
+
+    Where weights pass signals on better than errors, there are directions that layers share, in which such changes add
+    up; where they pass both on alike, as random ones do, they are errors as all others.
+    """
+    if scheme.clip != "auto" or scheme.hessian is not None:
+        return scheme
+    return scheme._replace(gain=scheme.gain * min(max(2 * (alignment(w, scheme.groups) - 1), 0.0), 1.0))
 
 
 STRIP = 512  # columns that are multiplied with all later ones at once

@@ -309,6 +309,10 @@ def test_packed_sequences_pairs_and_lazy_layers() -> None:
     lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ValueError, match="0: its weight holds no values yet"):
         ocs.quantize(lazy, abits=8, calibration=torch.randn(2, 4))
+    with pytest.raises(ValueError, match="0: its weight holds no values yet"):
+        ocs.quantize(lazy, rounding="gptq", calibration=torch.randn(2, 4))
+    with pytest.raises(ValueError, match="0: its weight holds no values yet"):
+        ocs.quantize(nn.Sequential(nn.Linear(4, 4)).to("meta"), rounding="gptq", calibration=torch.randn(2, 4))
     assert isinstance(lazy[0], nn.LazyLinear)
 
 

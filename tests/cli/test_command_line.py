@@ -117,6 +117,15 @@ def test_json_of_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["exit_code"] == 1
 
 
+@pytest.mark.parametrize("line", ["inspect resnet50 --json", "quantize --json", "frobnicate --json", "inspect --jsons"])
+def test_json_of_a_wrong_call(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out) if line.endswith("--json") else {"error": err.strip().partition("error: ")[2]}
+    assert f"error: {found.pop('error')}\n" in err
+    assert found == ({"exit_code": 2} if out else {})
+
+
 @pytest.mark.parametrize("switch", [True, False])
 def test_debug_shows_where(switch: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if not switch:

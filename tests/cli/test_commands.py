@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SmallNet
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ocs
 from ocs.cli import commands, demo
@@ -120,7 +120,10 @@ def test_quantize_a_layer_at_a_time(run: Any, capsys: pytest.CaptureFixture[str]
     for wrong, says in (
         ((*options, "--stream"), "--stream needs -o FOLDER"),
         ((MODEL, "--stream", "-o", "a"), f"{MODEL} --stream: say where its weights are"),
-        ((*options, "--stream", "-o", "a", "--synthesize", "4"), "leave --calibration and --synthesize"),
+        (
+            (*options, "--stream", "-o", "a", "--synthesize", "4"),
+            "--synthesize needs the whole model: use --calibration PATH",
+        ),
         ((*options, "--shard-size", "4"), "--shard-size is for --stream"),
     ):
         assert main(["quantize", *wrong]) == 2
@@ -129,6 +132,33 @@ def test_quantize_a_layer_at_a_time(run: Any, capsys: pytest.CaptureFixture[str]
     assert "q: it holds a model already" in capsys.readouterr().err
     assert main(["quantize", *options, "--stream", "-o", "b", "--fold-bn"]) == 1
     assert "fold_bn=True needs the whole model in memory" in capsys.readouterr().err
+
+
+def test_calibrate_a_layer_at_a_time(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(small_net().state_dict(), "w.safetensors")
+    np.save("x.npy", np.random.default_rng(0).standard_normal((6, 3, 16, 16), np.float32))
+    options = (
+        MODEL,
+        "--weights",
+        "w.safetensors",
+        "--wbits",
+        "4",
+        "--abits",
+        "8",
+        "--rounding",
+        "gptq",
+        "--batch",
+        "2",
+    )
+    assert main(["quantize", *options, "--stream", "-o", "q"]) == 1
+    assert capsys.readouterr().err.endswith("(here --calibration PATH)\n")
+    whole = run("quantize", *options, "--calibration", "x.npy", "-o", "q.safetensors")
+    found = run("quantize", *options, "--calibration", "x.npy", "--stream", "-o", "q")
+    assert found["notes"] == ["calibrated on at most 128 inputs of x.npy, as they are"] == whole["notes"][:1]
+    assert found["settings"] == whole["settings"]
+    expected, streamed = load_file("q.safetensors"), load_file("q/model.safetensors")
+    assert expected.keys() == streamed.keys()
+    assert all(torch.equal(each, streamed[name]) for name, each in expected.items())
 
 
 def test_an_existing_file_is_kept_where_it_is_read_or_the_report_fails(capsys: pytest.CaptureFixture[str]) -> None:

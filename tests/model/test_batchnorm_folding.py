@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune
 from zoo import torchvision_models
 
+from ocs.formats.storage import load, save
 from ocs.model.batchnorm_folding import FoldedBatchNorm, Folding, plan_folding
 from ocs.model.rewrite import exchange, module_slots
 from ocs.nn import QuantConvTranspose2d
 from ocs.quantization import quantize
+from ocs.runtime.compare import compare
+from ocs.runtime.lower import lower
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -134,6 +139,125 @@ def test_what_the_new_layer_is(dtype: torch.dtype, trainable: bool) -> None:
     new.extra = nn.Parameter(torch.zeros(1))
     assert not layer._forward_hooks
     assert "extra" not in layer._parameters
+
+
+# --- Norms that run children afterwards -------------------------------------------------------------------------------
+
+
+class NormAct(nn.BatchNorm2d):
+    """Normalizes, then drops and activates, as timm's BatchNormAct2d does."""
+
+    def __init__(self, channels: int, act: nn.Module | None = None, drop: nn.Module | None = None) -> None:
+        super().__init__(channels)
+        self.act, self.drop = act or nn.SiLU(inplace=True), drop or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        statistics = (self.running_mean, self.running_var) if not self.training else (None, None)
+        x = F.batch_norm(x, *statistics, self.weight, self.bias, training, self.momentum or 0.0, self.eps)
+        return self.act(self.drop(x))
+
+
+class HandsOn(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(nn.BatchNorm2d.forward(self, x))
+
+
+def norm_acts(norm: type[nn.Module] = NormAct) -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), norm(8, nn.ReLU(inplace=True)), nn.Conv2d(8, 8, 3, groups=8, bias=False), norm(8)]
+    return trained(nn.Sequential(*layers, nn.Conv2d(8, 4, 1), norm(4, nn.PReLU(4), nn.Dropout2d())))
+
+
+@pytest.mark.parametrize("norm", [NormAct, HandsOn])
+def test_what_a_norm_runs_afterwards_stays(norm: type[nn.Module]) -> None:
+    model = norm_acts(norm)
+    model[5].drop.train(norm is HandsOn)  # which never calls it
+    acts = [model[i].act for i in (1, 3, 5)]
+    assert_folds(model, torch.randn(2, 3, 9, 9), 3)
+    assert [model[i].act for i in (1, 3, 5)] == acts
+    names = ["drop", "act"] if norm is NormAct else ["act"]
+    assert [[*model[i]._modules] for i in (1, 3, 5)] == [names] * 3
+    assert not model[5].training
+
+
+def test_folded_with_an_activation_travels(tmp_path: Path) -> None:
+    """Saved, loaded, compared and exported; the outputs of layers are compared as the norms give them."""
+    float_model, x = norm_acts(), torch.randn(8, 3, 9, 9)
+    model = copy.deepcopy(float_model)
+    report = quantize(model, wbits=8, r=0.1, skip=None, abits=8, calibration=[x], fold_bn=True)
+    assert report.batch_norms == {"1": "", "3": "", "5": ""}
+    save(model, tmp_path / "m.safetensors")
+    loaded = load(tmp_path / "m.safetensors", norm_acts().train())
+    assert torch.equal(loaded.eval()(x), model(x))
+    assert torch.equal(copy.deepcopy(model)(x), pickle.loads(pickle.dumps(model))(x))
+    found = {each.name: each.sqnr_db for each in compare(float_model, model, [x]).layers}
+    assert min(found["0"], found["2"], found["4"]) > 25
+    torch.testing.assert_close(lower(copy.deepcopy(model))(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="has no batch norm '1' to fold"):
+        load(tmp_path / "m.safetensors", norm_acts(OwnForwardNorm))
+
+
+class Residual(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(nn.BatchNorm2d.forward(self, x)) + x
+
+
+class TwoActs(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.act(nn.BatchNorm2d.forward(self, x)))
+
+
+class InPlaceBefore(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return self.act(nn.BatchNorm2d.forward(self, x))
+
+
+class OtherEps(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.1))
+
+
+class OtherScale(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.bias, self.weight, eps=self.eps))
+
+
+class OwnStatistics(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps))
+
+
+class TwiceNormal(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(nn.BatchNorm2d.forward(self, nn.BatchNorm2d.forward(self, x)))
+
+
+class Branches(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(nn.BatchNorm2d.forward(self, x)) if x.sum() > 0 else x
+
+
+class GivesWeight(NormAct):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.act(nn.BatchNorm2d.forward(self, x)), self.weight
+
+
+MORE = (Residual, TwoActs, InPlaceBefore, OtherEps, OtherScale, OwnStatistics, TwiceNormal, Branches, GivesWeight)
+
+
+@pytest.mark.parametrize("norm", MORE)
+def test_norms_that_do_yet_more_stay(norm: type[nn.Module]) -> None:
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), norm(4)))
+    assert plan_folding(model).left == {"1": f"it has a forward of its own ({norm.__name__})"}
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "regnetx_002", "resnet18"])
+def test_timm(name: str) -> None:
+    model = pytest.importorskip("timm").create_model(name, pretrained=False)
+    norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    assert_folds(trained(model), torch.randn(2, 3, 64, 64), norms)
 
 
 # --- What is not touched ----------------------------------------------------------------------------------------------

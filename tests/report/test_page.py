@@ -49,7 +49,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["everything"] = folder / "everything.html"
     x = torch.randn(5, 3, 6, 6)
     ocs.quantize(float_model, wbits=4, r=0.1, recipe="best", abits=8, calibration=[x]).save(found["everything"])
-    pieces = f"<p>one</p>{report._repr_html_()}<p>two</p>{comparison._repr_html_()}{report._repr_html_()}"
+    jupyter = "<style>:not(.x).jp-RenderedHTMLCommon td { text-align: right }</style>"
+    jupyter += "<div class=jp-RenderedHTMLCommon>"
+    pieces = f"{jupyter}<p>one</p>{report._repr_html_()}<p>two</p>{comparison._repr_html_()}{report._repr_html_()}"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     found["notebook"].write_text(f"<!doctype html>{head}{pieces}", encoding="utf-8")
     return found
@@ -186,6 +188,7 @@ def test_several_pieces_sort_alone(browser: Browser, pages: dict[str, Path]) -> 
     browser.click("#layers th:nth-child(1) button")
     assert browser.run(f"{first}.textContent") == before
     assert browser.run("[...document.querySelectorAll('th')].every(h => h.querySelectorAll('button').length == 1)")
+    assert browser.run("[...document.querySelectorAll('td')].every(c => getComputedStyle(c).textAlign == 'left')")
 
 
 def test_without_a_browser(pages: dict[str, Path]) -> None:

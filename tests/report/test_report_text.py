@@ -202,6 +202,8 @@ def test_a_model_without_layers_is_compared() -> None:
     [
         ([math.inf, math.inf], "SQNR exact, cosine 0.900000"),
         ([math.nan], "SQNR NaN, cosine 0.900000; most is lost at layers.0"),
+        ([math.inf, 20.0, 30.0, math.inf], "SQNR exact, cosine 0.900000; most is lost at layers.1"),
+        ([20.0, 30.0, 25.0, 24.0], "SQNR 24.0 dB, cosine 0.900000; most is lost at layers.2"),
         ([math.inf, math.nan, 2.0], "SQNR 2.0 dB, cosine 0.900000; most is lost at layers.1"),
     ],
 )

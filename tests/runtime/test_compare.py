@@ -124,3 +124,27 @@ def test_errors(net: SmallNet) -> None:
         ocs.compare(nn.Sequential(nn.Linear(2, 2)), quantized, batches())
     with pytest.raises(ValueError, match=r"the model: its output is \[4, 2\], of the float model \[4, 5\]"):
         ocs.compare(net, lambda x: net(x)[:, :2], batches())
+
+
+class WritesToThem(nn.Module):
+    """A residual block, which adds and activates in place, or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.in_place = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y.add_(x).relu_() if self.in_place else (y + x).relu()
+
+
+@pytest.mark.parametrize("fold_bn", [False, True])
+def test_outputs_of_layers_are_as_these_gave_them(fold_bn: bool) -> None:
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(WritesToThem(in_place), WritesToThem(in_place)).eval()
+        quantized = copy.deepcopy(net)
+        ocs.quantize(quantized, wbits=3, skip=None, fold_bn=fold_bn)
+        found.append(ocs.compare(net, quantized, batches()).layers)
+    assert found[0] == found[1]

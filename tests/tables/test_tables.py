@@ -247,7 +247,9 @@ def test_results_page_takes_new_tables_and_keeps_the_rest(tmp_path: Path) -> Non
     assert (docs / "table1.png").exists()
     assert missing == ["lstm/table6"]
     assert "kept" in filled
-    assert fill(filled, tmp_path, docs)[0] == filled
+    described = filled.replace("![table1]", "![what it shows]")
+    for page in (filled, described):
+        assert fill(page, tmp_path, docs)[0] == page
 
 
 def test_aligned_is_markdown() -> None:

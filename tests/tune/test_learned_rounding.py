@@ -329,3 +329,29 @@ def test_what_cannot_be_learned_from_is_refused() -> None:
     with pytest.raises(ValueError, match="rounding='learned': use"):
         ocs.functional.quantize_weight(torch.ones(2, 2), 4, rounding="learned")
     assert_unchanged(model, before)
+
+
+def chain(in_place: bool) -> nn.Sequential:
+    """Layers that are blocks of their own, each with a norm that changes its scale."""
+    torch.manual_seed(0)
+    layers = []
+    for channels in (3, 16, 16):
+        layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(in_place)]
+    for norm in layers[1::3]:
+        nn.init.uniform_(norm.running_var, 0.01, 0.05)
+        nn.init.normal_(norm.bias, 0, 0.3)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 36, 5)).eval()
+
+
+def test_layers_are_learned_for_what_they_gave_with_folded_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the output before a norm that is folded, nor what an activation in place made of it."""
+    monkeypatch.setattr(learned_rounding, "SMALL", 0)
+    data, errors = batches(6), {}
+    for fold_bn in (False, True):
+        for in_place in (False, True):
+            model = chain(in_place)
+            ours, _ = quantized(model, data, fold_bn=fold_bn, r=0)
+            errors[fold_bn, in_place] = error(model, ours, batches(4, seed=2))
+    assert errors[True, True] == errors[True, False]
+    assert errors[False, True] == errors[False, False]
+    assert errors[True, True] == pytest.approx(errors[False, False], rel=0.1)
