@@ -2,7 +2,8 @@
 
 Weights only, first layer float, recipe="paper" or "best". Uniform: every layer has the bits of the row. Auto: each
 layer its own, in the same bytes as uniform; without data, or weighed by what moves the model's outputs on a few inputs
-(measured).
+(measured). Where there are BatchNorms, also with biases corrected by what these say (bias), and weighed by, rounded by
+(gptq) and with norms measured again on inputs synthesized from them: no data either.
 
     python benchmarks/tables/bits.py --limit 2000
     python benchmarks/tables/bits.py --dataset bible --limit 8000 --calibration 4000 --out build/tables/lstm
@@ -16,20 +17,24 @@ from beyond import beyond
 from cells import Cell
 from command import main
 
+COLUMNS = {"auto": {}, "auto, measured": {"calibrated": True}}
+OF_NORMS = {
+    "auto, bias": {"correct_bias": True},
+    "auto, gptq, synthetic": {"rounding": "gptq", "calibrated": "synthetic", "norms": "synthetic"},
+}
+
 
 def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each size."""
-    del model  # the paper has none of this
+    has_norms = args.dataset == "fashion-mnist" and model == "ResNet-20"
+    columns = COLUMNS | (OF_NORMS if has_norms else {})
     found = []
     for recipe in ("paper", "best"):
         for bits in args.bits:
             for r in args.r:
                 common, row = {"recipe": recipe, "r": r}, f"{recipe}, size of {bits} bits, r = {r:g}"
-                found += [
-                    Cell(row, "uniform", common | {"wbits": bits}),
-                    Cell(row, "auto", common | {"size_of": bits}),
-                    Cell(row, "auto, measured", common | {"size_of": bits, "calibrated": True}),
-                ]
+                found.append(Cell(row, "uniform", common | {"wbits": bits}))
+                found += [Cell(row, column, common | {"size_of": bits} | more) for column, more in columns.items()]
     return found
 
 

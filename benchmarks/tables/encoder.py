@@ -5,7 +5,8 @@
     python benchmarks/tables/encoder.py sentence-transformers/all-MiniLM-L6-v2 --what inputs both
 
 All layers; 1 - mean cosine, times 100, over 256 verses of the bundled text. What is calibrated sees 32 others. "inputs"
-has those of all layers in few bits, with weights of 8; "both" weights, too, and the parts of the recipe one by one.
+has those of all layers in few bits, with weights of 8, by how many of their channels are split; "both" weights, too,
+part by part.
 MODEL is a BERT-like encoder in Hugging Face's form: a name, or a folder with its config, weights and tokenizer.
 """
 
@@ -35,19 +36,23 @@ import ocs
 SENTENCES, OTHERS, BATCH = 256, 32, 32
 WORDS = range(8, 40)  # of a verse that is taken
 Options = dict[str, Any]
+GROUPS: Options = {"granularity": "group", "group": 32}
+FEW = 3  # bits, up to which learned rounding is measured
 WEIGHTS: dict[str, Options] = {
     "per tensor, nearest": {"r": 0.0},
     "per tensor, OCS (the paper)": {},
     "per channel, nearest": {"r": 0.0, "granularity": "channel"},
-    "per channel, OCS": {"granularity": "channel"},
     "per channel, OCS, mse clip": {"granularity": "channel", "clip": "mse"},
-    "groups of 32, OCS, mse clip": {"granularity": "group", "group": 32, "clip": "mse"},
+    "groups of 32, OCS, mse clip": {**GROUPS, "clip": "mse"},
     "recipe best, r = 0": {"r": 0.0, "recipe": "best"},
     "recipe best": {"recipe": "best"},
     "recipe best, nearest": {"recipe": "best", "rounding": "nearest"},
-    "recipe best, select error": {"recipe": "best", "select": "error"},
     "recipe best, gptq": {"recipe": "best", "rounding": "gptq"},
+    "recipe best, learned": {"recipe": "best", "rounding": "learned"},
+    "groups of 32, gptq": {**GROUPS, "recipe": "best", "rounding": "gptq"},
+    "groups of 32, learned": {**GROUPS, "recipe": "best", "rounding": "learned"},
 }
+ROWS: Options = {"act_scale": "dynamic"}
 EIGHT: Options = {"wbits": 8, "r": 0.0, "recipe": "best"}
 INPUTS: dict[str, Options] = {
     f"{bits} bits, {how}": EIGHT | {"abits": bits} | options
@@ -55,8 +60,10 @@ INPUTS: dict[str, Options] = {
     for how, options in {
         "no clipping": {"act_clip": "none"},
         "mse clip": {"act_clip": "mse"},
-        "a scale per row": {"act_scale": "dynamic"},
+        "a scale per row": ROWS,
+        "a scale per row, weights by gptq": ROWS | {"rounding": "gptq"},
     }.items()
+    if bits == 8 or "gptq" not in how  # weights of 8 bits are not what 6-bit inputs lose by
 }
 SPLITS: dict[str, Options] = {
     "r = 0": {},
@@ -65,7 +72,9 @@ SPLITS: dict[str, Options] = {
 }
 MAX: Options = {"act_r": 0.05, "act_select": "max"}
 BOTH: dict[str, Options] = {
-    f"W{wbits}A{abits}": {"wbits": wbits, "abits": abits, "recipe": "best"} for wbits, abits in ((8, 8), (8, 6), (4, 8))
+    f"W{wbits}A{abits}{how}": {"wbits": wbits, "abits": abits, "recipe": "best"} | options
+    for how, options in {"": {}, ", a scale per row": ROWS}.items()
+    for wbits, abits in ((8, 8), (8, 6), (4, 8))
 }
 PARTS: dict[str, Options] = {
     "r = 0": {"r": 0.0},
@@ -114,9 +123,16 @@ def distances(
     seen = ocs.calibrate(model, others, moments=True, progress=False)
     for row, options in tqdm(rows.items(), "settings", leave=False, disable=None):
         found[row] = []
-        for column in columns.values():
+        for name, column in columns.items():
             given = {"r": r, **options, **column}
-            if "abits" in given or given.get("rounding") == "gptq":
+            nothing_clipped = given.get("act_scale") == "dynamic" and "act_clip" in column
+            if nothing_clipped or (given.get("rounding") == "learned" and given["wbits"] > FEW):
+                found[row].append(float("nan"))
+                continue
+            of_input = "abits" in given and ("act_r" in given or given.get("act_scale") != "dynamic")
+            if given.get("rounding") == "learned":
+                given["calibration"] = others
+            elif of_input or given.get("rounding") == "gptq":
                 given["calibration"] = seen
             quantized = copy.deepcopy(model)
             try:
@@ -127,12 +143,13 @@ def distances(
                 continue
             cosine = (embeddings(quantized, batches) * expected).sum(1).mean()
             found[row].append(100 * (1 - float(cosine)))
+            tqdm.write(f"{row}; {name}: {found[row][-1]:.3f}")
     return found
 
 
 def table(found: Mapping[str, Sequence[float]], columns: Sequence[str], *, bold: bool = True) -> str:
     """Markdown; the least of each column is bold where its cells compete."""
-    least = [min(column) for column in zip(*found.values(), strict=True)]
+    least = [min((x for x in column if not isnan(x)), default=0.0) for column in zip(*found.values(), strict=True)]
     lines = [["", *columns]]
     for row, values in found.items():
         cells = ("" if isnan(x) else f"{x:.2f}" for x in values)

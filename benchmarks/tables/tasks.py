@@ -152,7 +152,8 @@ class Evaluation(Task):
         if "within_group" in options:
             options["r"] = self._largest_r(options, options.pop("within_group"))
         if size_of is not None:
-            report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **options, **given)
+            uniform = {name: value for name, value in options.items() if name != "rounding"}  # which may want inputs
+            report = ocs.quantize(copy.deepcopy(self.model), wbits=size_of, **uniform, **given)
             given |= {"wbits": "auto", "budget": report.packed_bytes}
         if shown:
             given["calibration"] = self._seen[shown] if suffices else self._calibrating(shown)

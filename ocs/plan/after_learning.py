@@ -29,7 +29,7 @@ def _measured(result: LayerResult, of_weight: WeightResult, quantizer: LayerQuan
     w, groups = quantizer.weight(name), quantizer.weights[name].groups
     ints, _, _ = result.replacement.weight_state(name)
     quantized = of_weight.quantization.quantized._replace(ints=ints)
-    error = weight_error(w, quantized, groups)
+    error = weight_error(w, quantized, groups, result.options.group)
     quantization = of_weight.quantization._replace(quantized=quantized, error=error)
     if steps:
         scheme = quantizer.scheme(name, result.options)

@@ -141,8 +141,6 @@ class LayerOptions:
         for name, check in _LAYER_CHECKS:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         check_rounding(self.rounding, self.split, get_args(Rounding))
-        if self.learned and self.granularity == "group":
-            raise ValueError("rounding='learned' with granularity='group' is not there yet: use rounding='gptq'")
         if self.act_scale == "dynamic":
             self._check_dynamic()
 

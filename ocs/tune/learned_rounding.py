@@ -12,7 +12,8 @@ What differs:
 - h becomes 0 or 1 by its temperature, which falls from step to step, not by a penalty.
 - Every HELD_OUT-th batch is not learned from: the new integers stay where they leave less error there.
 
-A split channel has one integer, its copies' added up; what it moves by, the copy moves that has room.
+A split channel has one integer, its copies' added up; what it moves by, the copy moves that has room. Where copies have
+scales of their own (granularity="group"), it is the last copy's, which rounds what the others leave.
 """
 
 import copy
@@ -36,6 +37,7 @@ from ocs.model.rewrite import Step, for_a_while, module_slots
 from ocs.model.wrappers import named_modules
 from ocs.nn.base import QuantizedLayer
 from ocs.progress import with_progress
+from ocs.weight.blocks import dequantize_weight
 
 EPOCHS, STEPS = 12, 120  # over the inputs of a block; more where that would be fewer steps
 RATE, DECAYS = 0.1, (0.9, 0.99)  # of Adam
@@ -246,7 +248,10 @@ class BlockTraining:
     ) -> None:
         self.student, self.layers, self.expected, self.calls = student, [each.layer for each in layers], expected, calls
         self.weights = [
-            SoftIntegers(each.layer, name, w) for each in layers for name, w in each.weights.items() if w.numel()
+            (LastIntegers if each.layer.scale_group else SoftIntegers)(each.layer, name, w)
+            for each in layers
+            for name, w in each.weights.items()
+            if w.numel()
         ]
         self.used = [i for i, tensors in enumerate(expected) if any(tensor.numel() for tensor in tensors)]
         self.powers = _powers([expected[i] for i in self.used])
@@ -271,7 +276,7 @@ class BlockTraining:
     def _show(self, values: Iterable[Tensor]) -> None:
         """Have the layers compute with these integers."""
         for weight, value in zip(self.weights, values, strict=True):
-            weight.value = value * weight.scale
+            weight.value = value * weight.scale + weight.rest
         for layer in self.layers:
             layer.rebuild()
 
@@ -346,15 +351,13 @@ class SoftIntegers:
     """
 
     def __init__(self, layer: QuantizedLayer, name: str, w: Tensor) -> None:
-        self.layer, self.name = layer, name
+        self.layer, self.name, self.rest = layer, name, 0.0
         ints, scale, source = layer.weight_state(name)
         C, groups = layer.channels[name], layer.groups
         local = source.view(groups, -1) - C * torch.arange(groups, device=source.device)[:, None]
         self.channel = local.view(groups, 1, -1, *[1] * (ints.dim() - 2))
-        self.scale = scale if scale.dim() == 0 else scale.view(-1, *[1] * (ints.dim() - 1))
-        self.whole = self._added_up(ints)
-        most = self._added_up(torch.full_like(ints, qmax(layer.bits)))
-        units = w.float() / self.scale
+        most = self._take(ints, scale)
+        units = (w.float() - self.rest) / self.scale
         below = units < self.whole
         self.lower = (self.whole - below.float()).clamp(-most, most - 1)
         share = TRUST * (self.whole - self.lower) + (1 - TRUST) * (units - self.lower).clamp(0, 1)
@@ -362,7 +365,13 @@ class SoftIntegers:
         self.logit = (share / (1 - share)).log().requires_grad_()
         self.moments = torch.zeros_like(self.logit), torch.zeros_like(self.logit)
         self.steps, self.decided = 0, False
-        self.value = self.whole * self.scale
+        self.value = self.whole * self.scale + self.rest
+
+    def _take(self, ints: Tensor, scale: Tensor) -> Tensor | int:
+        """Set the integers that are learned, `whole`, their `scale`, and the `rest` of the weight; returns the most."""
+        self.scale = scale if scale.dim() == 0 else scale.view(-1, *[1] * (ints.dim() - 1))
+        self.whole = self._added_up(ints)
+        return self._added_up(torch.full_like(ints, qmax(self.layer.bits)))
 
     def _added_up(self, ints: Tensor) -> Tensor:
         """Add the integers of copies [O, C + n, ...] up on their channels: float32 [O, C, ...]."""
@@ -403,3 +412,30 @@ class SoftIntegers:
             left.scatter_add_(2, index, old - new)
             moved[:, :, part] = new
         self.layer.hold(self.name, moved.flatten(0, 1).to(torch.int8), scale, source)
+
+
+class LastIntegers(SoftIntegers):
+    """The integers of a weight with scales of groups: of each channel those of its last part, all others stay."""
+
+    def _take(self, ints: Tensor, scale: Tensor) -> int:
+        C, columns = self.layer.channels[self.name], torch.arange(ints.shape[1], device=ints.device)
+        last = self.channel.new_zeros(*self.channel.shape[:2], C, *self.channel.shape[3:])
+        places = columns.view_as(self.channel[:1]).expand_as(self.channel)
+        self.last = last.scatter_reduce(2, self.channel, places, "amax")
+        scales = dequantize_weight(torch.ones_like(ints), scale, C, self.layer.scale_group)
+        self.scale, self.whole = self._of_last(scales), self._of_last(ints).float()
+        self.rest = self.layer.folded(self.name) - self.whole * self.scale
+        return qmax(self.layer.bits)
+
+    def _of_last(self, x: Tensor) -> Tensor:
+        """Pick the last parts of expanded channels [O, C + n, ...]: [O, C, ...]."""
+        grouped = x.unflatten(0, (self.layer.groups, -1))
+        index = self.last.expand(*grouped.shape[:2], -1, *grouped.shape[3:])
+        return grouped.gather(2, index).flatten(0, 1)
+
+    def keep(self) -> None:
+        """Write the choice to the layer."""
+        ints, scale, source = self.layer.weight_state(self.name)
+        grouped, new = (each.unflatten(0, (self.layer.groups, -1)) for each in (ints, self.hard().to(torch.int8)))
+        moved = grouped.scatter(2, self.last.expand_as(new), new)
+        self.layer.hold(self.name, moved.flatten(0, 1), scale, source)

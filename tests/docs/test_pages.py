@@ -81,7 +81,7 @@ def test_examples_of_transformers_run(tmp_path, monkeypatch):
     transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained("encoder")
     space = {"ocs": ocs, "token_ids": torch.randint(50, (2, 8))}
     examples = [code for code in blocks("docs/transformers.md", "python") if code not in of_sentences()]
-    assert len(examples) == 3
+    assert len(examples) == 4
     for code in examples:
         run(code, space | {"language_folder": "language", "encoder_folder": "encoder"})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,7 +116,7 @@ def check_files(table: ModuleType, folder: Path, rows: list[str], columns: list[
             bits,
             ["--r", "0", "0.1"],
             [f"{recipe}, size of 3 bits, r = {r}" for recipe in BOTH for r in ("0", "0.1")],
-            BITS,
+            [*BITS, *bits.OF_NORMS],
         ),
         (calibrated, ONE, BASES, list(calibrated.COLUMNS)),
         (recipes, ["--r", "0", "0.1"], ["3 bits"], [*RECIPES, *list(recipes.MORE)]),
@@ -407,6 +408,19 @@ def test_distances_fall_with_bits_and_by_what_was_calibrated() -> None:
     batches, others = (encoder.tokens(tokenizer, part) for part in (sentences[:40], sentences[40:200]))
     columns = {"6 bits": {"wbits": 6}, "3 bits": {"wbits": 3}}
     found = encoder.distances(Encoder().eval(), batches, others, encoder.WEIGHTS, columns, 0.1)
-    assert all(0 < six < three for six, three in found.values())
+    learned = {row for row in found if "learned" in row}
+    assert all(0 < six < three for row, (six, three) in found.items() if row not in learned)
+    assert all(math.isnan(six) and three > 0 for six, three in (found[row] for row in learned))
     assert found["recipe best, gptq"][1] < 0.8 * found["recipe best"][1]
     assert "| 6 bits | 3 bits |" in " ".join(encoder.table(found, list(columns)).split())
+
+
+def test_a_scale_for_each_row_is_calibrated_where_channels_are_split() -> None:
+    sentences = encoder.verses(ASSETS / "test.txt")
+    batches, others = (encoder.tokens(tokenizer, part) for part in (sentences[:40], sentences[40:200]))
+    of_rows = encoder.INPUTS["6 bits, a scale per row"]
+    rows = {"nearest": of_rows, "gptq": of_rows | {"rounding": "gptq"}}
+    found = encoder.distances(Encoder().eval(), batches, others, rows, encoder.SPLITS, 0.1)
+    assert len(found) == 2
+    for whole, *split in found.values():
+        assert all(0 < each < 1 and each != whole for each in split)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 import ocs
 from ocs.nn.base import QuantizedLayer
 from ocs.tune import learned_rounding
-from ocs.tune.learned_rounding import Learnable, SoftIntegers, blocks_of
+from ocs.tune.learned_rounding import LastIntegers, Learnable, SoftIntegers, blocks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,7 +72,15 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- What is learned --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [{}, {"abits": 4, "act_r": 0.2}, {"granularity": "tensor", "fold_bn": True}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"abits": 4, "act_r": 0.2},
+        {"granularity": "tensor", "fold_bn": True},
+        {"granularity": "group", "group": 32},
+    ],
+)
 def test_outputs_are_nearer_to_those_of_the_float_model(
     more: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +108,19 @@ def test_outputs_are_nearer_to_those_of_the_float_model(
             assert [label for label, _ in line.steps][-len(steps) :] == steps
 
 
-def test_every_kind_of_layer_learns(quick: None) -> None:
+def test_layers_of_several_groups_are_measured_as_they_are(quick: None) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(70, 40), nn.ReLU(), nn.Linear(40, 5)), [torch.randn(64, 70)]
+    ours, report = quantized(model, inputs, granularity="group", group=32)
+    for line, layer in zip(report.quantized, (0, 2), strict=True):
+        w = model[layer].weight.detach()
+        noise = (w - ours[layer].weight).square().sum()
+        assert line.rounding == "learned"
+        assert line.sqnr_db == pytest.approx(float(10 * (w.square().sum() / noise).log10()), abs=1e-3)
+
+
+@pytest.mark.parametrize("scales", [{}, {"granularity": "group", "group": 32}])
+def test_every_kind_of_layer_learns(quick: None, scales: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = Everything().eval()
     data = [model.inputs() for _ in range(3)]
@@ -109,8 +129,8 @@ def test_every_kind_of_layer_learns(quick: None) -> None:
         for images, words in data:
             net(images, words)
 
-    before, _ = quantized(model, run, rounding="gptq", wbits=3)
-    after, report = quantized(model, run, wbits=3)
+    before, _ = quantized(model, run, rounding="gptq", wbits=3, **scales)
+    after, report = quantized(model, run, wbits=3, **scales)
     changed = {
         name
         for name, tensor in before.state_dict().items()
@@ -227,6 +247,34 @@ def test_copies_move_where_there_is_room() -> None:
     assert torch.equal(ours[0].folded("weight"), chosen * ours[0].scale)
 
 
+def test_the_last_part_of_each_channel_moves_where_scales_are_of_groups() -> None:
+    """In each of two groups with blocks of 32, 8 and 20 parts: all others, scales and sources stay."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(80, 12, 1, groups=2)
+    with torch.no_grad():
+        layer.weight *= torch.linspace(1, 4, 40)[:, None, None]
+    ours = nn.Sequential(layer)
+    ocs.quantize(ours, wbits=3, r=0.5, granularity="group", group=32, skip=None)
+    before, whole = ours[0].weight_int.clone(), ours[0].folded("weight")
+    integers = LastIntegers(ours[0], "weight", layer.weight.detach())
+    torch.testing.assert_close(integers.whole * integers.scale + integers.rest, whole)
+    source = ours[0].source.view(2, 60)
+    last = [[max(j for j in range(60) if source[g, j] == 40 * g + c) for c in range(40)] for g in range(2)]
+    assert len({*last[0]} - {*range(40)}) > 2
+    with torch.no_grad():
+        integers.logit.copy_(torch.randn_like(integers.logit))
+    chosen = integers.hard()
+    assert (chosen != integers.whole).any()
+    assert chosen.abs().max() <= 3
+    integers.keep()
+    torch.testing.assert_close(ours[0].folded("weight"), chosen * integers.scale + integers.rest)
+    for g in range(2):
+        of_group = slice(6 * g, 6 * g + 6)
+        assert torch.equal(ours[0].weight_int[of_group][:, last[g]].float(), chosen[of_group])
+        others = [j for j in range(60) if j not in last[g]]
+        assert torch.equal(ours[0].weight_int[of_group][:, others], before[of_group][:, others])
+
+
 def test_blocks_are_the_outermost_repeated_modules() -> None:
     model = residual_net()
     layers = [Learnable(n, m, m, {}) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -274,7 +322,6 @@ def test_what_cannot_be_learned_from_is_refused() -> None:
         "rounding='learned' needs calibration=": {},
         "rounding='learned' with split='naive'": {"calibration": batches(1), "split": "naive"},
         "each time": {"calibration": changing},
-        "rounding='learned' with granularity='group'": {"calibration": batches(1), "granularity": "group"},
     }
     for message, options in cases.items():
         with pytest.raises(ValueError, match=message):
