@@ -400,13 +400,16 @@ class QuantizedLayer(nn.Module):
         if problem or not given:
             return problem
         form = given["input_form"]
-        if not torch.equal(form, self.input_form.to(form.device)):
+        if form.tolist() != self.input_form.tolist():  # of any two dtypes, some of which torch does not compare
             return f"input_form is {form.tolist()}: the state is of another input than one of {self.input_grid}"
         channels = next(iter(self.channels.values()))
         return input_problem(given.get("input_scale"), given.get("input_source"), self.groups, channels)
 
     def _restore_dtypes(self) -> None:
         """Cast scales to float32 and sources to integers: a state that is assigned may have come in another dtype."""
+        form = INPUT_BUFFERS[0]
+        if self._buffers.get(form) is not None:
+            self._buffers[form] = self._buffers[form].to(torch.uint8)
         for _, *names in (INPUT_BUFFERS, *map(self.buffers_of, self.channels)):
             for buffer, dtype in zip(names, (torch.float32, self.source_dtype), strict=True):
                 if self._buffers.get(buffer) is not None:

@@ -99,7 +99,9 @@ def test_all_or_nothing(name: str, packed: bool) -> None:
     """A layer takes a state whose tensors can be its own, and is as it was where it does not."""
     start, chance, taken = make(packed, **OPTIONS[name]), random.Random(name), 0
     ours = [key for key in start.state_dict() if isinstance(layer_of(start, key)[1], QuantizedLayer)]
-    biases = dict(start.named_parameters())  # which torch checks, while it loads the rest of the layer
+    biases = dict(
+        start.named_parameters(remove_duplicate=False)
+    )  # which torch checks, while it loads the rest of the layer
     net = copy.deepcopy(start)
     for _ in range(CASES):
         key = chance.choice(ours)
@@ -125,3 +127,15 @@ def test_all_or_nothing(name: str, packed: bool) -> None:
             net(*Everything.inputs())
         net = copy.deepcopy(start)
     assert 0 < taken < CASES
+
+
+@pytest.mark.parametrize("dtype", [torch.uint64, torch.float16])
+def test_the_form_of_an_input_in_another_dtype(dtype: torch.dtype) -> None:
+    """Its values count: torch compares no uint64 with a byte."""
+    net, key = make(False, **OPTIONS["inputs"]), "net.stem.input_form"
+    state, own = dict(net.state_dict()), net.state_dict()[key]
+    net.load_state_dict(state | {key: own.to(torch.int64).to(dtype)}, assign=True)
+    assert net.state_dict()[key].dtype == torch.uint8
+    assert torch.equal(net.state_dict()[key], own)
+    with pytest.raises(RuntimeError, match=r"net\.stem: input_form is \[9"):
+        net.load_state_dict(state | {key: (own.to(torch.int64) * 0 + 9).to(dtype)})
