@@ -233,7 +233,7 @@ def _slots(result: LayerResult, facts: InputFacts, training: TrainingOptions) ->
     """List what a layer must have, and the class that it must be of, to be trained as planned."""
     layer, plan, options, quantized = result.plan.target.module, result.plan, result.options, result.replacement
     learned = training.thresholds == "learned"
-    scheme = LayerQuantizer(plan, facts).scheme(result.weights[0].name, options)._replace(gain=facts.gain)
+    scheme = LayerQuantizer(plan, facts).scheme_of_any(result.weights[0].name, options)
     preparation = Preparation(
         layer=plan.name,
         scheme=scheme,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from ocs.nn.straight_through import (
 )
 from ocs.nn.weights import parameter_of
 from ocs.weight.apply_plan import quantize_plan
-from ocs.weight.error import with_gain_of
+from ocs.weight.error import gain_share, with_gain_of
 from ocs.weight.plan import split_plan_of
 from ocs.weight.selection import choose_splits
 from ocs.weight.types import QuantizedWeight, Scheme, Select, SplitPlan
@@ -169,7 +169,7 @@ class PreparedLayer(nn.Module):
         for name in preparation.names:
             weight, _, source = self.part(name)
             weight = weight.detach().float()
-            scheme = with_gain_of(weight, preparation.scheme)
+            scheme = with_gain_of(preparation.scheme, partial(gain_share, weight, preparation.scheme.groups))
             n = source.numel() // scheme.groups - weight.shape[1]
             with error_context(preparation.layer, name):
                 plan = choose_splits(weight, n, preparation.select, scheme)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from ocs.plan.options import LayerOptions
 from ocs.progress import with_progress
 from ocs.weight.apply_plan import quantize_plan
 from ocs.weight.blocks import count_blocks
-from ocs.weight.error import remaining_error, with_gain_of
+from ocs.weight.error import gain_share, remaining_error, with_gain_of
 from ocs.weight.hessian import Hessian
 from ocs.weight.plan import splits_for
 from ocs.weight.selection import choose_splits
@@ -82,7 +82,7 @@ def quantize_layers(
 def quantize_layer(plan: LayerPlan, facts: InputFacts, *, explain: bool = False) -> LayerResult:
     """Quantize one layer; explain: find out what each option did."""
     quantizer = LayerQuantizer(plan, facts)
-    options = quantizer.possible(plan.options)
+    options = possible(facts, plan.options)
     if plan.target.reason_folded:
         options = replace(options, expand=False)
     weights = []
@@ -128,16 +128,13 @@ class LayerQuantizer:
         self.plan, self.facts = plan, facts
         self.weights = {weight.name: weight for weight in weights_of(plan.module)}
         self._floats: dict[str, Tensor] = {}
+        self._gain_shares: dict[str, float] = {}
 
     @cached_property
     def hessians(self) -> dict[str, Hessian]:
         """The second moments of what each weight meets; empty where calibration never reached the layer."""
         seen = self.facts.second_moments or {}
         return {name: Hessian(moments.products, moments.count) for name, moments in seen.items()}
-
-    def possible(self, options: LayerOptions) -> LayerOptions:
-        """The options, with nearest rounding where nothing is known that gptq could round by."""
-        return possible(self.facts, options)
 
     def rounding_note(self, options: LayerOptions) -> str:
         """Say where gptq knew nothing, or little: blocks, or fewer vectors than they have numbers."""
@@ -164,11 +161,19 @@ class LayerQuantizer:
 
     def scheme(self, name: str, options: LayerOptions) -> Scheme:
         """How a weight is quantized by these options."""
+        return with_gain_of(self.scheme_of_any(name, options), partial(self._gain_share, name))
+
+    def scheme_of_any(self, name: str, options: LayerOptions) -> Scheme:
+        """How it is, but for what its own values say of its gain."""
         hessian = self.hessians[name] if options.compensated else None
         rounding = "gptq" if options.compensated else options.rounding
         given = (options.wbits, options.clip, options.granularity, options.split, rounding)
-        scheme = Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
-        return with_gain_of(self.weight(name), scheme)
+        return Scheme(*given, self.weights[name].groups, hessian, self.facts.gain, options.group)
+
+    def _gain_share(self, name: str) -> float:
+        if name not in self._gain_shares:
+            self._gain_shares[name] = gain_share(self.weight(name), self.weights[name].groups)
+        return self._gain_shares[name]
 
     def quantize_weight(
         self, name: str, options: LayerOptions, splits: Mapping[str, int] | None = None, *, few: bool = False
@@ -185,7 +190,7 @@ class LayerQuantizer:
 
     def measure(self, name: str, options: LayerOptions, splits: int | None = None, *, few: bool = False) -> Measured:
         """Measure what a weight takes and what error is left when it is quantized so; few: about so, see Scheme."""
-        options = self.possible(options)
+        options = possible(self.facts, options)
         result = self.quantize_weight(name, options, None if splits is None else {name: splits}, few=few)
         plan, quantization = result.plan, result.quantization
         before, after = (max(each.tolist(), default=0.0) for each in (plan.channel_max, plan.split_max))

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -92,15 +93,19 @@ def alignment(w: Array, groups: int = 1) -> float:
     return float(((own / count + (1 - 1 / count) * others) / power / (1 / count + 1 / N)).mean())
 
 
-def with_gain_of(w: Array, scheme: Scheme) -> Scheme:
-    """Weigh changes of the outputs' gain, where clip="auto" estimates: in full for weights of alignment 1.5 and more.
+def gain_share(w: Array, groups: int) -> float:
+    """Tell how much changes of the outputs' gain count: in full for weights of alignment 1.5 and more.
 
     Where weights pass signals on better than errors, there are directions that layers share, in which such changes add
     up; where they pass both on alike, as random ones do, they are errors as all others.
     """
-    if scheme.clip != "auto" or scheme.hessian is not None:
-        return scheme
-    return scheme._replace(gain=scheme.gain * min(max(2 * (alignment(w, scheme.groups) - 1), 0.0), 1.0))
+    return min(max(2 * (alignment(w, groups) - 1), 0.0), 1.0)
+
+
+def with_gain_of(scheme: Scheme, share: Callable[[], float]) -> Scheme:
+    """Weigh gain by a weight's gain_share, which is asked for only where clip="auto" estimates."""
+    estimates = scheme.clip == "auto" and scheme.hessian is None
+    return scheme._replace(gain=scheme.gain * share()) if estimates else scheme
 
 
 STRIP = 512  # columns that are multiplied with all later ones at once
