@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import itertools
@@ -297,6 +298,8 @@ def train_rank(rank: int, folder: Path) -> dict[str, Tensor]:
         net.body[1] = nn.Identity()  # a BatchNorm would see half a batch
         wrapped = DistributedDataParallel(net)
         train(wrapped, 4, images=IMAGES[rank::2], labels=LABELS[rank::2])
+        del wrapped  # before its group, whose end would else wait for a thread that waits for the GIL
+        gc.collect()
         return net.state_dict()
     finally:
         dist.destroy_process_group()
