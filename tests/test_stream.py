@@ -285,13 +285,19 @@ def test_a_full_disk_is_an_error_and_no_end(files: Path, tmp_path: Path, monkeyp
 # --- Several ranks ----------------------------------------------------------------------------------------------------
 
 
+NETS = """
+import atexit, os, torch, test_stream
+def make():
+    atexit.register(lambda: os.system(f"cat /proc/{os.getpid()}/task/*/comm >&2"))
+    with torch.device("cpu"):
+        return test_stream.on_meta()
+"""
+
+
 def test_two_ranks_share_the_layers(files: Path, tmp_path: Path) -> None:
     """What torchrun starts, on the command line; the result is that of one process."""
     run(files, tmp_path / "alone")
-    net = (
-        "import torch, test_stream\ndef make():\n    with torch.device('cpu'):\n        return test_stream.on_meta()\n"
-    )
-    (tmp_path / "nets.py").write_text(net)
+    (tmp_path / "nets.py").write_text(NETS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "ocs"]
     options = ["--weights", str(files), "--stream", "-o", "out", "--wbits", "4", "--r", "0.1", "--json"]
     options += ["--shard-size", str(SHARDS)]
@@ -300,6 +306,8 @@ def test_two_ranks_share_the_layers(files: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, "quantize", "nets:make", *options], env=env, cwd=tmp_path, check=False,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "python" in done.stderr
+    assert "gloo" not in done.stderr  # the group's threads have ended
     assert json.loads(done.stdout)["totals"]["quantized_layers"] == 9  # of one of them
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert len(contents(tmp_path / "out")) == 5

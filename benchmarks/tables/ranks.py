@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -28,6 +29,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float is float32
         if self.world > 1:
+            importlib.import_module("torch._dynamo")  # later, it would keep the group's threads: they may abort us
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return self
 

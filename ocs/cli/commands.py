@@ -1,8 +1,10 @@
 """The commands on models: inspect, quantize, compare and export."""
 
 import argparse
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -46,7 +48,8 @@ def run_inspect(args: argparse.Namespace, notes: Notes) -> Result:
 def run_quantize(args: argparse.Namespace, notes: Notes) -> Result | None:
     """Quantize a model, and write it and its report."""
     if args.stream:
-        return _streamed(args, notes)
+        with _ranks_of_torchrun():
+            return _streamed(args, notes)
     if args.shard_size is not None:
         raise UsageError("--shard-size is for --stream, which writes several files")
     check_output(args.output, "-o", inputs=(args.weights, args.calibration_data))
@@ -72,6 +75,24 @@ def run_quantize(args: argparse.Namespace, notes: Notes) -> Result | None:
     return Result("\n".join([str(report), *written]), values)
 
 
+@contextmanager
+def _ranks_of_torchrun() -> Iterator[None]:
+    """Have a group of the ranks that torchrun started, if it did, whose threads do not outlive it.
+
+    They do where torch._dynamo is imported after the group was made (meta tensors do it), and may abort the process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    importlib.import_module("torch._dynamo")
+    dist.init_process_group("gloo")
+    try:
+        yield
+        dist.barrier()  # a rank that ended before would end others
+    finally:
+        dist.destroy_process_group()
+
+
 def _streamed(args: argparse.Namespace, notes: Notes) -> Result | None:
     """Quantize a model from files to files; of ranks that torchrun started, the first has the result."""
     if not args.output:
@@ -82,8 +103,6 @@ def _streamed(args: argparse.Namespace, notes: Notes) -> Result | None:
         )
     check_output(args.report, "--report", (".html", ".json"), (args.weights, args.calibration_data))
     model, form = without_values(args.model, args.weights)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():  # as torchrun sets it
-        dist.init_process_group("gloo")
     options, usual = chosen_options(args), signature(quantize).parameters
     given = {name: value for name, value in options.items() if name == "progress" or value != usual[name].default}
     if args.shard_size is not None:

@@ -7,6 +7,7 @@ other: no line of Python runs in between, at which an interrupt or a trace funct
 import functools
 import operator
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -116,7 +117,13 @@ _stances: list[Any] = []  # that of torch.compile before each eager() that is no
 
 
 def eager() -> list[Step]:
-    """Have what torch.compile made run as it was written: in the whole process, until the last who wants it is done."""
+    """Have what torch.compile made run as it was written: in the whole process, until the last who wants it is done.
+
+    Before torch._dynamo is imported, nothing is compiled; imported after a process group was made, it keeps that alive
+    to the end of the process, which one of the group's threads may then abort.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return []
     import torch._dynamo.eval_frame
 
     table = vars(torch._dynamo.eval_frame)
