@@ -149,12 +149,12 @@ static int64_t settle(row *r, int64_t begin, int64_t end, int64_t error) {
     } else {
         find_sizes(r->size, r->error + begin, r->sum + begin, n, sign, r->low + channel, r->high + channel, 0);
     }
-    const int64_t floor = exceeded_by(top.wanted, r->size, n);
-    int64_t least = floor;
+    const int64_t bound = exceeded_by(top.wanted, r->size, n);
+    int64_t least = bound;
     for (int64_t i = 0; i < n; ++i) {
         if (r->size[i] > least) {
             offer(&top, r->size[i], begin + i);
-            least = top.count < top.wanted ? floor : least_size(&top);
+            least = top.count < top.wanted ? bound : least_size(&top);
         }
     }
     for (int64_t k = 0; k < top.count; ++k) {
