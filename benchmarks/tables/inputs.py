@@ -1,12 +1,13 @@
-"""Activation OCS by which channels are split: top-1 under clipping, splits, and both, by bits of the layers' inputs.
+"""Activation OCS by which channels are split: accuracy under clipping, splits, and both, by bits of the layers' inputs.
 
 As the paper's Table 3, with a row for each rule: "percentile" is the paper's (section 5.3), "max" what it does for
 weights, "error" by the estimated error of the layer's outputs. The last columns find the threshold after the splits, by
 the method that --clip names last. ViT-called is the ViT as layers that are called: torch's encoder layer reads the
-weights of its linear layers itself, so that their inputs stay float.
+weights of its linear layers itself, so that their inputs stay float. Inputs of recurrent layers are not split.
 
     python benchmarks/tables/inputs.py --limit 2000
     python benchmarks/tables/inputs.py --models ViT-called --limit 2000 --out build/tables/vit
+    python benchmarks/tables/inputs.py --dataset bible --models decoder --limit 8000 --calibration 4000 --bits 8 6 4
     python benchmarks/tables/inputs.py --data imagenet --dataset imagenet --models ResNet-50 --device cuda --workers 8
 """
 
@@ -15,9 +16,10 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
+import data
 from cells import Cell
 from command import Table, main
-from options import number
+from options import TEXTS, number
 from table2 import clip_cells
 
 from ocs.plan.options import ActSelect
@@ -27,7 +29,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Cell]:
     """A row for each bit-width and rule; what splits nothing is the same in each row of a bit-width."""
     found = []
     for bits in args.bits:
-        fixed = {"wbits": args.wbits, "abits": bits}
+        fixed = {"wbits": args.wbits, "abits": bits, **({"calibrated": True} if args.dataset in TEXTS else {})}
         unsplit = [cell for cell in clip_cells(bits, args.clip, fixed, "act_clip", {}) if not cell.is_picked]
         for select in get_args(ActSelect):
             row = f"{bits} bits, {select}"
@@ -52,7 +54,10 @@ TABLE = Table(
     dataset="fashion-mnist",
     models=("ResNet-20", "ViT-called"),
     stands_for="ResNet-20",
-    defaults={"bits": (4, 3), "r": (0.05, 0.1, 0.2), "clip": ("none", "mse"), "wbits": 8, "calibration": 512},
+    defaults={
+        "bits": (4, 3), "r": (0.05, 0.1, 0.2), "clip": ("none", "mse"), "wbits": 8, "calibration": 512, "streams": 10,
+    },
+    datasets=(*data.NAMES, "bible"),
 )  # fmt: skip
 
 if __name__ == "__main__":
