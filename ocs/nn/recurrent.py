@@ -219,7 +219,7 @@ class _RecurrentLayer(_Recurrent):
     def filler(self, count: int) -> int:
         """Fill up to a multiple of 16 where that adds a sixteenth at most.
 
-        Not where states are projected: torch's kernel takes a hidden state as wide as the cell state for one that is not.
+        Not where states are projected: torch's kernel takes a hidden state as wide as the cell state for another.
         """
         least = -count % 16
         return least if 16 * least <= count and not self.proj_size else 0
