@@ -78,7 +78,7 @@ def test_copies_are_added_where_that_costs_less_or_is_written_down(answers: list
         assert expanded(other).shape == (*other.shape[:-3], OUTPUTS, *other.shape[-2:])
     assert not any(answers)
     answers.clear()
-    torch.jit.trace(expanded, x)
+    torch.jit.trace(expanded, x, check_trace=False)  # the check runs the layer itself
     written = torch.export.export(expanded, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
     assert not any(answers)
     torch.testing.assert_close(written(x[:2]), expanded(x[:2]), rtol=1e-4, atol=1e-4)
