@@ -217,12 +217,12 @@ class _RecurrentLayer(_Recurrent):
         return F.pad(by_gate, (0, self.filler(columns), 0, self.filler(rows))).flatten(0, 1)
 
     def filler(self, count: int) -> int:
-        """Fill up to a multiple of 16 where that adds a sixteenth at most.
+        """Fill up to a multiple of 16 where that adds a 32nd at most.
 
         Not where states are projected: torch's kernel takes a hidden state as wide as the cell state for another.
         """
         least = -count % 16
-        return least if 16 * least <= count and not self.proj_size else 0
+        return least if 32 * least <= count and not self.proj_size else 0
 
     def widened_input(self, x: Tensor, layer: int) -> Tensor:
         """Add the copies of both directions to a layer's input [..., C], and zeros."""
