@@ -114,8 +114,8 @@ def test_widened_layers_are_filled_up_to_a_multiple_of_16(kind: str, name: str) 
     layer = heavy(KINDS[kind](78, 79, **options))
     ours = quantized(layer, expand=True)
     assert layer.proj_size or {size % 16 for w in (ours.running_ih_l0, ours.running_hh_l0) for size in w.shape} == {0}
-    rows, x = layer.num_layers * (1 + layer.bidirectional), torch.randn(5, 5, 78, requires_grad=True)
-    h = torch.randn(rows, 5, layer.proj_size or 79)
+    rows, x = layer.num_layers * (1 + layer.bidirectional), (torch.randn(5, 5, 78) / 8).requires_grad_()
+    h = torch.randn(rows, 5, layer.proj_size or 79) / 8
     states = (h, torch.randn(rows, 5, 79)) if kind == "lstm" else h
 
     def call(module: nn.Module) -> tuple[Any, Tensor]:
