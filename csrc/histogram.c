@@ -186,16 +186,31 @@ typedef struct {
     int32_t base;
 } octave_job;
 
+/* Counts into the first bin of each channel what `rows` values have left out of all its bins. */
+static void fill_first_bins(uint32_t *restrict counts, int64_t C, int64_t rows) {
+    for (int64_t c = 0; c < C; ++c, counts += OCS_OCTAVE_BINS) {
+        uint32_t sum = 0;
+        for (int i = 0; i < OCS_OCTAVE_BINS; ++i) {
+            sum += counts[i];
+        }
+        counts[0] += (uint32_t)rows - sum;
+    }
+}
+
 /* Counts rows into scratch [C][OCS_OCTAVE_BINS]. */
 static void octave_range(ocs_range *range) {
     const octave_job *job = range->ctx;
     const int64_t size = job->C * OCS_OCTAVE_BINS, rows = 1 + OCS_MOST_COUNTED / job->length;
     for (int64_t begin = range->begin; begin < range->end;) {
         const int64_t last = range->end - begin < rows ? range->end : begin + rows;
+        const int64_t count = last - begin;
         memset(range->scratch, 0, (size_t)size * sizeof(uint32_t));
         for (; begin < last; ++begin) {
             uint32_t *counts = (uint32_t *)range->scratch + (job->step == 0 ? begin % job->C * OCS_OCTAVE_BINS : 0);
             job->kernels->octave_histogram(counts, job->x + begin * job->length, job->length, job->step, job->base);
+        }
+        if (job->step > 0) {
+            fill_first_bins(range->scratch, job->C, count);
         }
         ocs_add_counts(job->counts, range->scratch, size, 1);
     }

@@ -184,9 +184,37 @@ LOOP void signed_histogram(uint32_t *restrict counts, const float *x, int64_t N,
     ocs_signed_histogram_ref(counts, x, N, bins, limit);
 }
 
-LOOP void octave_histogram(uint32_t *restrict counts, const float *x, int64_t N, int64_t step, int32_t base) {
+/* One value of each of N channels. */
+LOOP void octave_row(uint32_t *restrict counts, const float *x, int64_t N, int32_t base) {
+    int32_t channel[LANES];
+    for (int32_t j = 0; j < LANES; ++j) {
+        channel[j] = j * OCS_OCTAVE_BINS;
+    }
     const ints above = int_all(-base), first = int_all(0), last = int_all(OCS_OCTAVE_BINS - 1);
-    const bool apart = step == 0 && N >= OCS_OCTAVE_BINS;
+    uint32_t bin[COUNTED];
+    for (int64_t n; (n = next_values(N)) > 0; x += n, N -= n, counts += n * OCS_OCTAVE_BINS) {
+        ints of_channel = int_load(channel);
+        int64_t kept = 0;
+        for (int64_t i = 0; i < n; i += LANES) {
+            const ints octaves = int_add(octave_of(abs_bits(load(x + i))), above);
+            const ints bins = int_smaller(int_larger(octaves, first), last);
+            kept += keep(bin + kept, int_add(bins, of_channel), of_channel);
+            of_channel = int_add(of_channel, int_all(LANES * OCS_OCTAVE_BINS));
+        }
+        for (int64_t i = 0; i < kept; ++i) {
+            counts[bin[i]] += 1;
+        }
+    }
+    ocs_octave_histogram_ref(counts, x, N, OCS_OCTAVE_BINS, base);
+}
+
+LOOP void octave_histogram(uint32_t *restrict counts, const float *x, int64_t N, int64_t step, int32_t base) {
+    if (step > 0) {
+        octave_row(counts, x, N, base);
+        return;
+    }
+    const ints above = int_all(-base), first = int_all(0), last = int_all(OCS_OCTAVE_BINS - 1);
+    const bool apart = N >= OCS_OCTAVE_BINS;
     uint32_t bin[COUNTED], own[4 * OCS_OCTAVE_BINS];
     memset(own, 0, apart ? sizeof own : 0);
     for (int64_t n; (n = next_values(N)) > 0; x += n, N -= n) {
@@ -194,17 +222,15 @@ LOOP void octave_histogram(uint32_t *restrict counts, const float *x, int64_t N,
         for (int64_t i = 0; i < n; i += LANES) {
             const ints octaves = int_add(octave_of(abs_bits(load(x + i))), above);
             const ints bins = int_smaller(int_larger(octaves, first), last);
-            kept += keep(bin + kept, bins, step > 0 ? int_all(-1) : first);
+            kept += keep(bin + kept, bins, first);
         }
         if (apart) {
             count(own, bin, kept, OCS_OCTAVE_BINS, 4);
         }
-        for (int64_t i = 0; i < (apart ? 0 : kept); ++i, counts += step) {
+        for (int64_t i = 0; i < (apart ? 0 : kept); ++i) {
             counts[bin[i]] += 1;
         }
-        if (step == 0) {
-            counts[0] += (uint32_t)(n - kept);
-        }
+        counts[0] += (uint32_t)(n - kept);
     }
     for (int j = 0; j < (apart ? 4 * OCS_OCTAVE_BINS : 0); ++j) {
         counts[j % OCS_OCTAVE_BINS] += own[j];

@@ -29,6 +29,29 @@ def _add_pointwise(y: Tensor, copied: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def _widens(x: Tensor, copied: Tensor) -> bool:
+    """Tell whether the copies cost less beside the channels of x than added to the outputs: these are many, x is small.
+
+    So it is with channels last, where both lie side by side. The weight, put together anew, is to be smaller still.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dim() != 4 or not x.is_cpu:
+        return False
+    channels, last = x.shape[1], x.stride(1) == 1 and not x.is_contiguous()
+    return last and copied.shape[0] >= 2 * channels and x.numel() >= 8 * channels * channels
+
+
+@torch.fx.wrap  # as a whole: tracing knows no shapes
+def _pointwise_2d(x: Tensor, original: Tensor, copied_input: Tensor, copied: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve the original channels and the copies, with filters [.., 1, 1]."""
+    if not _widens(x, copied):
+        return _add_pointwise(F.conv2d(x, original, bias), copied, copied_input)
+    filler = -(original.shape[1] + copied.shape[1]) % 8  # torch is slow at other numbers of channels
+    parts = [x, copied_input, x.new_zeros(x.shape[0], filler, *x.shape[2:])]
+    rows = torch.cat([part.permute(0, 2, 3, 1) for part in parts], -1)
+    weight = torch.cat([original, copied, original.new_zeros(original.shape[0], filler, 1, 1)], 1)
+    return F.conv2d(rows.permute(0, 3, 1, 2), weight, bias)
+
+
 class _QuantConvolution(QuantProduct):
     """A convolution of either direction."""
 
@@ -58,6 +81,8 @@ class QuantConv(_QuantConvolution):
             padding = 0
         if self._is_pointwise():  # which is mostly memory
             x, copied_input, copied = self.operands(x)
+            if copied is not None and copied.dim() == 4:
+                return _pointwise_2d(x, self.original, copied_input, copied, self.bias)
             y = self.convolve(x, self.original, self.bias)
             return y if copied is None else _add_pointwise(y, copied, copied_input)
         return self.sum_parts(

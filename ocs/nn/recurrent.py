@@ -4,7 +4,8 @@ Each weight has its own split plan and scale. Folded, a layer is one fused call 
 widens: a copy of hidden unit j in W_hh [gates H, H + n] is a second unit with the same gate rows, so that it computes
 the same state as unit j, step after step, without a gather inside the loop. Inputs and initial states are gathered by
 `source`, outputs and final states cropped to H. A stack of layers is then a chain of single-layer fused calls; dropout
-comes between crop and gather, so that copies share its mask.
+comes between crop and gather, so that copies share its mask. Inputs and units are filled up with zero weights to a
+multiple of 16 where that adds little: matrices of 663 columns multiply more slowly than those of 672.
 
 Where the grid of the input is dynamic, all that meets a weight is rounded, each row with a scale of its own: inputs of
 every layer, hidden states, and what a projection gets. No fused kernel does that, so that such a layer computes step by
@@ -52,9 +53,20 @@ class _Recurrent(QuantizedLayer):
         kind, suffix = name.removeprefix("weight_")[:2], name.removeprefix("weight_")[2:]
         if kind == "hr":
             return self.source_of(f"weight_hh{suffix}")
-        units = self.widened_units(suffix)
+        return self._rows_of(self.widened_units(suffix))
+
+    def _rows_of(self, units: Tensor) -> Tensor:
+        """Give the rows of units in the float layer's weight, gate by gate."""
         first = torch.arange(self.gates, device=units.device) * self.hidden_size
         return (first[:, None] + units).flatten()
+
+    def filler(self, count: int) -> int:
+        """Tell how many channels or units, whose weights are 0, are added to so many."""
+        return 0
+
+    def filled(self, source: Tensor) -> Tensor:
+        """Let the filler's units begin and end as the first one does: nothing reads them."""
+        return F.pad(source, (0, self.filler(source.numel())))
 
     def __getattr__(self, name: str) -> Any:
         """Make weight_hh_l0 and the like for whoever reads them: what the layer computes, shaped as the float one."""
@@ -74,7 +86,7 @@ class _Recurrent(QuantizedLayer):
         """Make the weights from the integers again, and the rows of the widened biases."""
         super().rebuild()
         for suffix in self.suffixes():
-            rows = self.widened_rows(f"weight_hh{suffix}") if self.widened else None
+            rows = self._rows_of(self.filled(self.widened_units(suffix))) if self.widened else None
             self.register_buffer(f"gate_rows{suffix}", rows, persistent=False)
 
     def forward_weight(self, name: str) -> Tensor:
@@ -123,8 +135,8 @@ class _Recurrent(QuantizedLayer):
 
     def state_sources(self, suffix: str) -> tuple[Tensor, ...]:
         """Give the original units of the widened hidden state and, if there is one, of the widened cell state."""
-        hidden = self.source_of(f"weight_hh{suffix}")
-        return (hidden, self.widened_units(suffix)) if self.has_cell else (hidden,)
+        hidden = self.filled(self.source_of(f"weight_hh{suffix}"))
+        return (hidden, self.filled(self.widened_units(suffix))) if self.has_cell else (hidden,)
 
     def state_sizes(self) -> tuple[int, ...]:
         """Give H of the hidden state (after a projection) and, if there is one, of the cell state."""
@@ -192,19 +204,31 @@ class _RecurrentLayer(_Recurrent):
     def forward_weight(self, name: str) -> Tensor:
         """Make the weight from the integers; both directions see the copies of both, with zero weights the other's."""
         weight = super().forward_weight(name)
-        if not (self.widened and self.bidirectional and name.startswith("weight_ih")):
+        if not self.widened:
             return weight
-        reverse = name.endswith("_reverse")
-        other = name.removesuffix("_reverse") if reverse else f"{name}_reverse"
-        zeros = weight.new_zeros(weight.shape[0], self.splits_of(other))
-        C = self.channels[name]
-        return torch.cat([weight[:, :C], zeros, weight[:, C:]] if reverse else [weight, zeros], 1)
+        if self.bidirectional and name.startswith("weight_ih"):
+            reverse = name.endswith("_reverse")
+            other = name.removesuffix("_reverse") if reverse else f"{name}_reverse"
+            zeros = weight.new_zeros(weight.shape[0], self.splits_of(other))
+            C = self.channels[name]
+            weight = torch.cat([weight[:, :C], zeros, weight[:, C:]] if reverse else [weight, zeros], 1)
+        by_gate = weight.unflatten(0, (1 if name.startswith("weight_hr") else self.gates, -1))
+        _, rows, columns = by_gate.shape
+        return F.pad(by_gate, (0, self.filler(columns), 0, self.filler(rows))).flatten(0, 1)
 
-    def widened_input_channels(self, layer: int) -> Tensor:
-        """Give the original channel of each channel of a layer's widened input."""
-        forward, *reverse = self.directions(layer)
-        copies = [self.copies(f"weight_ih{suffix}") for suffix in reverse]
-        return torch.cat([self.source_of(f"weight_ih{forward}"), *copies])
+    def filler(self, count: int) -> int:
+        """Fill up to a multiple of 16 where that adds a 32nd at most.
+
+        Not where states are projected: torch's kernel takes a hidden state as wide as the cell state for another.
+        """
+        least = -count % 16
+        return least if 32 * least <= count and not self.proj_size else 0
+
+    def widened_input(self, x: Tensor, layer: int) -> Tensor:
+        """Add the copies of both directions to a layer's input [..., C], and zeros."""
+        copies = torch.cat([self.copies(f"weight_ih{suffix}") for suffix in self.directions(layer)])
+        filler = self.filler(x.shape[-1] + copies.numel())
+        return torch.cat([x, x.index_select(-1, copies), x.new_zeros(*x.shape[:-1], filler)], -1)
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -246,7 +270,7 @@ class _RecurrentLayer(_Recurrent):
         sizes, ends = self.state_sizes(), []
         for layer in range(self.num_layers):
             wide = self._widened_states(layer, states)
-            x = x.index_select(-1, self.widened_input_channels(layer))
+            x = self.widened_input(x, layer)
             x, *last = self.run_fused(x, batch_sizes, wide, layer, layer + 1, 0.0)
             x = x.unflatten(-1, (len(self.directions(layer)), -1))[..., : sizes[0]].flatten(-2)
             last = (state.flatten(0, -3) for state in last)  # traced in torch 2.10, an LSTM's have one dimension more

@@ -106,6 +106,27 @@ def test_agree_over_200_steps(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
+def test_widened_layers_are_filled_up_to_a_multiple_of_16(kind: str, name: str) -> None:
+    """94 channels and 95 units, 96 once they are filled up; what fills them changes nothing, whatever states begin."""
+    torch.manual_seed(0)
+    options = {"num_layers": 2, **{**OPTIONS, **ONLY[kind]}[name]}
+    options |= {"proj_size": 78} if "proj_size" in options else {}  # 94 and 95 would become one width: left as they are
+    layer = heavy(KINDS[kind](78, 79, **options))
+    ours = quantized(layer, expand=True)
+    assert layer.proj_size or {size % 16 for w in (ours.running_ih_l0, ours.running_hh_l0) for size in w.shape} == {0}
+    rows, x = layer.num_layers * (1 + layer.bidirectional), (torch.randn(5, 5, 78) / 8).requires_grad_()
+    h = torch.randn(rows, 5, layer.proj_size or 79) / 8
+    states = (h, torch.randn(rows, 5, 79)) if kind == "lstm" else h
+
+    def call(module: nn.Module) -> tuple[Any, Tensor]:
+        output = module(x, states)
+        (gradient,) = torch.autograd.grad(sum(tensor.sum() for tensor in flat(output)), x)
+        return output, gradient / gradient.abs().amax()
+
+    three_ways(layer, call)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_initial_states_and_granularity(kind: str, name: str) -> None:
     layer = make(kind, name)
     x = torch.randn(4, 4, INPUT)
