@@ -34,7 +34,7 @@ from ocs.plan.input_facts import Watches, learn
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
 from ocs.progress import with_progress
-from ocs.replace_file import replacing
+from ocs.replace_file import naming, replacing
 from ocs.report.data import Histogram, LayerReport, Report
 from ocs.report.lines import report_lines
 from ocs.stream.job import CONFIG, Job, Unit, blocks_of_their_own, check_values, open_job, plan_job, weights_in_files
@@ -201,8 +201,10 @@ def _make_units(folder: Path, job: Job, observed: Observed, progress: bool | Non
         unit = job.units[i]
         tensors, lines = observed.with_values({plan.name for plan in unit.plans}, partial(_made, unit, job, memory))
         unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps({"sums": job.layout.write(work, tensors), "lines": lines}), encoding="utf-8")
-        unfinished.replace(path)
+        said = json.dumps({"sums": job.layout.write(work, tensors), "lines": lines})
+        with naming(path):
+            unfinished.write_text(said, encoding="utf-8")
+            unfinished.replace(path)
 
 
 def _unit_path(work: Path, number: int) -> Path:
