@@ -132,3 +132,30 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+class FolderLock:
+    """Keep all others who would take it out of a folder until this is closed or the process ends, where locks are."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, folder: Path) -> None:
+        """Take a folder that is there; a BlockingIOError where another has it."""
+        import fcntl
+
+        if self._descriptor is not None:
+            return
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{folder}: another process is writing there: wait, or give another folder") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def close(self) -> None:
+        """Let the folder go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -282,6 +282,25 @@ def test_a_full_disk_is_an_error_and_no_end(files: Path, tmp_path: Path, monkeyp
             run(files, tmp_path / "other")
 
 
+def test_one_call_at_a_time_writes_to_a_folder(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, end, refused = tmp_path / "out", stream._end, []
+
+    def another_call(*args: Any) -> None:
+        with pytest.raises(BlockingIOError, match="out: another process is writing there") as caught:
+            run(files, out)
+        refused.append(caught)
+        end(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_end", another_call)
+        run(files, out)
+    assert len(refused) == 1
+    run(files, tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
+    with pytest.raises(FileExistsError, match="it holds a model already"):
+        run(files, out)
+
+
 # --- Several ranks ----------------------------------------------------------------------------------------------------
 
 
