@@ -146,12 +146,12 @@ class FolderLock:
 
         if self._descriptor is not None:
             return
-        self._descriptor = os.open(folder, os.O_RDONLY)
         try:
+            self._descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"{folder}: another process is writing there: wait, or give another folder") from None
-        except OSError:  # a file system without locks
+        except OSError:  # no locks there, or it may be written but not read
             pass
 
     def close(self) -> None:

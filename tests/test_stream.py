@@ -250,7 +250,14 @@ def test_what_was_damaged_meanwhile_is_made_again(files: Path, tmp_path: Path) -
     """Where the machine stopped, not only the process."""
     out = tmp_path / "out"
     stopped(files, out, units=6)
+    record, kept = out / WORK / "record.json", (out / WORK / "record.json").read_text()
+    for damaged in ("", "[]"):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"record\.json: it is damaged: remove .*{WORK}, and begin again"):
+            run(files, out)
+    record.write_text(kept)
     (out / WORK / "unit-00002.json").write_text("")
+    (out / WORK / "unit-00003.json").write_text("[]")
     shard = next(path for path in sorted((out / WORK).glob("*.safetensors")) if path.read_bytes().strip(b"\0"))
     data = shard.read_bytes()
     shard.write_bytes(bytes(len(data)))

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -167,16 +167,24 @@ def _write_record(work: Path, record: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(record), encoding="utf-8")
 
 
+def _read_record(work: Path) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        record = json.loads((work / _RECORD).read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    raise ValueError(f"{work / _RECORD}: it is damaged: remove {work}, and begin again")
+
+
 def _lay_out(work: Path, job: Job) -> None:
     """Make the files of the result without values, unless they are there."""
-    if "places" not in json.loads((work / _RECORD).read_text(encoding="utf-8")):
+    if "places" not in _read_record(work):
         job.layout.begin(work)
         _write_record(work, job.record)
 
 
 def _check_record(work: Path, record: Mapping[str, Any]) -> None:
     """Refuse to go on with what was begun otherwise."""
-    begun = json.loads((work / _RECORD).read_text(encoding="utf-8"))
+    begun = _read_record(work)
     for part, (then, now) in ((name, (begun.get(name), record[name])) for name in record):
         if then == now:
             continue
@@ -220,7 +228,7 @@ def _is_made(path: Path, folder: Path, job: Job) -> bool:
         return False
     try:
         sums = json.loads(path.read_text(encoding="utf-8"))["sums"]
-    except ValueError:  # the machine stopped, not we
+    except (ValueError, LookupError, TypeError):  # the machine stopped, not we
         return False
     files = job.layout.files
     unfinished = {
