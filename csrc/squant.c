@@ -68,6 +68,7 @@ typedef struct {
     float *sum;      /* [C, K]: of a channel's integers and its copies' */
     int32_t *error;  /* [C, K]: sum - w / scale */
     int64_t *filter; /* [C]: the sum of a filter's errors, where K > 1 */
+    int32_t *size;   /* [max(C, K)]: of the errors to settle */
     uint64_t *keys;  /* [max(C, K)] */
 } row;
 
@@ -111,6 +112,29 @@ static int64_t sum_of(const int32_t *error, int64_t n) {
     return sum;
 }
 
+/* Writes the sizes of n errors of this sign that a step makes less, and 0 for others and for what cannot move. The
+   range of element i is that of low[stride * i] and high. */
+static inline void find_sizes(int32_t *restrict size, const int32_t *error, const float *sum, int64_t n, int32_t sign,
+                              const int32_t *low, const int32_t *high, int64_t stride) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t moved = (int32_t)sum[i] - sign, lowest = low[stride * i], highest = high[stride * i];
+        const int32_t of_sign = error[i] * sign;
+        size[i] = (moved >= lowest) & (moved <= highest) ? of_sign : 0;
+    }
+}
+
+/* A size that at least `wanted` of n exceed: it saves the heap the others. Were errors uniform, half of them would have
+   the sign, and a few more than wanted would exceed it. */
+static int64_t exceeded_by(int64_t wanted, const int32_t *size, int64_t n) {
+    const int64_t few = 4 + wanted + wanted / 4;
+    const int32_t guess = 2 * few < n ? (int32_t)(HALF_STEP - 2 * few * HALF_STEP / n) : 0;
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        count += size[i] > guess;
+    }
+    return count < wanted ? 0 : guess;
+}
+
 /* Moves as many of the elements begin .. end - 1 as there are whole steps in their error; returns what is left of it.
    They are of one channel, or each of its own (K = 1). */
 static int64_t settle(row *r, int64_t begin, int64_t end, int64_t error) {
@@ -119,17 +143,22 @@ static int64_t settle(row *r, int64_t begin, int64_t end, int64_t error) {
     if (top.wanted == 0) {
         return error;
     }
-    const int64_t channel = begin / r->K;
-    int64_t least = 0;
-    for (int64_t i = begin; i < end; ++i) {
-        const int64_t size = r->error[i] * sign;
-        if (size > least && can_move(r, r->K == 1 ? i : channel, i, sign)) {
-            offer(&top, size, i);
-            least = least_size(&top);
+    const int64_t channel = begin / r->K, n = end - begin;
+    if (r->K == 1) {
+        find_sizes(r->size, r->error + begin, r->sum + begin, n, sign, r->low + begin, r->high + begin, 1);
+    } else {
+        find_sizes(r->size, r->error + begin, r->sum + begin, n, sign, r->low + channel, r->high + channel, 0);
+    }
+    const int64_t bound = exceeded_by(top.wanted, r->size, n);
+    int64_t least = bound;
+    for (int64_t i = 0; i < n; ++i) {
+        if (r->size[i] > least) {
+            offer(&top, r->size[i], begin + i);
+            least = top.count < top.wanted ? bound : least_size(&top);
         }
     }
-    for (int64_t n = 0; n < top.count; ++n) {
-        const int64_t i = index_of(top.key[n]);
+    for (int64_t k = 0; k < top.count; ++k) {
+        const int64_t i = index_of(top.key[k]);
         move(r, r->K == 1 ? i : channel, i, sign);
     }
     return error - sign * top.count * STEP;
@@ -208,10 +237,11 @@ static void fill_parts(squant_job *job, int64_t g) {
     }
 }
 
-/* The bytes of a row's sums, errors, errors of filters, and keys. */
+/* The bytes of a row's sums, errors, sizes, errors of filters, and keys. */
 static size_t scratch_size(const ocs_shape *shape) {
-    const int64_t C = shape->C, K = shape->K;
-    return (size_t)(C + (C > K ? C : K)) * sizeof(int64_t) + (size_t)(C * K) * (sizeof(float) + sizeof(int32_t));
+    const int64_t C = shape->C, K = shape->K, most = C > K ? C : K;
+    return (size_t)(C + most) * sizeof(int64_t) + (size_t)(C * K) * (sizeof(float) + sizeof(int32_t)) +
+           (size_t)most * sizeof(int32_t);
 }
 
 static row row_in(void *scratch, const squant_job *job) {
@@ -220,6 +250,7 @@ static row row_in(void *scratch, const squant_job *job) {
     r.keys = (uint64_t *)(r.filter + C);
     r.sum = (float *)(r.keys + (C > K ? C : K));
     r.error = (int32_t *)(r.sum + C * K);
+    r.size = r.error + C * K;
     return r;
 }
 
