@@ -155,7 +155,11 @@ class FolderLock:
             pass
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Let the folder go, whoever was forked meanwhile and has it open, too."""
+        import fcntl
+
         if self._descriptor is not None:
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None

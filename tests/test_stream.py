@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -290,12 +292,16 @@ def test_a_full_disk_is_an_error_and_no_end(files: Path, tmp_path: Path, monkeyp
 
 
 def test_one_call_at_a_time_writes_to_a_folder(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, end, refused = tmp_path / "out", stream._end, []
+    out, end, refused, children = tmp_path / "out", stream._end, [], []
 
     def another_call(*args: Any) -> None:
         with pytest.raises(BlockingIOError, match="out: another process is writing there") as caught:
             run(files, out)
         refused.append(caught)
+        if not (child := os.fork()):  # as a DataLoader's worker, which stays
+            time.sleep(60)
+            os._exit(0)
+        children.append(child)
         end(*args)
 
     with monkeypatch.context() as patch:
@@ -306,6 +312,8 @@ def test_one_call_at_a_time_writes_to_a_folder(files: Path, tmp_path: Path, monk
     assert contents(out) == contents(tmp_path / "alone")
     with pytest.raises(FileExistsError, match="it holds a model already"):
         run(files, out)
+    os.kill(children[0], signal.SIGKILL)
+    os.waitpid(children[0], 0)
 
 
 # --- Several ranks ----------------------------------------------------------------------------------------------------
