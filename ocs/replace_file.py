@@ -28,27 +28,53 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder = target.with_name(f".ocs.{_here()}.{os.getpid()}.{threading.get_ident()}.partial")
     partial = folder / target.name
     try:
-        folder.mkdir(exist_ok=True)
-        partial.touch()
-        if mode is None:
-            mode = stat.S_IMODE(partial.stat().st_mode)  # who writes there might make another, private one
-        yield partial
-        sync(partial)
-        partial.chmod(mode)
-        partial.replace(target)
-    except OSError as error:
-        raise _of_path(error, path) from error
+        with naming(path):
+            folder.mkdir(exist_ok=True)
+            partial.touch()
+            if mode is None:
+                mode = stat.S_IMODE(partial.stat().st_mode)  # who writes there might make another, private one
+            yield partial
+            sync(partial)
+            partial.chmod(mode)
+            partial.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sync(target.parent)
 
 
-def _of_path(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """Make of an error of the system one that says which file cannot be written: a full disk does not."""
-    kind = next(each for each in type(error).__mro__ if each.__module__ == "builtins")
-    made = kind(f"{os.fspath(path)}: it cannot be written ({error})")
-    made.errno = error.errno
-    return made
+@contextmanager
+def naming(path: str | os.PathLike[str], what: str = "it cannot be written") -> Iterator[None]:
+    """Make of an error of the system one that says which file was to be written: a full disk does not.
+
+    Libraries and compilers have such errors, too, and tell of them in their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = system_error(error)
+        if found is None or str(error).startswith(f"{os.fspath(path)}: "):
+            raise
+        kind = next(each for each in type(found).__mro__ if each.__module__ == "builtins")
+        made = kind(f"{os.fspath(path)}: {what} ({found})")
+        made.errno = found.errno
+        raise made from error
+
+
+def system_error(error: Exception) -> OSError | None:
+    """Find the error of the system that another one tells of: a line of it has the system's words."""
+    if isinstance(error, OSError):
+        return error
+    for line in str(error).splitlines():
+        for words, code in _FULL.items():
+            if words in line:
+                found = OSError(line.strip())
+                found.errno = code
+                return found
+    return None
+
+
+_FULL = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)}
+_FULL["File size limit exceeded"] = errno.EFBIG  # the signal that a compiler is ended by
 
 
 def _mode_of(target: Path, shown: str) -> int | None:
@@ -106,3 +132,34 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+class FolderLock:
+    """Keep all others who would take it out of a folder until this is closed or the process ends, where locks are."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, folder: Path) -> None:
+        """Take a folder that is there; a BlockingIOError where another has it."""
+        import fcntl
+
+        if self._descriptor is not None:
+            return
+        try:
+            self._descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{folder}: another process is writing there: wait, or give another folder") from None
+        except OSError:  # no locks there, or it may be written but not read
+            pass
+
+    def close(self) -> None:
+        """Let the folder go, whoever was forked meanwhile and has it open, too."""
+        import fcntl
+
+        if self._descriptor is not None:
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -250,7 +252,14 @@ def test_what_was_damaged_meanwhile_is_made_again(files: Path, tmp_path: Path) -
     """Where the machine stopped, not only the process."""
     out = tmp_path / "out"
     stopped(files, out, units=6)
+    record, kept = out / WORK / "record.json", (out / WORK / "record.json").read_text()
+    for damaged in ("", "[]"):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"record\.json: it is damaged: remove .*{WORK}, and begin again"):
+            run(files, out)
+    record.write_text(kept)
     (out / WORK / "unit-00002.json").write_text("")
+    (out / WORK / "unit-00003.json").write_text("[]")
     shard = next(path for path in sorted((out / WORK).glob("*.safetensors")) if path.read_bytes().strip(b"\0"))
     data = shard.read_bytes()
     shard.write_bytes(bytes(len(data)))
@@ -280,6 +289,31 @@ def test_a_full_disk_is_an_error_and_no_end(files: Path, tmp_path: Path, monkeyp
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 99))
         with pytest.raises(OSError, match=r"GB are to be written, the disk has 9\.9e-08 GB left"):
             run(files, tmp_path / "other")
+
+
+def test_one_call_at_a_time_writes_to_a_folder(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, end, refused, children = tmp_path / "out", stream._end, [], []
+
+    def another_call(*args: Any) -> None:
+        with pytest.raises(BlockingIOError, match="out: another process is writing there") as caught:
+            run(files, out)
+        refused.append(caught)
+        if not (child := os.fork()):  # as a DataLoader's worker, which stays
+            time.sleep(60)
+            os._exit(0)
+        children.append(child)
+        end(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_end", another_call)
+        run(files, out)
+    assert len(refused) == 1
+    run(files, tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")
+    with pytest.raises(FileExistsError, match="it holds a model already"):
+        run(files, out)
+    os.kill(children[0], signal.SIGKILL)
+    os.waitpid(children[0], 0)
 
 
 # --- Several ranks ----------------------------------------------------------------------------------------------------

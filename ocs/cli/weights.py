@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ocs.cli.say import Notes
+from ocs.formats.shards import open_shards
 
 _INSIDE = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep a state_dict
 _LARGEST_HEADER = 100_000_000  # as safetensors has it
@@ -52,11 +53,11 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file."""
     try:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
     except ImportError:
         raise ImportError("safetensors files need safetensors: pip install torch-ocs[files]") from None
     try:
-        return load_file(path)
+        with open_shards([path]) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"{path}: it is no complete safetensors file ({error})") from error
 
@@ -67,6 +68,8 @@ def check_file(path: str | Path) -> None:
         raise IsADirectoryError(f"{path}: it is a folder")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such file")
+    if not Path(path).is_file():
+        raise OSError(f"{path}: it is no regular file but a device, pipe or socket")
 
 
 def put_weights(module: nn.Module, path: str | Path, notes: Notes) -> None:

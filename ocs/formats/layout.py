@@ -18,7 +18,7 @@ from torch import Tensor
 from ocs.formats.contents import crc32
 from ocs.formats.source import INDEX, WEIGHTS
 from ocs.formats.storage import dtype_name, sealed
-from ocs.replace_file import replacing, sync
+from ocs.replace_file import naming, replacing, sync
 
 _CHUNK = 1 << 24  # bytes that are written or read at once
 
@@ -80,7 +80,7 @@ class Layout:
         if needed > free:
             raise OSError(f"{folder}: {needed / 1e9:.3g} GB are to be written, the disk has {free / 1e9:.3g} GB left")
         for number, name in enumerate(self.files):
-            with open(folder / name, "ab") as file:
+            with naming(folder / name), open(folder / name, "ab") as file:
                 file.truncate(self.size(number))
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -1,6 +1,10 @@
 """Files of exported programs: as they are, or compiled for the machine that writes them."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -8,7 +12,7 @@ from torch.export import ExportedProgram
 
 from ocs.errors import quiet
 from ocs.formats.full_range import clip_floats
-from ocs.replace_file import replacing
+from ocs.replace_file import naming, replacing, system_error
 
 
 def write_program(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
@@ -17,8 +21,10 @@ def write_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Non
     The example stays out of the file: it may be a small part of much data, all of which would be written.
     """
     program.example_inputs = None
-    with quiet(), replacing(path) as partial, partial.open("wb") as file:  # whose errors say what is wrong
-        torch.export.save(program, file)
+    content = BytesIO()  # torch's writer, if it cannot write to a file, ends the process
+    with quiet(), replacing(path) as partial:
+        torch.export.save(program, content)
+        partial.write_bytes(content.getbuffer())
 
 
 def write_package(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
@@ -26,13 +32,34 @@ def write_package(program: ExportedProgram, path: str | os.PathLike[str]) -> Pat
 
     Its weights are packed for oneDNN's products, which is why the shapes of its inputs should be constants: else they
     are packed again at each call.
+
+    Raises:
+        OSError: the file cannot be written, or what the compiler writes on the way cannot: where it does, that says.
+        RuntimeError: the compiler fails; what it says is the cause.
     """
     fit_inductor(program)
-    with quiet(), replacing(path) as partial, torch.no_grad():  # what needs gradients is not packed
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(partial), inductor_configs={"freezing": True}
-        )
+    content = BytesIO()  # as above
+    with quiet(), replacing(path) as partial:
+        with inductor_errors(path), torch.no_grad():  # what needs gradients is not packed
+            torch._inductor.aoti_compile_and_package(program, package_path=content, inductor_configs={"freezing": True})
+        partial.write_bytes(content.getbuffer())
     return Path(path)
+
+
+@contextmanager
+def inductor_errors(what: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in a line that Inductor failed, or the C++ compiler that it calls, at what, and where these write."""
+    temporary = tempfile.gettempdir()
+    try:
+        yield
+    except Exception as error:
+        folders = dict.fromkeys([os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary), temporary])
+        where = f"torch's compiler failed, which writes to {' and '.join(folders)}"
+        with naming(what, where):
+            if system_error(error) is not None:
+                raise
+        first = str(error).strip().partition("\n")[0]
+        raise RuntimeError(f"{os.fspath(what)}: {where} ({type(error).__name__}: {first})") from error
 
 
 def fit_inductor(program: ExportedProgram) -> None:

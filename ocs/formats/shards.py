@@ -55,8 +55,15 @@ class Shards:
 
 @contextmanager
 def open_shards(paths: Collection[str | os.PathLike[str]]) -> Iterator[Shards]:
-    """Open safetensors files as one."""
+    """Open safetensors files as one; each stays the one that it is, whoever replaces it meanwhile."""
+    with ExitStack() as stack:
+        yield Shards([stack.enter_context(_opened(path)) for path in paths])
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    """Open a safetensors file by a name of its own: safetensors opens what it is given twice, as UTF-8."""
     from safetensors import safe_open
 
-    with ExitStack() as stack:
-        yield Shards([stack.enter_context(safe_open(path, framework="pt")) for path in paths])
+    with open(path, "rb") as file:
+        own = f"/proc/self/fd/{file.fileno()}"
+        return safe_open(own if os.path.exists(own) else path, framework="pt")

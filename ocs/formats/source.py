@@ -31,16 +31,18 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     """List the safetensors files of a folder, those that its index names or the one that there is; a file is itself.
 
     Raises:
-        OSError: there is no such file or folder, or a file that the index names is missing.
+        OSError: there is no such file or folder, it is a pipe, say, or a file that the index names is missing.
         ValueError: the index is damaged.
     """
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if not folder.is_dir():
+        if not folder.is_file():  # a pipe, which whoever opens it may wait for without end
+            raise OSError(f"{path}: it is no regular file but a device, pipe or socket")
         return [folder]
-    if not (folder / INDEX).exists():
-        if not (folder / WEIGHTS).exists():
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
             raise IsADirectoryError(f"{path}: it is a folder, in which there is neither {INDEX} nor {WEIGHTS}")
         return [folder / WEIGHTS]
     try:

@@ -179,12 +179,9 @@ def _packed(name: str, layer: QuantizedLayer, weights: list[str]) -> Iterator[tu
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
     """Write all of the file under another name, which then becomes its own."""
     safetensors = _safetensors()
-    try:
-        with replacing(path) as partial:
-            safetensors.torch.save_file(tensors, partial, metadata=metadata)
-            _order_metadata(partial)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path}: it cannot be written ({error})") from error
+    with replacing(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        _order_metadata(partial)
 
 
 def _order_metadata(path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ocs.errors import quiet
-from ocs.formats.pt2 import fit_inductor
+from ocs.formats.pt2 import fit_inductor, inductor_errors
 from ocs.model.rewrite import keeps_grad_mode
 from ocs.progress import steps
 from ocs.runtime.export import write_lowered
@@ -61,6 +61,7 @@ def compile(
     Raises:
         ValueError: nothing in the model is quantized, or a layer cannot be lowered; see ocs.lower.
         ImportError: the engine is not installed.
+        RuntimeError, OSError: torch's compiler fails, or cannot write; what it says is the cause.
     """
     check_choice("engine", engine, get_args(Engine))
     if dynamic_lstm and engine != "onnxruntime":
@@ -122,7 +123,7 @@ def _inductor(compiled: Compiled, example: Example) -> Run:
     additions = "one" if compiled._additions else "float"
     program = program_of(compiled._model, example, target=compiled._target, additions=additions, dynamic=False)
     fit_inductor(program)
-    with quiet(), torch.no_grad(), torch._inductor.config.patch(freezing=True):
+    with quiet(), inductor_errors("engine='inductor'"), torch.no_grad(), torch._inductor.config.patch(freezing=True):
         module = torch._inductor.compile(program.module(check_guards=False), example.leaves)
 
     def run(given: Example) -> Any:

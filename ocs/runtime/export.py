@@ -60,6 +60,8 @@ def export(
     Raises:
         ValueError: the ending is another one, nothing in the model is quantized, or a layer cannot be lowered.
         ImportError: onnx or onnxscript is not installed: pip install torch-ocs[onnx].
+        OSError: the file cannot be written, or what torch's compiler writes on the way.
+        RuntimeError: torch's compiler fails; what it says is the cause.
     """
     ending = Path(path).suffix
     if ending not in (".pt2", ".onnx"):

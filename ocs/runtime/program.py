@@ -4,6 +4,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ocs.calibration.run import undisturbed
 from ocs.errors import error_context, quiet
+from ocs.model.rewrite import Step
 from ocs.model.wrappers import named_modules, unwrapped
 from ocs.nn.base import QuantizedLayer
 from ocs.runtime.arithmetic import arithmetic_of
@@ -109,17 +111,23 @@ def _exported(model: nn.Module, example: Example, dynamic: bool) -> ExportedProg
             return exported.run_decompositions({})
 
     if not dynamic:
-        return undisturbed(model, lambda: export(example, ()))
+        return undisturbed(model, lambda: export(example, ()), _kept())
     axes = _axes(model)
     doubled = _with_two_rows(example, axes)
     try:
-        program = undisturbed(model, lambda: export(doubled, axes))
+        program = undisturbed(model, lambda: export(doubled, axes), _kept())
     except Exception:
         if doubled is example:
             raise
-        program = undisturbed(model, lambda: export(example, ()))  # what has one row may be no batch
+        program = undisturbed(model, lambda: export(example, ()), _kept())  # what has one row may be no batch
     _check_dynamic(program)
     return program
+
+
+def _kept() -> list[Step]:
+    """Have what torch replaces while it traces as it was afterwards, which an interrupt may keep torch from."""
+    places = ((nn.Module, "__call__"), (nn.Module, "__getattr__"), (torch.fx._symbolic_trace, "_is_fx_tracing_flag"))
+    return [(step := partial(setattr, *place, getattr(*place)), step) for place in places]
 
 
 def lowered_copy(model: nn.Module, target: str) -> nn.Module:

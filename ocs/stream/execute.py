@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from ocs.plan.input_facts import Watches, learn
 from ocs.plan.layer_plan import LayerPlan
 from ocs.plan.quantize_layer import LayerResult, quantize_layers
 from ocs.progress import with_progress
-from ocs.replace_file import replacing
+from ocs.replace_file import FolderLock, naming, replacing
 from ocs.report.data import Histogram, LayerReport, Report
 from ocs.report.lines import report_lines
 from ocs.stream.job import CONFIG, Job, Unit, blocks_of_their_own, check_values, open_job, plan_job, weights_in_files
@@ -93,26 +94,26 @@ def quantize_file(
         The Report of ocs.quantize; of scales and thresholds that a layer has many of, it has the least and the largest.
 
     Raises:
-        OSError: files are missing or cannot be written, or `out` holds a model.
+        OSError: files are missing or cannot be written, or `out` holds a model, or another process is at work there.
         ValueError: an option is out of range or needs the whole model, or calibration that is not there; files and
             model do not fit, or with calibration a tensor of the model has no values in either, the error names it; a
             weight or an input holds NaN or Inf; what is unfinished in `out` was begun otherwise.
         TypeError: there is no such option, or calibration is an ocs.Calibration.
     """
     begin = time.perf_counter()
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), closing(FolderLock()) as lock:
         opened, folder = _on_all_ranks(lambda: open_job(model, weights, shard_size, options)), Path(out)
         observed = Observed(folder / WORK / f"calibration-{own_rank()}", weights_in_files(opened))
 
         def run(model: nn.Module, watches: Watches, data: Data, _: bool | None) -> Calibration:
             _on_all_ranks(lambda: check_values(opened))
-            _begin(folder, opened.record)
+            _begin(folder, opened.record, lock)
             with blocks_of_their_own():
                 return observed.run(model, watches, data, progress)
 
         plans, facts, *_ = learn(opened.model, opened.plans, opened.request.model, run)
         job = _on_all_ranks(lambda: plan_job(opened, plans, facts, observed))
-        _begin(folder, opened.record)
+        _begin(folder, opened.record, lock)
         _on_all_ranks(lambda: _lay_out(folder / WORK, job) if own_rank() == 0 else None)
         _on_all_ranks(lambda: _check_record(folder / WORK, job.record))
         _on_all_ranks(lambda: _make_units(folder, job, observed, progress))
@@ -138,24 +139,26 @@ def _on_all_ranks(work: Callable[[], T]) -> T:
 # --- Units ------------------------------------------------------------------------------------------------------------
 
 
-def _begin(folder: Path, record: Mapping[str, Any]) -> None:
+def _begin(folder: Path, record: Mapping[str, Any], lock: FolderLock) -> None:
     """Make the folder for what is unfinished, or find it as it was left by the same call."""
-    _on_all_ranks(lambda: _make_folder(folder, record) if own_rank() == 0 else None)
+    _on_all_ranks(lambda: _make_folder(folder, record, lock) if own_rank() == 0 else None)
     _on_all_ranks(lambda: _check_record(folder / WORK, record))
 
 
-def _make_folder(folder: Path, record: Mapping[str, Any]) -> None:
+def _make_folder(folder: Path, record: Mapping[str, Any], lock: FolderLock) -> None:
     work = folder / WORK
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: it is no folder")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
+    folder.mkdir(exist_ok=True)
+    lock.take(folder)
     if (work / _RECORD).exists():
         return
     if any((folder / name).exists() for name in (INDEX, CONFIG)) or any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: it holds a model already: give another folder, or remove it")
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
     shutil.rmtree(work, ignore_errors=True)  # what was left before there was a record
-    work.mkdir(parents=True)
+    work.mkdir()
     _write_record(work, record)
 
 
@@ -164,16 +167,24 @@ def _write_record(work: Path, record: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(record), encoding="utf-8")
 
 
+def _read_record(work: Path) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        record = json.loads((work / _RECORD).read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    raise ValueError(f"{work / _RECORD}: it is damaged: remove {work}, and begin again")
+
+
 def _lay_out(work: Path, job: Job) -> None:
     """Make the files of the result without values, unless they are there."""
-    if "places" not in json.loads((work / _RECORD).read_text(encoding="utf-8")):
+    if "places" not in _read_record(work):
         job.layout.begin(work)
         _write_record(work, job.record)
 
 
 def _check_record(work: Path, record: Mapping[str, Any]) -> None:
     """Refuse to go on with what was begun otherwise."""
-    begun = json.loads((work / _RECORD).read_text(encoding="utf-8"))
+    begun = _read_record(work)
     for part, (then, now) in ((name, (begun.get(name), record[name])) for name in record):
         if then == now:
             continue
@@ -201,8 +212,10 @@ def _make_units(folder: Path, job: Job, observed: Observed, progress: bool | Non
         unit = job.units[i]
         tensors, lines = observed.with_values({plan.name for plan in unit.plans}, partial(_made, unit, job, memory))
         unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps({"sums": job.layout.write(work, tensors), "lines": lines}), encoding="utf-8")
-        unfinished.replace(path)
+        said = json.dumps({"sums": job.layout.write(work, tensors), "lines": lines})
+        with naming(path):
+            unfinished.write_text(said, encoding="utf-8")
+            unfinished.replace(path)
 
 
 def _unit_path(work: Path, number: int) -> Path:
@@ -215,7 +228,7 @@ def _is_made(path: Path, folder: Path, job: Job) -> bool:
         return False
     try:
         sums = json.loads(path.read_text(encoding="utf-8"))["sums"]
-    except ValueError:  # the machine stopped, not we
+    except (ValueError, LookupError, TypeError):  # the machine stopped, not we
         return False
     files = job.layout.files
     unfinished = {

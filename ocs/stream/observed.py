@@ -23,12 +23,11 @@ from ocs.calibration.gram import LayerMoments
 from ocs.calibration.ranks import rank_count, sum_over_ranks
 from ocs.calibration.run import Data, Watch
 from ocs.calibration.statistics import Statistics
-from ocs.errors import error_context
 from ocs.kernels.constants import OCTAVE_BINS
 from ocs.model.rewrite import for_a_while
 from ocs.model.wrappers import named_modules
 from ocs.plan.input_facts import Watches
-from ocs.replace_file import replacing
+from ocs.replace_file import naming, replacing
 from ocs.stream.file_weights import FileWeights
 
 T = TypeVar("T")
@@ -68,7 +67,7 @@ class Spilled:
             tensor = getattr(part, field)
             if tensor is not None and tensor.numel():
                 path = self.path.with_name(f"{self.path.name}-{key}.{self.now()}.npy")
-                with error_context(str(path)):
+                with naming(path):
                     np.save(path, tensor.numpy())
                 self.written[key] = path.name, checksum(tensor)
         self.drop()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +128,52 @@ def test_long_names(model: nn.Module, tmp_path: Path) -> None:
     ocs.save(model, path)
     other = ocs.load(path, nn.Sequential(nn.Linear(8, 8)))
     assert torch.equal(other[0].weight, model[0].weight)
+
+
+# --- Reading it meanwhile ---------------------------------------------------------------------------------------------
+
+
+def test_load_reads_one_file_where_another_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors opens a file twice; in between it is replaced."""
+    path, other = tmp_path / "m", nn.Sequential(nn.Linear(8, 8))
+    for each, bits in (path, 4), (tmp_path / "next", 8):
+        net = nn.Sequential(nn.Linear(8, 8))
+        ocs.quantize(net, wbits=bits)
+        ocs.save(net, each)
+    from_file, replaced = torch.UntypedStorage.from_file, []
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        replaced.append((tmp_path / "next").replace(path))
+        return from_file(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "from_file", late)
+        assert ocs.load(path, other)[0].bits == 4
+    assert replaced
+    assert ocs.load(path, nn.Sequential(nn.Linear(8, 8)))[0].bits == 8
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"a\nb", b"-rf", "😀".encode(), b"%s{0}"])
+def test_load_takes_every_name_that_save_does(model: nn.Module, tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    ocs.save(model, path)
+    assert torch.equal(ocs.load(path, nn.Sequential(nn.Linear(8, 8)))[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m", "it is no regular file but a device, pipe or socket"),
+        ("folder/model.safetensors", "it is a folder, in which there is neither"),
+    ],
+)
+def test_load_does_not_wait_for_a_pipe(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / name)
+    keeper = os.open(tmp_path / name, os.O_RDWR)  # lest this test wait
+    os.write(keeper, b"{}")
+    try:
+        with pytest.raises(OSError, match=message):
+            ocs.load(tmp_path / name.partition("/")[0], nn.Sequential(nn.Linear(8, 8)))
+    finally:
+        os.close(keeper)

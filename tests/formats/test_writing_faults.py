@@ -6,6 +6,7 @@ fault, and looks at what that left.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -174,9 +175,10 @@ def fork(body: Callable[[], object]) -> tuple[int, Any]:
     return 0, None
 
 
-def say_and_exit(error: BaseException | None) -> None:
-    kinds = [each.__name__ for each in type(error).__mro__]
-    os.write(child_pipe, json.dumps([kinds, str(error)]).encode())
+def say_and_exit(kinds: list[str], text: str) -> None:
+    """Say how it ended, once all is let go of that the error held: torch's writers may end the process then."""
+    gc.collect()
+    os.write(child_pipe, json.dumps([kinds, text]).encode())
     os._exit(0)
 
 
@@ -270,14 +272,15 @@ def main(name: str) -> None:
     chance = random.Random(name)
     rounds.extend(killed(chance.uniform(0, 1.2 * seconds), writer.read) for _ in range(KILLS))
     rounds.extend([refused(only_read), *(refused(lambda _, n=n: limit_files(n)) for n in (size // 3, size - 1))])
+    kinds, text = [], ""
     try:
         writer.write(path, 1)
     except BaseException as error:
-        if child_pipe:
-            say_and_exit(error)
-        raise
+        if not child_pipe:
+            raise
+        kinds, text = [each.__name__ for each in type(error).__mro__], str(error)
     if child_pipe:
-        say_and_exit(None)
+        say_and_exit(kinds, text)
     assert writer.read(path) == 1
     assert [*folder.iterdir()] == [path]
     shutil.rmtree(folder)

@@ -287,6 +287,24 @@ def test_errors(net: SmallNet, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_torch_replaces_while_it_traces_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt may keep torch itself from putting it back."""
+    model, x = residual()
+    call = nn.Module.__call__
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        nn.Module.__call__ = lambda *args, **kwargs: call(*args, **kwargs)
+        torch.fx._symbolic_trace._is_fx_tracing_flag = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.export, "export", interrupted)
+    for name in ("model.onnx", "model.pt2"):
+        with pytest.raises(KeyboardInterrupt):
+            ocs.export(model, tmp_path / name, x)
+        assert nn.Module.__call__ is call
+        assert not torch.fx._symbolic_trace._is_fx_tracing_flag
+
+
 def test_the_model_stays(tmp_path: Path) -> None:
     model, x = residual()
     before, y = json.dumps(sorted(model.state_dict())), model(x)
