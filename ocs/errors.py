@@ -1,6 +1,7 @@
 """Where in a model, or in what a user gave, an error came from."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,14 @@ def check_order(call: str, model: Any, *others: Any) -> None:
     if any(isinstance(other, nn.Module) for other in others):
         raise TypeError(f"the arguments are in another order: {call}")
     raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+
+
+def check_path(name: str, path: Any) -> None:
+    """Refuse an argument that names no file and no folder."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"{name}={path!r}: give a name, a str or pathlib.Path")
+    if not os.fspath(path):
+        raise ValueError(f"{name}={path!r}: give a name")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocs.errors import check_order, error_context
+from ocs.errors import check_order, check_path, error_context
 from ocs.formats.contents import Entry, crc32, describe, entries_of, full_name
 from ocs.formats.pretrained import refused_slots
 from ocs.formats.reader import RANGES, Reader
@@ -59,6 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | Non
             tensors, parameters without values.
     """
     check_order("ocs.save(model, path)", model, path)
+    check_path("path", path)
     write_model(model, path, {}, progress)
 
 
@@ -226,6 +227,7 @@ def load(
     """
     safetensors = _safetensors()
     check_order("ocs.load(path, model)", model, path)
+    check_path("path", path)
     files = weight_files(path)
     with error_context(str(path)), torch.inference_mode(False), torch.no_grad():
         try:

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ocs.errors import check_path
 from ocs.replace_file import replacing
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Report:
 
     def save(self, path: str | Path, *, comparison: "Comparison | None" = None) -> None:
         """Write the report: JSON where the path ends in .json, a page where it ends in .html (see to_html)."""
-        if comparison is not None and Path(path).suffix == ".json":
+        if comparison is not None and str(path).endswith(".json"):
             raise ValueError(f"path={str(path)!r}, comparison=...: the page alone shows both; save the comparison, too")
         write(path, {".json": self.to_json, ".html": lambda: self.to_html(comparison=comparison)})
 
@@ -246,6 +247,7 @@ class Report:
 
 def write(path: str | Path, writers: Mapping[str, Callable[[], str]]) -> None:
     """Write a file by its ending, as a whole or not at all."""
+    check_path("path", path)
     suffix = Path(path).suffix
     if suffix not in writers:
         raise ValueError(f"path={str(path)!r}: end it in {' or '.join(writers)}")

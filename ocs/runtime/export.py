@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.export import ExportedProgram
 
+from ocs.errors import check_path
 from ocs.formats.onnx import write_onnx
 from ocs.formats.onnx_recurrent import weights_of
 from ocs.formats.pt2 import write_package, write_program
@@ -63,6 +64,7 @@ def export(
         OSError: the file cannot be written, or what torch's compiler writes on the way.
         RuntimeError: torch's compiler fails; what it says is the cause.
     """
+    check_path("path", path)
     ending = Path(path).suffix
     if ending not in (".pt2", ".onnx"):
         raise ValueError(f"path={os.fspath(path)!r}: use a name that ends in .pt2 or .onnx")

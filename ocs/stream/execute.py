@@ -102,7 +102,8 @@ def quantize_file(
     """
     begin = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad(), closing(FolderLock()) as lock:
-        opened, folder = _on_all_ranks(lambda: open_job(model, weights, shard_size, options)), Path(out)
+        opened = _on_all_ranks(lambda: open_job(model, out, weights, shard_size, options))
+        folder = Path(out)
         observed = Observed(folder / WORK / f"calibration-{own_rank()}", weights_in_files(opened))
 
         def run(model: nn.Module, watches: Watches, data: Data, _: bool | None) -> Calibration:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ocs.calibration.calibrate import Calibration
 from ocs.calibration.ranks import rank_count
+from ocs.errors import check_path
 from ocs.formats.contents import Entry, entries_of, full_name
 from ocs.formats.layout import Layout
 from ocs.formats.source import Source, sources_of
@@ -139,11 +140,12 @@ def check_values(opened: Opened) -> None:
                 )
 
 
-def open_job(model: Any, weights: Any, shard_size: Any, options: Mapping[str, Any]) -> Opened:
+def open_job(model: Any, out: Any, weights: Any, shard_size: Any, options: Mapping[str, Any]) -> Opened:
     """Choose what is done, of a model that holds what is no layer's weight."""
     request = _request(options)
     if type(shard_size) is not int or shard_size < 1:
         raise ValueError(f"shard_size={shard_size!r}: use a positive integer, bytes")
+    check_path("out", out)
     model, source = _opened(model, weights)
     of_file = _filled(model, source)
     with blocks_of_their_own():
@@ -267,9 +269,11 @@ def _opened(model: Any, weights: Any) -> tuple[nn.Module, Source]:
     if isinstance(model, nn.Module):
         if weights is None:
             raise TypeError("quantize_file(model, out, weights=...): say where the weights are, a folder or a file")
+        check_path("weights", weights)
         return copy.deepcopy(unwrapped(model)), Source(weights)
     if weights is not None:
         raise TypeError(f"weights={str(weights)!r} is for a model that is an nn.Module: a folder brings its own")
+    check_path("model", model)
     source = Source(model)
     if not (source.path / CONFIG).is_file():
         raise ValueError(f"{model}: it has no config.json, which says what model it is: give that, and weights=")
