@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ocs.cli.say import Notes
 from ocs.formats.shards import open_shards
+from ocs.formats.source import check_regular
 
 _INSIDE = ("state_dict", "model_state_dict", "model")  # under which checkpoints keep a state_dict
 _LARGEST_HEADER = 100_000_000  # as safetensors has it
@@ -68,8 +69,7 @@ def check_file(path: str | Path) -> None:
         raise IsADirectoryError(f"{path}: it is a folder")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such file")
-    if not Path(path).is_file():
-        raise OSError(f"{path}: it is no regular file but a device, pipe or socket")
+    check_regular(path)
 
 
 def put_weights(module: nn.Module, path: str | Path, notes: Notes) -> None:

@@ -27,6 +27,12 @@ class Region(NamedTuple):
     shape: list[int]
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse a pipe and the like, which whoever opens it may wait for without end."""
+    if not Path(path).is_file():
+        raise OSError(f"{path}: it is no regular file but a device, pipe or socket")
+
+
 def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     """List the safetensors files of a folder, those that its index names or the one that there is; a file is itself.
 
@@ -38,8 +44,7 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     if not folder.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if not folder.is_dir():
-        if not folder.is_file():  # a pipe, which whoever opens it may wait for without end
-            raise OSError(f"{path}: it is no regular file but a device, pipe or socket")
+        check_regular(path)
         return [folder]
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
