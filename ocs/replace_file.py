@@ -61,15 +61,16 @@ def naming(path: str | os.PathLike[str], what: str = "it cannot be written") -> 
 
 
 def system_error(error: Exception) -> OSError | None:
-    """Find the error of the system that another one tells of: a line of it has the system's words."""
+    """Find the error of the system that another one tells of: a line has the system's words or, from Rust, number."""
     if isinstance(error, OSError):
         return error
     for line in str(error).splitlines():
-        for words, code in _FULL.items():
-            if words in line:
-                found = OSError(line.strip())
-                found.errno = code
-                return found
+        number = re.search(r"\(os error (\d+)\)", line)
+        codes = [int(number[1])] if number else [code for words, code in _FULL.items() if words in line]
+        if codes:
+            found = OSError(line.strip())
+            found.errno = codes[0]
+            return found
     return None
 
 

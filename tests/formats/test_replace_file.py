@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -128,6 +130,24 @@ def test_long_names(model: nn.Module, tmp_path: Path) -> None:
     ocs.save(model, path)
     other = ocs.load(path, nn.Sequential(nn.Linear(8, 8)))
     assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_whatever_safetensors_cannot_write_is_an_error_that_names_the_path(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m"
+    ocs.save(model, path)
+    before = path.read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match=r"m: it cannot be written \(.*Input/output error") as caught:
+        ocs.save(model, path)
+    assert caught.value.errno == errno.EIO
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["m"]
 
 
 # --- Reading it meanwhile ---------------------------------------------------------------------------------------------
